@@ -1,0 +1,132 @@
+"""Selection against NumPy and PyTorch: `pytest benchmarks/bench_selection.py`.
+
+One group per array size and sparsity, peers in the same group; `x.sum()` stands for one plain read of the
+data. Every benchmark asserts its result. SPARSAM_BENCH_MAX caps the number of elements, for CI.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from pytest_benchmark.fixture import BenchmarkFixture
+
+import sparsam
+from cases import CASES, make
+
+LIMIT = int(os.environ.get("SPARSAM_BENCH_MAX", "50_000_000"))
+SIZES = sorted({min(n, LIMIT) for n in (10_000, 1_000_000, 50_000_000)})
+SPARSITIES = (0.5, 0.8, 0.9, 0.99)
+ADVERSARIAL = [
+    "normal",
+    "constant",
+    "two values",
+    "all equal but one",
+    "sorted",
+    "reversed",
+    "powers of two",
+    "denormals",
+    "one huge outlier",
+    "99 % zeros",
+]
+
+
+@pytest.fixture(scope="module", params=SIZES)
+def normal(request: pytest.FixtureRequest) -> NDArray[np.float32]:
+    x: NDArray[np.float32] = np.random.default_rng(0).standard_normal(request.param, dtype=np.float32)
+    return x
+
+
+def run(
+    benchmark: BenchmarkFixture, group: str, x: NDArray[Any], function: Callable[..., Any], **options: Any
+) -> Any:
+    benchmark.group = group
+    benchmark.extra_info.update(
+        isa=sparsam.isa(), threads=sparsam.num_threads(), numpy=np.__version__, bytes=x.nbytes
+    )
+    rounds = 5 if x.size > 5_000_000 else 30 if x.size > 50_000 else 300
+    pedantic: Callable[..., Any] = benchmark.pedantic
+    return pedantic(function, rounds=rounds, warmup_rounds=1, iterations=1, **options)
+
+
+@pytest.mark.parametrize("sparsity", SPARSITIES)
+@pytest.mark.parametrize(
+    "peer", ["sparsam", "sparsam avx2", "numpy sum", "numpy partition", "torch kthvalue"]
+)
+def test_threshold(
+    benchmark: BenchmarkFixture, normal: NDArray[np.float32], peer: str, sparsity: float
+) -> None:
+    k = round(sparsity * normal.size)
+    group = f"threshold n={normal.size} s={sparsity}"
+    expected = np.partition(np.abs(normal), k - 1)[k - 1]
+    if peer == "numpy sum":
+        assert run(benchmark, group, normal, normal.sum) == normal.sum()
+    elif peer == "numpy partition":
+        result = run(benchmark, group, normal, lambda: np.partition(np.abs(normal), k - 1)[k - 1])
+        assert result == expected
+    elif peer == "torch kthvalue":
+        torch = pytest.importorskip("torch")
+        tensor = torch.from_numpy(normal)
+        assert run(benchmark, group, normal, lambda: tensor.abs().kthvalue(k).values).item() == expected
+    else:
+        isa = peer.split()[1] if " " in peer else sparsam.isa()
+        if isa not in sparsam.available_isas():
+            pytest.skip(f"this machine has no {isa}")
+        with sparsam.use_isa(isa):
+            assert (
+                run(benchmark, group, normal, lambda: sparsam.threshold(normal, sparsity)).value == expected
+            )
+
+
+@pytest.mark.parametrize("sparsity", SPARSITIES)
+def test_prune_in_place(benchmark: BenchmarkFixture, normal: NDArray[np.float32], sparsity: float) -> None:
+    """Threshold, mask and zeroed weights, in place; fresh weights in every round."""
+    x = np.empty_like(normal)
+
+    def setup() -> None:
+        np.copyto(x, normal)
+
+    masks = run(
+        benchmark, f"threshold n={normal.size} s={sparsity}", x,
+        lambda: sparsam.select_many({"w": x}, sparsity, out={"w": x}), setup=setup,
+    )  # fmt: skip
+    assert masks["w"].count == np.count_nonzero(x) == x.size - round(sparsity * x.size)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "float64"])
+def test_dtypes_per_byte(benchmark: BenchmarkFixture, dtype: str) -> None:
+    n = min(LIMIT, 100_000_000 // make("normal", 1, dtype).itemsize)
+    x = make("normal", n, dtype)
+    t = run(benchmark, "threshold by dtype, 100 MB", x, lambda: sparsam.threshold(x, 0.8))
+    assert t.below < t.k <= t.below + t.equal
+
+
+@pytest.mark.parametrize("case", ADVERSARIAL)
+@pytest.mark.parametrize("task", ["threshold", "prune"])
+def test_adversarial(benchmark: BenchmarkFixture, task: str, case: str) -> None:
+    assert case in CASES
+    x = make(case, min(LIMIT, 20_000_000), "float32")
+    out = np.empty_like(x)
+    if task == "threshold":
+        t = run(benchmark, "adversarial threshold", x, lambda: sparsam.threshold(x, 0.8))
+        assert t.below < t.k <= t.below + t.equal
+    else:
+        masks = run(
+            benchmark, "adversarial prune", x, lambda: sparsam.select_many({"w": x}, 0.8, out={"w": out})
+        )
+        assert masks["w"].count == x.size - round(0.8 * x.size)
+
+
+@pytest.mark.parametrize("tensors", [1, 200])
+def test_global_over_many_tensors(benchmark: BenchmarkFixture, tensors: int) -> None:
+    """One pool of 200 tensors, from 300 to half a million elements, beside one array of the same total."""
+    rng = np.random.default_rng(0)
+    sizes = (10 ** rng.uniform(2.5, 5.7, 200)).astype(int) if LIMIT > 1_000_000 else np.full(200, 50)
+    x = rng.standard_normal(sizes.sum(), dtype=np.float32)
+    parts = np.split(x, np.cumsum(sizes)[:-1]) if tensors == 200 else [x]
+    t = run(benchmark, f"global, {x.size} elements", x, lambda: sparsam.threshold(parts, 0.8))
+    assert t == sparsam.threshold(x, 0.8)

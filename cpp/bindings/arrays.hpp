@@ -1,0 +1,70 @@
+// NumPy arrays as views: the one place that checks types and words the complaints. Include first.
+#pragma once
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <string>
+#include <vector>
+
+#include "sparsam/views.hpp"
+
+namespace sparsam {
+
+namespace py = pybind11;
+
+inline DType dtype_of(const py::array& a) {
+  const py::dtype t = a.dtype();
+  if (t.byteorder() == '=' || t.byteorder() == '|' || t.byteorder() == '<') {
+    if (t.kind() == 'f') {
+      if (t.itemsize() == 2) return DType::f16;
+      if (t.itemsize() == 4) return DType::f32;
+      if (t.itemsize() == 8) return DType::f64;
+    } else if (t.itemsize() == 2 && t.attr("name").cast<std::string>() == "bfloat16") {
+      return DType::bf16;  // ml_dtypes registers it as a type of its own
+    }
+  }
+  throw py::type_error("dtype " + py::str(t).cast<std::string>() +
+                       ": expected float16, bfloat16, float32 or float64 in native byte order");
+}
+
+inline View view_of(const py::array& a) {
+  std::vector<Dim> dims;
+  for (py::ssize_t i = 0; i < a.ndim(); ++i)
+    dims.push_back({static_cast<std::size_t>(a.shape(i)), static_cast<std::ptrdiff_t>(a.strides(i))});
+  return View(const_cast<void*>(a.data()), dtype_of(a), dims);
+}
+
+inline std::vector<View> views_of(const std::vector<py::array>& arrays) {
+  std::vector<View> views;
+  views.reserve(arrays.size());
+  for (const py::array& a : arrays) views.push_back(view_of(a));
+  return views;
+}
+
+// `out` must be writeable and match `like`.
+inline View out_view(py::array& out, const View& like) {
+  if (!out.writeable()) throw py::value_error("out is read-only: expected a writeable array");
+  const View view = view_of(out);
+  if (view.size() != like.size() || view.dtype() != like.dtype())
+    throw py::value_error("out must have the shape and dtype of the input");
+  return view;
+}
+
+// Words for a mask of n elements, as they live in a Mask.
+using Words = py::array_t<std::uint64_t, py::array::c_style>;
+
+inline std::size_t words_for(std::size_t n) { return (n + 63) / 64; }
+
+inline const std::uint64_t* checked_words(const Words& words, std::size_t n) {
+  if (static_cast<std::size_t>(words.size()) != words_for(n))
+    throw py::value_error("mask of " + std::to_string(words.size()) + " words: expected " +
+                          std::to_string(words_for(n)) + " for " + std::to_string(n) + " elements");
+  return words.data();
+}
+
+void register_masks(py::module_& m);
+void register_runtime(py::module_& m);
+void register_selection(py::module_& m);
+
+}  // namespace sparsam

@@ -1,0 +1,8 @@
+#include "arrays.hpp"
+
+PYBIND11_MODULE(_core, m) {
+  m.doc() = "The C++ core of sparsam; its public face is the Python package around it.";
+  sparsam::register_runtime(m);
+  sparsam::register_selection(m);
+  sparsam::register_masks(m);
+}

@@ -1,0 +1,39 @@
+#include "arrays.hpp"
+#include "sparsam/masks.hpp"
+#include "sparsam/tiles.hpp"
+
+namespace sparsam {
+namespace {
+
+std::size_t count(const Words& words) {
+  return count_bits(words.data(), static_cast<std::size_t>(words.size()));
+}
+
+void apply(const py::array& array, const Words& words, py::array out) {
+  const View view = view_of(array), to = out_view(out, view);
+  const std::uint64_t* bits = checked_words(words, view.size());
+  py::gil_scoped_release release;
+  apply_mask(view, bits, to);
+}
+
+Words expand(const Words& tile_words, std::size_t rows, std::size_t cols, std::size_t tile_rows,
+             std::size_t tile_cols) {
+  const Tiling tiling{rows, cols, tile_rows, tile_cols};
+  const std::uint64_t* tiles = checked_words(tile_words, tiling.down() * tiling.across());
+  Words words(static_cast<py::ssize_t>(words_for(rows * cols)));
+  std::uint64_t* to = words.mutable_data();
+  py::gil_scoped_release release;
+  expand_tiles(tiles, tiling, to);
+  return words;
+}
+
+}  // namespace
+
+void register_masks(py::module_& m) {
+  m.def("count_bits", &count, py::arg("words"));
+  m.def("apply_mask", &apply, py::arg("array"), py::arg("words"), py::arg("out"));
+  m.def("expand_tiles", &expand, py::arg("tile_words"), py::arg("rows"), py::arg("cols"),
+        py::arg("tile_rows"), py::arg("tile_cols"));
+}
+
+}  // namespace sparsam

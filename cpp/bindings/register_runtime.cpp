@@ -1,0 +1,34 @@
+#include "arrays.hpp"
+#include "sparsam/isa.hpp"
+#include "sparsam/threads.hpp"
+
+namespace sparsam {
+namespace {
+
+#define SPARSAM_TEXT(x) #x
+#define SPARSAM_TEXT_OF(x) SPARSAM_TEXT(x)
+#if defined(__clang__)
+constexpr const char* kCompiler =
+    "clang " SPARSAM_TEXT_OF(__clang_major__) "." SPARSAM_TEXT_OF(__clang_minor__);
+#elif defined(__GNUC__)
+constexpr const char* kCompiler = "gcc " SPARSAM_TEXT_OF(__GNUC__) "." SPARSAM_TEXT_OF(__GNUC_MINOR__);
+#else
+constexpr const char* kCompiler = "unknown compiler";
+#endif
+
+}  // namespace
+
+void register_runtime(py::module_& m) {
+  m.attr("__version__") = SPARSAM_VERSION;
+  m.attr("compiler") = kCompiler;
+  m.def("active_isa", &active_isa);
+  m.def("compiled_isas", &compiled_isas);
+  m.def("available_isas", &available_isas);
+  m.def("use_isa", &use_isa, py::arg("name"));
+  m.def("num_threads", &num_threads);
+  m.def("default_num_threads", &default_num_threads);
+  m.def("set_num_threads", &set_num_threads, py::arg("n"));
+  m.def("threading_runtime", &threading_runtime);
+}
+
+}  // namespace sparsam

@@ -1,0 +1,16 @@
+// Bit masks: element i of the C order is bit i % 64 of word i / 64; bits past the end are 0.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+
+#include "sparsam/views.hpp"
+
+namespace sparsam {
+
+std::size_t count_bits(const std::uint64_t* words, std::size_t n_words);
+
+// out = array where the bit is set, +0 elsewhere; out has the array's type and shape and may be the same
+// memory.
+void apply_mask(const View& array, const std::uint64_t* words, const View& out);
+
+}  // namespace sparsam

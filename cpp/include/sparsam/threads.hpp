@@ -1,0 +1,35 @@
+// The one door to threads: numbered tasks, claimed one by one from a shared counter, in increasing order.
+#pragma once
+#include <cstddef>
+#include <string>
+#include <utility>
+
+namespace sparsam {
+
+// Threads that a call may use: the caller's wish, else SPARSAM_NUM_THREADS as set by Python, else the
+// smallest of OpenMP's maximum, the CPUs in the affinity mask and the cgroup's quota. 1 in a forked child
+// whose parent used threads.
+int num_threads();
+int default_num_threads();
+void set_num_threads(int n);  // n >= 1
+std::string threading_runtime();
+
+// Workers that run_tasks would use; a worker's number is below this.
+std::size_t worker_count(std::size_t tasks, bool parallel);
+
+// Calls body(context, worker, task) once for each task in [0, tasks). Tasks are claimed in increasing order,
+// so a task may wait for results of the tasks before it. `body` must not throw. Nested calls run serially.
+void run_tasks(std::size_t tasks, bool parallel, void (*body)(void*, std::size_t, std::size_t),
+               void* context);
+
+template <class Body>
+void for_each_task(std::size_t tasks, bool parallel, Body&& body) {
+  run_tasks(
+      tasks, parallel,
+      [](void* context, std::size_t worker, std::size_t task) {
+        (*static_cast<std::remove_reference_t<Body>*>(context))(worker, task);
+      },
+      &body);
+}
+
+}  // namespace sparsam

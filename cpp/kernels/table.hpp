@@ -1,0 +1,65 @@
+// Everything that an instruction set may provide. A field here, and in the rows, is the only way to add a
+// kernel.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+
+namespace sparsam {
+
+// Bits of KernelTable::required. avx512 means F, BW, DQ, VL and CD, as on Skylake-X and everything after it.
+enum Feature : std::uint32_t { kNone = 0, kAvx2 = 1, kAvx512 = 2 };
+
+// What one pass learns of the keys of a piece of data against two pivots low <= high.
+struct BracketCounts {
+  std::size_t upto_low = 0;                  // keys <= low
+  std::size_t below_low = 0, upto_high = 0;  // keys < low and keys <= high; only where ties were asked for
+  std::uint64_t largest = 0;                 // largest key
+};
+
+// Kernels over numbers of one width. `src` holds raw bits: the sign is ignored everywhere. Nothing is
+// allocated; no alignment is needed. Mask words hold element i in bit i % 64 of word i / 64; bits past n in
+// the last word become 0.
+template <class Bits>
+struct WidthKernels {
+  // Keys in src[0, n) that are <= t, and that are t; t is below the largest bit pattern.
+  std::size_t (*count_upto)(const Bits* src, std::size_t n, Bits t);
+  std::size_t (*count_equal)(const Bits* src, std::size_t n, Bits t);
+  // For src[0, n) with all keys in [low, high]: a key with k - tolerance to k - 1 keys up to it, if bisection
+  // meets one; otherwise the k-th smallest key. n <= 2^32; high is below the largest bit pattern.
+  Bits (*bisect)(const Bits* src, std::size_t n, std::size_t k, std::size_t tolerance, Bits low, Bits high);
+  // Adds to *counts, and writes the keys strictly between low and high to inside (room for n). Returns how
+  // many. n <= 65536; high is below the largest bit pattern.
+  std::size_t (*bracket)(const Bits* src, std::size_t n, Bits low, Bits high, bool ties, Bits* inside,
+                         BracketCounts* counts);
+  // Keeps keys > t and the first ties_kept of the keys == t; writes n bits, and to out (unless null; may be
+  // src) the elements with the pruned ones as +0.
+  void (*mark)(const Bits* src, std::size_t n, Bits t, std::size_t ties_kept, std::uint64_t* words,
+               Bits* out);
+  // Elements whose bit is set, and +0 elsewhere. out may be src.
+  void (*apply)(const Bits* src, std::size_t n, const std::uint64_t* words, Bits* out);
+  // Of every m consecutive elements (m <= 256, m divides n) the `keep` largest, ties to the lower index;
+  // writes n bits. Returns the largest key.
+  Bits (*keep_of_group)(const Bits* src, std::size_t n, std::size_t keep, std::size_t m,
+                        std::uint64_t* words);
+};
+
+struct KernelTable {
+  const char* name;
+  const char* description;
+  std::uint32_t required;
+  WidthKernels<std::uint16_t> w16;
+  WidthKernels<std::uint32_t> w32;
+  WidthKernels<std::uint64_t> w64;
+};
+
+template <class Bits>
+constexpr const WidthKernels<Bits>& width_kernels(const KernelTable& table) {
+  if constexpr (sizeof(Bits) == 2)
+    return table.w16;
+  else if constexpr (sizeof(Bits) == 4)
+    return table.w32;
+  else
+    return table.w64;
+}
+
+}  // namespace sparsam

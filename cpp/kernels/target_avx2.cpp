@@ -1,0 +1,20 @@
+// The avx2 row. Built with AVX2 flags, which nothing else is; see cpp/README.md for what may be included
+// here.
+#define SPARSAM_TARGET avx2
+#include "vec_avx2.hpp"
+
+#include "selection-inl.hpp"
+
+namespace sparsam::SPARSAM_TARGET {
+
+extern const KernelTable table;
+const KernelTable table = {
+    "avx2",
+    "x86-64 with AVX2, FMA and BMI2 (Haswell, Zen and later)",
+    kAvx2,
+    kSelectionKernels<std::uint16_t>,
+    kSelectionKernels<std::uint32_t>,
+    kSelectionKernels<std::uint64_t>,
+};
+
+}  // namespace sparsam::SPARSAM_TARGET

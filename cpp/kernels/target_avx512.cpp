@@ -1,0 +1,20 @@
+// The avx512 row. Built with AVX-512 flags, which nothing else is; see cpp/README.md for what may be included
+// here.
+#define SPARSAM_TARGET avx512
+#include "vec_avx512.hpp"
+
+#include "selection-inl.hpp"
+
+namespace sparsam::SPARSAM_TARGET {
+
+extern const KernelTable table;
+const KernelTable table = {
+    "avx512",
+    "x86-64 with AVX-512 F, BW, VL, DQ and CD (Skylake-X, Zen 4 and later)",
+    kAvx2 | kAvx512,
+    kSelectionKernels<std::uint16_t>,
+    kSelectionKernels<std::uint32_t>,
+    kSelectionKernels<std::uint64_t>,
+};
+
+}  // namespace sparsam::SPARSAM_TARGET

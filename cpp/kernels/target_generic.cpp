@@ -1,0 +1,20 @@
+// The generic row. Built with baseline flags, which nothing else is; see cpp/README.md for what may be
+// included here.
+#define SPARSAM_TARGET generic
+#include "vec_generic.hpp"
+
+#include "selection-inl.hpp"
+
+namespace sparsam::SPARSAM_TARGET {
+
+extern const KernelTable table;
+const KernelTable table = {
+    "generic",
+    "any machine, what the compiler makes of plain loops",
+    kNone,
+    kSelectionKernels<std::uint16_t>,
+    kSelectionKernels<std::uint32_t>,
+    kSelectionKernels<std::uint64_t>,
+};
+
+}  // namespace sparsam::SPARSAM_TARGET

@@ -1,0 +1,54 @@
+"""What the command line's strings mean: only here do strings become patterns, methods and overrides."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+
+from sparsam.config import NM, Block, Override, Pattern, Scorer, Slices, Unstructured
+from sparsam.scores import Magnitude, Random
+
+_FORMS: tuple[tuple[str, Callable[..., Pattern]], ...] = (
+    ("unstructured", Unstructured),
+    (r"(\d+):(\d+)", NM),
+    (r"block:(\d+)x(\d+)", Block),
+    (r"slices:(-?\d+)(?::(\d+))?", Slices),
+)
+PATTERNS = "unstructured, N:M (keep N of every M), block:ROWSxCOLS or slices:AXIS[:SIZE]"
+
+
+def parse_pattern(text: str) -> Pattern:
+    """Returns the pattern that `PATTERNS` describes; ValueError for any other text."""
+    for form, make in _FORMS:
+        if found := re.fullmatch(form, text):
+            return make(*(int(number) for number in found.groups() if number is not None))
+    msg = f"pattern: expected {PATTERNS}, got {text!r}"
+    raise ValueError(msg)
+
+
+def parse_method(method: str, norm: int | None, seed: int | None) -> str | Scorer:
+    """Returns the method, as an object if an option sets it up; ValueError for the other method's option."""
+    for option, value, owner in (("--norm", norm, "magnitude"), ("--seed", seed, "random")):
+        if value is not None and method != owner:
+            msg = f"{option} belongs to --method {owner}, got {method}; leave one of them out"
+            raise ValueError(msg)
+    if norm is not None:
+        return Magnitude(norm)
+    return method if seed is None else Random(seed)
+
+
+def parse_override(text: str) -> tuple[str, Override]:
+    """Returns the names and the value of `PAT=0.5`, `PAT=2:4` or `PAT=0.5,block:4x1`; else ValueError."""
+    names, _, value = text.rpartition("=")
+    sparsity, *rest = value.split(",")
+    if not names or len(rest) > 1:
+        msg = f"override: expected PAT=SPARSITY, PAT=PATTERN or PAT=SPARSITY,PATTERN, got {text!r}"
+        raise ValueError(msg)
+    if not rest and re.fullmatch(r"[a-z]+(:.*)?|\d+:\d+", value):
+        return names, parse_pattern(value)
+    try:
+        number = float(sparsity)
+    except ValueError:
+        msg = f"override: expected a number from 0 to 1 or a pattern ({PATTERNS}), got {value!r}"
+        raise ValueError(msg) from None
+    return names, (number, parse_pattern(rest[0])) if rest else number

@@ -1,0 +1,123 @@
+"""One safetensors file, through the library that validates it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes  # noqa: F401 - the library asks NumPy for "bfloat16", which this import makes known
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+# The dtypes that go both ways with every supported version of the library: the format's name and NumPy's.
+DTYPES = {
+    "BOOL": "bool",
+    "I8": "int8",
+    "I16": "int16",
+    "I32": "int32",
+    "I64": "int64",
+    "U8": "uint8",
+    "U16": "uint16",
+    "U32": "uint32",
+    "U64": "uint64",
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "F32": "float32",
+    "F64": "float64",
+}
+
+# How files begin that are taken for checkpoints, what they are, and what to do about it.
+_FOREIGN = {
+    b"PK\x03\x04": ("a zip archive, as torch.save writes it", "convert it with safetensors.torch.save_file"),
+    b"\x80": ("a Python pickle", "convert it with safetensors.torch.save_file"),
+    b"\x93NUMPY": ("a NumPy file", "convert it with safetensors.numpy.save_file"),
+    b"\x89HDF": ("an HDF5 file", "export the model as safetensors"),
+    b"GGUF": ("a GGUF file", "take the safetensors that it was made from"),
+    b"version https://git-lfs": (
+        "a Git LFS pointer, not the file itself",
+        "fetch the file with git lfs pull",
+    ),
+}
+
+
+@contextmanager
+def open_file(file: Path) -> Iterator[Any]:
+    """Opens a file for `tensors` and for the library's keys() and metadata(), its header validated.
+
+    Raises:
+        ValueError: The file is truncated, damaged or of another kind.
+        OSError: It cannot be read.
+    """
+    if file.exists() and not file.is_file():
+        msg = f"{file}: expected a safetensors file, got a folder, pipe or device; name a regular file"
+        raise ValueError(msg)
+    with file.open("rb") as raw:
+        head, size = raw.read(32), os.fstat(raw.fileno()).st_size
+    try:
+        handle = safe_open(file, framework="np")
+    except SafetensorError as error:
+        damaged = (
+            (f"{size} bytes, truncated or damaged ({error})" if size else "an empty file"),
+            "get it again",
+        )
+        came, todo = next((what for start, what in _FOREIGN.items() if head.startswith(start)), damaged)
+        msg = f"{file}: expected a safetensors file, got {came}; {todo}"
+        raise ValueError(msg) from error
+    with handle:
+        yield handle
+
+
+def tensors(file: Path) -> Iterator[tuple[str, NDArray[Any]]]:
+    """Yields the tensors of a file by name, each read when its turn comes."""
+    with open_file(file) as handle:
+        for name in sorted(handle.keys()):
+            dtype = handle.get_slice(name).get_dtype()
+            if dtype not in DTYPES:
+                msg = (
+                    f"{file}: tensor {name!r}: expected one of {', '.join(DTYPES)}, got {dtype}; "
+                    "convert it, or leave it out of the file"
+                )
+                raise ValueError(msg)
+            yield name, handle.get_tensor(name)
+
+
+def storable(name: str, array: NDArray[Any]) -> NDArray[Any]:
+    """The array in C order, which is what `write` needs.
+
+    Raises:
+        TypeError: A dtype that the format lacks.
+        ValueError: The one name that the format keeps for itself.
+    """
+    array = np.asarray(array, order="C")
+    if name == "__metadata__":
+        msg = "expected tensor names other than '__metadata__', which the format keeps for itself; rename it"
+        raise ValueError(msg)
+    if array.dtype.name not in DTYPES.values():
+        expected = ", ".join(DTYPES.values())
+        msg = f"tensor {name!r}: expected one of {expected}, got {array.dtype}; convert it with .astype"
+        raise TypeError(msg)
+    return array
+
+
+def write(file: Path, arrays: Mapping[str, NDArray[Any]], metadata: Mapping[str, str]) -> None:
+    """Writes arrays that are `storable`.
+
+    Raises:
+        TypeError: Names or metadata that are not text.
+        OSError: The file cannot be written.
+    """
+    try:
+        save_file(dict(arrays), file, dict(metadata) or None)
+    except SafetensorError as error:
+        msg = f"{file.parent}: expected to write {len(arrays)} tensors there, got: {error}"
+        raise OSError(msg) from error
+    except TypeError as error:
+        msg = (
+            f"expected tensor names and metadata to be text, got {metadata!r}: {error}; write numbers as text"
+        )
+        raise TypeError(msg) from error

@@ -1,0 +1,289 @@
+"""The command line: arguments in, the package called, what came of it printed. No logic of its own."""
+
+from __future__ import annotations
+
+import glob
+import json
+import sys
+import warnings
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Annotated, Any, TypeAlias
+
+import numpy as np
+import typer
+from numpy.typing import NDArray
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.measure import Measurement
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from sparsam import bench, checkpoint
+from sparsam._arguments import PATTERNS, parse_method, parse_override, parse_pattern
+from sparsam.config import PruningConfig
+from sparsam.pruner import prune as prune_weights
+from sparsam.report import LayerStats, Report
+from sparsam.runtime import build_info, isa, num_threads
+
+__all__ = ["main"]
+
+# What all errors in arguments are: click's class, or the copy of it that newer versions of typer carry.
+_UsageError: type[Exception] = typer.BadParameter.__mro__[1]
+
+app = typer.Typer(
+    help="Prune neural-network weights exactly.", add_completion=False, pretty_exceptions_enable=False
+)
+bench_app = typer.Typer(help="Measure this machine, against NumPy and PyTorch in the same run.")
+app.add_typer(bench_app, name="bench")
+
+Json: TypeAlias = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command line. Returns the exit code: 2, and a line on stderr, for whatever a user can mend."""
+    command = typer.main.get_command(app)
+    with warnings.catch_warnings():
+        warnings.simplefilter("default", UserWarning)
+        warnings.showwarning = _show_warning
+        try:
+            code = command.main(arguments, prog_name="sparsam", standalone_mode=False)
+        except _UsageError as error:
+            context = getattr(error, "ctx", None)
+            where = context.command_path if context else "sparsam"
+            text: str = error.format_message().rstrip(".")  # type: ignore[attr-defined]
+            return _complain(f"{text}; see {where} --help")
+        except (ValueError, TypeError, OSError, MemoryError) as error:
+            return _complain(str(error) or type(error).__name__)
+        except (typer.Abort, KeyboardInterrupt):
+            return 130
+    return code if isinstance(code, int) else 0
+
+
+@app.command()
+def demo(
+    seed: Annotated[int, typer.Option(min=0, help="Of the data split and the training.")] = 0,
+    as_json: Json = False,
+) -> None:
+    """Train a network on real digits, prune it to 95 % step by step, show what that costs: under a minute."""
+    try:
+        from sparsam import demo as job  # noqa: PLC0415 - scikit-learn is an extra
+    except ImportError as error:
+        msg = f"the demo needs scikit-learn ({error}); install it with: pip install 'sparsam[demo]'"
+        raise ValueError(msg) from error
+    with _progress() as bar:
+        task = bar.add_task("reading")
+
+        def show(what: str, done: int, parts: int) -> None:
+            bar.update(task, description=what, completed=done, total=parts)
+
+        result = job.run(seed, show)
+    if as_json:
+        _print_json(result.to_dict())
+        return
+    widths = "-".join(map(str, result.layers))
+    _print(
+        f"A {widths} network on scikit-learn's digits: {result.train_images} images to train on, "
+        f"{result.test_images} others to test on.\n"
+        f"Dense, after {result.training_passes} passes of training: {result.dense_accuracy:.2%} correct; "
+        f"after {result.recovery_passes * len(result.steps)} more: {result.longer_accuracy:.2%}.\n"
+    )
+    _print(
+        f"iterative: {result.recovery_passes} passes of training under the masks after each step\n"
+        "one shot:  the dense weights pruned at once, no training after it"
+    )
+    _print_table(
+        ("step", "sparsity", "iterative", "one shot"),
+        ((s.iteration, f"{s.sparsity:.2%}", f"{s.iterative:.2%}", f"{s.one_shot:.2%}") for s in result.steps),
+    )
+    _print(f"\n{result.report}\n")
+    total = result.report.total
+    _print(
+        f"Size: {total.dense_bytes:,} bytes dense, {total.packed_bytes:,} packed "
+        f"({total.dense_bytes / total.packed_bytes:.1f} times smaller).\n"
+        f"Selection of what to keep, {len(result.steps)} times over all matrices: "
+        f"{result.selection_seconds * 1e3:.2f} ms; np.partition on the same arrays: "
+        f"{result.partition_seconds * 1e3:.2f} ms.\n"
+        f"All of it took {result.seconds:.1f} s."
+    )
+
+
+@app.command()
+def inspect(
+    file: Annotated[Path, typer.Argument(help="A safetensors file, an index of shards, or their directory.")],
+    as_json: Json = False,
+) -> None:
+    """Show every tensor of a checkpoint: its shape, its zeros, its size dense and packed."""
+    report = Report(sorted((_measure(*item) for item in checkpoint.stream(file)), key=lambda row: row.name))
+    header = ("name", "shape", "dtype", "parameters", "zeros", "sparsity", "dense_bytes", "packed_bytes")
+    rows = [
+        (r.name, r.shape, r.dtype, r.total_params, r.pruned_params, r.sparsity, r.dense_bytes, r.packed_bytes)
+        for r in (*report.layers, report.total)
+    ]
+    if as_json:
+        *tensors, total = [dict(zip(header, row, strict=True)) for row in rows]
+        _print_json({"tensors": tensors, "total": {key: total[key] for key in header[3:]}})
+        return
+    cells = (
+        (
+            name,
+            "x".join(map(str, shape)),
+            dtype,
+            f"{n:,}",
+            f"{zeros:,}",
+            f"{share:.2%}",
+            f"{dense:,}",
+            f"{packed:,}",
+        )
+        for name, shape, dtype, n, zeros, share, dense, packed in rows
+    )
+    _print_table([name.replace("_", " ") for name in header], cells, texts=3, total=True)
+
+
+@app.command()
+def prune(
+    source: Annotated[Path, typer.Argument(metavar="IN", help="What `inspect` takes.")],
+    output: Annotated[
+        Path,
+        typer.Option(
+            "--output", "-o", metavar="OUT", help="The file; of a sharded checkpoint, the directory."
+        ),
+    ],
+    sparsity: Annotated[
+        float | None, typer.Option(help="Fraction to prune; 0.5 by default, or what N:M implies.")
+    ] = None,
+    scope: Annotated[str, typer.Option(help="layer (each tensor by itself) or global (one pool).")] = "layer",
+    pattern: Annotated[str, typer.Option(help=f"One of {PATTERNS}.")] = "unstructured",
+    method: Annotated[str, typer.Option(help="magnitude or random.")] = "magnitude",
+    norm: Annotated[
+        int | None, typer.Option(help="Of magnitude, over a group: 1 (the default) or 2.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Of random; 0 by default.")] = None,
+    exclude: Annotated[
+        list[str] | None, typer.Option(metavar="PAT", help="Leave tensors with such names dense; repeatable.")
+    ] = None,
+    override: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="PAT=VALUE", help="Give them a sparsity, a pattern or both, as 0.5,2:4; repeatable."
+        ),
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Overwrite the input.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Prune a checkpoint and print the report. Names match shell-style patterns; vectors stay dense."""
+    config = PruningConfig(
+        target_sparsity=sparsity,  # type: ignore[arg-type]
+        method=parse_method(method, norm, seed),
+        pattern=parse_pattern(pattern),
+        scope=scope,
+        exclude=exclude or (),
+        overrides=dict(map(parse_override, override or ())),
+    )
+    if not force and checkpoint.overwrites(output, source):
+        msg = f"{output}: expected an output other than the input; name another, or pass --force"
+        raise ValueError(msg)
+    read = checkpoint.load(source)
+    numberless = [glob.escape(name) for name, array in read.weights.items() if array.dtype.kind in "biu"]
+    config = replace(config, exclude=(*config.exclude, *numberless))
+    result = prune_weights(read.weights, config, inplace=True)
+    checkpoint.save(output, result.weights, like=read)
+    _print(result.report.to_json() if as_json else str(result.report))
+
+
+@bench_app.command("select")
+def bench_select(
+    n: Annotated[list[int], typer.Option(min=1, help="Repeatable.")] = [1_000_000],  # noqa: B006
+    dtype: Annotated[list[str], typer.Option(help="Repeatable.")] = ["float32"],  # noqa: B006
+    sparsity: Annotated[list[float], typer.Option(help="Repeatable.")] = [0.5, 0.8, 0.9, 0.99],  # noqa: B006
+    as_json: Json = False,
+) -> None:
+    """Time the choice of the smallest weights, and check it against the results of NumPy and PyTorch."""
+    with _progress() as bar:
+        parts = len(n) * len(dtype) * len(sparsity)
+        rows = list(bar.track(bench.select(n, dtype, sparsity), parts, description="measuring"))
+    if as_json:
+        _print_json([asdict(row) for row in rows])
+        return
+    _print(f"{isa()}, {num_threads()} threads; medians in milliseconds; all results agree")
+    _print_table(
+        (
+            "n",
+            "dtype",
+            "sparsity",
+            "read",
+            "threshold",
+            "whole prune",
+            "np.partition",
+            "torch.kthvalue",
+            "vs NumPy",
+        ),
+        (
+            (
+                f"{row.n:,}",
+                row.dtype,
+                row.sparsity,
+                *(f"{ms:.3f}" for ms in (row.read_ms, row.threshold_ms, row.prune_ms, row.numpy_ms)),
+                "not installed" if row.torch_ms is None else f"{row.torch_ms:.3f}",
+                f"{row.numpy_ms / row.threshold_ms:.1f}x",
+            )
+            for row in rows
+        ),
+    )
+
+
+@app.command()
+def info() -> None:
+    """Show the version, the compiler, the instruction sets and the threads."""
+    _print(str(build_info()))
+
+
+def _measure(name: str, array: NDArray[Any]) -> LayerStats:
+    kept = int(np.count_nonzero(array))
+    zeros = array.size - kept
+    packed = (array.size + 7) // 8 + kept * array.itemsize
+    share = zeros / array.size if array.size else 0.0
+    return LayerStats(name, array.size, zeros, share, array.shape, array.dtype.name, "", array.nbytes, packed)
+
+
+def _progress() -> Progress:
+    """A bar on stderr if that is a terminal; it leaves nothing behind."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    return Progress(*columns, console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty())
+
+
+def _complain(message: str) -> int:
+    """Prints one line on stderr, whatever the message, and returns the exit code that goes with it."""
+    Console(stderr=True).print(
+        "sparsam:", " ".join(message.split()), markup=False, highlight=False, soft_wrap=True
+    )
+    return 2
+
+
+def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
+    _complain(f"warning: {message}")
+
+
+def _print(text: str) -> None:
+    Console().print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def _print_json(value: object) -> None:
+    _print(json.dumps(value, indent=2))
+
+
+def _print_table(
+    header: Sequence[str], rows: Iterable[Sequence[object]], *, texts: int = 0, total: bool = False
+) -> None:
+    """Prints a table, as wide as it must be: `texts` columns of text, then numbers; a last row of totals."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for i, name in enumerate(header):
+        table.add_column(name, justify="left" if i < texts else "right", no_wrap=True)
+    lines = [[escape(str(cell)) for cell in row] for row in rows]
+    for i, line in enumerate(lines, start=1):
+        table.add_row(*line, end_section=total and i == len(lines) - 1)
+    console = Console(highlight=False)
+    console.width = Measurement.get(console, console.options.update(width=10_000), table).maximum
+    console.print(table)

@@ -1,0 +1,327 @@
+"""What to prune, and how much: the patterns, and `PruningConfig`, which checks itself.
+
+This module is the vocabulary that a user writes in, and it imports nothing else of the package. What a word
+means is the business of the stage that carries it out: `sparsam.schedules` and `sparsam.scores` turn names
+into objects, `sparsam.selection` applies a pattern.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from numbers import Real
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, runtime_checkable
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+METHODS = ("magnitude", "random")
+SCOPES = ("layer", "global")
+ALLOCATIONS = ("uniform",)
+SCHEDULES = ("one_shot", "linear", "cubic", "exponential", "cosine")
+
+
+@runtime_checkable
+class Scorer(Protocol):
+    """A pruning method: weights in, scores out; the larger a score, the more worth keeping.
+
+    A scorer knows nothing of sparsity, patterns or time. Scores are not negative, and a weight that is zero
+    scores zero, so that a growing schedule finds first what it pruned before. Any object with this one
+    function is a method.
+    """
+
+    def score(self, name: str, weights: NDArray[Any], /) -> NDArray[Any]:
+        """Returns the floating-point scores of tensor `name`, in the shape of `weights`."""
+
+
+@runtime_checkable
+class Schedule(Protocol):
+    """A curve from an initial to a final sparsity, such as `sparsam.schedules.Polynomial`."""
+
+    def at(self, progress: float, /, *, initial: float, final: float) -> float:
+        """Returns the sparsity at `progress` in [0, 1]."""
+
+
+ScheduleLike: TypeAlias = str | Schedule | Sequence[float] | Callable[[float], float]
+
+
+@dataclass(frozen=True)
+class Unstructured:
+    """Every weight stands or falls by itself."""
+
+    def __str__(self) -> str:
+        return "unstructured"
+
+
+@dataclass(frozen=True)
+class NM:
+    """Keep `n` of every `m` neighbours along the input axis; `NM(2, 4)` is what sparse tensor cores take.
+
+    A tensor of any rank is seen as its matrix `(shape[0], prod(shape[1:]))`, a 1-D tensor as one row; `m`
+    must divide the length of a row. `n` counts the weights that stay, as in jaxpruner. tfmot and Wanda count
+    those that go: only 2:4 and 4:8 mean the same in both readings.
+    """
+
+    n: int
+    m: int
+
+    def __post_init__(self) -> None:
+        _set(self, n=_positive("NM: n", self.n), m=_positive("NM: m", self.m))
+        if self.n > self.m:
+            msg = f"NM({self.n}, {self.m}): n is how many of every m weights stay; it must not exceed m"
+            raise ValueError(msg)
+
+    @property
+    def sparsity(self) -> float:
+        """The only sparsity that this pattern has, `1 - n / m`."""
+        return 1 - self.n / self.m
+
+    def __str__(self) -> str:
+        return f"{self.n}:{self.m}"
+
+
+@dataclass(frozen=True)
+class Block:
+    """Tiles of `rows` x `cols` weights of the matrix `(shape[0], prod(shape[1:]))`; ragged at the edges."""
+
+    rows: int
+    cols: int
+
+    def __post_init__(self) -> None:
+        _set(self, rows=_positive("Block: rows", self.rows), cols=_positive("Block: cols", self.cols))
+
+    def __str__(self) -> str:
+        return f"block {self.rows}x{self.cols}"
+
+
+@dataclass(frozen=True)
+class Slices:
+    """Whole slices across an axis: neurons (axis 0), inputs (axis 1), heads (`size` = head dimension).
+
+    `size` neighbouring slices stand or fall together; it must divide the length of the axis. A negative axis
+    counts from the end.
+    """
+
+    axis: int
+    size: int = 1
+
+    def __post_init__(self) -> None:
+        _set(self, axis=_integer("Slices: axis", self.axis), size=_positive("Slices: size", self.size))
+
+    def __str__(self) -> str:
+        return f"slices axis {self.axis}" + (f" size {self.size}" if self.size > 1 else "")
+
+
+Pattern: TypeAlias = Unstructured | NM | Block | Slices
+Override: TypeAlias = float | Pattern | tuple[float, Pattern]
+
+
+@dataclass(frozen=True)
+class PruningConfig:
+    """How a set of tensors is pruned. Frozen; every field is checked when it is made.
+
+    Attributes:
+        target_sparsity: The fraction of weights to prune, in [0, 1]. Left out (or None), it is what an N:M
+            pattern or an explicit schedule asks for, else 0.5. Always a float on the finished object.
+        method: "magnitude", "random", or an object: `sparsam.scores.Magnitude`, `sparsam.scores.Random`, a
+            `Scorer`.
+        pattern: Which weights stand or fall together: `Unstructured`, `NM`, `Block` or `Slices`.
+        scope: "layer", where each tensor reaches the sparsity by itself, or "global", one threshold over all.
+        allocation: How a total sparsity is shared out over tensors: "uniform".
+        schedule: The way to the target that `sparsam.IterativePruner` takes (`sparsam.prune` goes there at
+            once): a name, an object of `sparsam.schedules`, the list of sparsities itself, or a function of
+            progress in [0, 1] that returns the sparsity.
+        num_iterations: How many steps the schedule has. An explicit list sets it to its own length.
+        exclude: Shell-style patterns (`fnmatch.fnmatchcase`) of the tensors that stay dense; they beat
+            overrides.
+        overrides: Shell-style pattern -> a sparsity, a pattern, or both as `(sparsity, pattern)`. The last
+            match wins. An overridden tensor is pruned by itself, outside the pool of a global scope. Tensors
+            with fewer than two axes (biases, norms) are pruned only when named here.
+
+    Raises:
+        ValueError: A field has none of the values allowed, or target_sparsity contradicts an N:M pattern or
+            an explicit schedule.
+    """
+
+    target_sparsity: float = None  # type: ignore[assignment]
+    method: str | Scorer = "magnitude"
+    pattern: Pattern = Unstructured()
+    scope: str = "layer"
+    allocation: str = "uniform"
+    schedule: ScheduleLike = "one_shot"
+    num_iterations: int = 1
+    exclude: Sequence[str] = ()
+    overrides: Mapping[str, Override] = field(default_factory=dict, hash=False)
+
+    def __post_init__(self) -> None:
+        pattern = _pattern("pattern", self.pattern)
+        schedule = _schedule(self.schedule)
+        num_iterations = _positive("num_iterations", self.num_iterations)
+        if isinstance(schedule, tuple):
+            if num_iterations not in {1, len(schedule)}:
+                msg = f"num_iterations is {num_iterations}, but schedule lists {len(schedule)} sparsities"
+                raise ValueError(msg)
+            num_iterations = len(schedule)
+        _set(
+            self,
+            target_sparsity=_agreed_target(self.target_sparsity, pattern, schedule),
+            method=_method(self.method),
+            scope=_one_of("scope", self.scope, SCOPES),
+            allocation=_one_of("allocation", self.allocation, ALLOCATIONS),
+            schedule=schedule,
+            num_iterations=num_iterations,
+            exclude=_exclude(self.exclude),
+            overrides=_overrides(self.overrides, pattern),
+        )
+
+
+def check_sparsity(what: str, value: object) -> float:
+    """Returns `value` as a float in [0, 1], or raises the ValueError that names `what`."""
+    if not isinstance(value, bool) and isinstance(value, Real):
+        number = float(value)
+        if 0 <= number <= 1:
+            return number
+    raise ValueError(_expected(what, value, "a number from 0 (dense) to 1 (all pruned)"))
+
+
+def check_growing(what: str, values: Iterable[object]) -> tuple[float, ...]:
+    """Returns `values` as floats in [0, 1] that never shrink, or raises the ValueError that says where."""
+    checked = tuple(
+        check_sparsity(f"{what}, iteration {i}", value) for i, value in enumerate(values, start=1)
+    )
+    if not checked:
+        msg = f"{what} is empty: list at least one sparsity"
+        raise ValueError(msg)
+    for i, (before, after) in enumerate(pairwise(checked), start=2):
+        if after < before:
+            msg = f"{what} shrinks from {before} to {after} at iteration {i}; what is pruned stays pruned"
+            raise ValueError(msg)
+    return checked
+
+
+def _agreed_target(target: float | None, pattern: Pattern, schedule: ScheduleLike) -> float:
+    """The sparsity that an N:M pattern, the end of an explicit schedule and the target agree on."""
+    demands = []
+    if isinstance(pattern, NM):
+        demands.append((f"pattern {pattern}", pattern.sparsity))
+    if isinstance(schedule, tuple):
+        demands.append(("the end of schedule", schedule[-1]))
+    elif not isinstance(schedule, (str, Schedule)) and callable(schedule):
+        demands.append(("schedule(1.0)", check_sparsity("schedule(1.0)", schedule(1.0))))
+    if target is not None:
+        demands.append(("target_sparsity", check_sparsity("target_sparsity", target)))
+    if not demands:
+        return 0.5
+    (source, agreed), *others = demands
+    for other, value in others:
+        if not _same(agreed, value):
+            msg = f"{other} is {value}, but {source} has the sparsity {agreed}; they must agree"
+            raise ValueError(msg)
+    return agreed
+
+
+def _same(a: float, b: float) -> bool:
+    return math.isclose(a, b, rel_tol=0, abs_tol=1e-9)
+
+
+def _one_of(what: str, value: object, allowed: tuple[str, ...]) -> str:
+    if isinstance(value, str) and value in allowed:
+        return value
+    raise ValueError(_expected(what, value, _either(allowed)))
+
+
+def _method(value: object) -> str | Scorer:
+    if isinstance(value, Scorer) and not isinstance(value, type):
+        return value
+    if isinstance(value, str) and value in METHODS:
+        return value
+    raise ValueError(
+        _expected("method", value, f"{_either(METHODS)}, or an object with score(name, weights)")
+    )
+
+
+def _schedule(value: object) -> ScheduleLike:
+    if isinstance(value, str):
+        if value in SCHEDULES:
+            return value
+    elif (isinstance(value, Schedule) and not isinstance(value, type)) or callable(value):
+        return value
+    elif isinstance(value, Iterable):
+        return check_growing("schedule", value)
+    others = "an object of sparsam.schedules, a list of sparsities, a function of progress"
+    raise ValueError(_expected("schedule", value, f"{_either(SCHEDULES)}, {others}"))
+
+
+def _pattern(what: str, value: object) -> Pattern:
+    if isinstance(value, Pattern):
+        return value
+    raise ValueError(
+        _expected(what, value, "Unstructured(), NM(n, m), Block(rows, cols) or Slices(axis, size)")
+    )
+
+
+def _exclude(value: object) -> tuple[str, ...]:
+    names = (value,) if isinstance(value, str) or not isinstance(value, Iterable) else tuple(value)
+    for name in names:
+        if not isinstance(name, str):
+            raise ValueError(
+                _expected("exclude", name, 'shell-style name patterns, such as ("head*", "*.norm.*")')
+            )
+    return names
+
+
+def _overrides(value: object, pattern: Pattern) -> dict[str, Override]:
+    if not isinstance(value, Mapping):
+        raise ValueError(
+            _expected("overrides", value, "a mapping from name patterns to sparsities or patterns")
+        )
+    for name in value:
+        if not isinstance(name, str):
+            raise ValueError(_expected("overrides", name, "shell-style name patterns as keys"))
+    return {name: _override(f"overrides[{name!r}]", entry, pattern) for name, entry in value.items()}
+
+
+def _override(what: str, value: object, pattern: Pattern) -> Override:
+    if isinstance(value, Pattern):
+        return value
+    sparsity, own = value if isinstance(value, tuple) and len(value) == 2 else (value, pattern)
+    number, own = check_sparsity(what, sparsity), _pattern(what, own)
+    if isinstance(own, NM):
+        if not _same(number, own.sparsity):
+            msg = f"{what} is {number}, but pattern {own} has the sparsity {own.sparsity}; they must agree"
+            raise ValueError(msg)
+        number = own.sparsity
+    return (number, own) if isinstance(value, tuple) else number
+
+
+def _integer(what: str, value: Any) -> int:
+    try:
+        if not isinstance(value, bool):
+            return operator.index(value)
+    except TypeError:
+        pass
+    raise ValueError(_expected(what, value, "an integer"))
+
+
+def _positive(what: str, value: object) -> int:
+    number = _integer(what, value)
+    if number < 1:
+        raise ValueError(_expected(what, value, "an integer of at least 1"))
+    return number
+
+
+def _either(names: tuple[str, ...]) -> str:
+    return ", ".join(repr(name) for name in names)
+
+
+def _expected(what: str, got: object, wanted: str) -> str:
+    return f"{what}: expected {wanted}; got {got!r}"
+
+
+def _set(instance: object, **fields: object) -> None:
+    """Stores checked values on a frozen dataclass."""
+    for name, value in fields.items():
+        object.__setattr__(instance, name, value)

@@ -1,0 +1,365 @@
+"""Iterative pruning: prune a little, let the model recover, evaluate, and go on while it pays.
+
+Pruning is irreversible, so the dense weights are never touched, each iteration works on a copy of the last
+good one, and with a `state_dir` every finished iteration outlives the process.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from numbers import Real
+from os import PathLike
+from pathlib import Path
+from typing import Any, Generic, TypeAlias, TypeVar, overload
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from sparsam import schedules, scores
+from sparsam._state import HistoryRow, Progress, StateDir, identify
+from sparsam.config import NM, Override, Pattern, PruningConfig, Schedule, ScheduleLike, check_sparsity
+from sparsam.masks import Mask
+from sparsam.pruner import SINGLE, Pool, check_patterns, configured, describe, plan, prune_pools, to_arrays
+from sparsam.report import Report
+
+__all__ = ["HistoryRow", "IterativePruner", "IterativeResult"]
+
+WeightsT = TypeVar("WeightsT")
+MasksT = TypeVar("MasksT")
+
+Arrays: TypeAlias = dict[str, NDArray[Any]]
+Masks: TypeAlias = dict[str, Mask]
+
+
+@dataclass(frozen=True)
+class IterativeResult(Generic[WeightsT, MasksT]):
+    """What `IterativePruner.run` returns; where one array was given, weights and masks are one of each.
+
+    Attributes:
+        history: One row per iteration, the one that stopped the run included.
+        final_sparsity: The sparsity of `weights`, as in the row that they come from; 0.0 if they are dense.
+        weights: Name -> the last good weights, in new arrays.
+        masks: Name -> the mask of each tensor that is being pruned; all ones if `weights` are dense.
+        report: The statistics of every tensor.
+        dense_weights: Name -> the weights as they came; the caller's arrays.
+        dense_score: What `eval_fn` returned for them.
+        stopped_early: Whether a score failed `min_score` or `max_drop`.
+    """
+
+    history: list[HistoryRow]
+    final_sparsity: float
+    weights: WeightsT
+    masks: MasksT
+    report: Report
+    dense_weights: WeightsT
+    dense_score: float
+    stopped_early: bool
+
+
+class IterativePruner:
+    """Prunes along a schedule, with recovery in between.
+
+    Attributes:
+        initial_sparsity: Where the schedule starts; "one_shot", a list and a function have no use for it.
+        final_sparsity: Where it ends.
+        num_iterations: In how many steps.
+        schedule: What was given, or the configuration's.
+        config: The configuration, with final_sparsity, num_iterations and schedule set in it.
+        history: The rows of the latest run: while it goes on, and also if it breaks off.
+    """
+
+    def __init__(
+        self,
+        initial_sparsity: float = 0.2,
+        final_sparsity: float | None = None,
+        num_iterations: int | None = None,
+        schedule: ScheduleLike | None = None,
+        config: PruningConfig | None = None,
+    ) -> None:
+        """Settles the schedule.
+
+        Args:
+            initial_sparsity: The sparsity of the first iteration.
+            final_sparsity: The sparsity of the last. Left out: the end of an explicit schedule, else the
+                configuration's target, else 0.8.
+            num_iterations: Left out: the length of an explicit list, else the configuration's, else 4.
+            schedule: A name, an object of `sparsam.schedules`, a list of sparsities or a function of
+                progress. Left out: the configuration's, else "linear".
+            config: What is pruned, and how.
+
+        Raises:
+            ValueError: A value is out of range, values contradict each other, the schedule shrinks, or it
+                asks an N:M pattern for another sparsity than its own.
+        """
+        changes: dict[str, Any] = {}
+        if schedule is not None:
+            changes["schedule"] = schedule
+            if not isinstance(schedule, (str, Schedule)):
+                changes["target_sparsity"] = None
+                if not callable(schedule):
+                    changes["num_iterations"] = 1
+        if final_sparsity is not None:
+            changes["target_sparsity"] = final_sparsity
+        if num_iterations is not None:
+            changes["num_iterations"] = num_iterations
+        if config is None:
+            config = PruningConfig(target_sparsity=0.8, schedule="linear", num_iterations=4)
+        self.config = configured(config, changes)
+        self.initial_sparsity = check_sparsity("initial_sparsity", initial_sparsity)
+        self.final_sparsity = self.config.target_sparsity
+        self.num_iterations = self.config.num_iterations
+        self.schedule = self.config.schedule
+        self.history: list[HistoryRow] = []
+        pattern, sparsities = self.config.pattern, self.get_schedule()
+        if isinstance(pattern, NM) and set(sparsities) != {pattern.sparsity}:
+            msg = f"pattern {pattern} has one sparsity: expected schedule 'one_shot'; got {self.schedule!r}"
+            raise ValueError(msg)
+
+    def get_schedule(self) -> list[float]:
+        """Returns the sparsity of each iteration."""
+        return schedules.sample(
+            self.schedule,
+            num_iterations=self.num_iterations,
+            initial=self.initial_sparsity,
+            final=self.final_sparsity,
+        )
+
+    @overload
+    def run(
+        self,
+        weights: Mapping[str, ArrayLike],
+        eval_fn: Callable[[Arrays], float],
+        recover_fn: Callable[[Arrays, Masks, int], Mapping[str, ArrayLike] | None] | None = ...,
+        *,
+        min_score: float | None = ...,
+        max_drop: float | None = ...,
+        on_iteration: Callable[[HistoryRow], object] | None = ...,
+        state_dir: str | PathLike[str] | None = ...,
+    ) -> IterativeResult[Arrays, Masks]: ...
+    @overload
+    def run(
+        self,
+        weights: ArrayLike,
+        eval_fn: Callable[[NDArray[Any]], float],
+        recover_fn: Callable[[NDArray[Any], Mask, int], ArrayLike | None] | None = ...,
+        *,
+        min_score: float | None = ...,
+        max_drop: float | None = ...,
+        on_iteration: Callable[[HistoryRow], object] | None = ...,
+        state_dir: str | PathLike[str] | None = ...,
+    ) -> IterativeResult[NDArray[Any], Mask]: ...
+    def run(
+        self,
+        weights: Mapping[str, ArrayLike] | ArrayLike,
+        eval_fn: Callable[[Any], float],
+        recover_fn: Callable[[Any, Any, int], Any] | None = None,
+        *,
+        min_score: float | None = None,
+        max_drop: float | None = None,
+        on_iteration: Callable[[HistoryRow], object] | None = None,
+        state_dir: str | PathLike[str] | None = None,
+    ) -> IterativeResult[Any, Any]:
+        """Prunes, recovers, evaluates and records, once for each sparsity of the schedule.
+
+        What is pruned stays pruned: masks only grow, and what recovery revived is zeroed again before it is
+        evaluated. The sparsity of an override grows in proportion to the schedule; an N:M override is in full
+        force from the first iteration on.
+
+        Args:
+            weights: As for `sparsam.prune`. Never modified.
+            eval_fn: Weights -> score; the larger, the better (return the negative of a loss). It is given a
+                copy.
+            recover_fn: (weights, masks, iteration) -> the recovered weights, or None where it changed the
+                given ones, which it is free to do. Tensors missing from what it returns stay as they were.
+            min_score: Stop at a score that is not at least this.
+            max_drop: Stop at a score that is more than this below the dense score.
+            on_iteration: Called with each new row of the history, once `state_dir` has it.
+            state_dir: A folder, made if needed, for the state of the run after each iteration. If it holds
+                one, the run goes on from there and only the iteration that was interrupted is done again.
+                State that `recover_fn` keeps to itself is its own business.
+
+        Returns:
+            The last good weights (the dense ones if the first iteration fails), and how they came about.
+
+        Raises:
+            ValueError: As for `sparsam.prune`; `recover_fn` returned an unknown name or another shape;
+                `state_dir` belongs to a run with other weights, configuration or schedule.
+            TypeError: As for `sparsam.prune`; a callback returned something of another type.
+        """
+        limits = _Limits(min_score, max_drop)
+        if isinstance(weights, Mapping):
+            dense, min_rank, evaluate, recover = to_arrays(weights), 2, eval_fn, recover_fn
+        else:
+            dense, min_rank, evaluate = to_arrays({SINGLE: weights}), 0, _alone_eval(eval_fn)
+            recover = None if recover_fn is None else _alone_recover(recover_fn)
+        check_patterns(self.config, dense, stacklevel=2)
+        steps = self._steps(dense, min_rank)
+        store = None
+        if state_dir is not None:
+            store = StateDir(Path(state_dir), identify(self.config, self.get_schedule(), dense))
+
+        progress = store.load() if store else None
+        if progress is None:
+            progress = Progress(_score(evaluate, dense))
+            if store:
+                store.save(progress)
+        if progress.failed and not limits.fails(progress.failed.score, progress.dense_score):
+            progress = replace(progress, failed=None)
+        self.history = progress.rows()
+
+        while not progress.failed and len(progress.history) < len(steps):
+            start = time.perf_counter()
+            iteration = len(progress.history) + 1
+            arrays, masks = self._pruned(progress, dense, steps[iteration - 1])
+            if recover is not None:
+                arrays = _recovered(recover, arrays, masks, iteration)
+            score = _score(evaluate, arrays)
+            row = HistoryRow(iteration, _sparsity(masks), score, time.perf_counter() - start)
+            if limits.fails(score, progress.dense_score):
+                progress = replace(progress, failed=row)
+            else:
+                progress = Progress(progress.dense_score, (*progress.history, row), None, arrays, masks)
+            if store:
+                store.save(progress)
+            self.history.append(row)
+            if on_iteration is not None:
+                on_iteration(row)
+
+        result: IterativeResult[Any, Any] = _result(dense, progress, steps[-1])
+        if isinstance(weights, Mapping):
+            return result
+        mask = result.masks.get(SINGLE, Mask.ones(dense[SINGLE].shape))
+        return replace(result, weights=result.weights[SINGLE], masks=mask, dense_weights=dense[SINGLE])
+
+    def _steps(self, dense: Arrays, min_rank: int) -> list[list[Pool]]:
+        """What is pruned in each iteration, and how far."""
+        schedule = self.get_schedule()
+        steps = []
+        for sparsity in schedule:
+            share = sparsity / schedule[-1] if schedule[-1] else 1.0
+            overrides = {name: _scaled(value, share) for name, value in self.config.overrides.items()}
+            config = replace(
+                self.config,
+                target_sparsity=sparsity,
+                schedule="one_shot",
+                num_iterations=1,
+                overrides=overrides,
+            )
+            steps.append(plan(dense, config, min_rank=min_rank))
+        return steps
+
+    def _pruned(self, progress: Progress, dense: Arrays, pools: list[Pool]) -> tuple[Arrays, Masks]:
+        """The last good weights pruned further, in new arrays."""
+        weights = dense if progress.weights is None else progress.weights
+        arrays = {name: array.copy() for name, array in weights.items()}
+        method = scores.resolve(self.config.method)
+        return arrays, prune_pools(arrays, pools, method, arrays, previous=progress.masks)
+
+
+@dataclass(frozen=True)
+class _Limits:
+    """When to stop. A score that is NaN fails every limit."""
+
+    min_score: float | None
+    max_drop: float | None
+
+    def __post_init__(self) -> None:
+        for name, value in (("min_score", self.min_score), ("max_drop", self.max_drop)):
+            if value is not None and (
+                isinstance(value, bool) or not isinstance(value, Real) or math.isnan(value)
+            ):
+                msg = f"{name}: expected a number; got {value!r}"
+                raise ValueError(msg)
+        if self.max_drop is not None and self.max_drop < 0:
+            msg = f"max_drop: expected a drop of at least 0; got {self.max_drop!r}"
+            raise ValueError(msg)
+
+    def fails(self, score: float, dense_score: float) -> bool:
+        too_low = self.min_score is not None and not score >= self.min_score
+        return too_low or (self.max_drop is not None and not dense_score - score <= self.max_drop)
+
+
+def _alone_eval(eval_fn: Callable[[Any], float]) -> Callable[[Arrays], float]:
+    """An `eval_fn` of one array as one of a mapping."""
+    return lambda arrays: eval_fn(arrays[SINGLE])
+
+
+def _alone_recover(recover_fn: Callable[[Any, Any, int], Any]) -> Callable[[Arrays, Masks, int], Any]:
+    """A `recover_fn` of one array as one of a mapping."""
+
+    def recover(arrays: Arrays, masks: Masks, iteration: int) -> Mapping[str, ArrayLike] | None:
+        array = arrays[SINGLE]
+        returned = recover_fn(array, masks.get(SINGLE, Mask.ones(array.shape)), iteration)
+        return None if returned is None else {SINGLE: returned}
+
+    return recover
+
+
+def _scaled(value: Override, share: float) -> Override:
+    """An override at a share of its sparsity; N:M has but one."""
+    if isinstance(value, Pattern):
+        return value
+    if isinstance(value, tuple):
+        sparsity, pattern = value
+        return value if isinstance(pattern, NM) else (sparsity * share, pattern)
+    return value * share
+
+
+def _score(evaluate: Callable[[Arrays], float], arrays: Arrays) -> float:
+    score = evaluate({name: array.copy() for name, array in arrays.items()})
+    try:
+        return float(score)
+    except (TypeError, ValueError) as error:
+        msg = f"eval_fn: expected a number; got {score!r}"
+        raise TypeError(msg) from error
+
+
+def _recovered(
+    recover: Callable[[Arrays, Masks, int], Any], arrays: Arrays, masks: Masks, iteration: int
+) -> Arrays:
+    """What recovery made of the weights: names, shapes and dtypes as before, masked, in arrays of our own."""
+    given = dict(arrays)
+    returned = recover(given, dict(masks), iteration)
+    source = given if returned is None else returned
+    if not isinstance(source, Mapping):
+        msg = f"recover_fn: expected a mapping from names to arrays, or None; got {source!r}"
+        raise TypeError(msg)
+    unknown = [name for name in source if name not in arrays]
+    if unknown:
+        msg = f"recover_fn returned the tensors {unknown!r}; expected only {list(arrays)!r}"
+        raise ValueError(msg)
+    recovered = {}
+    for name, array in arrays.items():
+        value = np.asarray(source.get(name, array))
+        if value.shape != array.shape:
+            msg = f"recover_fn returned tensor {name!r} of shape {value.shape}; expected {array.shape}"
+            raise ValueError(msg)
+        recovered[name] = value.astype(array.dtype, copy=value is not array)
+        if name in masks:
+            masks[name].apply(recovered[name], out=recovered[name])
+    return recovered
+
+
+def _sparsity(masks: Masks) -> float:
+    size = sum(mask.size for mask in masks.values())
+    return (size - sum(mask.count for mask in masks.values())) / size if size else 0.0
+
+
+def _result(dense: Arrays, progress: Progress, pools: list[Pool]) -> IterativeResult[Arrays, Masks]:
+    weights, masks = progress.weights, progress.masks
+    if weights is None or masks is None:
+        weights = {name: array.copy() for name, array in dense.items()}
+        masks = {name: Mask.ones(dense[name].shape) for pool in pools for name in pool.names}
+    return IterativeResult(
+        history=progress.rows(),
+        final_sparsity=progress.history[-1].sparsity if progress.history else 0.0,
+        weights=weights,
+        masks=masks,
+        report=describe(dense, masks, pools),
+        dense_weights=dense,
+        dense_score=progress.dense_score,
+        stopped_early=progress.failed is not None,
+    )

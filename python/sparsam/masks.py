@@ -1,0 +1,200 @@
+"""Mask: which weights are kept, one bit each."""
+
+from __future__ import annotations
+
+import math
+import struct
+from typing import Any, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sparsam import _core
+
+Scalar = TypeVar("Scalar", bound=np.generic)
+
+_MAGIC = b"SPMASK\x00\x01"
+_MAX_DIMS = 64
+
+
+class Mask:
+    """An immutable boolean array, bit-packed: True where a weight is kept.
+
+    Element i of the C order is bit i % 8 of byte i // 8; bits past the last element are 0. It takes an eighth
+    of a byte per weight, whatever the dtype of the weights.
+
+    Build one with `select`, `Mask.from_array`, `Mask.ones` or `Mask.from_bytes`; combine with `&`, `|`, `~`,
+    `==`.
+    """
+
+    __slots__ = ("_count", "_shape", "_words")
+
+    def __init__(self, words: NDArray[np.uint64], shape: tuple[int, ...]) -> None:
+        """For this package: `words` hold 64 elements each and are owned by the mask from now on."""
+        words.flags.writeable = False
+        self._words = words
+        self._shape = tuple(shape)
+        self._count: int | None = None
+
+    @classmethod
+    def from_array(cls, keep: NDArray[np.bool_]) -> Mask:
+        """Pack a boolean array of any shape; True means kept.
+
+        Raises:
+            TypeError: the array is not boolean.
+        """
+        keep = np.asarray(keep)
+        if keep.dtype != np.bool_:
+            msg = f"keep has dtype {keep.dtype}: expected bool; compare first, as in `weights != 0`"
+            raise TypeError(msg)
+        return cls._from_packed(np.packbits(keep, axis=None, bitorder="little"), keep.shape)
+
+    @classmethod
+    def ones(cls, shape: tuple[int, ...]) -> Mask:
+        """The mask of that shape that keeps everything."""
+        n = math.prod(shape)
+        packed = np.full((n + 7) // 8, 0xFF, np.uint8)
+        if n % 8:
+            packed[-1] = (1 << n % 8) - 1
+        return cls._from_packed(packed, shape)
+
+    @classmethod
+    def _from_packed(cls, packed: NDArray[np.uint8], shape: tuple[int, ...]) -> Mask:
+        words = np.zeros((packed.size + 7) // 8, np.dtype("<u8"))
+        words.view(np.uint8)[: packed.size] = packed
+        return cls(words, shape)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the weights."""
+        return self._shape
+
+    @property
+    def size(self) -> int:
+        """The number of weights."""
+        return math.prod(self._shape)
+
+    @property
+    def count(self) -> int:
+        """The number of weights kept."""
+        if self._count is None:
+            self._count = _core.count_bits(self._words)
+        return self._count
+
+    @property
+    def density(self) -> float:
+        """The share of weights kept; 1.0 for a mask without elements."""
+        return self.count / self.size if self.size else 1.0
+
+    @property
+    def sparsity(self) -> float:
+        """The share of weights pruned, 1 - density."""
+        return 1.0 - self.density
+
+    @property
+    def bits(self) -> NDArray[np.uint8]:
+        """The packed bits, ceil(size / 8) bytes, read-only."""
+        return self._words.view(np.uint8)[: (self.size + 7) // 8]
+
+    def apply(self, weights: NDArray[Scalar], *, out: NDArray[Scalar] | None = None) -> NDArray[Scalar]:
+        """The weights with the pruned ones as +0.
+
+        Args:
+            weights: the mask's shape; float16, bfloat16, float32 or float64; any strides.
+            out: where to write, of the same shape and dtype; `weights` itself to prune in place. Another
+                overlap with `weights` is an error.
+
+        Returns:
+            `out`, or a new array in C order.
+
+        Raises:
+            ValueError: the shape does not match, or `out` does not fit.
+            TypeError: the dtype is not one of the four.
+        """
+        weights = np.asarray(weights)
+        if weights.shape != self._shape:
+            msg = f"weights have shape {weights.shape}: the mask has {self._shape}"
+            raise ValueError(msg)
+        if out is None:
+            out = np.empty(weights.shape, weights.dtype)
+        elif out.shape != weights.shape or out.dtype != weights.dtype:
+            msg = f"out is {out.dtype} {out.shape}: expected {weights.dtype} {weights.shape}, as the weights"
+            raise ValueError(msg)
+        _check_overlap(weights, out)
+        _core.apply_mask(weights, self._words, out)
+        return out
+
+    def to_array(self) -> NDArray[np.bool_]:
+        """A boolean array of the mask's shape, True where kept."""
+        flat = np.unpackbits(self.bits, count=self.size, bitorder="little")
+        return flat.view(np.bool_).reshape(self._shape)
+
+    def to_bytes(self) -> bytes:
+        """A self-contained form: magic, number of dimensions, shape, bits (docs/formats.md)."""
+        header = struct.pack(f"<8sQ{len(self._shape)}Q", _MAGIC, len(self._shape), *self._shape)
+        return header + self.bits.tobytes()
+
+    @classmethod
+    def from_bytes(cls, data: bytes | bytearray | memoryview) -> Mask:
+        """Read what `to_bytes` wrote.
+
+        Raises:
+            ValueError: the data is not a mask, or is damaged.
+        """
+        data = bytes(data)
+        if data[:8] != _MAGIC:
+            msg = f"data starts with {data[:8]!r}: expected a mask, which starts with {_MAGIC!r}"
+            raise ValueError(msg)
+        ndim = struct.unpack_from("<Q", data, 8)[0] if len(data) >= 16 else _MAX_DIMS + 1
+        if ndim > _MAX_DIMS or len(data) < 16 + 8 * ndim:
+            msg = f"{len(data)} bytes: the header of the mask is damaged or cut short"
+            raise ValueError(msg)
+        shape = struct.unpack_from(f"<{ndim}Q", data, 16)
+        size = math.prod(shape)
+        expected = 16 + 8 * ndim + (size + 7) // 8
+        if len(data) != expected:
+            msg = f"{len(data)} bytes: expected {expected} for a mask of shape {shape}"
+            raise ValueError(msg)
+        if size % 8 and data[-1] >> size % 8:
+            msg = "the bits past the last element are not 0: the mask is damaged"
+            raise ValueError(msg)
+        return cls._from_packed(np.frombuffer(data, np.uint8, offset=16 + 8 * ndim), shape)
+
+    def _combine(self, other: Mask, operation: np.ufunc) -> Mask:
+        if self._shape != other._shape:
+            msg = f"masks of shapes {self._shape} and {other._shape}: expected the same shape"
+            raise ValueError(msg)
+        return Mask(operation(self._words, other._words), self._shape)
+
+    def __and__(self, other: Mask) -> Mask:
+        return self._combine(other, np.bitwise_and) if isinstance(other, Mask) else NotImplemented
+
+    def __or__(self, other: Mask) -> Mask:
+        return self._combine(other, np.bitwise_or) if isinstance(other, Mask) else NotImplemented
+
+    def __invert__(self) -> Mask:
+        return self._combine(Mask.ones(self._shape), np.bitwise_xor)
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Mask):
+            return NotImplemented
+        return self._shape == other._shape and bool(np.array_equal(self._words, other._words))
+
+    def __hash__(self) -> int:
+        return hash((self._shape, self._words.tobytes()))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Mask.from_bytes, (self.to_bytes(),)
+
+    def __repr__(self) -> str:
+        return f"Mask(shape={self._shape}, kept={self.count} of {self.size}, density={self.density:.4g})"
+
+
+def _check_overlap(weights: NDArray[Any], out: NDArray[Any]) -> None:
+    """Refuse an output that is a shifted view of the input: kernels read and write piece by piece."""
+    same = weights.__array_interface__["data"][0] == out.__array_interface__["data"][0]
+    if same and weights.strides == out.strides:
+        return
+    if np.may_share_memory(weights, out):
+        msg = "out overlaps the weights: expected the weights themselves (in place) or separate memory"
+        raise ValueError(msg)

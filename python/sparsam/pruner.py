@@ -1,0 +1,364 @@
+"""Pruning: configuration and weights in, pruned weights, masks and a report out.
+
+This is where the stages meet: a `plan` says which tensors share one selection, scores and selection turn each
+pool of them into masks, and the masks are applied.
+"""
+
+from __future__ import annotations
+
+import difflib
+import warnings
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+from typing import Any, Generic, TypeVar, overload
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from sparsam import scores
+from sparsam.config import NM, Override, Pattern, PruningConfig, Scorer
+from sparsam.masks import Mask
+from sparsam.report import LayerStats, Report
+from sparsam.selection import select_many
+
+SINGLE = "weights"
+"""What a tensor that came without a name is called."""
+
+_DTYPES = ("float16", "bfloat16", "float32", "float64")
+
+WeightsT = TypeVar("WeightsT")
+MasksT = TypeVar("MasksT")
+
+
+@dataclass(frozen=True)
+class PruningResult(Generic[WeightsT, MasksT]):
+    """What `prune` returns.
+
+    Attributes:
+        weights: Name -> pruned array, dtypes and shapes as they came; tensors left dense are the caller's own
+            objects. One array if one array was given.
+        masks: Name -> `Mask` of each tensor that was pruned. One mask if one array was given.
+        report: The statistics of every tensor; `print` it.
+    """
+
+    weights: WeightsT
+    masks: MasksT
+    report: Report
+
+
+@dataclass(frozen=True)
+class Pool:
+    """Tensors that share one selection: one threshold and one exact count."""
+
+    names: tuple[str, ...]
+    sparsity: float
+    pattern: Pattern
+
+
+@overload
+def prune(
+    weights: Mapping[str, ArrayLike],
+    config: PruningConfig | None = ...,
+    *,
+    inplace: bool = ...,
+    **changes: Any,
+) -> PruningResult[dict[str, NDArray[Any]], dict[str, Mask]]: ...
+@overload
+def prune(
+    weights: ArrayLike, config: PruningConfig | None = ..., *, inplace: bool = ..., **changes: Any
+) -> PruningResult[NDArray[Any], Mask]: ...
+def prune(
+    weights: Mapping[str, ArrayLike] | ArrayLike,
+    config: PruningConfig | None = None,
+    *,
+    inplace: bool = False,
+    **changes: Any,
+) -> PruningResult[Any, Any]:
+    """Prunes weights to the target sparsity of a configuration, at once.
+
+    In each pool of tensors (one tensor, or in global scope all of them) exactly `round(sparsity * n)` of the
+    n groups of the pattern are zeroed; among equal scores the earlier tensor and the lower flat index are
+    kept.
+
+    Args:
+        weights: Name -> array of float16, bfloat16, float32 or float64, of any shape and strides; or one
+            array. What is no array (nested lists) goes through NumPy, integers as float64. Tensors with fewer
+            than two axes stay dense unless named in `overrides`; one array given by itself is pruned whatever
+            its shape, and patterns know it as "weights".
+        config: What to do; `PruningConfig()` if left out.
+        inplace: Zero the pruned weights in the caller's arrays and return those. If a tensor turns out to be
+            unfit, the ones before it are pruned already.
+        **changes: Fields of `PruningConfig` to set on top of `config`: `prune(w, target_sparsity=0.9)`.
+
+    Returns:
+        The pruned weights, their masks and a report. Arrays are new, but for `inplace` and tensors left
+        dense.
+
+    Raises:
+        ValueError: An override matches no tensor; a tensor has a NaN, or a shape that the pattern does not
+            divide; `inplace` meets an array that is read-only or no array; a field of the configuration is
+            wrong.
+        TypeError: A tensor to be pruned has another dtype.
+
+    Warns:
+        UserWarning: A pattern in `exclude` matches no tensor.
+    """
+    settings = configured(config, changes)
+    named = weights if isinstance(weights, Mapping) else {SINGLE: weights}
+    arrays = to_arrays(named)
+    check_patterns(settings, arrays, stacklevel=2)
+    result = _prune(named, arrays, settings, inplace=inplace, min_rank=2 if named is weights else 0)
+    if named is weights:
+        return result
+    mask = result.masks.get(SINGLE, Mask.ones(arrays[SINGLE].shape))
+    return PruningResult(result.weights[SINGLE], mask, result.report)
+
+
+class MagnitudePruner:
+    """Prunes one layer at a time by magnitude, and keeps the statistics.
+
+    Attributes:
+        config: The configuration; its method is "magnitude" and its scope "layer".
+        stats: The statistics of each call of `prune_layer`, in order.
+    """
+
+    def __init__(self, config: PruningConfig | None = None) -> None:
+        """Takes the configuration, `PruningConfig()` if left out; ValueError for another method or scope."""
+        self.config = configured(config, {})
+        self.stats: list[LayerStats] = []
+        if not isinstance(scores.resolve(self.config.method), scores.Magnitude):
+            msg = (
+                f"MagnitudePruner: expected method 'magnitude'; got {self.config.method!r}; use sparsam.prune"
+            )
+            raise ValueError(msg)
+        if self.config.scope != "layer":
+            msg = "MagnitudePruner sees one layer at a time: expected scope 'layer'; use sparsam.prune"
+            raise ValueError(msg)
+
+    def prune_layer(self, name: str, weights: ArrayLike) -> tuple[NDArray[Any], LayerStats]:
+        """Prunes one tensor, whatever its shape.
+
+        Args:
+            name: What `exclude` and `overrides` of the configuration know the tensor as.
+            weights: Anything that NumPy can turn into an array of a floating-point dtype; integers in nested
+                lists become float64. Not modified.
+
+        Returns:
+            The pruned array, and its statistics, which are also appended to `stats`.
+
+        Raises:
+            ValueError: A NaN, or a shape that the pattern does not divide.
+            TypeError: A dtype other than float16, bfloat16, float32 and float64.
+        """
+        arrays = to_arrays({name: weights})
+        result = _prune(arrays, arrays, self.config, inplace=False, min_rank=0)
+        (stats,) = result.report.layers
+        self.stats.append(stats)
+        return result.weights[name], stats
+
+
+def configured(config: PruningConfig | None, changes: Mapping[str, Any]) -> PruningConfig:
+    """Returns `config`, or the default one, with the changes applied."""
+    if config is None:
+        return PruningConfig(**changes)
+    if not isinstance(config, PruningConfig):
+        msg = (
+            f"config: expected a PruningConfig; got {config!r}; fields go by name, as in target_sparsity=0.9"
+        )
+        raise TypeError(msg)
+    return replace(config, **changes) if changes else config
+
+
+def to_array(name: str, value: ArrayLike) -> NDArray[Any]:
+    """Returns `value` as a plain array without copying one; integers outside arrays become float64."""
+    try:
+        array = np.asarray(value)
+    except (TypeError, ValueError) as error:
+        msg = f"tensor {name!r}: NumPy cannot make an array of this {type(value).__name__}: {error}"
+        raise ValueError(msg) from error
+    if not hasattr(value, "__array__") and array.dtype.kind in "biu":
+        return array.astype(np.float64)
+    return array
+
+
+def to_arrays(weights: Mapping[str, ArrayLike]) -> dict[str, NDArray[Any]]:
+    """Returns the values of `weights` as plain arrays; TypeError for a name that is not text."""
+    for name in weights:
+        if not isinstance(name, str):
+            msg = f"weights: expected names as keys; got {name!r} of type {type(name).__name__}"
+            raise TypeError(msg)
+    return {name: to_array(name, value) for name, value in weights.items()}
+
+
+def check_patterns(config: PruningConfig, names: Collection[str], *, stacklevel: int) -> None:
+    """Raises for an override that matches no name, and warns of an exclude that does."""
+    for pattern in config.overrides:
+        if not any(fnmatchcase(name, pattern) for name in names):
+            close = difflib.get_close_matches(pattern, names, n=3, cutoff=0.0)
+            hint = f"the closest names are {', '.join(map(repr, close))}" if close else "there are no tensors"
+            msg = f"overrides: {pattern!r} matches no tensor; {hint}"
+            raise ValueError(msg)
+    for pattern in config.exclude:
+        if not any(fnmatchcase(name, pattern) for name in names):
+            warnings.warn(f"exclude: {pattern!r} matches no tensor", UserWarning, stacklevel=stacklevel + 1)
+
+
+def plan(arrays: Mapping[str, NDArray[Any]], config: PruningConfig, *, min_rank: int = 2) -> list[Pool]:
+    """Returns the pools of tensors that are pruned; a tensor in none of them stays dense.
+
+    Args:
+        arrays: Name -> array.
+        config: The configuration.
+        min_rank: Tensors with fewer axes are pruned only when named in overrides.
+
+    Raises:
+        TypeError: A tensor to be pruned has a dtype that cannot be.
+    """
+    pooled: list[str] = []
+    pools: list[Pool] = []
+    for name, array in arrays.items():
+        if any(fnmatchcase(name, pattern) for pattern in config.exclude):
+            continue
+        own = [value for pattern, value in config.overrides.items() if fnmatchcase(name, pattern)]
+        if own:
+            pools.append(Pool((name,), *_own(own[-1], config)))
+        elif array.ndim >= min_rank:
+            pooled.append(name)
+        else:
+            continue
+        if array.dtype.name not in _DTYPES or not array.dtype.isnative:
+            msg = (
+                f"tensor {name!r} has dtype {array.dtype}: expected {', '.join(_DTYPES)} in native byte "
+                "order; convert it with .astype(), or exclude the tensor"
+            )
+            raise TypeError(msg)
+    groups = [(name,) for name in pooled] if config.scope == "layer" else [tuple(pooled)] if pooled else []
+    return [Pool(names, config.target_sparsity, config.pattern) for names in groups] + pools
+
+
+def _own(value: Override, config: PruningConfig) -> tuple[float, Pattern]:
+    """The sparsity and the pattern that an override stands for."""
+    if isinstance(value, tuple):
+        return value
+    if isinstance(value, NM):
+        return value.sparsity, value
+    if isinstance(value, Pattern):
+        return config.target_sparsity, value
+    return value, config.pattern
+
+
+def prune_pools(
+    arrays: Mapping[str, NDArray[Any]],
+    pools: Collection[Pool],
+    method: Scorer,
+    outs: Mapping[str, NDArray[Any]],
+    *,
+    previous: Mapping[str, Mask] | None = None,
+) -> dict[str, Mask]:
+    """Selects in each pool and writes the pruned tensors.
+
+    Args:
+        arrays: Name -> array.
+        pools: What `plan` returned.
+        method: The scorer.
+        outs: Name -> where the pruned tensor goes; may be the same array.
+        previous: Masks of an earlier step; what they pruned stays pruned, as long as no pool's sparsity
+            shrinks.
+
+    Returns:
+        Name -> mask of each tensor in a pool, in the order of `arrays`.
+    """
+    masks: dict[str, Mask] = {}
+    for pool in pools:
+        tensors = {name: arrays[name] for name in pool.names}
+        ranked = {name: _score(method, name, tensor) for name, tensor in tensors.items()}
+        norm = method.norm if isinstance(method, scores.Magnitude) else 1
+        fused = previous is None and all(ranked[name] is tensor for name, tensor in tensors.items())
+        chosen = select_many(ranked, pool.sparsity, pool.pattern, norm=norm, out=outs if fused else None)
+        if previous is not None and any((mask & ~previous[name]).count for name, mask in chosen.items()):
+            last = {name: _pruned_last(ranked[name], previous[name], norm) for name in pool.names}
+            chosen = select_many(last, pool.sparsity, pool.pattern, norm=norm)
+        if not fused:
+            for name, tensor in tensors.items():
+                chosen[name].apply(tensor, out=outs[name])
+        masks |= chosen
+    return {name: masks[name] for name in arrays if name in masks}
+
+
+def _score(method: Scorer, name: str, tensor: NDArray[Any]) -> NDArray[Any]:
+    ranked = np.asarray(method.score(name, tensor))
+    if ranked is tensor:
+        return tensor
+    if ranked.shape != tensor.shape or ranked.dtype.name not in _DTYPES:
+        msg = (
+            f"tensor {name!r}: expected scores of shape {tensor.shape} and one of the dtypes "
+            f"{', '.join(_DTYPES)} from {method!r}; got shape {ranked.shape} and dtype {ranked.dtype}"
+        )
+        raise ValueError(msg)
+    if (ranked < 0).any():
+        msg = f"tensor {name!r}: expected scores of at least 0 from {method!r}; got {ranked.min()}"
+        raise ValueError(msg)
+    return ranked
+
+
+def _pruned_last(ranked: NDArray[Any], previous: Mask, norm: int) -> NDArray[np.float64]:
+    """Scores in which a kept zero beats what is pruned already, lest a tie at zero lets that back in.
+
+    A kept zero scores the least float64, or the square root of that where groups sum up squares.
+    """
+    keep = previous.to_array()
+    least = 2.0 ** (-1074 if norm == 1 else -537)
+    return np.where(keep, np.maximum(np.abs(ranked.astype(np.float64)), least), 0.0)
+
+
+def describe(
+    arrays: Mapping[str, NDArray[Any]], masks: Mapping[str, Mask], pools: Collection[Pool]
+) -> Report:
+    """Returns the report on tensors that were pruned with these masks, those left dense included."""
+    patterns = {name: str(pool.pattern) for pool in pools for name in pool.names}
+    layers = []
+    for name, array in arrays.items():
+        dense = array.size * array.itemsize
+        kept, packed = array.size, dense
+        if name in masks:
+            kept = masks[name].count
+            packed = (array.size + 7) // 8 + kept * array.itemsize
+        pruned = array.size - kept
+        sparsity = pruned / array.size if array.size else 0.0
+        pattern = patterns.get(name, "dense")
+        layers.append(
+            LayerStats(
+                name, array.size, pruned, sparsity, array.shape, array.dtype.name, pattern, dense, packed
+            )
+        )
+    return Report(layers)
+
+
+def _prune(
+    weights: Mapping[str, Any],
+    arrays: Mapping[str, NDArray[Any]],
+    config: PruningConfig,
+    *,
+    inplace: bool,
+    min_rank: int,
+) -> PruningResult[dict[str, Any], dict[str, Mask]]:
+    pools = plan(arrays, config, min_rank=min_rank)
+    names = [name for pool in pools for name in pool.names]
+    if inplace:
+        for name in names:
+            _check_writeable(name, weights[name])
+    outs = {name: arrays[name] if inplace else np.empty_like(arrays[name], order="C") for name in names}
+    masks = prune_pools(arrays, pools, scores.resolve(config.method), outs)
+    pruned = weights if inplace else {**weights, **outs}
+    return PruningResult(dict(pruned), masks, describe(arrays, masks, pools))
+
+
+def _check_writeable(name: str, value: object) -> None:
+    if isinstance(value, np.ndarray) and value.flags.writeable:
+        return
+    what = "a read-only array" if isinstance(value, np.ndarray) else f"of type {type(value).__name__}"
+    msg = (
+        f"tensor {name!r} is {what}: inplace=True needs a writeable array; pass a copy, or leave inplace out"
+    )
+    raise ValueError(msg)

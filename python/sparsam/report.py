@@ -1,0 +1,127 @@
+"""What pruning did, tensor by tensor: as text, Markdown, JSON or plain data. Columns keep their order."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+_COLUMNS = ("tensor", "shape", "dtype", "pattern", "params", "pruned", "sparsity", "dense", "packed")
+_TEXT_COLUMNS = 4
+
+
+@dataclass(frozen=True)
+class LayerStats:
+    """What became of one tensor.
+
+    Attributes:
+        name: The tensor's name.
+        total_params: How many weights it has.
+        pruned_params: How many of them were pruned.
+        sparsity: pruned_params / total_params; 0.0 for an empty tensor.
+        shape: Its shape.
+        dtype: Its dtype by name.
+        pattern: What stood or fell together, as `str(pattern)`; "dense" for a tensor that was left alone.
+        dense_bytes: Its size with every weight stored.
+        packed_bytes: Its size as a bitmask and the weights kept, `ceil(n / 8) + kept * itemsize`; a tensor
+            that was left alone is not packed, so of that dense_bytes.
+    """
+
+    name: str
+    total_params: int
+    pruned_params: int
+    sparsity: float
+    shape: tuple[int, ...] = ()
+    dtype: str = ""
+    pattern: str = ""
+    dense_bytes: int = 0
+    packed_bytes: int = 0
+
+
+@dataclass(frozen=True)
+class Report:
+    """The statistics of all tensors, those left dense included. `print(report)` shows an aligned table."""
+
+    layers: tuple[LayerStats, ...]
+
+    def __init__(self, layers: Iterable[LayerStats]) -> None:
+        object.__setattr__(self, "layers", tuple(layers))
+
+    @property
+    def total(self) -> LayerStats:
+        """The sums over all tensors, under the name "total"."""
+        params = sum(layer.total_params for layer in self.layers)
+        pruned = sum(layer.pruned_params for layer in self.layers)
+        return LayerStats(
+            "total",
+            params,
+            pruned,
+            pruned / params if params else 0.0,
+            dense_bytes=sum(layer.dense_bytes for layer in self.layers),
+            packed_bytes=sum(layer.packed_bytes for layer in self.layers),
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns `{"layers": [...], "total": {...}}` in plain types; keys in the order of `LayerStats`."""
+        total = asdict(self.total)
+        for absent in ("shape", "dtype", "pattern"):
+            del total[absent]
+        return {
+            "layers": [asdict(layer) | {"shape": list(layer.shape)} for layer in self.layers],
+            "total": total,
+        }
+
+    def to_json(self, *, indent: int | None = 2) -> str:
+        """Returns `to_dict` as JSON."""
+        return json.dumps(self.to_dict(), indent=indent)
+
+    def to_markdown(self) -> str:
+        """Returns a Markdown table whose last row is the total."""
+        rows = [
+            _COLUMNS,
+            tuple("---" if i < _TEXT_COLUMNS else "---:" for i in range(len(_COLUMNS))),
+            *self._rows(),
+        ]
+        return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows)
+
+    def __str__(self) -> str:
+        rows = [_COLUMNS, *self._rows()]
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        lines = ["  ".join(_aligned(i, cell, widths[i]) for i, cell in enumerate(row)) for row in rows]
+        rule = "-" * len(lines[0])
+        return "\n".join([lines[0], rule, *lines[1:-1], rule, lines[-1]])
+
+    def _rows(self) -> list[tuple[str, ...]]:
+        return [_cells(layer) for layer in (*self.layers, self.total)]
+
+
+def _cells(layer: LayerStats) -> tuple[str, ...]:
+    return (
+        layer.name,
+        "x".join(map(str, layer.shape)),
+        layer.dtype,
+        layer.pattern,
+        f"{layer.total_params:,}",
+        f"{layer.pruned_params:,}",
+        f"{100 * layer.sparsity:.2f} %",
+        _size(layer.dense_bytes),
+        _size(layer.packed_bytes),
+    )
+
+
+def _aligned(column: int, cell: str, width: int) -> str:
+    return cell.ljust(width) if column < _TEXT_COLUMNS else cell.rjust(width)
+
+
+def _size(num_bytes: int) -> str:
+    if num_bytes < 1024:
+        return f"{num_bytes} B"
+    size, unit = num_bytes / 1024, "KiB"
+    for larger in ("MiB", "GiB", "TiB"):
+        if size < 1024:
+            break
+        size, unit = size / 1024, larger
+    return f"{size:.1f} {unit}"

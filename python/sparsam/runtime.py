@@ -1,0 +1,128 @@
+"""Which instruction set and how many threads the kernels use."""
+
+from __future__ import annotations
+
+import os
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from types import TracebackType
+
+from sparsam import _core
+
+
+def isa() -> str:
+    """The active instruction set: "avx512", "avx2" or "generic"."""
+    return _core.active_isa()
+
+
+def available_isas() -> list[str]:
+    """Instruction sets that were compiled in and that this machine runs, best first."""
+    return _core.available_isas()
+
+
+class use_isa(AbstractContextManager["use_isa"]):
+    """Switch the kernels to another instruction set, for good or for a `with` block.
+
+    All instruction sets select bit for bit the same weights; this is for measuring and testing. The switch is
+    for the whole process, all threads included.
+
+    Args:
+        name: one of `available_isas()`.
+
+    Raises:
+        ValueError: the name is unknown, or this machine lacks the instructions.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._before = _core.active_isa()
+        _core.use_isa(name)
+
+    def __enter__(self) -> use_isa:  # noqa: PYI034 - not meant for subclasses
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        _core.use_isa(self._before)
+
+
+def num_threads() -> int:
+    """Threads that a call may use.
+
+    By default the smallest of OpenMP's maximum (OMP_NUM_THREADS), the CPUs in the affinity mask and the
+    cgroup's CPU quota. 1 in a child forked from a process that had used threads: an OpenMP team does not
+    survive fork.
+    """
+    return _core.num_threads()
+
+
+def set_num_threads(n: int | None) -> None:
+    """Set the number of threads for the calls that follow; None restores the default.
+
+    Raises:
+        ValueError: n is not a positive integer.
+    """
+    if n is not None and (isinstance(n, bool) or not isinstance(n, int) or not 1 <= n <= 4096):
+        msg = f"n={n!r}: expected a number of threads from 1 to 4096, or None for the default"
+        raise ValueError(msg)
+    _core.set_num_threads(0 if n is None else n)
+
+
+@dataclass(frozen=True)
+class BuildInfo:
+    """What was built and what runs: `print(sparsam.build_info())`."""
+
+    version: str
+    compiler: str
+    compiled_isas: tuple[str, ...]
+    available_isas: tuple[str, ...]
+    isa: str
+    num_threads: int
+    threading: str
+
+    def __str__(self) -> str:
+        return "\n".join(
+            (
+                f"sparsam    {self.version}",
+                f"compiler   {self.compiler}",
+                f"compiled   {', '.join(self.compiled_isas)}",
+                f"detected   {', '.join(self.available_isas)}",
+                f"active     {self.isa}",
+                f"threads    {self.num_threads}",
+                f"runtime    {self.threading}",
+            )
+        )
+
+
+def build_info() -> BuildInfo:
+    """Version, compiler, instruction sets compiled / detected / active, threads and OpenMP runtime."""
+    return BuildInfo(
+        version=_core.__version__,
+        compiler=_core.compiler,
+        compiled_isas=tuple(_core.compiled_isas()),
+        available_isas=tuple(_core.available_isas()),
+        isa=_core.active_isa(),
+        num_threads=_core.num_threads(),
+        threading=_core.threading_runtime(),
+    )
+
+
+def _apply_environment() -> None:
+    """Obey SPARSAM_ISA and SPARSAM_NUM_THREADS; called once, on import."""
+    name = os.environ.get("SPARSAM_ISA", "")
+    if name:
+        try:
+            _core.use_isa(name)
+        except ValueError as error:
+            msg = f"environment variable SPARSAM_ISA: {error}"
+            raise ValueError(msg) from None
+    threads = os.environ.get("SPARSAM_NUM_THREADS", "")
+    if threads:
+        try:
+            set_num_threads(int(threads))
+        except ValueError:
+            msg = f"environment variable SPARSAM_NUM_THREADS={threads!r}: expected a number from 1 to 4096"
+            raise ValueError(msg) from None
+
+
+_apply_environment()

@@ -1,0 +1,172 @@
+"""How sparsity grows over a run: curves from progress p in [0, 1] to a sparsity.
+
+With si the initial and sf the final sparsity, p = i / (N - 1) at iteration i of N, and p = 1 if N = 1:
+
+============== ===================== ====================================
+name           object                sparsity at p
+============== ===================== ====================================
+"one_shot"     `OneShot()`           sf
+"linear"       `Polynomial(1)`       sf + (si - sf) (1 - p)
+"cubic"        `Polynomial(3)`       sf + (si - sf) (1 - p)^3, AGP [1]
+               `Polynomial(power)`   sf + (si - sf) (1 - p)^power
+"exponential"  `Exponential()`       1 - (1 - si) ((1 - sf) / (1 - si))^p
+"cosine"       `Cosine()`            sf + (si - sf) (1 + cos(pi p)) / 2
+============== ===================== ====================================
+
+All but "one_shot" start at si, all end at sf, both exactly. A list of sparsities, or a function of p that
+returns the sparsity, stands for itself: it has no use for si and sf.
+
+Elsewhere the same names mean other curves. At p = 0.5, from 0 to 1:
+
+- "cubic" is 0.875 here, in AGP, tfmot (PolynomialDecay), NNI (AGP), torchao (CubicSL) and jaxpruner
+  (PolynomialSchedule, which runs one step ahead). "cube" of neural-compressor is p^3 = 0.125, "inverse_cubic"
+  of SparseML 1 - (1 - p)^(1/3) = 0.206. The exponent of llm-compressor's "polynomial_decay" is 2 unless told.
+- "cosine" is 0.5 here; "cos" of neural-compressor is 1 - cos(pi p / 2) = 0.293.
+- "exponential" is the formula of NNCF.
+
+[1] Zhu and Gupta, "To prune, or not to prune: exploring the efficacy of pruning for model compression", 2017,
+    arXiv:1710.01878.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from numbers import Real
+
+from sparsam.config import SCHEDULES, Schedule, ScheduleLike, check_growing
+
+
+class _Curve(ABC):
+    """A curve whose ends are exact and which rounding cannot carry past them."""
+
+    def at(self, progress: float, /, *, initial: float, final: float) -> float:
+        """Returns the sparsity at `progress` in [0, 1]."""
+        if progress <= 0:
+            return initial
+        if progress >= 1:
+            return final
+        return min(max(self._between(progress, initial, final), initial), final)
+
+    @abstractmethod
+    def _between(self, p: float, initial: float, final: float) -> float:
+        """The formula, for 0 < p < 1."""
+
+
+@dataclass(frozen=True)
+class OneShot:
+    """The final sparsity from the first iteration on; the others only recover."""
+
+    def at(self, progress: float, /, *, initial: float, final: float) -> float:  # noqa: ARG002
+        """Returns `final`."""
+        return final
+
+
+@dataclass(frozen=True)
+class Polynomial(_Curve):
+    """sf + (si - sf) (1 - p)^power: fast while there is much to spare, then slower. Power 3 is AGP."""
+
+    power: float = 3
+
+    def __post_init__(self) -> None:
+        if isinstance(self.power, bool) or not isinstance(self.power, Real) or not 0 < self.power < math.inf:
+            msg = f"Polynomial: expected a finite power above 0 (1 is linear, 3 is cubic); got {self.power!r}"
+            raise ValueError(msg)
+
+    def _between(self, p: float, initial: float, final: float) -> float:
+        return final + (initial - final) * math.pow(1 - p, self.power)
+
+
+@dataclass(frozen=True)
+class Exponential(_Curve):
+    """1 - (1 - si) ((1 - sf) / (1 - si))^p: each iteration prunes the same share of what is left.
+
+    A density that decays geometrically never reaches 0: sf = 1 is a ValueError.
+    """
+
+    def at(self, progress: float, /, *, initial: float, final: float) -> float:
+        """Returns the sparsity at `progress` in [0, 1]; ValueError where `final` is 1."""
+        if final >= 1:
+            msg = (
+                "exponential schedule: it never reaches a density of 0; end below sparsity 1, or use 'cubic'"
+            )
+            raise ValueError(msg)
+        return super().at(progress, initial=initial, final=final)
+
+    def _between(self, p: float, initial: float, final: float) -> float:
+        return 1 - (1 - initial) * math.pow((1 - final) / (1 - initial), p)
+
+
+@dataclass(frozen=True)
+class Cosine(_Curve):
+    """sf + (si - sf) (1 + cos(pi p)) / 2: slow at both ends."""
+
+    def _between(self, p: float, initial: float, final: float) -> float:
+        return final + (initial - final) * (1 + math.cos(math.pi * p)) / 2
+
+
+@dataclass(frozen=True)
+class _Listed:
+    values: tuple[float, ...]
+
+    def at(self, progress: float, /, *, initial: float, final: float) -> float:  # noqa: ARG002
+        return self.values[round(progress * (len(self.values) - 1))]
+
+
+@dataclass(frozen=True)
+class _Function:
+    sparsity: Callable[[float], float]
+
+    def at(self, progress: float, /, *, initial: float, final: float) -> float:  # noqa: ARG002
+        return self.sparsity(progress)
+
+
+_NAMED: dict[str, Schedule] = {
+    "one_shot": OneShot(),
+    "linear": Polynomial(1),
+    "cubic": Polynomial(3),
+    "exponential": Exponential(),
+    "cosine": Cosine(),
+}
+
+
+def resolve(schedule: ScheduleLike) -> Schedule:
+    """Returns the curve that a name, an object, a list of sparsities or a function of progress stands for.
+
+    Raises:
+        ValueError: The name is unknown, or the list is empty, shrinks or leaves [0, 1].
+    """
+    if isinstance(schedule, str):
+        if schedule not in _NAMED:
+            msg = f"schedule: expected one of {', '.join(map(repr, SCHEDULES))}; got {schedule!r}"
+            raise ValueError(msg)
+        return _NAMED[schedule]
+    if isinstance(schedule, Schedule):
+        return schedule
+    if callable(schedule):
+        return _Function(schedule)
+    return _Listed(check_growing("schedule", schedule))
+
+
+def sample(schedule: ScheduleLike, *, num_iterations: int, initial: float, final: float) -> list[float]:
+    """Returns the sparsity of each iteration, at p = i / (num_iterations - 1); of a single one, at p = 1.
+
+    Args:
+        schedule: A name, an object, a list of sparsities or a function of progress.
+        num_iterations: How many iterations, at least 1; the length of an explicit list.
+        initial: si, where the curve starts.
+        final: sf, where it ends.
+
+    Raises:
+        ValueError: The sparsity shrinks or leaves [0, 1], a list has another length, or the schedule is
+            unknown.
+    """
+    curve = resolve(schedule)
+    if isinstance(curve, _Listed) and len(curve.values) != num_iterations:
+        msg = f"schedule lists {len(curve.values)} sparsities, but there are {num_iterations} iterations"
+        raise ValueError(msg)
+    last = num_iterations - 1
+    steps = (i / last if last else 1.0 for i in range(num_iterations))
+    return list(check_growing("schedule", (curve.at(p, initial=initial, final=final) for p in steps)))

@@ -1,0 +1,26 @@
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+import sparsam
+
+
+def pytest_report_header() -> str:
+    return str(sparsam.build_info())
+
+
+@pytest.fixture(params=sparsam.available_isas())
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    with sparsam.use_isa(request.param):
+        assert sparsam.isa() == request.param
+        yield request.param
+
+
+@pytest.fixture(params=[1, 2, 5])
+def threads(request: pytest.FixtureRequest) -> Iterator[int]:
+    """One thread, two, and more than most test machines have cores."""
+    sparsam.set_num_threads(request.param)
+    yield request.param
+    sparsam.set_num_threads(None)

@@ -1,0 +1,110 @@
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from typing import Any
+
+import numpy as np
+import pytest
+
+from sparsam.cli import main
+
+pytest.importorskip("sklearn")
+from sparsam import demo
+from sparsam.schedules import sample
+
+TIMES = ("selection_seconds", "partition_seconds", "seconds")
+
+
+@pytest.fixture(scope="module")
+def result() -> demo.DemoResult:
+    return demo.run(seed=0)
+
+
+def test_the_network_learns_the_digits(result: demo.DemoResult) -> None:
+    assert result.train_images + result.test_images == 1797
+    assert result.dense_accuracy > 0.95
+
+
+def test_steps_follow_the_cubic_schedule(result: demo.DemoResult) -> None:
+    curve = sample(
+        "cubic", num_iterations=demo.STEPS, initial=demo.INITIAL_SPARSITY, final=demo.FINAL_SPARSITY
+    )
+    assert [step.iteration for step in result.steps] == list(range(1, demo.STEPS + 1))
+    assert np.allclose([step.sparsity for step in result.steps], curve, atol=1e-5)
+
+
+def test_recovery_pays(result: demo.DemoResult) -> None:
+    last = result.steps[-1]
+    assert last.iterative > 0.9
+    assert last.iterative > last.one_shot
+    assert {step.iterative for step in result.steps} <= {
+        i / result.test_images for i in range(result.test_images + 1)
+    }
+
+
+def test_the_report_is_of_the_final_network(result: demo.DemoResult) -> None:
+    shapes = {layer.name: layer.shape for layer in result.report.layers}
+    assert shapes == {
+        "layers.0.weight": (512, 64),
+        "layers.0.bias": (512,),
+        "layers.1.weight": (256, 512),
+        "layers.1.bias": (256,),
+        "layers.2.weight": (10, 256),
+        "layers.2.bias": (10,),
+    }
+    matrices = [layer for layer in result.report.layers if len(layer.shape) == 2]
+    pruned, size = (
+        sum(getattr(layer, field) for layer in matrices) for field in ("pruned_params", "total_params")
+    )
+    assert pruned == round(0.95 * size)
+    assert all(layer.dtype == "float32" for layer in result.report.layers)
+
+
+def test_time(result: demo.DemoResult) -> None:
+    assert result.seconds < 60
+    assert 0 < result.selection_seconds < result.seconds
+    assert 0 < result.partition_seconds < result.seconds
+
+
+def test_the_command_prints_what_the_same_seed_gave(
+    result: demo.DemoResult, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    again: list[demo.DemoResult] = []
+    original = demo.run
+
+    def run(*arguments: Any) -> demo.DemoResult:
+        again.append(original(*arguments))
+        return again[0]
+
+    monkeypatch.setattr(demo, "run", run)
+    assert main(["demo", "--seed", "0"]) == 0
+    captured = capsys.readouterr()
+    assert captured.err == ""
+    same = dataclasses.replace(again[0], **{field: getattr(result, field) for field in TIMES})
+    assert same == result
+
+    monkeypatch.setattr(demo, "run", lambda *_: result)
+    assert f"{result.dense_accuracy:.2%}" in captured.out
+    assert str(result.report) in captured.out
+    for step in result.steps:
+        row = f"{step.iteration} {step.sparsity:.2%} {step.iterative:.2%} {step.one_shot:.2%}".split()
+        assert row in [line.split() for line in captured.out.splitlines()]
+
+    assert main(["demo", "--json"]) == 0
+    content = json.loads(capsys.readouterr().out)
+    assert content == json.loads(json.dumps(result.to_dict()))
+    assert list(content)[:2] == ["seed", "layers"]
+
+
+def test_without_scikit_learn(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.delitem(sys.modules, "sparsam.demo")
+    monkeypatch.delattr("sparsam.demo")
+    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
+    assert main(["demo"]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.count("\n") == 1
+    assert "needs scikit-learn" in captured.err
+    assert "pip install 'sparsam[demo]'" in captured.err

@@ -1,0 +1,400 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from sparsam.config import NM, Block, PruningConfig, Slices, Unstructured
+from sparsam.masks import Mask
+from sparsam.pruner import MagnitudePruner, prune
+from sparsam.scores import Magnitude, Random
+
+DTYPES = [np.float16, ml_dtypes.bfloat16, np.float32, np.float64]
+
+
+def untied(*shape: int, seed: int = 0, dtype: Any = np.float32) -> NDArray[Any]:
+    """Values whose magnitudes all differ, with random signs."""
+    rng = np.random.default_rng(seed)
+    n = int(np.prod(shape))
+    values = rng.permutation(np.arange(1, n + 1)) * rng.choice([-1, 1], n) / n
+    return np.asarray(values.reshape(shape), dtype)
+
+
+def model() -> dict[str, NDArray[Any]]:
+    return {
+        "fc1.weight": untied(16, 12, seed=1),
+        "fc1.bias": untied(16, seed=2),
+        "fc2.weight": untied(4, 16, seed=3) * np.float32(0.1),
+        "scale": np.array(2.0, np.float32),
+    }
+
+
+def zeros(array: NDArray[Any]) -> int:
+    return int(np.count_nonzero(array == 0))
+
+
+def smallest_pruned(array: NDArray[Any], k: int) -> NDArray[Any]:
+    """The oracle: zero the k smallest magnitudes, among equal ones those with the highest index."""
+    flat = array.ravel().copy()
+    order = np.lexsort((-np.arange(flat.size), np.abs(flat)))
+    flat[order[:k]] = 0
+    return np.asarray(flat.reshape(array.shape))
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"target_sparsity": 0.5}, [[0, 0, 0, 4], [5, -6, 7, 0]]),
+        ({"target_sparsity": 0.0}, [[1, -2, 3, 4], [5, -6, 7, 0]]),
+        ({"target_sparsity": 1.0}, [[0, 0, 0, 0], [0, 0, 0, 0]]),
+        ({"target_sparsity": 0.3125}, [[0, -2, 3, 4], [5, -6, 7, 0]]),
+        ({"pattern": NM(2, 4)}, [[0, 0, 3, 4], [0, -6, 7, 0]]),
+        ({"pattern": NM(1, 4)}, [[0, 0, 0, 4], [0, 0, 7, 0]]),
+        ({"pattern": Block(2, 1)}, [[0, -2, 3, 0], [0, -6, 7, 0]]),
+        ({"pattern": Block(1, 3), "target_sparsity": 0.25}, [[1, -2, 3, 4], [5, -6, 7, 0]]),
+        ({"pattern": Slices(0)}, [[0, 0, 0, 0], [5, -6, 7, 0]]),
+        ({"pattern": Slices(1, size=2)}, [[1, -2, 0, 0], [5, -6, 0, 0]]),
+        ({"pattern": Slices(-1), "method": Magnitude(2)}, [[0, -2, 3, 0], [0, -6, 7, 0]]),
+    ],
+)
+def test_by_hand(changes: dict[str, Any], expected: list[list[float]]) -> None:
+    weights = np.array([[1, -2, 3, 4], [5, -6, 7, 0]], np.float32)
+    result = prune(weights, **changes)
+    assert result.weights.tolist() == expected
+    assert result.weights.dtype == np.float32
+    assert (result.masks.apply(weights) == result.weights).all()
+
+
+def test_l1_and_l2_rank_groups_differently() -> None:
+    weights = np.array([[3.0, 0.0], [2.0, 2.0]])
+    assert prune(weights, pattern=Slices(0), method=Magnitude(1)).weights.tolist() == [[0, 0], [2, 2]]
+    assert prune(weights, pattern=Slices(0), method=Magnitude(2)).weights.tolist() == [[3, 0], [0, 0]]
+
+
+def test_ties_keep_the_lower_index_and_the_earlier_tensor() -> None:
+    assert prune(np.ones((2, 4))).weights.tolist() == [[1, 1, 1, 1], [0, 0, 0, 0]]
+    weights = {"b": np.ones((1, 4)), "a": -np.ones((1, 4))}
+    result = prune(weights, scope="global", target_sparsity=0.75)
+    assert result.weights["b"].tolist() == [[1, 1, 0, 0]]
+    assert result.weights["a"].tolist() == [[0, 0, 0, 0]]
+
+
+@settings(deadline=None)
+@given(
+    values=st.lists(st.integers(-4, 4), max_size=80),
+    dtype=st.sampled_from(DTYPES),
+    sparsity=st.floats(0, 1),
+)
+def test_exact_count_with_ties(values: list[int], dtype: Any, sparsity: float) -> None:
+    weights = np.array(values, np.float32).astype(dtype)
+    result = prune(weights, target_sparsity=sparsity)
+    k = round(sparsity * weights.size)
+    assert result.masks.count == weights.size - k
+    assert result.report.total.pruned_params == k
+    assert (result.weights == smallest_pruned(weights, k)).all()
+
+
+@settings(deadline=None)
+@given(sparsity=st.floats(0, 1), sizes=st.lists(st.integers(0, 30), min_size=1, max_size=5))
+def test_exact_count_over_all_tensors(sparsity: float, sizes: list[int]) -> None:
+    weights = {
+        f"w{i}": untied(2, n, seed=i) if n else np.empty((2, 0), np.float32) for i, n in enumerate(sizes)
+    }
+    result = prune(weights, scope="global", target_sparsity=sparsity)
+    k = round(sparsity * 2 * sum(sizes))
+    assert sum(mask.size - mask.count for mask in result.masks.values()) == k
+    flat = np.concatenate([w.ravel() for w in weights.values()])
+    pruned = np.concatenate([w.ravel() for w in result.weights.values()])
+    assert (pruned == smallest_pruned(flat, k)).all()
+
+
+@settings(deadline=None)
+@given(
+    sparsities=st.tuples(st.floats(0, 1), st.floats(0, 1)).map(sorted),
+    method=st.sampled_from(["magnitude", "random"]),
+)
+def test_more_sparsity_prunes_a_superset(sparsities: list[float], method: str) -> None:
+    weights = model()
+    for scope in ("layer", "global"):
+        less, more = (prune(weights, target_sparsity=s, scope=scope, method=method).masks for s in sparsities)
+        assert all((more[name] & less[name]) == more[name] for name in less)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("scope", ["layer", "global"])
+def test_dtypes_come_out_as_they_came_in(dtype: Any, scope: str) -> None:
+    weights = {"a": untied(8, 9, dtype=dtype), "b": untied(3, 5, 2, dtype=dtype)}
+    result = prune(weights, scope=scope, target_sparsity=0.75)
+    for name, array in result.weights.items():
+        assert (array.dtype, array.shape) == (dtype, weights[name].shape)
+        assert (result.masks[name].apply(weights[name]) == array).all()
+
+
+def test_biases_and_scalars_stay_dense_and_are_the_same_objects() -> None:
+    weights = model()
+    result = prune(weights, target_sparsity=0.75)
+    assert list(result.weights) == list(weights)
+    assert result.weights["fc1.bias"] is weights["fc1.bias"]
+    assert result.weights["scale"] is weights["scale"]
+    assert list(result.masks) == ["fc1.weight", "fc2.weight"]
+    assert zeros(result.weights["fc1.weight"]) == 144
+
+
+def test_results_share_no_memory_with_the_inputs() -> None:
+    weights = model()
+    before = {name: array.copy() for name, array in weights.items()}
+    for sparsity in (0.0, 0.5, 1.0):
+        for method in ("magnitude", "random"):
+            result = prune(weights, target_sparsity=sparsity, method=method)
+            for name in result.masks:
+                assert not np.shares_memory(result.weights[name], weights[name])
+    assert all((weights[name] == before[name]).all() for name in weights)
+
+
+def test_exclude_beats_overrides_and_the_last_override_wins() -> None:
+    config = PruningConfig(
+        0.5,
+        exclude=["fc2*"],
+        overrides={"fc*": 0.25, "fc1.w*": (0.75, Block(4, 4)), "*.bias": 0.5, "fc2*": 1.0},
+    )
+    result = prune(model(), config)
+    assert list(result.masks) == ["fc1.weight", "fc1.bias"]
+    assert zeros(result.weights["fc1.weight"]) == 9 * 16
+    assert zeros(result.weights["fc1.bias"]) == 8
+    assert [layer.pattern for layer in result.report.layers] == [
+        "block 4x4",
+        "unstructured",
+        "dense",
+        "dense",
+    ]
+
+
+def test_an_override_may_be_a_pattern_alone() -> None:
+    result = prune(model(), target_sparsity=0.25, overrides={"fc2*": NM(1, 4), "fc1.weight": Slices(0)})
+    assert zeros(result.weights["fc2.weight"]) == 48
+    assert (result.weights["fc1.weight"] == 0).all(axis=1).sum() == 4
+
+
+def test_overridden_tensors_are_outside_the_pool() -> None:
+    weights = {"a": untied(4, 4), "b": untied(4, 4) * 100, "c": untied(4, 4) * 1000}
+    result = prune(weights, scope="global", target_sparsity=0.5, overrides={"c": 0.25})
+    assert [zeros(array) for array in result.weights.values()] == [16, 0, 4]
+
+
+def test_a_pattern_that_matches_nothing() -> None:
+    with pytest.raises(ValueError, match=r"overrides: 'fc1.wieght' matches no tensor; .* 'fc1.weight'"):
+        prune(model(), overrides={"fc1.wieght": 0.5})
+    with pytest.raises(ValueError, match="overrides: 'a' matches no tensor; there are no tensors"):
+        prune({}, overrides={"a": 0.5})
+    with pytest.warns(UserWarning, match=r"exclude: 'head\*' matches no tensor") as caught:
+        prune(model(), exclude="head*")
+    assert caught[0].filename == __file__
+
+
+def test_nested_lists() -> None:
+    result = prune({"fc": [[0.1, -0.5], [0.9, 0.01]], "ints": [[1, -3], [2, 4]], "bias": [1.0, 2.0]})
+    assert result.weights["fc"].tolist() == [[0, -0.5], [0.9, 0]]
+    assert result.weights["ints"].tolist() == [[0, -3], [0, 4]]
+    assert result.weights["ints"].dtype == np.float64
+    assert result.weights["bias"] == [1.0, 2.0]
+    assert prune([1, -2, 3, 4]).weights.tolist() == [0, 0, 3, 4]
+    assert prune(3.0).weights.shape == ()
+
+
+def test_one_array_is_pruned_whatever_its_shape() -> None:
+    result = prune(np.array([1.0, -3.0, 2.0, 0.5]), target_sparsity=0.75)
+    assert result.weights.tolist() == [0, -3, 0, 0]
+    assert result.masks == Mask.from_array(np.array([False, True, False, False]))
+    assert [layer.name for layer in result.report.layers] == ["weights"]
+    assert prune(np.array(5.0), target_sparsity=1.0).weights == 0
+    assert prune(np.empty((0, 3))).weights.shape == (0, 3)
+    excluded = prune(kept := np.ones((2, 2)), exclude="weights")
+    assert excluded.weights is kept
+    assert excluded.masks == Mask.ones((2, 2))
+
+
+def test_read_only_strided_and_mapped_arrays(tmp_path: Path) -> None:
+    weights = untied(12, 10)
+    expected = prune(weights).weights
+    frozen = weights.copy()
+    frozen.flags.writeable = False
+    np.save(tmp_path / "w.npy", weights)
+    mapped = np.load(tmp_path / "w.npy", mmap_mode="r")
+    strided = np.zeros((24, 20), np.float32)[::2, ::-2]
+    strided[...] = weights
+    for view in (frozen, mapped, strided, np.asfortranarray(weights)):
+        result = prune(view).weights
+        assert type(result) is np.ndarray
+        assert (result == expected).all()
+        assert (view == weights).all()
+
+
+@pytest.mark.parametrize("method", ["magnitude", "random"])
+@pytest.mark.parametrize("scope", ["layer", "global"])
+def test_inplace(method: str, scope: str, tmp_path: Path) -> None:
+    config = PruningConfig(0.75, method, scope=scope)
+    weights = model()
+    mapped = np.memmap(tmp_path / "w.bin", np.float32, "w+", shape=(6, 8))
+    mapped[...] = untied(6, 8)
+    weights |= {"mapped": mapped, "strided": untied(8, 8)[::2, ::-1]}
+    expected = prune(weights, config)
+    result = prune(weights, config, inplace=True)
+    assert result.masks == expected.masks
+    for name, array in weights.items():
+        assert result.weights[name] is array
+        assert (array == expected.weights[name]).all()
+    assert (np.fromfile(tmp_path / "w.bin", np.float32) == expected.weights["mapped"].ravel()).all()
+
+
+def test_inplace_needs_writeable_arrays() -> None:
+    frozen = untied(4, 4)
+    frozen.flags.writeable = False
+    with pytest.raises(
+        ValueError, match="tensor 'b' is a read-only array: inplace=True needs a writeable array"
+    ):
+        prune({"a": (a := untied(4, 4)), "b": frozen}, inplace=True)
+    assert zeros(a) == 0
+    with pytest.raises(
+        ValueError, match="tensor 'weights' is of type list: inplace=True needs a writeable array"
+    ):
+        prune([[1.0, 2.0]], inplace=True)
+    assert prune({"a": a, "bias": [1, 2]}, inplace=True).weights["bias"] == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (
+            np.ones((2, 2), np.int64),
+            "tensor 'fc' has dtype int64: expected float16, bfloat16, float32, float64",
+        ),
+        (np.ones((2, 2), np.complex64), "tensor 'fc' has dtype complex64"),
+        (np.ones((2, 2), bool), "tensor 'fc' has dtype bool"),
+        (np.ones((2, 2), ">f4"), "tensor 'fc' has dtype >f4: .* in native byte order"),
+        ([["a", "b"]], "tensor 'fc' has dtype <U1"),
+    ],
+)
+def test_dtypes_that_cannot_be_pruned(value: Any, message: str) -> None:
+    with pytest.raises(TypeError, match=message):
+        prune({"fc": value})
+    assert prune({"fc": value}, exclude="fc").weights["fc"] is value
+
+
+def test_what_is_no_array() -> None:
+    with pytest.raises(ValueError, match="tensor 'fc': NumPy cannot make an array of this list"):
+        prune({"fc": [[1.0, 2.0], [3.0]]})
+    with pytest.raises(TypeError, match="weights: expected names as keys; got 1 of type int"):
+        prune({1: np.ones((2, 2))})  # type: ignore[dict-item]
+    with pytest.raises(TypeError, match=r"config: expected a PruningConfig; got 0.9; .* target_sparsity=0.9"):
+        prune(np.ones((2, 2)), 0.9)  # type: ignore[call-overload]
+
+
+@pytest.mark.parametrize("method", ["magnitude", "random"])
+@pytest.mark.parametrize("scope", ["layer", "global"])
+def test_nan_is_refused_by_name(method: str, scope: str) -> None:
+    weights = model()
+    weights["fc2.weight"][1, 2] = np.nan
+    with pytest.raises(ValueError, match=r"tensor 'fc2.weight' is NaN at index \(1, 2\)"):
+        prune(weights, method=method, scope=scope)
+
+
+def test_shapes_that_the_pattern_does_not_divide() -> None:
+    with pytest.raises(ValueError, match=r"tensor 'fc' has shape \(2, 6\)"):
+        prune({"fc": np.ones((2, 6))}, pattern=NM(2, 4))
+
+
+def test_random_is_seeded_and_hits_the_count() -> None:
+    weights = model()
+    config = PruningConfig(0.7)
+    first, again, other = (prune(weights, config, method=Random(seed)).masks for seed in (1, 1, 2))
+    assert first == again != other
+    assert first["fc1.weight"].count == 192 - round(0.7 * 192)
+    alone = prune({"fc2.weight": weights["fc2.weight"]}, config, method=Random(1)).masks
+    assert alone["fc2.weight"] == first["fc2.weight"]
+
+
+def test_random_prunes_what_is_zero_first() -> None:
+    weights = untied(10, 10)
+    weights[::2] = 0
+    result = prune(weights, method="random", target_sparsity=0.5)
+    assert result.masks == Mask.from_array(weights != 0)
+
+
+class Positional:
+    """A method of one's own: later weights matter more."""
+
+    def score(self, name: str, weights: NDArray[Any], /) -> NDArray[Any]:
+        del name
+        return np.where(weights == 0, 0.0, np.arange(1.0, weights.size + 1).reshape(weights.shape))
+
+
+def test_a_method_of_ones_own() -> None:
+    assert prune([[4.0, 3.0], [2.0, 1.0]], method=Positional()).weights.tolist() == [[0, 0], [2, 1]]
+
+
+@pytest.mark.parametrize(
+    ("scores", "message"),
+    [
+        (np.ones(4), r"tensor 'weights': expected scores of shape \(2, 2\) .*; got shape \(4,\)"),
+        (np.ones((2, 2), int), r"expected scores .* one of the dtypes float16, .*; got .* dtype int64"),
+        (-np.ones((2, 2)), "expected scores of at least 0 from .*; got -1.0"),
+    ],
+)
+def test_wrong_scores(scores: NDArray[Any], message: str) -> None:
+    class Wrong:
+        def score(self, *_: object) -> NDArray[Any]:
+            return scores
+
+    with pytest.raises(ValueError, match=message):
+        prune(np.ones((2, 2)), method=Wrong())
+
+
+def test_changes_apply_on_top_of_the_configuration() -> None:
+    config = PruningConfig(0.75, scope="global", schedule="cubic", num_iterations=9)
+    assert prune(np.ones((2, 4)), config, target_sparsity=0.25).masks.count == 6
+    assert config.target_sparsity == 0.75
+    with pytest.raises(TypeError, match="unexpected keyword argument 'sparsity'"):
+        prune(np.ones((2, 4)), sparsity=0.25)
+
+
+def test_report_counts_bytes() -> None:
+    weights = {"a": untied(10, 10, dtype=np.float16), "bias": np.ones(10, np.float64)}
+    pruned, dense = prune(weights, target_sparsity=0.9).report.layers
+    assert (pruned.total_params, pruned.pruned_params, pruned.sparsity) == (100, 90, 0.9)
+    assert (pruned.shape, pruned.dtype, pruned.pattern) == ((10, 10), "float16", "unstructured")
+    assert (pruned.dense_bytes, pruned.packed_bytes) == (200, 13 + 20)
+    assert (dense.pruned_params, dense.pattern, dense.dense_bytes, dense.packed_bytes) == (0, "dense", 80, 80)
+
+
+def test_empty_mapping() -> None:
+    result = prune({}, scope="global")
+    assert (result.weights, result.masks, result.report.layers) == ({}, {}, ())
+
+
+def test_magnitude_pruner() -> None:
+    pruner = MagnitudePruner(PruningConfig(0.5, exclude=["head"], overrides={"out": 0.75}))
+    weights = [[0.1, -0.5, 0.01, 0.8]]
+    pruned, stats = pruner.prune_layer("layer1", weights)
+    assert pruned.tolist() == [[0, -0.5, 0, 0.8]]
+    assert (stats.name, stats.total_params, stats.pruned_params, stats.sparsity) == ("layer1", 4, 2, 0.5)
+    bias, _ = pruner.prune_layer("bias", [1, 2, 3, 4])
+    assert bias.tolist() == [0, 0, 3, 4]
+    assert pruner.prune_layer("out", weights)[1].sparsity == 0.75
+    assert pruner.prune_layer("head", weights)[0].tolist() == weights
+    assert [s.sparsity for s in pruner.stats] == [0.5, 0.5, 0.75, 0.0]
+    assert [s.pattern for s in pruner.stats] == ["unstructured"] * 3 + ["dense"]
+    assert MagnitudePruner().config == PruningConfig()
+
+
+def test_magnitude_pruner_is_for_magnitude_and_layers() -> None:
+    with pytest.raises(ValueError, match="expected method 'magnitude'; got 'random'"):
+        MagnitudePruner(PruningConfig(method="random"))
+    with pytest.raises(ValueError, match="expected scope 'layer'"):
+        MagnitudePruner(PruningConfig(scope="global"))
+    assert MagnitudePruner(PruningConfig(method=Magnitude(2), pattern=Unstructured())).stats == []

@@ -1,0 +1,303 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+from numpy.typing import NDArray
+
+import reference
+import sparsam
+from cases import CASES, DTYPES, SIZES, make
+from sparsam import NM, Block, Slices, Unstructured, select, select_many, threshold
+
+SPARSITIES = (0.0, 0.001, 0.3, 0.5, 0.9, 0.99, 1.0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("case", CASES)
+def test_threshold_and_mask_are_exact(isa: str, case: str, dtype: str) -> None:
+    for n in SIZES:
+        x = make(case, n, dtype)
+        before = x.tobytes()
+        for sparsity in SPARSITIES if n < 10_000 else (0.5, 0.99):
+            assert threshold(x, sparsity) == reference.threshold([x], sparsity), (n, sparsity)
+            mask = select(x, sparsity)
+            assert np.array_equal(mask.to_array(), reference.select([x], sparsity)[0]), (n, sparsity)
+            assert mask.count == n - round(sparsity * n)
+        assert x.tobytes() == before
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("case", ["normal", "two values", "sorted", "small integers"])
+def test_large_arrays_are_exact_for_every_thread_count(isa: str, threads: int, case: str, dtype: str) -> None:
+    x = make(case, 600_011, dtype)
+    for sparsity in (0.5, 0.97):
+        assert threshold(x, sparsity) == reference.threshold([x], sparsity)
+        out = np.empty_like(x)
+        mask = select_many({"w": x}, sparsity, out={"w": out})["w"]
+        keep = reference.select([x], sparsity)[0]
+        assert np.array_equal(mask.to_array(), keep)
+        assert np.array_equal(out, np.where(keep, x, 0))
+
+
+def layouts(x: NDArray[Any]) -> dict[str, NDArray[Any]]:
+    """The same 2-D values in memory layouts that are not C order."""
+    wide = np.zeros((x.shape[0], 2 * x.shape[1]), x.dtype)
+    wide[:, ::2] = x
+    return {
+        "fortran": np.asfortranarray(x),
+        "strided": wide[:, ::2],
+        "negative": np.ascontiguousarray(x[::-1, ::-1])[::-1, ::-1],
+        "misaligned": np.frombuffer(b"\0" + x.tobytes(), x.dtype, offset=1).reshape(x.shape),
+    }
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(7, 9), (64, 65), (700, 800)])
+def test_layout_does_not_matter(isa: str, shape: tuple[int, int], dtype: str) -> None:
+    x = make("small integers", shape[0] * shape[1], dtype).reshape(shape)
+    expected, at = select(x, 0.6), threshold(x, 0.6)
+    for name, view in layouts(x).items():
+        assert np.array_equal(view, x), name
+        assert select(view, 0.6) == expected, name
+        assert threshold(view, 0.6) == at, name
+        out = np.zeros_like(view)
+        select_many({"w": view}, 0.6, out={"w": out})
+        assert np.array_equal(out, expected.apply(x)), name
+        for pattern in (Block(3, 4), Slices(1, 1), NM(1, shape[1])) if shape[1] < 256 else (Block(3, 4),):
+            sparsity = pattern.sparsity if isinstance(pattern, NM) else 0.6
+            assert select(view, sparsity, pattern) == select(x, sparsity, pattern), name
+
+
+def test_broadcast_and_zero_size_dimensions() -> None:
+    x = np.broadcast_to(np.array([1, 2, 3], np.float32), (4, 3))
+    assert threshold(x, 0.5) == (2.0, 6, 4, 4)
+    assert select(x, 0.5).to_array().tolist() == [[False, True, True]] * 2 + [[False, False, True]] * 2
+    assert select(np.zeros((0, 5), np.float32), 0.5).shape == (0, 5)
+    assert select(np.float64(3.0), 1.0).count == 0
+
+
+@pytest.mark.parametrize(
+    "dtypes", [("float32",) * 3, ("bfloat16", "float32", "float16"), ("float64", "bfloat16", "float32")]
+)
+@pytest.mark.parametrize("case", ["normal", "small integers", "99 % zeros"])
+def test_one_pool_over_many_tensors(isa: str, threads: int, case: str, dtypes: tuple[str, ...]) -> None:
+    sizes = [1, 0, 37, 4096, 3, 70_000, 513, 300_000]
+    arrays = [make(case, n, dtypes[i % 3], seed=i) for i, n in enumerate(sizes)]
+    weights = {str(i): a for i, a in enumerate(arrays)}
+    for sparsity in (0.0, 0.4, 0.95, 1.0):
+        assert threshold(arrays, sparsity) == reference.threshold(arrays, sparsity)
+        out = {name: np.empty_like(a) for name, a in weights.items()}
+        masks = select_many(weights, sparsity, out=out)
+        for (name, mask), keep in zip(masks.items(), reference.select(arrays, sparsity), strict=True):
+            assert np.array_equal(mask.to_array(), keep)
+            assert np.array_equal(out[name], np.where(keep, weights[name], 0))
+
+
+def test_ties_go_to_the_earlier_tensor() -> None:
+    ones = np.ones(4, np.float32)
+    masks = select_many({"b": ones, "a": ones}, 0.5)
+    assert masks["b"].count == 4
+    assert masks["a"].count == 0
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    hnp.arrays(
+        np.float32, hnp.array_shapes(max_dims=3, max_side=12), elements=st.floats(width=32, allow_nan=False)
+    ),
+    st.floats(0, 1),
+)
+def test_any_floats(x: NDArray[np.float32], sparsity: float) -> None:
+    mask = select(x, sparsity)
+    assert mask.count == x.size - round(sparsity * x.size)
+    assert np.array_equal(mask.to_array(), reference.select([x], sparsity)[0])
+    assert threshold(x, sparsity) == reference.threshold([x], sparsity)
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    hnp.arrays(np.uint16, st.integers(1, 3000)),
+    st.floats(0, 1),
+    st.sampled_from([np.float16, ml_dtypes.bfloat16]),
+)
+def test_any_half_bit_patterns(bits: NDArray[np.uint16], sparsity: float, dtype: Any) -> None:
+    x = bits.view(dtype)
+    x = np.where(np.isnan(x), np.zeros(1, dtype), x)
+    assert threshold(x, sparsity) == reference.threshold([x], sparsity)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "pattern", [NM(2, 4), NM(1, 4), NM(4, 8), NM(3, 7), NM(0 + 1, 2), NM(5, 16), NM(10, 60), NM(4, 4)]
+)
+def test_nm(isa: str, threads: int, pattern: NM, dtype: str) -> None:
+    for case in ("normal", "small integers", "constant"):
+        for rows in (1, 5, 333):
+            x = make(case, rows * pattern.m * 6, dtype).reshape(rows, -1)
+            mask = select(x, pattern.sparsity, pattern)
+            assert np.array_equal(mask.to_array(), reference.select_nm(x, pattern)), (case, rows)
+
+
+def test_nm_of_a_large_tensor_and_of_a_convolution(isa: str, threads: int) -> None:
+    x = make("normal", 512 * 1024, "float32").reshape(512, 1024)
+    out = np.empty_like(x)
+    mask = select_many({"w": x}, 0.5, NM(2, 4), out={"w": out})["w"]
+    keep = reference.select_nm(x, NM(2, 4))
+    assert np.array_equal(mask.to_array(), keep)
+    assert np.array_equal(out, np.where(keep, x, 0))
+    conv = x[:, :36].reshape(512, 4, 3, 3)
+    assert np.array_equal(select(conv, 0.5, NM(2, 4)).to_array().reshape(512, 36), keep_rows(x[:, :36]))
+
+
+def keep_rows(x: NDArray[Any]) -> NDArray[np.bool_]:
+    return reference.select_nm(np.ascontiguousarray(x), NM(2, 4))
+
+
+TILES = [
+    Block(4, 1),
+    Block(1, 16),
+    Block(3, 5),
+    Block(100, 100),
+    Block(1, 1),
+    Slices(0),
+    Slices(1),
+    Slices(-1, 3),
+    Slices(0, 2),
+]
+
+
+@pytest.mark.parametrize("norm", [1, 2])
+@pytest.mark.parametrize("pattern", TILES, ids=str)
+def test_groups(isa: str, threads: int, pattern: Block | Slices, norm: int) -> None:
+    for shape in ((10, 12), (66, 129), (900, 600)):
+        if isinstance(pattern, Slices) and shape[pattern.axis] % pattern.size:
+            continue
+        x = make("small integers", shape[0] * shape[1], "float32").reshape(
+            shape
+        )  # sums of integers are exact
+        scores = reference.group_scores(x, pattern, norm)
+        keep = reference.prune_lowest(scores, round(0.7 * scores.size))
+        mask = select(x, 0.7, pattern, norm=norm)
+        assert np.array_equal(mask.to_array(), keep[reference.labels(x, pattern)]), shape
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2, 3])
+def test_slices_of_any_axis(isa: str, axis: int) -> None:
+    x = make("normal", 8 * 6 * 4 * 10, "float64").reshape(8, 6, 4, 10)
+    scores = reference.group_scores(x, Slices(axis, 2), 1)
+    keep = reference.prune_lowest(scores, round(0.5 * scores.size))
+    assert np.array_equal(
+        select(x, 0.5, Slices(axis, 2)).to_array(), keep[reference.labels(x, Slices(axis, 2))]
+    )
+
+
+def test_group_scores_are_the_same_for_every_isa_thread_count_and_layout() -> None:
+    x = make("normal", 700 * 5000, "float32").reshape(700, 5000)
+    masks = []
+    for name in sparsam.available_isas():
+        for n in (1, 3):
+            with sparsam.use_isa(name):
+                sparsam.set_num_threads(n)
+                masks += [
+                    select(v, 0.5, p) for p in (Slices(0), Block(8, 8)) for v in (x, np.asfortranarray(x))
+                ]
+    sparsam.set_num_threads(None)
+    assert all(mask in (masks[0], masks[2]) for mask in masks)
+
+
+def test_pooled_groups_compare_by_weight() -> None:
+    few, many = np.full((2, 2), 3.0, np.float32), np.full((2, 100), 1.0, np.float32)
+    masks = select_many({"many": many, "few": few}, 0.5, Slices(0))
+    assert masks["few"].count == 4
+    assert masks["many"].count == 0
+
+
+@pytest.mark.parametrize("pattern", [Unstructured(), NM(2, 4), Block(2, 2), Slices(0)])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_nan_is_refused_with_its_place(isa: str, pattern: Any, dtype: str) -> None:
+    for shape, at in (((4, 8), (2, 3)), ((1000, 800), (999, 799)), ((1000, 800), (0, 0))):
+        x = make("normal", shape[0] * shape[1], dtype).reshape(shape)
+        x[at] = np.nan
+        x[-1, -1] = -np.nan
+        for sparsity in (0.0, 0.5):
+            with pytest.raises(ValueError, match=rf"tensor 'fc' is NaN at index \({at[0]}, {at[1]}\)"):
+                select_many({"ok": np.ones(shape, np.float32), "fc": x}, sparsity, pattern)
+
+
+def test_errors_say_what_to_do() -> None:
+    x = np.ones((4, 6), np.float32)
+    with pytest.raises(
+        ValueError, match=r"tensor 'fc' has shape \(4, 6\): NM\(n=2, m=4\) needs rows .* multiple of 4"
+    ):
+        select_many({"fc": x}, 0.5, NM(2, 4))
+    with pytest.raises(ValueError, match=r"tensor 'fc' has shape \(4, 6\).*multiple of 4"):
+        select_many({"fc": x}, 0.5, Slices(1, 4))
+    with pytest.raises(ValueError, match="needs an axis that it has"):
+        select(x, 0.5, Slices(2))
+    with pytest.raises(ValueError, match=r"keeps 2 of every 4, so expected 0\.5"):
+        select(np.ones((4, 8), np.float32), 0.7, NM(2, 4))
+    for sparsity in (-0.1, 1.1, float("nan")):
+        with pytest.raises(ValueError, match=r"expected a number in \[0, 1\]"):
+            select(x, sparsity)
+        with pytest.raises(ValueError, match=r"expected a number in \[0, 1\]"):
+            threshold(x, sparsity)
+    for bad in (np.ones(3, np.int32), np.ones(3, np.complex64), np.ones(3, ">f4")):
+        with pytest.raises(TypeError, match="expected float16, bfloat16, float32 or float64"):
+            select_many({"fc": bad}, 0.5)
+        with pytest.raises(TypeError, match="expected float16, bfloat16, float32 or float64"):
+            threshold(bad, 0.5)
+    with pytest.raises(TypeError, match="expected Unstructured"):
+        select(x, 0.5, "2:4")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="norm=3"):
+        select(x, 0.5, norm=3)
+
+
+def test_out_is_checked() -> None:
+    x = np.arange(8, dtype=np.float32)
+    frozen = np.zeros(8, np.float32)
+    frozen.flags.writeable = False
+    for out, message in (
+        (np.zeros(7, np.float32), "expected float32"),
+        (np.zeros(8, np.float64), "expected float32"),
+        (frozen, "read-only"),
+        (x[::-1], "overlaps"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            select_many({"w": x}, 0.5, out={"w": out})
+
+
+def test_in_place(isa: str, threads: int) -> None:
+    for pattern, sparsity in (
+        (Unstructured(), 0.8),
+        (NM(1, 4), 0.75),
+        (Block(4, 4), 0.5),
+        (Unstructured(), 0.0),
+    ):
+        x = make("small integers", 400 * 1000, "float32").reshape(400, 1000)
+        expected = select(x, sparsity, pattern).apply(x)
+        select_many({"w": x}, sparsity, pattern, out={"w": x})
+        assert np.array_equal(x, expected)
+        assert not np.signbit(x[x == 0]).any() or sparsity == 0
+
+
+def test_scratch_is_at_most_5_percent() -> None:
+    script = """
+import resource, numpy as np, sparsam
+x = np.random.default_rng(0).standard_normal(20_000_000, dtype=np.float32)
+sparsam.threshold(x[:1_000_000], 0.5)
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+for array in (x, x[::-1], x.reshape(4000, 5000).T, x.reshape(10_000, 2000)[:, :1999]):
+    before = peak()
+    for s in (0.5, 0.9):
+        sparsam.threshold(array, s)
+    assert peak() - before <= 0.05 * array.nbytes, (peak() - before) / array.nbytes
+"""
+    subprocess.run([sys.executable, "-c", script], check=True)

@@ -1,0 +1,241 @@
+"""Run as a script, this file is the process that the kill test kills."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from sparsam import _atomic, checkpoint
+from sparsam.config import Block, PruningConfig
+from sparsam.iterative import HistoryRow, IterativePruner
+from sparsam.masks import Mask
+from sparsam.scores import Magnitude
+
+Arrays = dict[str, NDArray[Any]]
+Masks = dict[str, Mask]
+
+
+def model() -> Arrays:
+    rng = np.random.default_rng(0)
+    return {
+        "fc2.weight": rng.standard_normal((12, 20)).astype(np.float32),
+        "fc2.bias": rng.standard_normal(12).astype(np.float32),
+        "fc1.weight": rng.standard_normal((20, 16)).astype(ml_dtypes.bfloat16),
+    }
+
+
+def pruner() -> IterativePruner:
+    return IterativePruner(config=PruningConfig(0.9, scope="global", schedule="cubic", num_iterations=5))
+
+
+def kept(arrays: Mapping[str, NDArray[Any]]) -> float:
+    """A score: the share of weights that are not zero."""
+    return sum(np.count_nonzero(a) for a in arrays.values()) / sum(a.size for a in arrays.values())
+
+
+def train(arrays: Arrays, masks: Masks, iteration: int) -> Arrays:
+    """A recovery that moves every weight, the pruned ones too."""
+    del masks
+    rng = np.random.default_rng(iteration)
+    return {name: a + rng.standard_normal(a.shape).astype(np.float32) for name, a in arrays.items()}
+
+
+def test_state_can_be_read_while_it_grows(tmp_path: Path) -> None:
+    folder = tmp_path / "deep" / "state"
+    names: list[list[str]] = []
+
+    def look(row: HistoryRow) -> None:
+        names.append(sorted(path.name for path in folder.iterdir()))
+        stored = checkpoint.load(folder / f"sparsam-{row.iteration:04d}" / "weights.safetensors").weights
+        assert sum(np.count_nonzero(a) for a in stored.values()) / 572 == row.score
+
+    result = IterativePruner(num_iterations=3).run(model(), kept, train, on_iteration=look, state_dir=folder)
+    assert names == [[f"sparsam-{i:04d}", "state.json"] for i in (1, 2, 3)]
+    again = IterativePruner(num_iterations=3).run(
+        model(), lambda _: pytest.fail("done"), state_dir=str(folder)
+    )
+    assert again.history == result.history
+    assert again.masks == result.masks
+    assert again.report == result.report
+    assert list(again.weights) == list(result.weights)
+    assert all((again.weights[name] == array).all() for name, array in result.weights.items())
+
+
+def test_an_early_stop_is_remembered_until_the_limits_change(tmp_path: Path) -> None:
+    pruner = IterativePruner(num_iterations=4)
+    scored: list[float] = []
+
+    def score(arrays: Arrays) -> float:
+        scored.append(kept(arrays))
+        return scored[-1]
+
+    first = pruner.run(model(), score, min_score=0.7, state_dir=tmp_path)
+    assert (first.stopped_early, len(first.history), len(scored)) == (True, 2, 3)
+    again = pruner.run(model(), score, min_score=0.7, state_dir=tmp_path)
+    assert len(scored) == 3
+    assert (again.stopped_early, again.history, again.masks) == (True, first.history, first.masks)
+    further = pruner.run(model(), score, min_score=0.5, state_dir=tmp_path)
+    assert len(scored) == 5
+    assert (further.stopped_early, len(further.history), further.history[0]) == (True, 3, first.history[0])
+    assert not pruner.run(model(), score, state_dir=tmp_path).stopped_early
+    assert len(scored) == 7
+
+
+def other_bias() -> Arrays:
+    weights = model()
+    weights["fc2.bias"][3] += 1
+    return weights
+
+
+@pytest.mark.parametrize(
+    ("changes", "weights", "message"),
+    [
+        ({"pattern": Block(1, 2)}, model(), "pattern was unstructured, now block 1x2"),
+        ({"method": Magnitude(2)}, model(), r"method was Magnitude\(norm=1\), now Magnitude\(norm=2\)"),
+        ({"scope": "global"}, model(), "scope was layer, now global"),
+        ({"exclude": "fc1*"}, model(), r"exclude was \[\], now \['fc1\*'\]"),
+        ({"overrides": {"fc1*": 0.5}}, model(), "overrides was"),
+        ({"target_sparsity": 0.9}, model(), r"schedule was \[.*0.8\], now \[.*0.9\]"),
+        ({}, other_bias(), "the dense weights differ in 'fc2.bias'"),
+        (
+            {},
+            {"w": np.ones((2, 2))},
+            "the dense weights differ in 'fc2.weight', 'fc2.bias', 'fc1.weight', 'w'",
+        ),
+    ],
+)
+def test_another_run_is_refused(
+    tmp_path: Path, changes: dict[str, Any], weights: Arrays, message: str
+) -> None:
+    base: dict[str, Any] = {"target_sparsity": 0.8, "schedule": "linear", "num_iterations": 4}
+    IterativePruner(config=PruningConfig(**base)).run(model(), kept, state_dir=tmp_path)
+    before = (tmp_path / "state.json").read_bytes()
+    with pytest.raises(ValueError, match="holds another run.*" + message):
+        IterativePruner(config=PruningConfig(**base | changes)).run(weights, kept, state_dir=tmp_path)
+    assert (tmp_path / "state.json").read_bytes() == before
+
+
+def test_functions_and_layouts_do_not_make_another_run(tmp_path: Path) -> None:
+    class Mine:
+        def score(self, name: str, weights: NDArray[Any], /) -> NDArray[Any]:
+            del name
+            return weights
+
+    for _ in range(2):
+        config = PruningConfig(schedule=lambda p: 0.5 * p, num_iterations=3, method=Mine())
+        weights = {name: np.asfortranarray(array) for name, array in model().items()}
+        result = IterativePruner(config=config).run(weights, kept, state_dir=tmp_path)
+    assert len(result.history) == 3
+    with pytest.raises(ValueError, match="schedule was"):
+        IterativePruner(
+            config=PruningConfig(schedule=lambda p: 0.6 * p, num_iterations=3, method=Mine())
+        ).run(model(), kept, state_dir=tmp_path)
+
+
+@pytest.mark.parametrize("text", ["", "{}", "[]", "null", '{"sparsam_state": 1, "identity": 3}', "\x00"])
+def test_a_foreign_state_is_refused(tmp_path: Path, text: str) -> None:
+    (tmp_path / "state.json").write_text(text)
+    with pytest.raises(ValueError, match=r"state.json is not the state of an iterative run"):
+        IterativePruner().run(model(), kept, state_dir=tmp_path)
+    (tmp_path / "state.json").write_text('{"sparsam_state": 99, "identity": {}}')
+    with pytest.raises(ValueError, match=r"state.json has version 99, not 1"):
+        IterativePruner().run(model(), kept, state_dir=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("moment", "first"),
+    [
+        ("dense", 1),
+        ("recover", 2),
+        ("evaluate", 2),
+        ("weights", 2),
+        ("masks", 2),
+        ("state", 2),
+        ("clean", 3),
+        ("between", 3),
+    ],
+)
+def test_a_kill_loses_at_most_the_current_iteration(tmp_path: Path, moment: str, first: int) -> None:
+    command = [sys.executable, __file__, str(tmp_path), moment]
+    assert subprocess.run(command, check=False).returncode == -signal.SIGKILL
+
+    iterations: list[int] = []
+    evaluated: list[float] = []
+
+    def recover(arrays: Arrays, masks: Masks, iteration: int) -> Arrays:
+        iterations.append(iteration)
+        return train(arrays, masks, iteration)
+
+    def evaluate(arrays: Arrays) -> float:
+        evaluated.append(kept(arrays))
+        return evaluated[-1]
+
+    expected = pruner().run(model(), kept, train)
+    result = pruner().run(model(), evaluate, recover, state_dir=tmp_path)
+    assert iterations == list(range(first, 6))
+    assert len(evaluated) == len(iterations)
+    assert [row[:3] for row in result.history] == [row[:3] for row in expected.history]
+    assert result.dense_score == expected.dense_score
+    assert result.masks == expected.masks
+    assert result.report == expected.report
+    assert all((result.weights[name] == array).all() for name, array in expected.weights.items())
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["sparsam-0005", "state.json"]
+    assert len(list((tmp_path / "sparsam-0005").iterdir())) == 2
+
+
+def run_until(moment: str, folder: Path) -> None:
+    """Prunes, and ends as in a power cut when the moment comes in the second iteration."""
+    publish, save, glob = _atomic.publish, checkpoint.save, Path.glob
+    done = 0
+
+    def reached(here: str) -> None:
+        if here == moment and (done == 1 or here == "dense"):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def recover(arrays: Arrays, masks: Masks, iteration: int) -> Arrays:
+        reached("recover")
+        return train(arrays, masks, iteration)
+
+    def evaluate(arrays: Arrays) -> float:
+        reached("evaluate")
+        return kept(arrays)
+
+    def half_saved(path: Path, weights: Arrays) -> None:
+        if path.stem == moment:
+            path.with_name(".tmpABCDEF").write_bytes(b"half a file")
+        reached(path.stem)
+        save(path, weights)
+
+    def published(writers: Any) -> None:
+        reached("state")
+        publish(writers)
+
+    def globbed(path: Path, pattern: str) -> Any:
+        reached("clean" if list(glob(path, "sparsam-*")) else "dense")
+        return glob(path, pattern)
+
+    def on_iteration(row: HistoryRow) -> None:
+        nonlocal done
+        done = row.iteration - 1
+        reached("between")
+        done = row.iteration
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sparsam._state.publish", published)
+        patch.setattr("sparsam._state.checkpoint.save", half_saved)
+        patch.setattr(Path, "glob", globbed)
+        pruner().run(model(), evaluate, recover, state_dir=folder, on_iteration=on_iteration)
+
+
+if __name__ == "__main__":
+    run_until(sys.argv[2], Path(sys.argv[1]))

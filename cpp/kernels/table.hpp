@@ -9,6 +9,9 @@ namespace sparsam {
 // Bits of KernelTable::required. avx512 means F, BW, DQ, VL and CD, as on Skylake-X and everything after it.
 enum Feature : std::uint32_t { kNone = 0, kAvx2 = 1, kAvx512 = 2 };
 
+// The longest piece that one call of WidthKernels::bracket takes: an L1 cache's worth of float64.
+constexpr std::size_t kBracketMost = 4096;
+
 // What one pass learns of the keys of a piece of data against two pivots low <= high.
 struct BracketCounts {
   std::size_t upto_low = 0;                  // keys <= low
@@ -28,7 +31,7 @@ struct WidthKernels {
   // meets one; otherwise the k-th smallest key. n <= 2^32; high is below the largest bit pattern.
   Bits (*bisect)(const Bits* src, std::size_t n, std::size_t k, std::size_t tolerance, Bits low, Bits high);
   // Adds to *counts, and writes the keys strictly between low and high to inside (room for n). Returns how
-  // many. n <= 65536; high is below the largest bit pattern.
+  // many. n <= kBracketMost; high is below the largest bit pattern.
   std::size_t (*bracket)(const Bits* src, std::size_t n, Bits low, Bits high, bool ties, Bits* inside,
                          BracketCounts* counts);
   // Keeps keys > t and the first ties_kept of the keys == t; writes n bits, and to out (unless null; may be

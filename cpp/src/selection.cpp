@@ -21,7 +21,6 @@ constexpr std::size_t kStep = std::size_t{1}
                               << 16;  // elements per chunk: 256 KiB of float32, half of a small L2
 constexpr std::size_t kDirect = 512;  // up to here, bisect over the bits
 constexpr std::size_t kRun = 16;      // sampled elements that lie together: a cache line of float32
-constexpr std::size_t kBlock = 4096;  // elements between two flushes of the collected keys
 constexpr std::size_t kSmallScratch = std::size_t{1} << 14;  // collected keys that are always allowed
 constexpr double kCollect = 0.036;                           // largest share of the data to collect
 constexpr double kDeviations = 2.6;  // half width of the bracket: it misses about once in 100 calls
@@ -121,12 +120,12 @@ Pass run_pass(const Source& source, Bits low, Bits high, bool ties, Bits* collec
   const bool parallel = source.size >= kSerialBelow;
   std::atomic<std::size_t> upto_low{0}, below_low{0}, upto_high{0}, inside{0};
   std::atomic<std::uint64_t> largest{0};
-  const Buffers<Bits> buffers(worker_count(source.chunks(), parallel), kBlock, source.gathers);
+  const Buffers<Bits> buffers(worker_count(source.chunks(), parallel), kBracketMost, source.gathers);
   for_each_task(source.chunks(), parallel, [&](std::size_t worker, std::size_t task) {
     BracketCounts counts;
-    Bits found[kBlock];
-    for (std::size_t skip = 0; skip < source.chunk_size(task); skip += kBlock) {
-      const std::size_t n = std::min(kBlock, source.chunk_size(task) - skip);
+    Bits found[kBracketMost];
+    for (std::size_t skip = 0; skip < source.chunk_size(task); skip += kBracketMost) {
+      const std::size_t n = std::min(kBracketMost, source.chunk_size(task) - skip);
       const Bits* src = source.read(task, skip, n, buffers.of(worker));
       const std::size_t hits = kernel.bracket(src, n, low, high, ties, found, &counts);
       if (hits == 0) continue;
@@ -188,7 +187,8 @@ Ranked<Bits> select(const Source& source, std::size_t k, Bits least, Bits most, 
                      c = static_cast<double>(count);
         const double margin = width * (std::sqrt(c * p * (1 - p)) + 1);
         const double first = std::floor(p * c - margin), last = std::ceil(p * c + margin);
-        const auto tolerance = attempt > 0 ? 0 : static_cast<std::size_t>(margin / 5);
+        const bool exact = attempt > 0 || sizeof(Bits) == 2;
+        const auto tolerance = exact ? 0 : static_cast<std::size_t>(margin / 5);
         low = first < 1 ? least
                         : kernel.bisect(keys, count, static_cast<std::size_t>(first), tolerance, least, most);
         high = last >= c ? most

@@ -20,11 +20,15 @@ namespace {
 constexpr std::size_t kStep = std::size_t{1}
                               << 16;  // elements per chunk: 256 KiB of float32, half of a small L2
 constexpr std::size_t kDirect = 512;  // up to here, bisect over the bits
-constexpr std::size_t kRun = 16;      // sampled elements that lie together: a cache line of float32
+constexpr std::size_t kMostSampled = std::size_t{1}
+                                     << 16;  // then a random read per run costs more than it saves
 constexpr std::size_t kSmallScratch = std::size_t{1} << 14;  // collected keys that are always allowed
 constexpr double kCollect = 0.036;                           // largest share of the data to collect
 constexpr double kDeviations = 2.6;  // half width of the bracket: it misses about once in 100 calls
 constexpr std::size_t kUnknown = std::numeric_limits<std::size_t>::max();
+
+template <class Bits>
+constexpr std::size_t kRun = 64 / sizeof(Bits);  // sampled elements that lie together: a cache line
 
 template <class Bits>
 constexpr Bits key_of(Bits bits) {
@@ -87,11 +91,11 @@ std::uint64_t scramble(std::uint64_t x) {
   return x ^ (x >> 31);
 }
 
-// Fills keys with about m elements (room for m + kRun) from jittered places, one run in each of m / kRun
-// equal strata.
+// Fills keys with about m elements (room for m + kRun) from jittered places, one run in each of m /
+// kRun<Bits> equal strata.
 template <class Bits, class Source>
 std::size_t sample(const Source& source, std::size_t m, std::uint64_t seed, Bits* keys) {
-  const std::size_t runs = m / kRun;
+  const std::size_t runs = m / kRun<Bits>;
   const double stratum = static_cast<double>(source.size) / static_cast<double>(runs);
   std::size_t chunk = 0, filled = 0;
   for (std::size_t r = 0; r < runs; ++r) {
@@ -99,8 +103,8 @@ std::size_t sample(const Source& source, std::size_t m, std::uint64_t seed, Bits
     const auto at =
         std::min(static_cast<std::size_t>((static_cast<double>(r) + jitter) * stratum), source.size - 1);
     while (chunk + 1 < source.chunks() && source.offset(chunk + 1) <= at) ++chunk;
-    const std::size_t chunk_size = source.chunk_size(chunk), n = std::min(kRun, chunk_size);
-    const std::size_t skip = std::min((at - source.offset(chunk)) & ~(kRun - 1), chunk_size - n);
+    const std::size_t chunk_size = source.chunk_size(chunk), n = std::min(kRun<Bits>, chunk_size);
+    const std::size_t skip = std::min((at - source.offset(chunk)) & ~(kRun<Bits> - 1), chunk_size - n);
     const Bits* p = source.read(chunk, skip, n, keys + filled);
     if (p != keys + filled) std::copy(p, p + n, keys + filled);
     filled += n;
@@ -165,10 +169,11 @@ Ranked<Bits> select(const Source& source, std::size_t k, Bits least, Bits most, 
   const std::size_t n = source.size;
   if (n <= kDirect) return select_directly(source, k, least, most, infinity);
   const auto& kernel = width_kernels<Bits>(kernels());
-  const auto m = static_cast<std::size_t>(std::cbrt(static_cast<double>(n) * static_cast<double>(n)));
+  const auto m = std::min(
+      kMostSampled, static_cast<std::size_t>(std::cbrt(static_cast<double>(n) * static_cast<double>(n))));
   const auto share = static_cast<std::size_t>(kCollect * static_cast<double>(n));
   const std::size_t room = std::min(n, std::max(kSmallScratch, share));
-  const std::unique_ptr<Bits[]> scratch(new Bits[room + m + kRun]);
+  const std::unique_ptr<Bits[]> scratch(new Bits[room + m + kRun<Bits>]);
   Bits* const collected = scratch.get();
   Bits* const keys = collected + room;
 

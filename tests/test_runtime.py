@@ -123,6 +123,23 @@ def test_fork_after_use_does_not_hang() -> None:
     assert result.returncode == 0, result.stderr
 
 
+def test_fork_after_import_alone_does_not_hang() -> None:
+    """Something else in the process may have used the same OpenMP runtime before the fork."""
+    script = """
+import os, signal
+import numpy as np, sparsam
+x = np.random.default_rng(0).standard_normal(3_000_000, dtype=np.float32)
+pid = os.fork()
+if pid == 0:
+    signal.alarm(60)
+    sparsam.threshold(x, 0.5)
+    os._exit(0 if sparsam.num_threads() == 1 else 1)
+assert os.waitpid(pid, 0)[1] == 0
+"""
+    result = run(script)
+    assert result.returncode == 0, result.stderr
+
+
 @pytest.mark.parametrize("start", ["fork", "spawn"])
 @pytest.mark.parametrize("first", ["torch", "sparsam"])
 def test_beside_torch(first: str, start: str, tmp_path: Any) -> None:

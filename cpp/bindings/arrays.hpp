@@ -4,9 +4,11 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <string>
 #include <vector>
 
+#include "sparsam/tiles.hpp"
 #include "sparsam/views.hpp"
 
 namespace sparsam {
@@ -63,7 +65,15 @@ inline const std::uint64_t* checked_words(const Words& words, std::size_t n) {
   return words.data();
 }
 
+// Tiles larger than the matrix are cut to it.
+inline Tiling tiling_of(std::size_t rows, std::size_t cols, std::size_t tile_rows, std::size_t tile_cols) {
+  if (tile_rows < 1 || tile_cols < 1) throw py::value_error("expected tiles of at least 1 x 1");
+  return {rows, cols, std::min(tile_rows, std::max<std::size_t>(rows, 1)),
+          std::min(tile_cols, std::max<std::size_t>(cols, 1))};
+}
+
 void register_masks(py::module_& m);
+void register_matrix(py::module_& m);
 void register_runtime(py::module_& m);
 void register_selection(py::module_& m);
 

@@ -5,4 +5,5 @@ PYBIND11_MODULE(_core, m) {
   sparsam::register_runtime(m);
   sparsam::register_selection(m);
   sparsam::register_masks(m);
+  sparsam::register_matrix(m);
 }

@@ -18,7 +18,7 @@ void apply(const py::array& array, const Words& words, py::array out) {
 
 Words expand(const Words& tile_words, std::size_t rows, std::size_t cols, std::size_t tile_rows,
              std::size_t tile_cols) {
-  const Tiling tiling{rows, cols, tile_rows, tile_cols};
+  const Tiling tiling = tiling_of(rows, cols, tile_rows, tile_cols);
   const std::uint64_t* tiles = checked_words(tile_words, tiling.down() * tiling.across());
   Words words(static_cast<py::ssize_t>(words_for(rows * cols)));
   std::uint64_t* to = words.mutable_data();

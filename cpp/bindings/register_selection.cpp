@@ -67,9 +67,9 @@ py::object bind_find_nan(const std::vector<py::array>& arrays) {
 py::array_t<double> bind_tile_scores(const py::array& array, std::size_t rows, std::size_t cols,
                                      std::size_t tile_rows, std::size_t tile_cols, int norm) {
   const View view = view_of(array);
-  const Tiling tiling{rows, cols, tile_rows, tile_cols};
-  if (rows * cols != view.size() || tile_rows < 1 || tile_cols < 1 || (norm != 1 && norm != 2))
-    throw py::value_error("expected rows * cols elements, tiles of at least 1 x 1, and norm 1 or 2");
+  const Tiling tiling = tiling_of(rows, cols, tile_rows, tile_cols);
+  if (rows * cols != view.size() || (norm != 1 && norm != 2))
+    throw py::value_error("expected rows * cols elements, and norm 1 or 2");
   py::array_t<double> scores(
       {static_cast<py::ssize_t>(tiling.down()), static_cast<py::ssize_t>(tiling.across())});
   double* to = scores.mutable_data();

@@ -4,6 +4,8 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "matmul.hpp"
+
 namespace sparsam {
 
 // Bits of KernelTable::required. avx512 means F, BW, DQ, VL and CD, as on Skylake-X and everything after it.
@@ -53,6 +55,7 @@ struct KernelTable {
   WidthKernels<std::uint16_t> w16;
   WidthKernels<std::uint32_t> w32;
   WidthKernels<std::uint64_t> w64;
+  MatmulKernels matmul;
 };
 
 template <class Bits>

@@ -1,8 +1,10 @@
 // The avx2 row. Built with AVX2 flags, which nothing else is; see cpp/README.md for what may be included
 // here.
 #define SPARSAM_TARGET avx2
+#include "floats_avx2.hpp"
 #include "vec_avx2.hpp"
 
+#include "matmul-inl.hpp"
 #include "selection-inl.hpp"
 
 namespace sparsam::SPARSAM_TARGET {
@@ -15,6 +17,7 @@ const KernelTable table = {
     kSelectionKernels<std::uint16_t>,
     kSelectionKernels<std::uint32_t>,
     kSelectionKernels<std::uint64_t>,
+    kMatmulKernels,
 };
 
 }  // namespace sparsam::SPARSAM_TARGET

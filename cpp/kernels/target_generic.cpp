@@ -1,8 +1,10 @@
 // The generic row. Built with baseline flags, which nothing else is; see cpp/README.md for what may be
 // included here.
 #define SPARSAM_TARGET generic
+#include "floats_generic.hpp"
 #include "vec_generic.hpp"
 
+#include "matmul-inl.hpp"
 #include "selection-inl.hpp"
 
 namespace sparsam::SPARSAM_TARGET {
@@ -15,6 +17,7 @@ const KernelTable table = {
     kSelectionKernels<std::uint16_t>,
     kSelectionKernels<std::uint32_t>,
     kSelectionKernels<std::uint64_t>,
+    kMatmulKernels,
 };
 
 }  // namespace sparsam::SPARSAM_TARGET

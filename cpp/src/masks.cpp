@@ -17,13 +17,12 @@ std::size_t count_bits(const std::uint64_t* words, std::size_t n_words) {
 
 void apply_mask(const View& array, const std::uint64_t* words, const View& out) {
   const std::vector<Chunk> chunks = cut({array}, kStep);
-  const bool parallel = array.size() >= kSerialBelow;
+  const std::size_t workers = worker_count(chunks.size(), array.size() >= kSerialBelow);
   with_bits(item_size(array.dtype()), [&](auto width) {
     using Bits = decltype(width);
     const auto& kernel = width_kernels<Bits>(kernels());
-    const Buffers<Bits> buffers(worker_count(chunks.size(), parallel), kStep,
-                                !array.contiguous() || !out.contiguous());
-    for_each_task(chunks.size(), parallel, [&](std::size_t worker, std::size_t task) {
+    const Buffers<Bits> buffers(workers, kStep, !array.contiguous() || !out.contiguous());
+    for_each_task(chunks.size(), workers, [&](std::size_t worker, std::size_t task) {
       const Chunk& c = chunks[task];
       Bits* buffer = buffers.of(worker);
       const Bits* src = array.read(c.start, c.size, buffer);

@@ -17,14 +17,17 @@
 namespace sparsam {
 namespace {
 
-constexpr std::size_t kStep = std::size_t{1}
-                              << 16;  // elements per chunk: 256 KiB of float32, half of a small L2
-constexpr std::size_t kDirect = 512;  // up to here, bisect over the bits
-constexpr std::size_t kMostSampled = std::size_t{1}
-                                     << 16;  // then a random read per run costs more than it saves
-constexpr std::size_t kSmallScratch = std::size_t{1} << 14;  // collected keys that are always allowed
-constexpr double kCollect = 0.036;                           // largest share of the data to collect
-constexpr double kDeviations = 2.6;  // half width of the bracket: it misses about once in 100 calls
+// Elements per chunk: 256 KiB of float32, half of a small L2 cache.
+constexpr std::size_t kStep = std::size_t{1} << 16;
+// Up to here, bisect over the bits.
+constexpr std::size_t kDirect = 512;
+// Beyond this, the random reads of a larger sample cost more than its narrower bracket saves.
+constexpr std::size_t kMostSampled = std::size_t{1} << 16;
+// Half width of the bracket, where memory allows: it misses about once in 100 calls.
+constexpr double kDeviations = 2.6;
+// Scratch memory: this share of the data, or this many bytes where that is more.
+constexpr double kScratchShare = 0.05;
+constexpr std::size_t kScratchFloor = std::size_t{1} << 17;
 constexpr std::size_t kUnknown = std::numeric_limits<std::size_t>::max();
 
 template <class Bits>
@@ -121,11 +124,11 @@ struct Pass {
 template <class Bits, class Source>
 Pass run_pass(const Source& source, Bits low, Bits high, bool ties, Bits* collected, std::size_t room) {
   const auto& kernel = width_kernels<Bits>(kernels());
-  const bool parallel = source.size >= kSerialBelow;
+  const std::size_t workers = worker_count(source.chunks(), source.size >= kSerialBelow);
   std::atomic<std::size_t> upto_low{0}, below_low{0}, upto_high{0}, inside{0};
   std::atomic<std::uint64_t> largest{0};
-  const Buffers<Bits> buffers(worker_count(source.chunks(), parallel), kBracketMost, source.gathers);
-  for_each_task(source.chunks(), parallel, [&](std::size_t worker, std::size_t task) {
+  const Buffers<Bits> buffers(workers, kBracketMost, source.gathers);
+  for_each_task(source.chunks(), workers, [&](std::size_t worker, std::size_t task) {
     BracketCounts counts;
     Bits found[kBracketMost];
     for (std::size_t skip = 0; skip < source.chunk_size(task); skip += kBracketMost) {
@@ -146,9 +149,18 @@ Pass run_pass(const Source& source, Bits low, Bits high, bool ties, Bits* collec
   return {{upto_low, below_low, upto_high, largest}, inside};
 }
 
-template <class Bits, class Source>
-Ranked<Bits> select_directly(const Source& source, std::size_t k, Bits least, Bits most, Bits infinity) {
+template <class Bits>
+Ranked<Bits> select_directly(const Bits* data, std::size_t n, std::size_t k, Bits least, Bits most,
+                             Bits infinity) {
   const auto& kernel = width_kernels<Bits>(kernels());
+  if (kernel.count_upto(data, n, infinity) != n) return {0, 0, 0, true};
+  const Bits key = kernel.bisect(data, n, k, 0, least, most);
+  const std::size_t equal = kernel.count_equal(data, n, key);
+  return {key, kernel.count_upto(data, n, key) - equal, equal, false};
+}
+
+template <class Bits, class Source>
+Ranked<Bits> gather_and_select(const Source& source, std::size_t k, Bits least, Bits most, Bits infinity) {
   Bits data[kDirect];
   std::size_t n = 0;
   for (std::size_t c = 0; c < source.chunks(); ++c) {
@@ -157,36 +169,49 @@ Ranked<Bits> select_directly(const Source& source, std::size_t k, Bits least, Bi
     if (p != data + n) std::copy(p, p + size, data + n);
     n += size;
   }
-  if (kernel.count_upto(data, n, infinity) != n) return {0, 0, 0, true};
-  const Bits key = kernel.bisect(data, n, k, 0, least, most);
-  const std::size_t equal = kernel.count_equal(data, n, key);
-  return {key, kernel.count_upto(data, n, key) - equal, equal, false};
+  return select_directly(data, n, k, least, most, infinity);
 }
 
+// How `budget` elements of scratch are used for n elements. A bracket of d deviations on either side of a
+// rank encloses about 1.15 d n / sqrt(sampled) keys at most (the median is the worst case; the pivots may lie
+// a tenth wide of it).
+struct Plan {
+  std::size_t sampled, room;
+  double deviations;
+
+  Plan(std::size_t n, std::size_t budget) {
+    const double size = static_cast<double>(n);
+    sampled = std::min({kMostSampled, static_cast<std::size_t>(std::cbrt(size * size)), budget / 4});
+    const double enclosed = 1.15 * size / std::sqrt(static_cast<double>(sampled) + 1);
+    room = std::min({n, budget * 7 / 10, static_cast<std::size_t>(1.15 * kDeviations * enclosed) + 64});
+    deviations = std::min(kDeviations, static_cast<double>(room) / (1.15 * enclosed));
+  }
+};
+
 // The k-th smallest key, known to lie in [least, most]. NaNs, the keys above infinity, are only reported.
+// Uses at most `budget` elements of memory.
 template <class Bits, class Source>
-Ranked<Bits> select(const Source& source, std::size_t k, Bits least, Bits most, Bits infinity) {
+Ranked<Bits> select(const Source& source, std::size_t k, Bits least, Bits most, Bits infinity,
+                    std::size_t budget) {
   const std::size_t n = source.size;
-  if (n <= kDirect) return select_directly(source, k, least, most, infinity);
+  if (n <= kDirect) return gather_and_select(source, k, least, most, infinity);
   const auto& kernel = width_kernels<Bits>(kernels());
-  const auto m = std::min(
-      kMostSampled, static_cast<std::size_t>(std::cbrt(static_cast<double>(n) * static_cast<double>(n))));
-  const auto share = static_cast<std::size_t>(kCollect * static_cast<double>(n));
-  const std::size_t room = std::min(n, std::max(kSmallScratch, share));
-  const std::unique_ptr<Bits[]> scratch(new Bits[room + m + kRun<Bits>]);
-  Bits* const collected = scratch.get();
-  Bits* const keys = collected + room;
+  const Plan plan(n, budget);
+  const std::unique_ptr<Bits[]> collected(new Bits[plan.room]);
+  std::unique_ptr<Bits[]> keys(new Bits[plan.sampled + kRun<Bits>]);
 
   // `before` keys are below least, `upto` are at most `most`.
   std::size_t before = 0, upto = n;
-  double width = kDeviations;
+  double width = plan.deviations;
   for (std::size_t attempt = 0;; ++attempt) {
     Bits low = static_cast<Bits>(least + (most - least) / 2), high = low;
     bool ties = true;
     if (attempt < 4) {
-      std::size_t count = sample(source, m, attempt << 40, keys);
+      std::size_t count = sample(source, plan.sampled, attempt << 40, keys.get());
       const auto outside = [&](Bits bits) { return key_of(bits) < least || key_of(bits) > most; };
-      if (attempt > 0) count = static_cast<std::size_t>(std::remove_if(keys, keys + count, outside) - keys);
+      if (attempt > 0)
+        count =
+            static_cast<std::size_t>(std::remove_if(keys.get(), keys.get() + count, outside) - keys.get());
       if (count > 0) {
         const double p = static_cast<double>(k - before) / static_cast<double>(upto - before),
                      c = static_cast<double>(count);
@@ -194,24 +219,32 @@ Ranked<Bits> select(const Source& source, std::size_t k, Bits least, Bits most, 
         const double first = std::floor(p * c - margin), last = std::ceil(p * c + margin);
         const bool exact = attempt > 0 || sizeof(Bits) == 2;
         const auto tolerance = exact ? 0 : static_cast<std::size_t>(margin / 5);
-        low = first < 1 ? least
-                        : kernel.bisect(keys, count, static_cast<std::size_t>(first), tolerance, least, most);
+        low = first < 1
+                  ? least
+                  : kernel.bisect(keys.get(), count, static_cast<std::size_t>(first), tolerance, least, most);
         high = last >= c ? most
-                         : kernel.bisect(keys, count, static_cast<std::size_t>(last) + tolerance, tolerance,
-                                         least, most);
+                         : kernel.bisect(keys.get(), count, static_cast<std::size_t>(last) + tolerance,
+                                         tolerance, least, most);
         // Ties at a pivot show in the sample as a repeated key; without them two comparisons fewer are
         // enough.
-        const auto repeated = [&](Bits pivot) { return kernel.count_equal(keys, count, pivot) > 1; };
+        const auto repeated = [&](Bits pivot) { return kernel.count_equal(keys.get(), count, pivot) > 1; };
         ties = attempt > 0 || low == high || repeated(low) || repeated(high);
       }
     }
-    const Pass pass = run_pass(source, low, high, ties, collected, room);
+    const Pass pass = run_pass(source, low, high, ties, collected.get(), plan.room);
     if (pass.counts.largest > infinity) return {0, 0, 0, true};
     const std::size_t upto_low = pass.counts.upto_low, below_high = upto_low + pass.inside;
     const std::size_t below_low = pass.counts.below_low, upto_high = pass.counts.upto_high;
-    if (k > upto_low && k <= below_high && pass.inside <= room) {
-      Ranked<Bits> r = select(Buffer<Bits>{collected, pass.inside}, k - upto_low, static_cast<Bits>(low + 1),
-                              static_cast<Bits>(high - 1), infinity);
+    if (k > upto_low && k <= below_high && pass.inside <= plan.room) {
+      keys.reset();
+      const std::size_t left = budget - plan.room;
+      const auto above = static_cast<Bits>(low + 1), below = static_cast<Bits>(high - 1);
+      // Where too little memory is left to narrow things down, bisection needs none.
+      Ranked<Bits> r =
+          Plan(pass.inside, left).deviations < 1
+              ? select_directly(collected.get(), pass.inside, k - upto_low, above, below, infinity)
+              : select(Buffer<Bits>{collected.get(), pass.inside}, k - upto_low, above, below, infinity,
+                       left);
       r.below += upto_low;
       return r;
     }
@@ -251,16 +284,21 @@ DType common_dtype(const std::vector<View>& arrays) {
 
 Threshold threshold(const std::vector<View>& arrays, std::size_t k) {
   const DType common = common_dtype(arrays);
+  std::size_t bytes = 0;
+  for (const View& v : arrays) bytes += v.size() * item_size(v.dtype());
+  const std::size_t scratch =
+      std::max(kScratchFloor, static_cast<std::size_t>(kScratchShare * static_cast<double>(bytes)));
   return with_bits(item_size(common), [&](auto width) -> Threshold {
     using Bits = decltype(width);
+    const std::size_t budget = scratch / sizeof(Bits);
     const auto infinity = static_cast<Bits>(infinity_key(common));
     std::vector<View> by_memory;
     for (const View& v : arrays) by_memory.push_back(v.in_memory_order());
     const View& only = by_memory.front();
     const Ranked<Bits> r =
         by_memory.size() == 1 && only.contiguous()
-            ? select(Buffer<Bits>{only.direct<Bits>(0), only.size()}, k, Bits{0}, infinity, infinity)
-            : select(Pool<Bits>(by_memory), k, Bits{0}, infinity, infinity);
+            ? select(Buffer<Bits>{only.direct<Bits>(0), only.size()}, k, Bits{0}, infinity, infinity, budget)
+            : select(Pool<Bits>(by_memory), k, Bits{0}, infinity, infinity, budget);
     if (r.nan) return {std::numeric_limits<double>::quiet_NaN(), 0, 0};
     return {key_to_double(r.key, common), r.below, r.equal};
   });
@@ -305,14 +343,14 @@ void mark(const std::vector<View>& arrays, double value, std::size_t ties_kept,
     gathers |= !v.contiguous();
   }
   for (const View& v : outs) gathers |= !v.contiguous();
-  const bool parallel = size >= kSerialBelow;
-  const Buffers<std::uint64_t> buffers(worker_count(chunks.size(), parallel), kStep, gathers);
+  const std::size_t workers = worker_count(chunks.size(), size >= kSerialBelow);
+  const Buffers<std::uint64_t> buffers(workers, kStep, gathers);
   std::unique_ptr<std::atomic<std::size_t>[]> ties;
   if (ties_kept > 0) {
     ties.reset(new std::atomic<std::size_t>[chunks.size()]);
     for (std::size_t i = 0; i < chunks.size(); ++i) ties[i].store(kUnknown, std::memory_order_relaxed);
   }
-  for_each_task(chunks.size(), parallel, [&](std::size_t worker, std::size_t task) {
+  for_each_task(chunks.size(), workers, [&](std::size_t worker, std::size_t task) {
     const Chunk& c = chunks[task];
     const View* out = outs.empty() ? nullptr : &outs[c.array];
     with_bits(item_size(arrays[c.array].dtype()), [&](auto width) {
@@ -327,14 +365,14 @@ void mark(const std::vector<View>& arrays, double value, std::size_t ties_kept,
 bool keep_of_group(const View& array, std::size_t keep, std::size_t m, std::uint64_t* words) {
   const std::size_t step = 64 * m * std::max<std::size_t>(1, kStep / (64 * m));
   const std::vector<Chunk> chunks = cut({array}, step);
-  const bool parallel = array.size() >= kSerialBelow;
+  const std::size_t workers = worker_count(chunks.size(), array.size() >= kSerialBelow);
   return with_bits(item_size(array.dtype()), [&](auto width) {
     using Bits = decltype(width);
     const auto& kernel = width_kernels<Bits>(kernels());
     const auto infinity = static_cast<Bits>(infinity_key(array.dtype()));
     std::atomic<bool> numbers{true};
-    const Buffers<Bits> buffers(worker_count(chunks.size(), parallel), step, !array.contiguous());
-    for_each_task(chunks.size(), parallel, [&](std::size_t worker, std::size_t task) {
+    const Buffers<Bits> buffers(workers, step, !array.contiguous());
+    for_each_task(chunks.size(), workers, [&](std::size_t worker, std::size_t task) {
       const Chunk& c = chunks[task];
       const Bits* src = array.read(c.start, c.size, buffers.of(worker));
       if (kernel.keep_of_group(src, c.size, keep, m, words + c.start / 64) > infinity) numbers.store(false);
@@ -347,13 +385,13 @@ Position find_nan(const std::vector<View>& arrays) {
   for (std::size_t a = 0; a < arrays.size(); ++a) {
     const View& v = arrays[a];
     const std::vector<Chunk> chunks = cut({v}, kStep);
-    const bool parallel = v.size() >= kSerialBelow;
+    const std::size_t workers = worker_count(chunks.size(), v.size() >= kSerialBelow);
     std::atomic<std::size_t> first{kUnknown};
     with_bits(item_size(v.dtype()), [&](auto width) {
       using Bits = decltype(width);
       const auto infinity = static_cast<Bits>(infinity_key(v.dtype()));
-      const Buffers<Bits> buffers(worker_count(chunks.size(), parallel), kStep, !v.contiguous());
-      for_each_task(chunks.size(), parallel, [&](std::size_t worker, std::size_t task) {
+      const Buffers<Bits> buffers(workers, kStep, !v.contiguous());
+      for_each_task(chunks.size(), workers, [&](std::size_t worker, std::size_t task) {
         const Chunk& c = chunks[task];
         const Bits* src = v.read(c.start, c.size, buffers.of(worker));
         if (width_kernels<Bits>(kernels()).count_upto(src, c.size, infinity) == c.size) return;

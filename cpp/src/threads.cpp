@@ -19,13 +19,11 @@ namespace sparsam {
 namespace {
 
 std::atomic<int> g_wanted{0};
-std::atomic<bool> g_used_threads{false};
 std::atomic<bool> g_forked{false};
 
-// An OpenMP team does not survive fork, and its runtime waits for it forever: such a child works alone.
-void after_fork_in_child() {
-  if (g_used_threads.load()) g_forked.store(true);
-}
+// An OpenMP team does not survive fork, whoever in this process started it, and its runtime waits for it
+// forever: a forked child works alone.
+void after_fork_in_child() { g_forked.store(true); }
 const int g_fork_handler = pthread_atfork(nullptr, nullptr, after_fork_in_child);
 
 int affinity_cpus() {
@@ -102,15 +100,13 @@ std::size_t worker_count(std::size_t tasks, bool parallel) {
   return 1;
 }
 
-void run_tasks(std::size_t tasks, bool parallel, void (*body)(void*, std::size_t, std::size_t),
+void run_tasks(std::size_t tasks, std::size_t workers, void (*body)(void*, std::size_t, std::size_t),
                void* context) {
-  const std::size_t workers = worker_count(tasks, parallel);
   if (workers == 1) {
     for (std::size_t task = 0; task < tasks; ++task) body(context, 0, task);
     return;
   }
 #ifdef _OPENMP
-  g_used_threads.store(true);
   std::atomic<std::size_t> next{0};
 #pragma omp parallel num_threads(static_cast<int>(workers))
   {

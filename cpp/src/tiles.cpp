@@ -43,12 +43,11 @@ void tile_scores(const View& array, const Tiling& t, int norm, double* scores) {
   // A task is a row of tiles, or a stretch of one where the tiles are tall and few.
   const std::size_t stretch = std::max<std::size_t>(1, kPiece / std::min(t.tile_cols, kPiece));
   const std::size_t stretches = (across + stretch - 1) / stretch;
-  const bool parallel = array.size() >= kSerialBelow;
   const std::size_t tasks = down * stretches;
-  const std::size_t workers = worker_count(tasks, parallel);
+  const std::size_t workers = worker_count(tasks, array.size() >= kSerialBelow);
   const Buffers<std::uint64_t> raw(workers, kPiece, true);
   const Buffers<double> pieces(workers, kPiece, true);
-  for_each_task(tasks, parallel, [&](std::size_t worker, std::size_t task) {
+  for_each_task(tasks, workers, [&](std::size_t worker, std::size_t task) {
     const std::size_t tile_row = task / stretches, first = task % stretches * stretch;
     const std::size_t last = std::min(first + stretch, across);
     double* const sums = scores + tile_row * across;

@@ -50,18 +50,29 @@ View View::in_memory_order() const {
 // Calls visit(pointer, byte stride, count) for the straight runs that make up [start, start + n).
 template <class Visit>
 void View::for_each_run(std::size_t start, std::size_t n, Visit&& visit) const {
-  const Dim inner = dims_.back();
-  while (n > 0) {
-    std::size_t rest = start;
-    const char* p = data_;
-    for (std::size_t i = dims_.size(); i-- > 0;) {
-      p += static_cast<std::ptrdiff_t>(rest % dims_[i].size) * dims_[i].stride;
-      rest /= dims_[i].size;
-    }
-    const std::size_t count = std::min(n, inner.size - start % inner.size);
+  if (n == 0) return;
+  const std::size_t last = dims_.size() - 1;
+  const Dim inner = dims_[last];
+  std::vector<std::size_t> index(dims_.size());
+  const char* p = data_;
+  std::size_t rest = start;
+  for (std::size_t i = dims_.size(); i-- > 0; rest /= dims_[i].size) {
+    index[i] = rest % dims_[i].size;
+    p += static_cast<std::ptrdiff_t>(index[i]) * dims_[i].stride;
+  }
+  while (true) {
+    const std::size_t count = std::min(n, inner.size - index[last]);
     visit(p, inner.stride, count);
-    start += count;
     n -= count;
+    if (n == 0) return;
+    p -= static_cast<std::ptrdiff_t>(index[last]) * inner.stride;  // to the start of the next run
+    index[last] = 0;
+    for (std::size_t i = last; i-- > 0;) {
+      p += dims_[i].stride;
+      if (++index[i] < dims_[i].size) break;
+      p -= static_cast<std::ptrdiff_t>(dims_[i].size) * dims_[i].stride;
+      index[i] = 0;
+    }
   }
 }
 

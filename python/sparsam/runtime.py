@@ -50,7 +50,7 @@ def num_threads() -> int:
     """Threads that a call may use.
 
     By default the smallest of OpenMP's maximum (OMP_NUM_THREADS), the CPUs in the affinity mask and the
-    cgroup's CPU quota. 1 in a child forked from a process that had used threads: an OpenMP team does not
+    cgroup's CPU quota, as they were at the first call. 1 in a forked child: an OpenMP team does not
     survive fork.
     """
     return _core.num_threads()

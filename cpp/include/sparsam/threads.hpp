@@ -14,18 +14,19 @@ int default_num_threads();
 void set_num_threads(int n);  // n >= 1
 std::string threading_runtime();
 
-// Workers that run_tasks would use; a worker's number is below this.
+// How many threads should share `tasks` tasks now. Ask once per call and size per-worker memory by the
+// answer: another thread may change the setting in between.
 std::size_t worker_count(std::size_t tasks, bool parallel);
 
-// Calls body(context, worker, task) once for each task in [0, tasks). Tasks are claimed in increasing order,
-// so a task may wait for results of the tasks before it. `body` must not throw. Nested calls run serially.
-void run_tasks(std::size_t tasks, bool parallel, void (*body)(void*, std::size_t, std::size_t),
+// Calls body(context, worker, task) once for each task in [0, tasks), worker < workers. Tasks are claimed in
+// increasing order, so a task may wait for results of the tasks before it. `body` must not throw.
+void run_tasks(std::size_t tasks, std::size_t workers, void (*body)(void*, std::size_t, std::size_t),
                void* context);
 
 template <class Body>
-void for_each_task(std::size_t tasks, bool parallel, Body&& body) {
+void for_each_task(std::size_t tasks, std::size_t workers, Body&& body) {
   run_tasks(
-      tasks, parallel,
+      tasks, workers,
       [](void* context, std::size_t worker, std::size_t task) {
         (*static_cast<std::remove_reference_t<Body>*>(context))(worker, task);
       },

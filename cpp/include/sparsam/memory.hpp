@@ -1,0 +1,29 @@
+// A block of memory that is not cleared, aligned to cache lines, and on huge pages where it is large: packed
+// weights are streamed, and the first touch of small pages can take longer than the packing itself.
+#pragma once
+#include <cstddef>
+#include <cstdlib>
+#include <memory>
+
+namespace sparsam {
+
+class Memory {
+ public:
+  Memory() = default;
+  explicit Memory(std::size_t bytes);
+
+  std::size_t bytes() const { return bytes_; }
+  template <class T>
+  T* as() const {
+    return reinterpret_cast<T*>(data_.get());
+  }
+
+ private:
+  struct Free {
+    void operator()(char* p) const { std::free(p); }
+  };
+  std::unique_ptr<char, Free> data_;
+  std::size_t bytes_ = 0;
+};
+
+}  // namespace sparsam

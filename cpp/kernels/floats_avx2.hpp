@@ -1,0 +1,122 @@
+// Floats over 256-bit registers.
+#pragma once
+#include <immintrin.h>
+
+#include <cstddef>
+#include <cstdint>
+
+#include "half.hpp"
+
+namespace sparsam::avx2 {
+namespace {
+
+// order[bits] says, a byte each, which packed value goes to which lane: the number of set bits below the
+// lane.
+struct ExpandTable {
+  std::uint64_t order[256];
+  constexpr ExpandTable() : order() {
+    for (unsigned bits = 0; bits < 256; ++bits) {
+      unsigned n = 0;
+      for (unsigned lane = 0; lane < 8; ++lane) {
+        order[bits] |= std::uint64_t{n} << (8 * lane);
+        n += bits >> lane & 1;
+      }
+      // A lane after the last value may ask for value 8; it is masked, and 8 wraps to 0.
+    }
+  }
+};
+constexpr ExpandTable kExpand;
+alignas(32) constexpr std::int32_t kFirstLanes[16] = {-1, -1, -1, -1, -1, -1, -1, -1, 0, 0, 0, 0, 0, 0, 0, 0};
+
+struct Floats {
+  static constexpr std::size_t kLanes = 8;
+  using Reg = __m256;
+
+  static __m256i first_lanes(std::size_t n) {
+    return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(kFirstLanes + 8 - n));
+  }
+  static Reg set1(float x) { return _mm256_set1_ps(x); }
+  static Reg zero() { return _mm256_setzero_ps(); }
+  static Reg load(const float* p) { return _mm256_loadu_ps(p); }
+  static Reg load_partial(const float* p, std::size_t n) { return _mm256_maskload_ps(p, first_lanes(n)); }
+  static void store(float* p, Reg r) { _mm256_storeu_ps(p, r); }
+  static void store_partial(float* p, Reg r, std::size_t n) { _mm256_maskstore_ps(p, first_lanes(n), r); }
+  static Reg add(Reg a, Reg b) { return _mm256_add_ps(a, b); }
+  static Reg sub(Reg a, Reg b) { return _mm256_sub_ps(a, b); }
+  static Reg mul(Reg a, Reg b) { return _mm256_mul_ps(a, b); }
+  static Reg div(Reg a, Reg b) { return _mm256_div_ps(a, b); }
+  static Reg fma(Reg a, Reg b, Reg c) { return _mm256_fmadd_ps(a, b, c); }
+  static Reg max(Reg a, Reg b) { return _mm256_max_ps(a, b); }
+  static Reg min(Reg a, Reg b) { return _mm256_min_ps(a, b); }
+  static Reg abs(Reg a) { return _mm256_andnot_ps(set1(-0.0f), a); }
+  static Reg copysign(Reg a, Reg b) { return _mm256_or_ps(a, _mm256_and_ps(set1(-0.0f), b)); }  // a >= 0
+  static Reg round(Reg a) { return _mm256_round_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+  static Reg scale(Reg a, Reg n) {
+    const __m256i exponent = _mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127));
+    return _mm256_mul_ps(a, _mm256_castsi256_ps(_mm256_slli_epi32(exponent, 23)));
+  }
+  static float sum(Reg r) {
+    const __m128 four = _mm_add_ps(_mm256_castps256_ps128(r), _mm256_extractf128_ps(r, 1));
+    const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_add_ss(two, _mm_shuffle_ps(two, two, 1)));
+  }
+  // Stops the compiler from loading again what is used several times.
+  static void keep_in_register(Reg& r) { asm("" : "+x"(r)); }
+  static void transpose(Reg (&r)[kLanes]) {
+    Reg t[8], u[8];
+    for (int i = 0; i < 8; i += 2) {
+      t[i] = _mm256_unpacklo_ps(r[i], r[i + 1]);
+      t[i + 1] = _mm256_unpackhi_ps(r[i], r[i + 1]);
+    }
+    for (int i = 0; i < 8; i += 4) {
+      u[i] = _mm256_shuffle_ps(t[i], t[i + 2], 0x44);
+      u[i + 1] = _mm256_shuffle_ps(t[i], t[i + 2], 0xee);
+      u[i + 2] = _mm256_shuffle_ps(t[i + 1], t[i + 3], 0x44);
+      u[i + 3] = _mm256_shuffle_ps(t[i + 1], t[i + 3], 0xee);
+    }
+    for (int i = 0; i < 4; ++i) {
+      r[i] = _mm256_permute2f128_ps(u[i], u[i + 4], 0x20);
+      r[i + 4] = _mm256_permute2f128_ps(u[i], u[i + 4], 0x31);
+    }
+  }
+  static __m128 load4(const float* p) { return _mm_loadu_ps(p); }
+  static __m128 load4(const Bfloat* p) {
+    return _mm_castsi128_ps(
+        _mm_slli_epi32(_mm_cvtepu16_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))), 16));
+  }
+  static __m128 load4(const Half* p) {
+    return _mm_cvtph_ps(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+  }
+  // One broadcast load and four shuffles: loads are what the product runs out of.
+  template <class Value>
+  static void broadcast4(const Value* p, Reg (&w)[4]) {
+    const __m128 four = load4(p);
+    Reg all = _mm256_set_m128(four, four);
+    keep_in_register(all);
+    w[0] = _mm256_permute_ps(all, 0x00);
+    w[1] = _mm256_permute_ps(all, 0x55);
+    w[2] = _mm256_permute_ps(all, 0xaa);
+    w[3] = _mm256_permute_ps(all, 0xff);
+  }
+  static Reg load_values(const float* p) { return _mm256_loadu_ps(p); }
+  static Reg load_values(const Bfloat* p) {
+    const __m128i half = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16));
+  }
+  static Reg load_values(const Half* p) {
+    return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  }
+  template <class Value>
+  static Reg fma_expanded(const Value* p, std::uint32_t bits, Reg x, Reg sum) {
+    const __m256i order =
+        _mm256_cvtepu8_epi32(_mm_cvtsi64_si128(static_cast<long long>(kExpand.order[bits])));
+    const __m256i lane_bit = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
+    const __m256i set = _mm256_and_si256(_mm256_set1_epi32(static_cast<int>(bits)), lane_bit);
+    const Reg lanes = _mm256_castsi256_ps(_mm256_cmpeq_epi32(set, lane_bit));
+    const Reg w = _mm256_permutevar8x32_ps(load_values(p), order);
+    return _mm256_fmadd_ps(_mm256_and_ps(w, lanes), _mm256_and_ps(x, lanes), sum);
+  }
+};
+
+}  // namespace
+}  // namespace sparsam::avx2

@@ -1,0 +1,106 @@
+// Floats over 512-bit registers, with nothing newer than Skylake-X's instructions.
+#pragma once
+#include <immintrin.h>
+
+#include <cstddef>
+#include <cstdint>
+
+#include "half.hpp"
+
+namespace sparsam::avx512 {
+namespace {
+
+struct Floats {
+  static constexpr std::size_t kLanes = 16;
+  using Reg = __m512;
+
+  static __mmask16 first_lanes(std::size_t n) { return static_cast<__mmask16>((1u << n) - 1); }
+  static Reg set1(float x) { return _mm512_set1_ps(x); }
+  static Reg zero() { return _mm512_setzero_ps(); }
+  static Reg load(const float* p) { return _mm512_loadu_ps(p); }
+  static Reg load_partial(const float* p, std::size_t n) { return _mm512_maskz_loadu_ps(first_lanes(n), p); }
+  static void store(float* p, Reg r) { _mm512_storeu_ps(p, r); }
+  static void store_partial(float* p, Reg r, std::size_t n) { _mm512_mask_storeu_ps(p, first_lanes(n), r); }
+  static Reg add(Reg a, Reg b) { return _mm512_add_ps(a, b); }
+  static Reg sub(Reg a, Reg b) { return _mm512_sub_ps(a, b); }
+  static Reg mul(Reg a, Reg b) { return _mm512_mul_ps(a, b); }
+  static Reg div(Reg a, Reg b) { return _mm512_div_ps(a, b); }
+  static Reg fma(Reg a, Reg b, Reg c) { return _mm512_fmadd_ps(a, b, c); }
+  static Reg max(Reg a, Reg b) { return _mm512_max_ps(a, b); }
+  static Reg min(Reg a, Reg b) { return _mm512_min_ps(a, b); }
+  static Reg abs(Reg a) { return _mm512_andnot_ps(set1(-0.0f), a); }
+  static Reg copysign(Reg a, Reg b) { return _mm512_or_ps(a, _mm512_and_ps(set1(-0.0f), b)); }  // a >= 0
+  static Reg round(Reg a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+  static Reg scale(Reg a, Reg n) { return _mm512_scalef_ps(a, n); }
+  static float sum(Reg r) {
+    const __m256 eight = _mm256_add_ps(_mm512_castps512_ps256(r), _mm512_extractf32x8_ps(r, 1));
+    const __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+    const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_add_ss(two, _mm_shuffle_ps(two, two, 1)));
+  }
+  // Stops the compiler from loading again what is used several times.
+  static void keep_in_register(Reg& r) { asm("" : "+v"(r)); }
+  static void transpose(Reg (&r)[kLanes]) {
+    Reg t[16], u[16];
+    for (int i = 0; i < 16; i += 2) {
+      t[i] = _mm512_unpacklo_ps(r[i], r[i + 1]);
+      t[i + 1] = _mm512_unpackhi_ps(r[i], r[i + 1]);
+    }
+    for (int i = 0; i < 16; i += 4) {
+      u[i] = _mm512_shuffle_ps(t[i], t[i + 2], 0x44);
+      u[i + 1] = _mm512_shuffle_ps(t[i], t[i + 2], 0xee);
+      u[i + 2] = _mm512_shuffle_ps(t[i + 1], t[i + 3], 0x44);
+      u[i + 3] = _mm512_shuffle_ps(t[i + 1], t[i + 3], 0xee);
+    }
+    for (int i = 0; i < 4; ++i) {
+      const Reg a = _mm512_shuffle_f32x4(u[i], u[i + 4], 0x88),
+                b = _mm512_shuffle_f32x4(u[i], u[i + 4], 0xdd);
+      const Reg c = _mm512_shuffle_f32x4(u[i + 8], u[i + 12], 0x88),
+                d = _mm512_shuffle_f32x4(u[i + 8], u[i + 12], 0xdd);
+      r[i] = _mm512_shuffle_f32x4(a, c, 0x88);
+      r[i + 8] = _mm512_shuffle_f32x4(a, c, 0xdd);
+      r[i + 4] = _mm512_shuffle_f32x4(b, d, 0x88);
+      r[i + 12] = _mm512_shuffle_f32x4(b, d, 0xdd);
+    }
+  }
+  static __m128 load4(const float* p) { return _mm_loadu_ps(p); }
+  static __m128 load4(const Bfloat* p) {
+    return _mm_castsi128_ps(
+        _mm_slli_epi32(_mm_cvtepu16_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))), 16));
+  }
+  static __m128 load4(const Half* p) {
+    return _mm_cvtph_ps(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+  }
+  // One broadcast load and four shuffles: loads are what the product runs out of.
+  template <class Value>
+  static void broadcast4(const Value* p, Reg (&w)[4]) {
+    Reg all = _mm512_broadcast_f32x4(load4(p));
+    keep_in_register(all);
+    w[0] = _mm512_permute_ps(all, 0x00);
+    w[1] = _mm512_permute_ps(all, 0x55);
+    w[2] = _mm512_permute_ps(all, 0xaa);
+    w[3] = _mm512_permute_ps(all, 0xff);
+  }
+  static Reg load_values(const float* p) { return _mm512_loadu_ps(p); }
+  static Reg load_values(const Bfloat* p) {
+    const __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
+  }
+  static Reg load_values(const Half* p) {
+    return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+  }
+  // A zero-masked expand waits for the old value of its destination on Zen 4 and Zen 5; merging into a
+  // register that was just zeroed does not. The masked product keeps infinities in x away from pruned
+  // weights.
+  template <class Value>
+  static Reg fma_expanded(const Value* p, std::uint32_t bits, Reg x, Reg sum) {
+    const auto lanes = static_cast<__mmask16>(bits);
+    Reg w = zero();
+    keep_in_register(w);
+    w = _mm512_mask_expand_ps(w, lanes, load_values(p));
+    return _mm512_mask3_fmadd_ps(w, x, sum, lanes);
+  }
+};
+
+}  // namespace
+}  // namespace sparsam::avx512

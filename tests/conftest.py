@@ -24,3 +24,10 @@ def threads(request: pytest.FixtureRequest) -> Iterator[int]:
     sparsam.set_num_threads(request.param)
     yield request.param
     sparsam.set_num_threads(None)
+
+
+@pytest.fixture(autouse=True)
+def uncalibrated(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """No test waits for a calibration or sees the user's; test_costs.py asks for its own."""
+    monkeypatch.setenv("SPARSAM_CALIBRATION", "off")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "cache"))

@@ -256,6 +256,18 @@ def test_hostile_headers(tmp_path: Path, header: bytes) -> None:
             read(file)
 
 
+@pytest.mark.parametrize("shape", ["[0,9223372036854775808]", f"[{','.join(['1'] * 100)}]"])
+def test_shapes_that_numpy_cannot_hold(tmp_path: Path, shape: str) -> None:
+    size = 0 if shape.startswith("[0") else 4
+    header = f'{{"a":{{"dtype":"F32","shape":{shape},"data_offsets":[0,{size}]}}}}'
+    file = write_raw(tmp_path / "bad", header.encode(), size)
+    for read in (checkpoint.load, lambda path: list(checkpoint.stream(path))):
+        with pytest.raises(
+            ValueError, match=r"bad: tensor 'a': expected a shape that NumPy can hold, got \["
+        ):
+            read(file)
+
+
 def test_a_dtype_that_numpy_lacks(tmp_path: Path) -> None:
     file = write_raw(tmp_path / "f8", b'{"a":{"dtype":"F8_E4M3","shape":[2],"data_offsets":[0,2]}}', 2)
     with pytest.raises(ValueError, match=r"f8: tensor 'a': expected one of .*BF16.*, got F8_E4M3; convert"):
@@ -302,6 +314,20 @@ def test_a_pipe_is_refused_instead_of_waited_for(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(ValueError, match="pipe: expected a safetensors file, got a folder, pipe or device"):
         checkpoint.load(tmp_path / "pipe")
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
+def test_what_is_no_file_is_not_replaced(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link").symlink_to("pipe")
+    (tmp_path / "model.safetensors").mkdir()
+    for name in ("pipe", "link", "."):
+        with pytest.raises(
+            ValueError, match="expected a regular file to replace, got a folder, pipe or device"
+        ):
+            checkpoint.save(tmp_path / name, {"a": np.ones(3)})
+    assert (tmp_path / "pipe").is_fifo()
+    assert {path.name for path in tmp_path.iterdir()} == {"pipe", "link", "model.safetensors"}
 
 
 # What cannot be saved

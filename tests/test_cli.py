@@ -140,39 +140,70 @@ def test_inspect(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
     weights["mlp.weight"][:8] = 0
     checkpoint.save(model, weights)
     lines = [line.split() for line in run(capsys, "inspect", model).splitlines() if line.strip()]
-    header = [
-        "name",
+    assert lines[0] == [
+        "tensor",
         "shape",
         "dtype",
-        "parameters",
-        "zeros",
+        "pattern",
+        "params",
+        "pruned",
         "sparsity",
         "dense",
-        "bytes",
         "packed",
-        "bytes",
     ]
-    assert header in lines
-    assert ["mlp.weight", "16x32", "bfloat16", "512", "256", "50.00%", "1,024", "576"] in lines
-    assert ["mlp.bias", "16", "float32", "16", "0", "0.00%", "64", "66"] in lines
-    assert ["positions", "3x4", "int64", "12", "1", "8.33%", "96", "90"] in lines
+    assert ["mlp.weight", "16x32", "bfloat16", "512", "256", "50.00", "%", "1.0", "KiB", "576", "B"] in lines
+    assert ["mlp.bias", "16", "float32", "16", "0", "0.00", "%", "64", "B", "64", "B"] in lines
+    assert ["positions", "3x4", "int64", "12", "1", "8.33", "%", "96", "B", "90", "B"] in lines
     assert lines[-1][:3] == ["total", "668", "257"]
 
 
 def test_inspect_json(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
     content = json.loads(run(capsys, "inspect", model, "--json"))
-    assert [tensor["name"] for tensor in content["tensors"]] == sorted(sample())
-    assert content["tensors"][0] == {
+    assert [layer["name"] for layer in content["layers"]] == sorted(sample())
+    assert content["layers"][0] == {
         "name": "head.weight",
+        "total_params": 128,
+        "pruned_params": 0,
+        "sparsity": 0.0,
         "shape": [8, 16],
         "dtype": "float32",
-        "parameters": 128,
-        "zeros": 0,
-        "sparsity": 0.0,
+        "pattern": "",
         "dense_bytes": 512,
-        "packed_bytes": 528,
+        "packed_bytes": 512,
     }
-    assert content["total"]["parameters"] == 668
+    assert content["total"]["total_params"] == 668
+
+
+def test_inspect_and_prune_agree(model: Path, output: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    weights = sample()
+    weights["mlp.bias"][:9] = 0
+    weights["mlp.weight"][:, :30] = 0
+    checkpoint.save(model, weights)
+    pruned = json.loads(run(capsys, "prune", model, "-o", output, "--pattern", "2:4", "--json"))
+    inspected = json.loads(run(capsys, "inspect", output, "--json"))
+    for said, seen in zip(pruned["layers"], inspected["layers"], strict=True):
+        assert said.keys() == seen.keys()
+        assert [said[key] for key in ("name", "dense_bytes", "packed_bytes")] == [
+            seen[key] for key in ("name", "dense_bytes", "packed_bytes")
+        ]
+    assert pruned["total"]["packed_bytes"] == inspected["total"]["packed_bytes"]
+
+
+@pytest.mark.parametrize("name", ["enc:key:weight", "a\x1b[2Jb", "x\ty\nz", "[red]r[/red]", "\u202ename"])
+def test_names_come_out_as_they_are_or_escaped(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checkpoint.save(file := tmp_path / "w", {name: np.ones((1, 4), np.float32), "n": np.array([[np.nan]])})
+    escaped = json.dumps(name)[1:-1].replace("\\u001b", "\\x1b")
+    content = json.loads(run(capsys, "inspect", file, "--json"))
+    assert name in [layer["name"] for layer in content["layers"]]
+    assert f"\n{escaped} " in run(capsys, "inspect", file)
+    assert main(["prune", str(file), "-o", str(tmp_path / "out"), "--exclude", "n"]) == 0
+    assert f"\n{escaped} " in capsys.readouterr().out
+    message = fail(capsys, "prune", file, "-o", tmp_path / "out", "--override", f"no{name}=0.5")
+    assert "\x1b" not in message
+    assert "\u202e" not in message
+    assert ":key:" in message or ":key:" not in name
 
 
 def test_long_names_are_never_cut(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -57,6 +57,7 @@ def test_patterns_take_numpy_integers_and_compare_by_value() -> None:
     [
         (NM, (0, 4), "NM: n: expected an integer of at least 1; got 0"),
         (NM, (5, 4), r"NM\(5, 4\): .* must not exceed m"),
+        (NM, (2, 257), "NM: m: expected at most 256 weights in a group; got 257"),
         (NM, (2.0, 4), "NM: n: expected an integer; got 2.0"),
         (NM, (True, 4), "NM: n: expected an integer; got True"),
         (Block, (0, 1), "Block: rows: expected an integer of at least 1; got 0"),
@@ -139,8 +140,21 @@ def test_an_explicit_schedule_sets_target_and_length() -> None:
         ValueError, match=r"target_sparsity is 0.8, but the end of schedule has the sparsity 0.7"
     ):
         PruningConfig(0.8, schedule=[0.1, 0.7])
-    with pytest.raises(ValueError, match="num_iterations is 3, but schedule lists 2 sparsities"):
-        PruningConfig(schedule=[0.1, 0.7], num_iterations=3)
+    for steps in (1, 3):
+        with pytest.raises(ValueError, match=f"num_iterations is {steps}, but schedule lists 2 sparsities"):
+            PruningConfig(schedule=[0.1, 0.7], num_iterations=steps)
+
+
+def test_what_was_not_set_follows_the_other_fields() -> None:
+    config = dataclasses.replace(PruningConfig(scope="global"), pattern=NM(1, 4))
+    assert (config.target_sparsity, config.scope) == (0.75, "global")
+    assert dataclasses.replace(config, pattern=Unstructured()) == PruningConfig(scope="global")
+    config = dataclasses.replace(PruningConfig(schedule=[0.1, 0.5, 0.7]), schedule=[0.2, 0.3])
+    assert (config.target_sparsity, config.num_iterations) == (0.3, 2)
+    config = dataclasses.replace(config, schedule=None)  # type: ignore[arg-type]
+    assert (config.target_sparsity, config.schedule, config.num_iterations) == (0.5, "one_shot", 1)
+    with pytest.raises(ValueError, match=r"target_sparsity is 0\.5, but pattern 1:4"):
+        dataclasses.replace(PruningConfig(0.5), pattern=NM(1, 4))
 
 
 def test_a_function_sets_the_target() -> None:
@@ -164,6 +178,9 @@ def test_overrides_are_kept_apart_from_the_callers() -> None:
     assert config.overrides == {"fc*": 0.25, "conv": Block(2, 2), "head": (0.5, NM(2, 4))}
     assert type(config.overrides["fc*"]) is float
     assert config.exclude == ("embed*",)
+    with pytest.raises(TypeError):
+        config.overrides["fc*"] = 9.0  # type: ignore[index]
+    assert repr(config.overrides) == repr(dict(config.overrides))
 
 
 def test_configurations_travel() -> None:

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import pickle
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -55,7 +57,34 @@ def test_the_configuration_fills_in_what_is_left_out() -> None:
     pruner = IterativePruner(0.0, 0.5, 2, "linear", config)
     assert pruner.get_schedule() == [0.0, 0.5]
     assert pruner.config == PruningConfig(0.5, schedule="linear", num_iterations=2, method="random")
-    assert IterativePruner(config=PruningConfig()).get_schedule() == [0.5]
+
+
+@pytest.mark.parametrize(
+    ("config", "schedule"),
+    [
+        (PruningConfig(), [0.2, 0.4, 0.6, 0.8]),
+        (PruningConfig(scope="global"), [0.2, 0.4, 0.6, 0.8]),
+        (replace(PruningConfig(), scope="global"), [0.2, 0.4, 0.6, 0.8]),
+        (pickle.loads(pickle.dumps(PruningConfig())), [0.2, 0.4, 0.6, 0.8]),
+        (PruningConfig(0.5), [0.2, 0.3, 0.4, 0.5]),
+        (replace(PruningConfig(), target_sparsity=0.5), [0.2, 0.3, 0.4, 0.5]),
+        (PruningConfig(schedule="one_shot"), [0.8] * 4),
+        (PruningConfig(num_iterations=1), [0.8]),
+        (PruningConfig(pattern=NM(1, 4)), [0.75] * 4),
+        (PruningConfig(pattern=NM(1, 4), num_iterations=2), [0.75] * 2),
+        (PruningConfig(schedule=[0.3, 0.9]), [0.3, 0.9]),
+        (PruningConfig(schedule=lambda p: p / 2), pytest.approx([0, 1 / 6, 1 / 3, 0.5])),
+    ],
+)
+def test_what_a_configuration_leaves_open_has_defaults_of_its_own(
+    config: PruningConfig, schedule: Any
+) -> None:
+    assert IterativePruner(config=config).get_schedule() == pytest.approx(schedule)
+
+
+def test_initial_sparsity_counts_beside_a_configuration() -> None:
+    pruner = IterativePruner(0.3, 0.9, num_iterations=4, config=PruningConfig(scope="global"))
+    assert pruner.get_schedule() == pytest.approx([0.3, 0.5, 0.7, 0.9])
 
 
 def test_explicit_schedules_speak_for_themselves() -> None:
@@ -80,6 +109,7 @@ def test_explicit_schedules_speak_for_themselves() -> None:
         (lambda: IterativePruner(num_iterations=0), "num_iterations: expected an integer of at least 1"),
         (lambda: IterativePruner(schedule="agp"), "schedule: expected 'one_shot'"),
         (lambda: IterativePruner(schedule="exponential", final_sparsity=1.0), "exponential schedule"),
+        (lambda: IterativePruner(1.0, 0.8, 4, "exponential"), "exponential schedule: .* got 1.0 and 0.8"),
         (
             lambda: IterativePruner(schedule=[0.2, 0.5], final_sparsity=0.8),
             "target_sparsity is 0.8, but the end",
@@ -296,8 +326,15 @@ def test_recoveries_that_make_no_sense(returned: Any, error: type[Exception], me
 
 
 def test_a_recovery_that_diverges() -> None:
-    with pytest.raises(ValueError, match=r"tensor 'fc1.weight' is NaN at index"):
-        IterativePruner().run(model(), kept, lambda arrays, *_: {"fc1.weight": arrays["fc1.weight"] * np.nan})
+    for last in (1, 4):
+
+        def diverge(arrays: Arrays, masks: Masks, iteration: int) -> None:
+            if iteration == last:  # noqa: B023
+                arrays["fc1.weight"] *= np.nan
+
+        message = rf"recover_fn, iteration {last}: tensor 'fc1.weight' is NaN at index \(\d+, \d+\)"
+        with pytest.raises(ValueError, match=message):
+            IterativePruner().run(model(), kept, diverge)
 
 
 def test_scores_are_numbers() -> None:

@@ -119,3 +119,9 @@ def test_errors() -> None:
         mask.apply(x[:6].reshape(2, 3), out=x[1:].reshape(2, 3))
     with pytest.raises(ValueError, match="read-only"):
         mask.apply(np.ones((2, 3), np.float32), out=np.broadcast_to(np.float32(0), (2, 3)))
+
+
+def test_ones_refuses_negative_lengths() -> None:
+    for shape in ((-1,), (-2, -3)):
+        with pytest.raises(ValueError, match="expected lengths of at least 0"):
+            Mask.ones(shape)

@@ -163,7 +163,9 @@ def test_exclude_beats_overrides_and_the_last_override_wins() -> None:
         exclude=["fc2*"],
         overrides={"fc*": 0.25, "fc1.w*": (0.75, Block(4, 4)), "*.bias": 0.5, "fc2*": 1.0},
     )
-    result = prune(model(), config)
+    with pytest.warns(UserWarning, match=r"overrides: 'fc2\*' matches only tensors that exclude") as caught:
+        result = prune(model(), config)
+    assert [warning.filename for warning in caught] == [__file__]
     assert list(result.masks) == ["fc1.weight", "fc1.bias"]
     assert zeros(result.weights["fc1.weight"]) == 9 * 16
     assert zeros(result.weights["fc1.bias"]) == 8
@@ -267,6 +269,26 @@ def test_inplace_needs_writeable_arrays() -> None:
     assert prune({"a": a, "bias": [1, 2]}, inplace=True).weights["bias"] == [1, 2]
 
 
+@pytest.mark.parametrize("scope", ["layer", "global"])
+def test_inplace_refuses_shared_memory(scope: str) -> None:
+    x = untied(4, 8)
+    tied: list[dict[str, NDArray[Any]]] = [
+        {"a": x, "between": untied(2, 2), "b": x},
+        {"a": x, "b": x.T},
+        {"a": x[:3], "b": x[2:]},
+        {"a": x, "vector": x[0]},
+        {"vector": x[0], "a": x[:, ::-1]},
+    ]
+    for weights in tied:
+        with pytest.raises(ValueError, match=r"tensors '\w+' and '\w+' share memory.*pass copies"):
+            prune(weights, scope=scope, inplace=True)
+        assert zeros(x) == 0
+        assert prune(weights, scope=scope).report.total.pruned_params > 0
+    heads = {f"head{i}": x[:, i::4] for i in range(4)}
+    result = prune(heads, scope=scope, inplace=True)
+    assert zeros(x) == result.report.total.pruned_params == 16
+
+
 @pytest.mark.parametrize(
     ("value", "message"),
     [
@@ -359,6 +381,9 @@ def test_changes_apply_on_top_of_the_configuration() -> None:
     config = PruningConfig(0.75, scope="global", schedule="cubic", num_iterations=9)
     assert prune(np.ones((2, 4)), config, target_sparsity=0.25).masks.count == 6
     assert config.target_sparsity == 0.75
+    assert prune(np.ones((2, 4)), PruningConfig(), pattern=NM(1, 4)).masks.count == 2
+    with pytest.raises(ValueError, match=r"target_sparsity is 0.5, but pattern 1:4"):
+        prune(np.ones((2, 4)), PruningConfig(0.5), pattern=NM(1, 4))
     with pytest.raises(TypeError, match="unexpected keyword argument 'sparsity'"):
         prune(np.ones((2, 4)), sparsity=0.25)
 
@@ -390,6 +415,9 @@ def test_magnitude_pruner() -> None:
     assert [s.sparsity for s in pruner.stats] == [0.5, 0.5, 0.75, 0.0]
     assert [s.pattern for s in pruner.stats] == ["unstructured"] * 3 + ["dense"]
     assert MagnitudePruner().config == PruningConfig()
+    whole, stats = pruner.prune_layer("whole", np.array([[3, -1], [2, 4]], np.int8))
+    assert whole.tolist() == [[3, 0], [0, 4]]
+    assert whole.dtype.name == stats.dtype == "float64"
 
 
 def test_magnitude_pruner_is_for_magnitude_and_layers() -> None:

@@ -3,7 +3,11 @@ from __future__ import annotations
 import dataclasses
 import json
 
-from sparsam.report import LayerStats, Report
+import ml_dtypes
+import numpy as np
+import pytest
+
+from sparsam.report import LayerStats, Report, measure
 
 REPORT = Report(
     [
@@ -77,3 +81,22 @@ def test_sizes_change_units() -> None:
 
     sizes = [packed(n).strip() for n in (0, 1023, 1024, 1024**2, 3 * 1024**3, 5 * 1024**4, 2000 * 1024**4)]
     assert sizes == ["0 B", "1023 B", "1.0 KiB", "1.0 MiB", "3.0 GiB", "5.0 TiB", "2000.0 TiB"]
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64", "int8", "bool", ">f2"])
+def test_a_tensor_is_packed_where_that_is_smaller(dtype: str) -> None:
+    values = np.array([[0, 1, 0, 0], [-0.0, 0, 0, 1e-7]], np.float64)
+    array = values.astype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype)
+    nonzero = int((array != 0).sum())
+    stats = measure("w", array, pruned=3, pattern="2:4")
+    assert (stats.pruned_params, stats.sparsity, stats.pattern) == (3, 3 / 8, "2:4")
+    assert (stats.dense_bytes, stats.packed_bytes) == (array.nbytes, 1 + nonzero * array.itemsize)
+    assert measure("w", array).pruned_params == 8 - nonzero
+    full = measure("w", np.ones((2, 4)).astype(array.dtype))
+    assert full.packed_bytes == full.dense_bytes == array.nbytes
+
+
+def test_names_cannot_command_a_terminal() -> None:
+    text = str(Report([LayerStats("a\x1b[2J\nb\u202e\u00e9", 1, 0, 0.0)]))
+    assert "a\\x1b[2J\\nb\\u202e\u00e9 " in text
+    assert len(text.splitlines()) == 5

@@ -86,6 +86,8 @@ def test_default_threads_respect_the_affinity_mask() -> None:
 
 
 def test_set_num_threads() -> None:
+    sparsam.set_num_threads(np.int64(2))
+    assert sparsam.num_threads() == 2
     sparsam.set_num_threads(3)
     assert sparsam.num_threads() == 3
     sparsam.set_num_threads(None)

@@ -73,6 +73,8 @@ def test_exponential_cannot_reach_one() -> None:
         points("exponential", 0.2, 1.0)
     with pytest.raises(ValueError, match="exponential"):
         points("exponential", 0.2, 1.0, n=1)
+    with pytest.raises(ValueError, match=r"exponential schedule: .* got 1\.0 and 0\.8"):
+        points("exponential", 1.0, 0.8)
     assert points("cubic", 0.2, 1.0)[-1] == 1.0
 
 

@@ -246,10 +246,11 @@ def test_errors_say_what_to_do() -> None:
         select(x, 0.5, Slices(2))
     with pytest.raises(ValueError, match=r"keeps 2 of every 4, so expected 0\.5"):
         select(np.ones((4, 8), np.float32), 0.7, NM(2, 4))
-    for sparsity in (-0.1, 1.1, float("nan")):
-        with pytest.raises(ValueError, match=r"expected a number in \[0, 1\]"):
+    nonsense: list[Any] = [-0.1, 1.1, float("nan"), "0.5", None]
+    for sparsity in nonsense:
+        with pytest.raises(ValueError, match="sparsity: expected a number from 0"):
             select(x, sparsity)
-        with pytest.raises(ValueError, match=r"expected a number in \[0, 1\]"):
+        with pytest.raises(ValueError, match="sparsity: expected a number from 0"):
             threshold(x, sparsity)
     for bad in (np.ones(3, np.int32), np.ones(3, np.complex64), np.ones(3, ">f4")):
         with pytest.raises(TypeError, match="expected float16, bfloat16, float32 or float64"):
@@ -274,6 +275,36 @@ def test_out_is_checked() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             select_many({"w": x}, 0.5, out={"w": out})
+    for wrong in ({}, {"w": [0.0] * 8}):
+        with pytest.raises(TypeError, match=r"out for tensor 'w' is .*: expected an array of float32 \(8,\)"):
+            select_many({"w": x}, 0.5, out=wrong)  # type: ignore[arg-type]
+
+
+def test_lists_are_scores_too() -> None:
+    mask = select_many({"a": [1.0, -3.0], "b": [[2.0]]}, 1 / 3)["a"]
+    assert mask.to_array().tolist() == [False, True]
+    with pytest.raises(TypeError, match="tensor 'a' has dtype int64"):
+        select_many({"a": [1, 2]}, 0.5)
+
+
+def test_outputs_share_no_memory_with_other_tensors() -> None:
+    x, y = np.arange(16.0), np.arange(8.0)
+    apart = {"a": x[::2], "b": x[1::2]}
+    refused = [
+        ({"a": x, "b": x}, {"a": x, "b": x}),
+        ({"a": x[:8], "b": x[4:12]}, {"a": x[:8], "b": x[4:12]}),
+        ({"a": y, "b": x[:8]}, {"a": x[:8], "b": x[8:]}),
+        ({"a": y, "b": y}, {"a": x[:8], "b": x[7:15]}),
+    ]
+    for scores, out in refused:
+        with pytest.raises(ValueError, match=r"tensors '[ab]' and '[ab]' share memory"):
+            select_many(scores, 0.5, out=out)
+    assert x.tolist() == np.arange(16.0).tolist()
+    assert select_many({"a": y, "b": y}, 0.5)["a"].count == 4
+    select_many({"a": y, "b": y}, 0.5, out={"a": x[:8], "b": x[8:]})
+    assert x.tolist() == [0, 0, 0, 0, 4, 5, 6, 7] * 2
+    select_many(apart, 0.75, out=apart)
+    assert np.count_nonzero(x) == 4
 
 
 def test_in_place(isa: str, threads: int) -> None:
@@ -344,7 +375,9 @@ def test_changing_the_thread_count_during_a_call_is_safe() -> None:
         sparsam.set_num_threads(None)
 
 
-@pytest.mark.parametrize("pattern", [Block(1, 2**70), Block(2**70, 1), Block(2**70, 2**70), Slices(0, 64)])
+@pytest.mark.parametrize(
+    "pattern", [Block(10**30, 1), Block(1, 2**70), Block(2**70, 1), Block(2**70, 2**70), Slices(0, 64)]
+)
 def test_groups_larger_than_the_tensor(pattern: Block | Slices) -> None:
     x = make("normal", 64 * 64, "float32").reshape(64, 64)
     scores = reference.group_scores(x, pattern, 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -60,7 +61,7 @@ def test_state_can_be_read_while_it_grows(tmp_path: Path) -> None:
         assert sum(np.count_nonzero(a) for a in stored.values()) / 572 == row.score
 
     result = IterativePruner(num_iterations=3).run(model(), kept, train, on_iteration=look, state_dir=folder)
-    assert names == [[f"sparsam-{i:04d}", "state.json"] for i in (1, 2, 3)]
+    assert names == [[f"sparsam-{i:04d}", "state.json", "state.lock"] for i in (1, 2, 3)]
     again = IterativePruner(num_iterations=3).run(
         model(), lambda _: pytest.fail("done"), state_dir=str(folder)
     )
@@ -189,8 +190,119 @@ def test_a_kill_loses_at_most_the_current_iteration(tmp_path: Path, moment: str,
     assert result.masks == expected.masks
     assert result.report == expected.report
     assert all((result.weights[name] == array).all() for name, array in expected.weights.items())
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["sparsam-0005", "state.json"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["sparsam-0005", "state.json", "state.lock"]
     assert len(list((tmp_path / "sparsam-0005").iterdir())) == 2
+
+
+def test_what_is_not_ours_stays(tmp_path: Path) -> None:
+    (tmp_path / "sparsam-0.1.0").mkdir()
+    (tmp_path / "sparsam-0.1.0" / "setup.py").write_text("mine")
+    (tmp_path / "sparsam-0.1.0.tar.gz").write_text("mine")
+    (tmp_path / "sparsam-0001.bak").mkdir()
+    (tmp_path / "sparsam-0001").mkdir()
+    (tmp_path / "sparsam-0001" / "notes.txt").write_text("mine")
+    (tmp_path / "sparsam-0002").write_text("mine")
+    before = sorted(path.relative_to(tmp_path) for path in tmp_path.rglob("*"))
+    IterativePruner(schedule=[0.5], config=PruningConfig()).run(model(), kept, state_dir=tmp_path)
+    IterativePruner(schedule=[0.5], config=PruningConfig()).run(model(), kept, state_dir=tmp_path)
+    after = {path.relative_to(tmp_path) for path in tmp_path.rglob("*")}
+    assert after >= set(before)
+    assert len(after) == len(before) + 4
+
+
+def test_two_runs_in_one_folder(tmp_path: Path) -> None:
+    def nested(arrays: Arrays) -> float:
+        with pytest.raises(ValueError, match=r"is in use by another run; .* name another state_dir"):
+            IterativePruner().run(model(), kept, state_dir=tmp_path)
+        return kept(arrays)
+
+    expected = IterativePruner().run(model(), kept)
+    assert IterativePruner().run(model(), nested, state_dir=tmp_path).masks == expected.masks
+    with pytest.raises(ZeroDivisionError):
+        IterativePruner(num_iterations=5).run(model(), lambda _: 1 / 0, state_dir=tmp_path / "failed")
+    assert IterativePruner(num_iterations=5).run(model(), kept, state_dir=tmp_path / "failed").history
+
+
+def finished(folder: Path) -> dict[str, Any]:
+    IterativePruner(num_iterations=3).run(model(), kept, state_dir=folder)
+    state: dict[str, Any] = json.loads((folder / "state.json").read_bytes())
+    return state
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"history": None}, "it lacks 'history'"),
+        ({"dense_score": None}, "it lacks 'dense_score'"),
+        ({"failed": None}, "it lacks 'failed'"),
+        ({"history": 3}, "not iterable"),
+        ({"history": [[1, 0.2]]}, "not enough values"),
+        ({"history": [[1, 0.2, "a", 0.1]]}, "could not convert"),
+        ({"history": [[2, 0.2, 0.3, 0.1]]}, "iteration 2 stands in the place of 1"),
+        ({"history": [["../x", 0.2, 0.3, 0.1]]}, "iteration '../x' stands"),
+        ({"history": [[1, 0.2, 0.3, 0.1]]}, "No such file"),
+        ({"failed": [1, 2]}, "not enough values"),
+        ({"dense_score": [1]}, "float"),
+    ],
+)
+def test_a_damaged_state_is_refused_and_left_alone(
+    tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    state = finished(tmp_path)
+    for field, value in changes.items():
+        if value is None:
+            del state[field]
+        else:
+            state[field] = value
+    (tmp_path / "state.json").write_text(json.dumps(state))
+    (tmp_path / "sparsam-0009").mkdir()
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    with pytest.raises(ValueError, match=rf"state\.json is damaged; delete it .*{message}"):
+        IterativePruner(num_iterations=3).run(model(), kept, state_dir=tmp_path)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+    assert (tmp_path / "sparsam-0009").exists()
+
+
+def test_files_that_are_gone_or_others(tmp_path: Path) -> None:
+    finished(tmp_path)
+    weights, masks = (tmp_path / "sparsam-0003" / f"{name}.safetensors" for name in ("weights", "masks"))
+    content = {file: file.read_bytes() for file in (weights, masks)}
+    cases: list[tuple[Path, Arrays | None, str]] = [
+        (weights, None, "No such file"),
+        (masks, None, "No such file"),
+        (weights, {"fc1.weight": np.ones((20, 16))}, "weights.safetensors holds other tensors"),
+        (masks, {}, "masks.safetensors holds other masks"),
+        (masks, {"fc1.weight": np.zeros(9, np.uint8)}, "expected a mask"),
+    ]
+    for file, arrays, message in cases:
+        if arrays is None:
+            file.unlink()
+        else:
+            checkpoint.save(file, arrays)
+        with pytest.raises(ValueError, match=f"is damaged; .*{message}"):
+            IterativePruner(num_iterations=3).run(model(), kept, state_dir=tmp_path)
+        file.write_bytes(content[file])
+    assert len(IterativePruner(num_iterations=3).run(model(), kept, state_dir=tmp_path).history) == 3
+
+
+def test_stricter_limits_hold_for_what_is_done_already(tmp_path: Path) -> None:
+    pruner = IterativePruner(num_iterations=4)
+    done = pruner.run(model(), kept, state_dir=tmp_path)
+    scores = [row.score for row in done.history]
+    limits: list[dict[str, Any]] = [
+        {"min_score": scores[0] - 0.01},
+        {"max_drop": done.dense_score - scores[1] - 0.01},
+    ]
+    for limit in limits:
+        with pytest.raises(
+            ValueError, match=r"iteration 2 of 4 has the score .* are gone; loosen the limits"
+        ):
+            pruner.run(model(), kept, state_dir=tmp_path, **limit)
+    dense = pruner.run(model(), kept, state_dir=tmp_path, min_score=scores[0] + 0.01)
+    assert (dense.stopped_early, dense.final_sparsity, len(dense.history)) == (True, 0.0, 1)
+    assert dense.masks["fc1.weight"] == Mask.ones((20, 16))
+    again = pruner.run(model(), kept, state_dir=tmp_path, min_score=scores[-1])
+    assert (again.stopped_early, again.history, again.masks) == (False, done.history, done.masks)
 
 
 def run_until(moment: str, folder: Path) -> None:
@@ -213,6 +325,7 @@ def run_until(moment: str, folder: Path) -> None:
     def half_saved(path: Path, weights: Arrays) -> None:
         if path.stem == moment:
             path.with_name(".tmpABCDEF").write_bytes(b"half a file")
+            path.with_name(f".{path.name}.0123abcd.tmp").write_bytes(b"half a file")
         reached(path.stem)
         save(path, weights)
 

@@ -13,6 +13,7 @@ from sparsam._core import __version__
 from sparsam.config import NM, Block, PruningConfig, Slices, Unstructured
 from sparsam.iterative import HistoryRow, IterativePruner, IterativeResult
 from sparsam.masks import Mask
+from sparsam.matrix import SparseMatrix
 from sparsam.pruner import MagnitudePruner, PruningResult, prune
 from sparsam.report import LayerStats, Report
 from sparsam.runtime import (
@@ -45,6 +46,7 @@ __all__ = [
     "Random",
     "Report",
     "Slices",
+    "SparseMatrix",
     "Threshold",
     "Unstructured",
     "__version__",

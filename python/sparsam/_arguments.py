@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from sparsam.config import NM, Block, Override, Pattern, Scorer, Slices, Unstructured
 from sparsam.scores import Magnitude, Random
@@ -52,3 +52,36 @@ def parse_override(text: str) -> tuple[str, Override]:
         msg = f"override: expected a number from 0 to 1 or a pattern ({PATTERNS}), got {value!r}"
         raise ValueError(msg) from None
     return names, (number, parse_pattern(rest[0])) if rest else number
+
+
+def parse_shapes(texts: Sequence[str]) -> list[tuple[int, int]]:
+    """Returns the shapes of `3072x768` or `3072x768,768x3072`, several times; else ValueError."""
+    shapes = []
+    for text in (part for whole in texts for part in whole.split(",")):
+        found = re.fullmatch(r"(\d+)x(\d+)", text)
+        if not found or "0" in found.groups():
+            msg = f"shape: expected OUTxIN, as 3072x768, got {text!r}"
+            raise ValueError(msg)
+        shapes.append((int(found[1]), int(found[2])))
+    return shapes
+
+
+def parse_batches(texts: Sequence[str]) -> list[int]:
+    """Returns the numbers of `1,8,128`, several times; ValueError for others than whole ones from 1 on."""
+    parts = [part for whole in texts for part in whole.split(",")]
+    if bad := [part for part in parts if not re.fullmatch(r"[0-9]*[1-9][0-9]*", part)]:
+        msg = f"batch: expected whole numbers from 1 on, as 1,8,128, got {bad[0]!r}"
+        raise ValueError(msg)
+    return [int(part) for part in parts]
+
+
+def parse_sparsities(texts: Sequence[str]) -> list[float]:
+    """Returns the numbers of `0.5,0.8`, several times; ValueError for what is no number from 0 to 1."""
+    sparsities = []
+    for text in (part for whole in texts for part in whole.split(",")):
+        try:
+            sparsities.append(float(text))
+        except ValueError:
+            msg = f"sparsity: expected numbers from 0 to 1, as 0.5,0.8, got {text!r}"
+            raise ValueError(msg) from None
+    return sparsities

@@ -21,6 +21,7 @@ def publish(writers: Mapping[Path, Callable[[Path], Any]]) -> None:
         writers: Target -> a function that writes the target's content to the path that it is given.
 
     Raises:
+        ValueError: A target exists and is no regular file.
         OSError: A folder is missing, the disk is full, and whatever else writing can raise.
     """
     staged: dict[Path, Path] = {}
@@ -29,6 +30,9 @@ def publish(writers: Mapping[Path, Callable[[Path], Any]]) -> None:
             target = path.resolve()
             if not target.parent.is_dir():
                 raise FileNotFoundError(errno.ENOENT, "no such directory", str(target.parent))
+            if target.exists() and not target.is_file():
+                msg = f"{path}: expected a regular file to replace, got a folder, pipe or device"
+                raise ValueError(msg)
             staged[target] = temporary = target.with_name(f".{target.name[:64]}.{secrets.token_hex(4)}.tmp")
             temporary.touch(exist_ok=False)
             mode = (target if target.exists() else temporary).stat().st_mode

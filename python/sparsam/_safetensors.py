@@ -76,14 +76,23 @@ def tensors(file: Path) -> Iterator[tuple[str, NDArray[Any]]]:
     """Yields the tensors of a file by name, each read when its turn comes."""
     with open_file(file) as handle:
         for name in sorted(handle.keys()):
-            dtype = handle.get_slice(name).get_dtype()
+            part = handle.get_slice(name)
+            dtype = part.get_dtype()
             if dtype not in DTYPES:
                 msg = (
                     f"{file}: tensor {name!r}: expected one of {', '.join(DTYPES)}, got {dtype}; "
                     "convert it, or leave it out of the file"
                 )
                 raise ValueError(msg)
-            yield name, handle.get_tensor(name)
+            try:
+                array = handle.get_tensor(name)
+            except (ValueError, OverflowError, SafetensorError) as error:
+                msg = (
+                    f"{file}: tensor {name!r}: expected a shape that NumPy can hold, got {part.get_shape()} "
+                    f"({error}); get the file again"
+                )
+                raise ValueError(msg) from error
+            yield name, array
 
 
 def storable(name: str, array: NDArray[Any]) -> NDArray[Any]:

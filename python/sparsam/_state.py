@@ -1,18 +1,21 @@
 """The state of an iterative run on disk, such that a kill at any moment loses at most the iteration at hand.
 
 Each iteration writes its weights and masks into a folder of their own (`sparsam-0003`), then replaces
-`state.json`, which names that folder, and only then removes the folder of the one before. So what
-`state.json` names is always whole.
+`state.json`, whose history says which folder counts, and only then removes the folder of the one before. So
+what `state.json` speaks of is always whole. docs/formats.md describes the files.
 """
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
-import shutil
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import re
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import AbstractContextManager, suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
+from types import TracebackType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -27,6 +30,10 @@ _VERSION = 1
 _CHUNK = 1 << 18
 _WEIGHTS = "weights.safetensors"
 _MASKS = "masks.safetensors"
+_FIELDS = ("sparsam_state", "identity", "dense_score", "history", "failed")
+_FOLDER = re.compile(r"sparsam-\d{4,}")
+# What a folder holds: the two files, and what a killed process may leave of them.
+_OURS = re.compile(r"(weights|masks)\.safetensors|\.(weights|masks)\.safetensors\.\w{8}\.tmp|\.tmp\w{6}")
 
 
 class HistoryRow(NamedTuple):
@@ -68,29 +75,48 @@ class Progress:
         return [*self.history] + ([self.failed] if self.failed else [])
 
 
-class StateDir:
-    """A folder that holds the progress of one run."""
+class StateDir(AbstractContextManager["StateDir"]):
+    """A folder that holds the progress of one run, and that one run at a time may use: a context manager."""
 
     def __init__(self, path: Path, identity: Mapping[str, Any]) -> None:
-        """Makes the folder if needed; `identity` is what `identify` says of the run."""
+        """Makes the folder if needed and locks it; `identity` is what `identify` says of the run.
+
+        Raises:
+            ValueError: Another run is using it.
+        """
         path.mkdir(parents=True, exist_ok=True)
         self._path = path
         self._state = path / "state.json"
         self._identity = identity
-        self._folder: str | None = None
+        self._lock = (path / "state.lock").open("ab")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self._lock.close()
+            msg = f"{path} is in use by another run; wait for that to end, or name another state_dir"
+            raise ValueError(msg) from None
 
-    def load(self) -> Progress | None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._lock.close()
+
+    def load(self, dense: Mapping[str, NDArray[Any]], pruned: Collection[str]) -> Progress | None:
         """Returns the progress that the folder holds, None if it holds none.
 
+        Args:
+            dense: The weights of the run.
+            pruned: The names of those that have masks.
+
         Raises:
-            ValueError: It belongs to another run, or is no state of ours.
+            ValueError: It belongs to another run, is damaged, or is no state of ours.
         """
         if not self._state.exists():
             return None
         try:
             state = json.loads(self._state.read_bytes())
             version, identity = state["sparsam_state"], dict(state["identity"])
-        except (ValueError, TypeError, KeyError) as error:
+        except (ValueError, TypeError, KeyError, RecursionError) as error:
             msg = f"{self._state} is not the state of an iterative run; name another state_dir"
             raise ValueError(msg) from error
         if version != _VERSION:
@@ -100,50 +126,79 @@ class StateDir:
         if differences:
             msg = f"{self._path} holds another run, name another state_dir: {'; '.join(differences)}"
             raise ValueError(msg)
-        self._folder = state["folder"]
-        self._remove_others()
-        history = tuple(HistoryRow(*row) for row in state["history"])
-        failed = HistoryRow(*state["failed"]) if state["failed"] else None
-        if self._folder is None:
-            return Progress(state["dense_score"], history, failed)
-        weights = checkpoint.load(self._path / self._folder / _WEIGHTS).weights
-        masks = checkpoint.load(self._path / self._folder / _MASKS).weights
-        names = list(self._identity["weights"])
-        return Progress(
-            state["dense_score"],
-            history,
-            failed,
-            {name: weights[name] for name in names},
-            {name: Mask.from_bytes(masks[name].tobytes()) for name in names if name in masks},
-        )
+        try:
+            progress = self._read(state, dense, pruned)
+        except (ValueError, TypeError, OverflowError, FileNotFoundError) as error:
+            msg = f"{self._state} is damaged; delete it to start anew, or name another state_dir: {error}"
+            raise ValueError(msg) from error
+        self._remove_others(len(progress.history))
+        return progress
 
     def save(self, progress: Progress) -> None:
         """Puts `progress` in the place of what the folder holds, wholly or not at all."""
-        folder = f"sparsam-{len(progress.history):04d}"
-        if progress.weights is not None and progress.masks is not None and folder != self._folder:
-            (self._path / folder).mkdir()
+        if progress.weights is not None and progress.masks is not None and not progress.failed:
+            folder = self._folder(len(progress.history))
+            folder.mkdir(exist_ok=True)
             packed = {name: np.frombuffer(mask.to_bytes(), np.uint8) for name, mask in progress.masks.items()}
-            checkpoint.save(self._path / folder / _WEIGHTS, progress.weights)
-            checkpoint.save(self._path / folder / _MASKS, packed)
-            self._folder = folder
-        state = {
-            "sparsam_state": _VERSION,
-            "identity": self._identity,
-            "dense_score": progress.dense_score,
-            "history": progress.history,
-            "failed": progress.failed,
-            "folder": self._folder,
-        }
-        publish({self._state: lambda path: path.write_text(json.dumps(state, indent=1), encoding="utf-8")})
-        self._remove_others()
+            checkpoint.save(folder / _WEIGHTS, progress.weights)
+            checkpoint.save(folder / _MASKS, packed)
+        values = (_VERSION, self._identity, progress.dense_score, progress.history, progress.failed)
+        text = json.dumps(dict(zip(_FIELDS, values, strict=True)), indent=1)
+        publish({self._state: lambda path: path.write_text(text, encoding="utf-8")})
+        self._remove_others(len(progress.history))
 
-    def _remove_others(self) -> None:
-        """Removes what earlier iterations and killed processes left behind."""
+    def _folder(self, iteration: int) -> Path:
+        return self._path / f"sparsam-{iteration:04d}"
+
+    def _read(
+        self, state: Mapping[str, Any], dense: Mapping[str, NDArray[Any]], pruned: Collection[str]
+    ) -> Progress:
+        """What the fields and the files say; an error for what cannot be right."""
+        if absent := [field for field in _FIELDS if field not in state]:
+            msg = f"it lacks {absent[0]!r}"
+            raise ValueError(msg)
+        history = tuple(_row(values, i) for i, values in enumerate(state["history"], start=1))
+        failed = None if state["failed"] is None else _row(state["failed"], len(history) + 1)
+        progress = Progress(float(state["dense_score"]), history, failed)
+        if not history:
+            return progress
+        folder = self._folder(len(history))
+        weights = checkpoint.load(folder / _WEIGHTS).weights
+        packed = checkpoint.load(folder / _MASKS).weights
+        masks = {name: Mask.from_bytes(packed[name].tobytes()) for name in dense if name in packed}
+        if _kinds(weights) != _kinds(dense):
+            msg = f"{folder / _WEIGHTS} holds other tensors than the run"
+            raise ValueError(msg)
+        if {name: mask.shape for name, mask in masks.items()} != {name: dense[name].shape for name in pruned}:
+            msg = f"{folder / _MASKS} holds other masks than the run"
+            raise ValueError(msg)
+        return replace(progress, weights={name: weights[name] for name in dense}, masks=masks)
+
+    def _remove_others(self, iteration: int) -> None:
+        """Removes what earlier iterations and killed processes left behind, and nothing that is not ours."""
         for folder in self._path.glob("sparsam-[0-9]*"):
-            if folder.name != self._folder:
-                shutil.rmtree(folder)
-        for temporary in self._path.glob(".state.json.*.tmp"):
+            ours = _FOLDER.fullmatch(folder.name) and folder.is_dir() and not folder.is_symlink()
+            if ours and folder != self._folder(iteration):
+                for file in folder.iterdir():
+                    if _OURS.fullmatch(file.name):
+                        file.unlink()
+                with suppress(OSError):
+                    folder.rmdir()
+        for temporary in self._path.glob(".state.json.????????.tmp"):
             temporary.unlink()
+
+
+def _row(values: Sequence[Any], iteration: int) -> HistoryRow:
+    number, *measured = values
+    sparsity, score, seconds = map(float, measured)
+    if number != iteration:
+        msg = f"iteration {number!r} stands in the place of {iteration}"
+        raise ValueError(msg)
+    return HistoryRow(iteration, sparsity, score, seconds)
+
+
+def _kinds(weights: Mapping[str, NDArray[Any]]) -> dict[str, tuple[str, tuple[int, ...]]]:
+    return {name: (array.dtype.name, array.shape) for name, array in weights.items()}
 
 
 def identify(

@@ -115,7 +115,8 @@ def save(
 
     Raises:
         TypeError: A dtype that the format lacks; names or metadata that are not text.
-        ValueError: `weights` and a sharded `like` name different tensors.
+        ValueError: `weights` and a sharded `like` name different tensors; a file to replace is a folder, pipe
+            or device.
         OSError: The files cannot be written.
     """
     arrays = {name: _safetensors.storable(name, array) for name, array in weights.items()}

@@ -9,23 +9,29 @@ import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Annotated, Any, TypeAlias
+from typing import Annotated, TypeAlias
 
-import numpy as np
 import typer
-from numpy.typing import NDArray
 from rich import box
 from rich.console import Console
-from rich.markup import escape
 from rich.measure import Measurement
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
+from rich.text import Text
 
-from sparsam import bench, checkpoint
-from sparsam._arguments import PATTERNS, parse_method, parse_override, parse_pattern
+from sparsam import bench, checkpoint, costs, plot
+from sparsam._arguments import (
+    PATTERNS,
+    parse_batches,
+    parse_method,
+    parse_override,
+    parse_pattern,
+    parse_shapes,
+    parse_sparsities,
+)
 from sparsam.config import PruningConfig
 from sparsam.pruner import prune as prune_weights
-from sparsam.report import LayerStats, Report
+from sparsam.report import Report, measure, printable
 from sparsam.runtime import build_info, isa, num_threads
 
 __all__ = ["main"]
@@ -116,30 +122,8 @@ def inspect(
     as_json: Json = False,
 ) -> None:
     """Show every tensor of a checkpoint: its shape, its zeros, its size dense and packed."""
-    report = Report(sorted((_measure(*item) for item in checkpoint.stream(file)), key=lambda row: row.name))
-    header = ("name", "shape", "dtype", "parameters", "zeros", "sparsity", "dense_bytes", "packed_bytes")
-    rows = [
-        (r.name, r.shape, r.dtype, r.total_params, r.pruned_params, r.sparsity, r.dense_bytes, r.packed_bytes)
-        for r in (*report.layers, report.total)
-    ]
-    if as_json:
-        *tensors, total = [dict(zip(header, row, strict=True)) for row in rows]
-        _print_json({"tensors": tensors, "total": {key: total[key] for key in header[3:]}})
-        return
-    cells = (
-        (
-            name,
-            "x".join(map(str, shape)),
-            dtype,
-            f"{n:,}",
-            f"{zeros:,}",
-            f"{share:.2%}",
-            f"{dense:,}",
-            f"{packed:,}",
-        )
-        for name, shape, dtype, n, zeros, share, dense, packed in rows
-    )
-    _print_table([name.replace("_", " ") for name in header], cells, texts=3, total=True)
+    report = Report(sorted((measure(*item) for item in checkpoint.stream(file)), key=lambda row: row.name))
+    _print(report.to_json() if as_json else str(report))
 
 
 @app.command()
@@ -234,18 +218,93 @@ def bench_select(
     )
 
 
+@bench_app.command("matmul")
+def bench_matmul(
+    shape: Annotated[
+        list[str] | None, typer.Option(metavar="OUTxIN,...", help="3072x768 by default, without --dlmc.")
+    ] = None,
+    batch: Annotated[list[str], typer.Option(metavar="N,...", help="Rows of x.")] = ["1,8,128"],  # noqa: B006
+    sparsity: Annotated[
+        list[str], typer.Option(metavar="S,...", help="0 is added: the break-even needs it.")
+    ] = ["0.5,0.8,0.9"],  # noqa: B006
+    dlmc: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Patterns of pruned networks: *.smtx files.")
+    ] = None,
+    cold: Annotated[
+        bool, typer.Option("--cold", help="Eight matrices in turn, too many for a cache if they are large.")
+    ] = False,
+    picture: Annotated[
+        Path | None,
+        typer.Option("--plot", metavar="FILE", help="Draw speed-up against sparsity: .png, .svg."),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Time products with pruned matrices beside the dense ones of NumPy and PyTorch, results compared."""
+    batches = parse_batches(batch)
+    problems = bench.read_dlmc(dlmc) if dlmc else []
+    if shape or not dlmc:
+        sparsities = sorted({0.0, *parse_sparsities(sparsity)})
+        problems = bench.random_problems(parse_shapes(shape or ["3072x768"]), sparsities) + problems
+    if picture:
+        plot.check(picture)
+    with _progress() as bar:
+        parts = len(problems) * len(batches)
+        measured = bench.matmul(problems, batches, cold=cold)
+        rows = list(bar.track(measured, parts, description="measuring"))
+    even = bench.break_even(row for row in rows if row.name == "random")
+    if picture:
+        plot.speedups(rows, picture, bench.machine())
+    if as_json:
+        _print_json(
+            {
+                "machine": bench.machine(),
+                "rows": [asdict(row) | {"speedup": row.speedup} for row in rows],
+                "break_even": [
+                    {"rows": r, "cols": c, "batch": n, "sparsity": at} for (r, c, n), at in even.items()
+                ],
+            }
+        )
+        return
+    _print(f"{bench.machine()}; medians in milliseconds; all results agree")
+    _print_table(
+        ("weights", "shape", "batch", "zeros", "kernel", "sparsam", "numpy", "torch", "speed-up"),
+        (
+            (
+                row.name,
+                f"{row.rows}x{row.cols}",
+                row.batch,
+                f"{row.sparsity:.1%}",
+                row.kernel,
+                f"{row.linear_ms:.3f}",
+                f"{row.numpy_ms:.3f}",
+                "not installed" if row.torch_ms is None else f"{row.torch_ms:.3f}",
+                f"{row.speedup:.2f}x",
+            )
+            for row in rows
+        ),
+        texts=2,
+    )
+    if real := [row.speedup for row in rows if row.name != "random"]:
+        _print(f"{dlmc}: geometric mean of the speed-ups {bench.geometric_mean(real):.2f}x")
+    for (height, width, n), at in even.items():
+        says = "at no sparsity measured" if at is None else f"from {at:.0%} zeros on"
+        _print(f"{height}x{width}, batch {n}: sparse beats dense {says}")
+
+
+@app.command()
+def calibrate(
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+) -> None:
+    """Measure anew what products cost on this machine; SparseMatrix chooses its kernels by that."""
+    machine = costs.calibrate(dtype, force=True).machine
+    file = costs.cache_file(machine)
+    _print(f"{machine}: kept in {file}" if file.exists() else f"{machine}: not kept, disturbed or no cache")
+
+
 @app.command()
 def info() -> None:
     """Show the version, the compiler, the instruction sets and the threads."""
     _print(str(build_info()))
-
-
-def _measure(name: str, array: NDArray[Any]) -> LayerStats:
-    kept = int(np.count_nonzero(array))
-    zeros = array.size - kept
-    packed = (array.size + 7) // 8 + kept * array.itemsize
-    share = zeros / array.size if array.size else 0.0
-    return LayerStats(name, array.size, zeros, share, array.shape, array.dtype.name, "", array.nbytes, packed)
 
 
 def _progress() -> Progress:
@@ -256,9 +315,7 @@ def _progress() -> Progress:
 
 def _complain(message: str) -> int:
     """Prints one line on stderr, whatever the message, and returns the exit code that goes with it."""
-    Console(stderr=True).print(
-        "sparsam:", " ".join(message.split()), markup=False, highlight=False, soft_wrap=True
-    )
+    Console(stderr=True).out("sparsam:", printable(" ".join(message.split())), highlight=False)
     return 2
 
 
@@ -267,23 +324,20 @@ def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
 
 
 def _print(text: str) -> None:
-    Console().print(text, markup=False, highlight=False, soft_wrap=True)
+    Console().out(text, highlight=False)
 
 
 def _print_json(value: object) -> None:
     _print(json.dumps(value, indent=2))
 
 
-def _print_table(
-    header: Sequence[str], rows: Iterable[Sequence[object]], *, texts: int = 0, total: bool = False
-) -> None:
-    """Prints a table, as wide as it must be: `texts` columns of text, then numbers; a last row of totals."""
+def _print_table(header: Sequence[str], rows: Iterable[Sequence[object]], *, texts: int = 0) -> None:
+    """Prints a table, as wide as it must be: `texts` columns of text, then numbers."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for i, name in enumerate(header):
         table.add_column(name, justify="left" if i < texts else "right", no_wrap=True)
-    lines = [[escape(str(cell)) for cell in row] for row in rows]
-    for i, line in enumerate(lines, start=1):
-        table.add_row(*line, end_section=total and i == len(lines) - 1)
+    for row in rows:
+        table.add_row(*(Text(printable(str(cell))) for cell in row))
     console = Console(highlight=False)
     console.width = Measurement.get(console, console.options.update(width=10_000), table).maximum
     console.print(table)

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from numbers import Real
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, runtime_checkable
@@ -22,6 +22,7 @@ METHODS = ("magnitude", "random")
 SCOPES = ("layer", "global")
 ALLOCATIONS = ("uniform",)
 SCHEDULES = ("one_shot", "linear", "cubic", "exponential", "cosine")
+MAX_GROUP = 256
 
 
 @runtime_checkable
@@ -60,9 +61,9 @@ class Unstructured:
 class NM:
     """Keep `n` of every `m` neighbours along the input axis; `NM(2, 4)` is what sparse tensor cores take.
 
-    A tensor of any rank is seen as its matrix `(shape[0], prod(shape[1:]))`, a 1-D tensor as one row; `m`
-    must divide the length of a row. `n` counts the weights that stay, as in jaxpruner. tfmot and Wanda count
-    those that go: only 2:4 and 4:8 mean the same in both readings.
+    A tensor of any rank is seen as its matrix `(shape[0], prod(shape[1:]))`, a 1-D tensor as one row; `m`,
+    at most 256, must divide the length of a row. `n` counts the weights that stay, as in jaxpruner. tfmot and
+    Wanda count those that go: only 2:4 and 4:8 mean the same in both readings.
     """
 
     n: int
@@ -73,6 +74,8 @@ class NM:
         if self.n > self.m:
             msg = f"NM({self.n}, {self.m}): n is how many of every m weights stay; it must not exceed m"
             raise ValueError(msg)
+        if self.m > MAX_GROUP:
+            raise ValueError(_expected("NM: m", self.m, f"at most {MAX_GROUP} weights in a group"))
 
     @property
     def sparsity(self) -> float:
@@ -119,13 +122,57 @@ Pattern: TypeAlias = Unstructured | NM | Block | Slices
 Override: TypeAlias = float | Pattern | tuple[float, Pattern]
 
 
+class _Unset:
+    """Marks the value of a field that nobody set: it reads as the default, or as what the others imply.
+
+    `dataclasses.replace` hands the mark on, so the new configuration settles the field anew.
+    """
+
+
+class _UnsetFloat(_Unset, float):
+    pass
+
+
+class _UnsetInt(_Unset, int):
+    pass
+
+
+class _UnsetStr(_Unset, str):
+    pass
+
+
+_ONE_SHOT = _UnsetStr("one_shot")
+
+
+class _ReadOnly(Mapping[str, Override]):
+    """A mapping without a way to change it."""
+
+    def __init__(self, content: Mapping[str, Override]) -> None:
+        self._content = dict(content)
+
+    def __getitem__(self, key: str) -> Override:
+        return self._content[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._content)
+
+    def __len__(self) -> int:
+        return len(self._content)
+
+    def __repr__(self) -> str:
+        return repr(self._content)
+
+
 @dataclass(frozen=True)
 class PruningConfig:
     """How a set of tensors is pruned. Frozen; every field is checked when it is made.
 
+    target_sparsity, schedule and num_iterations know whether they were set: left out (or None), they follow
+    the others even after `dataclasses.replace`, and `sparsam.IterativePruner` has its own defaults for them.
+
     Attributes:
-        target_sparsity: The fraction of weights to prune, in [0, 1]. Left out (or None), it is what an N:M
-            pattern or an explicit schedule asks for, else 0.5. Always a float on the finished object.
+        target_sparsity: The fraction of weights to prune, in [0, 1]. Left out, it is what an N:M pattern or
+            an explicit schedule asks for, else 0.5. Always a float on the finished object.
         method: "magnitude", "random", or an object: `sparsam.scores.Magnitude`, `sparsam.scores.Random`, a
             `Scorer`.
         pattern: Which weights stand or fall together: `Unstructured`, `NM`, `Block` or `Slices`.
@@ -134,7 +181,7 @@ class PruningConfig:
         schedule: The way to the target that `sparsam.IterativePruner` takes (`sparsam.prune` goes there at
             once): a name, an object of `sparsam.schedules`, the list of sparsities itself, or a function of
             progress in [0, 1] that returns the sparsity.
-        num_iterations: How many steps the schedule has. An explicit list sets it to its own length.
+        num_iterations: How many steps the schedule has. Left out, the length of an explicit list, else 1.
         exclude: Shell-style patterns (`fnmatch.fnmatchcase`) of the tensors that stay dense; they beat
             overrides.
         overrides: Shell-style pattern -> a sparsity, a pattern, or both as `(sparsity, pattern)`. The last
@@ -146,28 +193,30 @@ class PruningConfig:
             an explicit schedule.
     """
 
-    target_sparsity: float = None  # type: ignore[assignment]
+    target_sparsity: float = _UnsetFloat(0.5)
     method: str | Scorer = "magnitude"
     pattern: Pattern = Unstructured()
     scope: str = "layer"
     allocation: str = "uniform"
-    schedule: ScheduleLike = "one_shot"
-    num_iterations: int = 1
+    schedule: ScheduleLike = _ONE_SHOT
+    num_iterations: int = _UnsetInt(1)
     exclude: Sequence[str] = ()
     overrides: Mapping[str, Override] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
         pattern = _pattern("pattern", self.pattern)
-        schedule = _schedule(self.schedule)
-        num_iterations = _positive("num_iterations", self.num_iterations)
-        if isinstance(schedule, tuple):
-            if num_iterations not in {1, len(schedule)}:
-                msg = f"num_iterations is {num_iterations}, but schedule lists {len(schedule)} sparsities"
+        schedule = _schedule(self.schedule) if _is_set(self.schedule) else _ONE_SHOT
+        steps = len(schedule) if isinstance(schedule, tuple) else None
+        if not _is_set(self.num_iterations):
+            num_iterations: int = _UnsetInt(steps or 1)
+        else:
+            num_iterations = _positive("num_iterations", self.num_iterations)
+            if steps not in {None, num_iterations}:
+                msg = f"num_iterations is {num_iterations}, but schedule lists {steps} sparsities"
                 raise ValueError(msg)
-            num_iterations = len(schedule)
         _set(
             self,
-            target_sparsity=_agreed_target(self.target_sparsity, pattern, schedule),
+            target_sparsity=_agreed_target(self.target_sparsity, _demands(pattern, schedule)),
             method=_method(self.method),
             scope=_one_of("scope", self.scope, SCOPES),
             allocation=_one_of("allocation", self.allocation, ALLOCATIONS),
@@ -176,6 +225,19 @@ class PruningConfig:
             exclude=_exclude(self.exclude),
             overrides=_overrides(self.overrides, pattern),
         )
+
+    def with_defaults(
+        self, *, target_sparsity: float, schedule: ScheduleLike, num_iterations: int
+    ) -> PruningConfig:
+        """Returns this configuration with other defaults, for what was not set and no other field implies."""
+        free: dict[str, Any] = {}
+        if not _demands(self.pattern, self.schedule):
+            free["target_sparsity"] = target_sparsity
+        if not isinstance(self.pattern, NM):
+            free["schedule"] = schedule
+        if not isinstance(self.schedule, tuple):
+            free["num_iterations"] = num_iterations
+        return replace(self, **{name: new for name, new in free.items() if not _is_set(getattr(self, name))})
 
 
 def check_sparsity(what: str, value: object) -> float:
@@ -202,8 +264,12 @@ def check_growing(what: str, values: Iterable[object]) -> tuple[float, ...]:
     return checked
 
 
-def _agreed_target(target: float | None, pattern: Pattern, schedule: ScheduleLike) -> float:
-    """The sparsity that an N:M pattern, the end of an explicit schedule and the target agree on."""
+def _is_set(value: object) -> bool:
+    return value is not None and not isinstance(value, _Unset)
+
+
+def _demands(pattern: Pattern, schedule: ScheduleLike) -> list[tuple[str, float]]:
+    """The sparsities that an N:M pattern and the end of an explicit schedule ask for, and who asks."""
     demands = []
     if isinstance(pattern, NM):
         demands.append((f"pattern {pattern}", pattern.sparsity))
@@ -211,16 +277,20 @@ def _agreed_target(target: float | None, pattern: Pattern, schedule: ScheduleLik
         demands.append(("the end of schedule", schedule[-1]))
     elif not isinstance(schedule, (str, Schedule)) and callable(schedule):
         demands.append(("schedule(1.0)", check_sparsity("schedule(1.0)", schedule(1.0))))
-    if target is not None:
-        demands.append(("target_sparsity", check_sparsity("target_sparsity", target)))
-    if not demands:
-        return 0.5
-    (source, agreed), *others = demands
+    return demands
+
+
+def _agreed_target(target: float, demands: Sequence[tuple[str, float]]) -> float:
+    """The sparsity that the demands and the target agree on."""
+    own = [("target_sparsity", check_sparsity("target_sparsity", target))] if _is_set(target) else []
+    if not demands and not own:
+        return _UnsetFloat(0.5)
+    (source, agreed), *others = [*demands, *own]
     for other, value in others:
         if not _same(agreed, value):
             msg = f"{other} is {value}, but {source} has the sparsity {agreed}; they must agree"
             raise ValueError(msg)
-    return agreed
+    return agreed if own else _UnsetFloat(agreed)
 
 
 def _same(a: float, b: float) -> bool:
@@ -273,7 +343,7 @@ def _exclude(value: object) -> tuple[str, ...]:
     return names
 
 
-def _overrides(value: object, pattern: Pattern) -> dict[str, Override]:
+def _overrides(value: object, pattern: Pattern) -> Mapping[str, Override]:
     if not isinstance(value, Mapping):
         raise ValueError(
             _expected("overrides", value, "a mapping from name patterns to sparsities or patterns")
@@ -281,7 +351,9 @@ def _overrides(value: object, pattern: Pattern) -> dict[str, Override]:
     for name in value:
         if not isinstance(name, str):
             raise ValueError(_expected("overrides", name, "shell-style name patterns as keys"))
-    return {name: _override(f"overrides[{name!r}]", entry, pattern) for name, entry in value.items()}
+    return _ReadOnly(
+        {name: _override(f"overrides[{name!r}]", entry, pattern) for name, entry in value.items()}
+    )
 
 
 def _override(what: str, value: object, pattern: Pattern) -> Override:

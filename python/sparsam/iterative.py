@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from numbers import Real
 from os import PathLike
@@ -24,6 +25,7 @@ from sparsam.config import NM, Override, Pattern, PruningConfig, Schedule, Sched
 from sparsam.masks import Mask
 from sparsam.pruner import SINGLE, Pool, check_patterns, configured, describe, plan, prune_pools, to_arrays
 from sparsam.report import Report
+from sparsam.selection import _refuse_nan
 
 __all__ = ["HistoryRow", "IterativePruner", "IterativeResult"]
 
@@ -83,11 +85,11 @@ class IterativePruner:
 
         Args:
             initial_sparsity: The sparsity of the first iteration.
-            final_sparsity: The sparsity of the last. Left out: the end of an explicit schedule, else the
-                configuration's target, else 0.8.
-            num_iterations: Left out: the length of an explicit list, else the configuration's, else 4.
+            final_sparsity: The sparsity of the last. Left out: the end of an explicit schedule or the
+                sparsity of an N:M pattern, else the target that was set in `config`, else 0.8.
+            num_iterations: Left out: the length of an explicit list, else what was set in `config`, else 4.
             schedule: A name, an object of `sparsam.schedules`, a list of sparsities or a function of
-                progress. Left out: the configuration's, else "linear".
+                progress. Left out: what was set in `config`, else "linear" ("one_shot" for an N:M pattern).
             config: What is pruned, and how.
 
         Raises:
@@ -100,14 +102,13 @@ class IterativePruner:
             if not isinstance(schedule, (str, Schedule)):
                 changes["target_sparsity"] = None
                 if not callable(schedule):
-                    changes["num_iterations"] = 1
+                    changes["num_iterations"] = None
         if final_sparsity is not None:
             changes["target_sparsity"] = final_sparsity
         if num_iterations is not None:
             changes["num_iterations"] = num_iterations
-        if config is None:
-            config = PruningConfig(target_sparsity=0.8, schedule="linear", num_iterations=4)
-        self.config = configured(config, changes)
+        settings = configured(config, changes)
+        self.config = settings.with_defaults(target_sparsity=0.8, schedule="linear", num_iterations=4)
         self.initial_sparsity = check_sparsity("initial_sparsity", initial_sparsity)
         self.final_sparsity = self.config.target_sparsity
         self.num_iterations = self.config.num_iterations
@@ -178,15 +179,17 @@ class IterativePruner:
             max_drop: Stop at a score that is more than this below the dense score.
             on_iteration: Called with each new row of the history, once `state_dir` has it.
             state_dir: A folder, made if needed, for the state of the run after each iteration. If it holds
-                one, the run goes on from there and only the iteration that was interrupted is done again.
+                one, the run goes on from there and only the iteration that was interrupted is done again;
+                the limits of now hold for the iterations of before. One run at a time may use a folder.
                 State that `recover_fn` keeps to itself is its own business.
 
         Returns:
             The last good weights (the dense ones if the first iteration fails), and how they came about.
 
         Raises:
-            ValueError: As for `sparsam.prune`; `recover_fn` returned an unknown name or another shape;
-                `state_dir` belongs to a run with other weights, configuration or schedule.
+            ValueError: As for `sparsam.prune`; `recover_fn` returned an unknown name, another shape or a NaN;
+                `state_dir` belongs to a run with other weights, configuration or schedule, is in use or
+                damaged, or an iteration in it fails the limits and the weights of the one before are gone.
             TypeError: As for `sparsam.prune`; a callback returned something of another type.
         """
         limits = _Limits(min_score, max_drop)
@@ -197,17 +200,33 @@ class IterativePruner:
             recover = None if recover_fn is None else _alone_recover(recover_fn)
         check_patterns(self.config, dense, stacklevel=2)
         steps = self._steps(dense, min_rank)
-        store = None
-        if state_dir is not None:
-            store = StateDir(Path(state_dir), identify(self.config, self.get_schedule(), dense))
+        identity = identify(self.config, self.get_schedule(), dense) if state_dir is not None else {}
+        with nullcontext() if state_dir is None else StateDir(Path(state_dir), identity) as store:
+            progress = self._advance(dense, steps, evaluate, recover, limits, on_iteration, store)
+        result: IterativeResult[Any, Any] = _result(dense, progress, steps[-1])
+        if isinstance(weights, Mapping):
+            return result
+        mask = result.masks.get(SINGLE, Mask.ones(dense[SINGLE].shape))
+        return replace(result, weights=result.weights[SINGLE], masks=mask, dense_weights=dense[SINGLE])
 
-        progress = store.load() if store else None
+    def _advance(
+        self,
+        dense: Arrays,
+        steps: list[list[Pool]],
+        evaluate: Callable[[Arrays], float],
+        recover: Callable[[Arrays, Masks, int], Any] | None,
+        limits: _Limits,
+        on_iteration: Callable[[HistoryRow], object] | None,
+        store: StateDir | None,
+    ) -> Progress:
+        """From the start, or from what is stored, to the end of the schedule or the first bad score."""
+        pruned = [name for pool in steps[-1] for name in pool.names]
+        progress = store.load(dense, pruned) if store else None
         if progress is None:
             progress = Progress(_score(evaluate, dense))
             if store:
                 store.save(progress)
-        if progress.failed and not limits.fails(progress.failed.score, progress.dense_score):
-            progress = replace(progress, failed=None)
+        progress = limits.applied(progress)
         self.history = progress.rows()
 
         while not progress.failed and len(progress.history) < len(steps):
@@ -227,12 +246,7 @@ class IterativePruner:
             self.history.append(row)
             if on_iteration is not None:
                 on_iteration(row)
-
-        result: IterativeResult[Any, Any] = _result(dense, progress, steps[-1])
-        if isinstance(weights, Mapping):
-            return result
-        mask = result.masks.get(SINGLE, Mask.ones(dense[SINGLE].shape))
-        return replace(result, weights=result.weights[SINGLE], masks=mask, dense_weights=dense[SINGLE])
+        return progress
 
     def _steps(self, dense: Arrays, min_rank: int) -> list[list[Pool]]:
         """What is pruned in each iteration, and how far."""
@@ -280,6 +294,21 @@ class _Limits:
     def fails(self, score: float, dense_score: float) -> bool:
         too_low = self.min_score is not None and not score >= self.min_score
         return too_low or (self.max_drop is not None and not dense_score - score <= self.max_drop)
+
+    def applied(self, progress: Progress) -> Progress:
+        """The progress under these limits: other ones may have stopped it, or let it go on."""
+        rows = progress.rows()
+        bad = next((row for row in rows if self.fails(row.score, progress.dense_score)), None)
+        if bad is None or bad is progress.failed:
+            return replace(progress, failed=bad)
+        if bad is rows[0]:
+            return Progress(progress.dense_score, failed=bad)
+        msg = (
+            f"state_dir: iteration {bad.iteration} of {len(rows)} has the score {bad.score}, which fails "
+            f"min_score={self.min_score} or max_drop={self.max_drop}, but the weights before it are gone; "
+            "loosen the limits, or name another state_dir"
+        )
+        raise ValueError(msg)
 
 
 def _alone_eval(eval_fn: Callable[[Any], float]) -> Callable[[Arrays], float]:
@@ -340,6 +369,7 @@ def _recovered(
         recovered[name] = value.astype(array.dtype, copy=value is not array)
         if name in masks:
             masks[name].apply(recovered[name], out=recovered[name])
+    _refuse_nan([recovered[name] for name in masks], list(masks), by=f"recover_fn, iteration {iteration}: ")
     return recovered
 
 
@@ -358,7 +388,7 @@ def _result(dense: Arrays, progress: Progress, pools: list[Pool]) -> IterativeRe
         final_sparsity=progress.history[-1].sparsity if progress.history else 0.0,
         weights=weights,
         masks=masks,
-        report=describe(dense, masks, pools),
+        report=describe(weights, masks, pools),
         dense_weights=dense,
         dense_score=progress.dense_score,
         stopped_early=progress.failed is not None,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import struct
+from collections.abc import Mapping
 from typing import Any, TypeVar
 
 import numpy as np
@@ -51,7 +52,10 @@ class Mask:
 
     @classmethod
     def ones(cls, shape: tuple[int, ...]) -> Mask:
-        """The mask of that shape that keeps everything."""
+        """The mask of that shape that keeps everything; ValueError for a negative length."""
+        if any(length < 0 for length in shape):
+            msg = f"shape {shape}: expected lengths of at least 0"
+            raise ValueError(msg)
         n = math.prod(shape)
         packed = np.full((n + 7) // 8, 0xFF, np.uint8)
         if n % 8:
@@ -198,3 +202,40 @@ def _check_overlap(weights: NDArray[Any], out: NDArray[Any]) -> None:
     if np.may_share_memory(weights, out):
         msg = "out overlaps the weights: expected the weights themselves (in place) or separate memory"
         raise ValueError(msg)
+
+
+def _check_apart(arrays: Mapping[str, NDArray[Any]], outs: Mapping[str, NDArray[Any]]) -> None:
+    """Refuse an output that shares memory with an array, or another output, of another name.
+
+    A sweep over byte ranges. Where two ranges meet it is asked whether they share an element, which columns
+    of one matrix do not.
+    """
+    if len(arrays) < 2:
+        return
+    ranges = sorted(
+        (*_byte_range(array), name, group is outs, array)
+        for group in (arrays, outs)
+        for name, array in group.items()
+        if array.size
+    )
+    open_ranges: list[tuple[int, int, str, bool, NDArray[Any]]] = []
+    for start, end, name, written, array in ranges:
+        open_ranges = [other for other in open_ranges if other[1] > start]
+        for _, _, other_name, other_written, other in open_ranges:
+            if other_name == name or not (written or other_written):
+                continue
+            if np.may_share_memory(array, other, max_work=1000):  # type: ignore[arg-type]
+                msg = (
+                    f"tensors {other_name!r} and {name!r} share memory: pruning one in place changes the "
+                    "other; pass copies, or leave in place out"
+                )
+                raise ValueError(msg)
+        open_ranges.append((start, end, name, written, array))
+
+
+def _byte_range(array: NDArray[Any]) -> tuple[int, int]:
+    start = end = array.__array_interface__["data"][0]
+    for length, stride in zip(array.shape, array.strides, strict=True):
+        start += min((length - 1) * stride, 0)
+        end += max((length - 1) * stride, 0)
+    return start, end + array.itemsize

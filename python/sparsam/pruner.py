@@ -18,8 +18,8 @@ from numpy.typing import ArrayLike, NDArray
 
 from sparsam import scores
 from sparsam.config import NM, Override, Pattern, PruningConfig, Scorer
-from sparsam.masks import Mask
-from sparsam.report import LayerStats, Report
+from sparsam.masks import Mask, _check_apart
+from sparsam.report import LayerStats, Report, measure
 from sparsam.selection import select_many
 
 SINGLE = "weights"
@@ -97,12 +97,12 @@ def prune(
 
     Raises:
         ValueError: An override matches no tensor; a tensor has a NaN, or a shape that the pattern does not
-            divide; `inplace` meets an array that is read-only or no array; a field of the configuration is
-            wrong.
+            divide; `inplace` meets what is read-only, no array, or in the memory of another tensor; a field
+            of the configuration is wrong.
         TypeError: A tensor to be pruned has another dtype.
 
     Warns:
-        UserWarning: A pattern in `exclude` matches no tensor.
+        UserWarning: A pattern in `exclude` matches no tensor, or one in `overrides` only excluded ones.
     """
     settings = configured(config, changes)
     named = weights if isinstance(weights, Mapping) else {SINGLE: weights}
@@ -141,17 +141,17 @@ class MagnitudePruner:
 
         Args:
             name: What `exclude` and `overrides` of the configuration know the tensor as.
-            weights: Anything that NumPy can turn into an array of a floating-point dtype; integers in nested
-                lists become float64. Not modified.
+            weights: Anything that NumPy can turn into an array; integers become float64. Not modified.
 
         Returns:
             The pruned array, and its statistics, which are also appended to `stats`.
 
         Raises:
             ValueError: A NaN, or a shape that the pattern does not divide.
-            TypeError: A dtype other than float16, bfloat16, float32 and float64.
+            TypeError: A dtype other than float16, bfloat16, float32, float64 and integers.
         """
-        arrays = to_arrays({name: weights})
+        array = to_arrays({name: weights})[name]
+        arrays = {name: array.astype(np.float64) if array.dtype.kind in "biu" else array}
         result = _prune(arrays, arrays, self.config, inplace=False, min_rank=0)
         (stats,) = result.report.layers
         self.stats.append(stats)
@@ -192,16 +192,24 @@ def to_arrays(weights: Mapping[str, ArrayLike]) -> dict[str, NDArray[Any]]:
 
 
 def check_patterns(config: PruningConfig, names: Collection[str], *, stacklevel: int) -> None:
-    """Raises for an override that matches no name, and warns of an exclude that does."""
+    """Raises for an override that matches no name; warns of an exclude or override without effect."""
     for pattern in config.overrides:
-        if not any(fnmatchcase(name, pattern) for name in names):
+        matches = [name for name in names if fnmatchcase(name, pattern)]
+        if not matches:
             close = difflib.get_close_matches(pattern, names, n=3, cutoff=0.0)
             hint = f"the closest names are {', '.join(map(repr, close))}" if close else "there are no tensors"
             msg = f"overrides: {pattern!r} matches no tensor; {hint}"
             raise ValueError(msg)
+        if all(_excluded(name, config) for name in matches):
+            msg = f"overrides: {pattern!r} matches only tensors that exclude leaves dense"
+            warnings.warn(msg, UserWarning, stacklevel=stacklevel + 1)
     for pattern in config.exclude:
         if not any(fnmatchcase(name, pattern) for name in names):
             warnings.warn(f"exclude: {pattern!r} matches no tensor", UserWarning, stacklevel=stacklevel + 1)
+
+
+def _excluded(name: str, config: PruningConfig) -> bool:
+    return any(fnmatchcase(name, pattern) for pattern in config.exclude)
 
 
 def plan(arrays: Mapping[str, NDArray[Any]], config: PruningConfig, *, min_rank: int = 2) -> list[Pool]:
@@ -218,7 +226,7 @@ def plan(arrays: Mapping[str, NDArray[Any]], config: PruningConfig, *, min_rank:
     pooled: list[str] = []
     pools: list[Pool] = []
     for name, array in arrays.items():
-        if any(fnmatchcase(name, pattern) for pattern in config.exclude):
+        if _excluded(name, config):
             continue
         own = [value for pattern, value in config.overrides.items() if fnmatchcase(name, pattern)]
         if own:
@@ -315,24 +323,13 @@ def _pruned_last(ranked: NDArray[Any], previous: Mask, norm: int) -> NDArray[np.
 def describe(
     arrays: Mapping[str, NDArray[Any]], masks: Mapping[str, Mask], pools: Collection[Pool]
 ) -> Report:
-    """Returns the report on tensors that were pruned with these masks, those left dense included."""
+    """Returns the report on tensors as these masks left them, those left dense included."""
     patterns = {name: str(pool.pattern) for pool in pools for name in pool.names}
-    layers = []
-    for name, array in arrays.items():
-        dense = array.size * array.itemsize
-        kept, packed = array.size, dense
-        if name in masks:
-            kept = masks[name].count
-            packed = (array.size + 7) // 8 + kept * array.itemsize
-        pruned = array.size - kept
-        sparsity = pruned / array.size if array.size else 0.0
-        pattern = patterns.get(name, "dense")
-        layers.append(
-            LayerStats(
-                name, array.size, pruned, sparsity, array.shape, array.dtype.name, pattern, dense, packed
-            )
-        )
-    return Report(layers)
+    pruned = {name: mask.size - mask.count for name, mask in masks.items()}
+    return Report(
+        measure(name, array, pruned=pruned.get(name, 0), pattern=patterns.get(name, "dense"))
+        for name, array in arrays.items()
+    )
 
 
 def _prune(
@@ -348,10 +345,13 @@ def _prune(
     if inplace:
         for name in names:
             _check_writeable(name, weights[name])
-    outs = {name: arrays[name] if inplace else np.empty_like(arrays[name], order="C") for name in names}
+        outs = {name: arrays[name] for name in names}
+        _check_apart(arrays, outs)
+    else:
+        outs = {name: np.empty_like(arrays[name], order="C") for name in names}
     masks = prune_pools(arrays, pools, scores.resolve(config.method), outs)
     pruned = weights if inplace else {**weights, **outs}
-    return PruningResult(dict(pruned), masks, describe(arrays, masks, pools))
+    return PruningResult(dict(pruned), masks, describe({**arrays, **outs}, masks, pools))
 
 
 def _check_writeable(name: str, value: object) -> None:

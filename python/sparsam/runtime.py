@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import os
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -62,10 +63,14 @@ def set_num_threads(n: int | None) -> None:
     Raises:
         ValueError: n is not a positive integer.
     """
-    if n is not None and (isinstance(n, bool) or not isinstance(n, int) or not 1 <= n <= 4096):
+    try:
+        count = 0 if n is None or isinstance(n, bool) else operator.index(n)
+    except TypeError:
+        count = 0
+    if n is not None and not 1 <= count <= 4096:
         msg = f"n={n!r}: expected a number of threads from 1 to 4096, or None for the default"
         raise ValueError(msg)
-    _core.set_num_threads(0 if n is None else n)
+    _core.set_num_threads(count)
 
 
 @dataclass(frozen=True)

@@ -83,14 +83,15 @@ class Polynomial(_Curve):
 class Exponential(_Curve):
     """1 - (1 - si) ((1 - sf) / (1 - si))^p: each iteration prunes the same share of what is left.
 
-    A density that decays geometrically never reaches 0: sf = 1 is a ValueError.
+    A density that decays geometrically never reaches 0, nor leaves it: an end at 1 is a ValueError.
     """
 
     def at(self, progress: float, /, *, initial: float, final: float) -> float:
-        """Returns the sparsity at `progress` in [0, 1]; ValueError where `final` is 1."""
-        if final >= 1:
+        """Returns the sparsity at `progress` in [0, 1]; ValueError where an end is 1."""
+        if max(initial, final) >= 1:
             msg = (
-                "exponential schedule: it never reaches a density of 0; end below sparsity 1, or use 'cubic'"
+                "exponential schedule: it never reaches a density of 0; "
+                f"expected both ends below sparsity 1, got {initial} and {final}; or use 'cubic'"
             )
             raise ValueError(msg)
         return super().at(progress, initial=initial, final=final)

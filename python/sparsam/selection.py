@@ -15,10 +15,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from sparsam import _core
-from sparsam.config import NM, Block, Pattern, Slices, Unstructured
-from sparsam.masks import Mask, _check_overlap
-
-_MAX_GROUP = 256
+from sparsam.config import NM, Block, Pattern, Slices, Unstructured, check_sparsity
+from sparsam.masks import Mask, _check_apart, _check_overlap
 
 
 class Threshold(NamedTuple):
@@ -96,7 +94,7 @@ def select(
 
 
 def select_many(
-    scores: Mapping[str, NDArray[Any]],
+    scores: Mapping[str, ArrayLike],
     sparsity: float,
     pattern: Pattern = Unstructured(),  # noqa: B008 - frozen
     *,
@@ -114,7 +112,8 @@ def select_many(
         pattern: as in `select`.
         norm: as in `select`.
         out: name -> array of the same shape and dtype that receives the scores with pruned entries as +0; may
-            be the same arrays (in place). Of use where the scores are the weights themselves.
+            be the same arrays (in place). Apart from that, no output may share memory with another array. Of
+            use where the scores are the weights themselves.
 
     Returns:
         name -> mask.
@@ -126,16 +125,19 @@ def select_many(
     if norm not in (1, 2):
         msg = f"norm={norm!r}: expected 1 (sum of magnitudes) or 2 (sum of squares)"
         raise ValueError(msg)
-    for name, array in scores.items():
+    arrays = {name: np.asarray(array) for name, array in scores.items()}
+    for name, array in arrays.items():
         _check_dtype(name, array)
         if out is not None:
-            _check_out(name, array, out[name])
+            _check_out(name, array, out.get(name))
+    if out is not None:
+        _check_apart(arrays, {name: out[name] for name in arrays})
     if isinstance(pattern, Unstructured):
-        return _select_entries(scores, sparsity, out)
+        return _select_entries(arrays, sparsity, out)
     if isinstance(pattern, NM):
-        masks = {name: _select_nm(name, array, sparsity, pattern) for name, array in scores.items()}
+        masks = {name: _select_nm(name, array, sparsity, pattern) for name, array in arrays.items()}
     elif isinstance(pattern, (Block, Slices)):
-        masks = _select_tiles(scores, sparsity, pattern, norm)
+        masks = _select_tiles(arrays, sparsity, pattern, norm)
     else:
         msg = (
             f"pattern={pattern!r}: expected Unstructured(), NM(n, m), Block(rows, cols) or Slices(axis, size)"
@@ -143,15 +145,12 @@ def select_many(
         raise TypeError(msg)
     if out is not None:
         for name, mask in masks.items():
-            mask.apply(scores[name], out=out[name])
+            mask.apply(arrays[name], out=out[name])
     return masks
 
 
 def _rank(sparsity: float, n: int) -> int:
-    if not 0 <= sparsity <= 1:  # also False for NaN
-        msg = f"sparsity={sparsity!r}: expected a number in [0, 1]"
-        raise ValueError(msg)
-    return round(float(sparsity) * n)
+    return round(check_sparsity("sparsity", sparsity) * n)
 
 
 def _threshold(pool: list[NDArray[Any]], k: int, names: Sequence[str] | None) -> Threshold:
@@ -164,14 +163,14 @@ def _threshold(pool: list[NDArray[Any]], k: int, names: Sequence[str] | None) ->
     return Threshold(value, k, below, equal)
 
 
-def _refuse_nan(pool: Sequence[NDArray[Any]], names: Sequence[str] | None) -> None:
+def _refuse_nan(pool: Sequence[NDArray[Any]], names: Sequence[str] | None, *, by: str = "") -> None:
     position = _core.find_nan(list(pool))
     if position is None:
         return
     array, index = position
     at = tuple(int(i) for i in np.unravel_index(index, pool[array].shape))
     what = f"array {array}" if names is None else f"tensor {names[array]!r}"
-    msg = f"{what} is NaN at index {at}: NaN has no magnitude to rank; repair or exclude the tensor"
+    msg = f"{by}{what} is NaN at index {at}: NaN has no magnitude to rank; repair or exclude the tensor"
     raise ValueError(msg)
 
 
@@ -188,7 +187,10 @@ def _check_dtype(name: str, array: NDArray[Any]) -> None:
         raise TypeError(msg)
 
 
-def _check_out(name: str, array: NDArray[Any], out: NDArray[Any]) -> None:
+def _check_out(name: str, array: NDArray[Any], out: object) -> None:
+    if not isinstance(out, np.ndarray):
+        msg = f"out for tensor {name!r} is {out!r}: expected an array of {array.dtype} {array.shape}"
+        raise TypeError(msg)
     if out.shape != array.shape or out.dtype != array.dtype:
         msg = f"out for tensor {name!r} is {out.dtype} {out.shape}: expected {array.dtype} {array.shape}"
         raise ValueError(msg)
@@ -243,9 +245,6 @@ def _select_nm(name: str, array: NDArray[Any], sparsity: float, pattern: NM) -> 
             f"a multiple of {pattern.m}; exclude the tensor, or give it another pattern in overrides"
         )
         raise ValueError(msg)
-    if pattern.m > _MAX_GROUP:
-        msg = f"{pattern!r}: expected m of at most {_MAX_GROUP}"
-        raise ValueError(msg)
     words = _core.keep_of_group(array, pattern.n, pattern.m)
     if words is None:
         _refuse_nan([array], [name])
@@ -256,7 +255,8 @@ def _select_nm(name: str, array: NDArray[Any], sparsity: float, pattern: NM) -> 
 def _tiling(name: str, shape: tuple[int, ...], pattern: Block | Slices) -> tuple[int, int, int, int]:
     """Rows, columns of a matrix of the tensor, and of the tile that a group is."""
     if isinstance(pattern, Block):
-        return (*_matrix(shape), pattern.rows, pattern.cols)
+        rows, cols = _matrix(shape)
+        return rows, cols, min(pattern.rows, max(rows, 1)), min(pattern.cols, max(cols, 1))
     if not -len(shape) <= pattern.axis < len(shape):
         msg = f"tensor {name!r} has shape {shape}: {pattern!r} needs an axis that it has"
         raise ValueError(msg)
@@ -265,7 +265,8 @@ def _tiling(name: str, shape: tuple[int, ...], pattern: Block | Slices) -> tuple
         msg = f"tensor {name!r} has shape {shape}: {pattern!r} needs an axis of a multiple of {pattern.size}"
         raise ValueError(msg)
     outer, inner = math.prod(shape[:axis]), math.prod(shape[axis + 1 :])
-    return outer, shape[axis] * inner, max(outer, 1), max(pattern.size * inner, 1)
+    cols = shape[axis] * inner
+    return outer, cols, max(outer, 1), max(min(pattern.size * inner, cols), 1)
 
 
 def _select_tiles(

@@ -1,13 +1,8 @@
-"""What `sparsam bench` measures: an operation and its peers on the same data, their results compared.
-
-Every time is the median of repeated runs after one warm-up. Functions return rows and print nothing.
-"""
+"""What `sparsam bench select` measures: exact selection of the smallest weights, beside NumPy and PyTorch."""
 
 from __future__ import annotations
 
-import statistics
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any
@@ -16,10 +11,11 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
+from sparsam.bench._timing import median_seconds
 from sparsam.masks import Mask
 from sparsam.selection import select_many, threshold
 
-__all__ = ["SelectRow", "median_seconds", "select"]
+__all__ = ["SelectRow", "select"]
 
 DTYPES = {"float16": np.float16, "bfloat16": ml_dtypes.bfloat16, "float32": np.float32, "float64": np.float64}
 
@@ -79,32 +75,6 @@ def select(n: Sequence[int], dtypes: Sequence[str], sparsities: Sequence[float])
             weights = values.astype(DTYPES[dtype])
             for sparsity in sparsities:
                 yield _select_row(weights, dtype, sparsity)
-
-
-def median_seconds(
-    run: Callable[..., object],
-    *arguments: Any,
-    before: Callable[[], object] = lambda: None,
-    budget: float = 0.3,
-) -> float:
-    """The median time of `run(*arguments)` over 5 to 101 runs, as many as the budget allows, after a warm-up.
-
-    Args:
-        run: What to time.
-        *arguments: What it is called with.
-        before: Called before each run, not timed.
-        budget: Seconds after which no run beyond the fifth is started.
-    """
-    times: list[float] = []
-    for i in range(102):
-        before()
-        start = time.perf_counter()
-        run(*arguments)
-        if i > 0:
-            times.append(time.perf_counter() - start)
-        if len(times) >= 5 and sum(times) > budget:
-            break
-    return statistics.median(times)
 
 
 def _select_row(weights: NDArray[Any], dtype: str, sparsity: float) -> SelectRow:

@@ -1,0 +1,69 @@
+"""The ways to multiply with a packed matrix, called alike.
+
+"bitmask" and "panels" are kernels of the core: the one streams the bits and values as they are stored, the
+other runs over a layout that it derives from them. "dense" is NumPy's BLAS over an unpacked copy.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sparsam._core import Packed
+
+Floats = NDArray[np.float32]
+
+KERNELS = ("dense", "bitmask", "panels")
+ACTIVATIONS = ("relu", "gelu", "gelu_tanh", "silu")
+
+_UNIT = 64
+_IDENTITY = Packed.pack(np.eye(_UNIT, dtype=np.float32))
+
+
+def multiply(
+    kernel: str,
+    packed: Packed,
+    dense: Floats | None,
+    x: Floats,
+    bias: Floats | None,
+    activation: str,
+    out: Floats,
+) -> None:
+    """Writes activation(x W^T + bias) into `out`, where a pruned weight multiplies nothing.
+
+    Args:
+        kernel: One of KERNELS.
+        packed: W.
+        dense: W once more, unpacked; only "dense" needs it.
+        x: (n, in), in C order.
+        bias: (out,), contiguous, or None.
+        activation: One of ACTIVATIONS, or "".
+        out: (n, out), in C order; overlaps no other argument.
+    """
+    if kernel != "dense":
+        packed.linear(kernel, x, bias, activation, out)
+        return
+    assert dense is not None
+    if not math.isfinite(np.vdot(x, x)):
+        # There an infinity or a NaN times a pruned weight would be a NaN. (Large numbers: only slower.)
+        packed.linear("panels", x, bias, activation, out)
+        return
+    with np.errstate(all="ignore"):  # as in the kernels, infinities and NaN are results like others
+        np.dot(x, dense.T, out=out)
+        if bias is not None:
+            out += bias
+    if activation:
+        _activate(out.reshape(-1), activation)
+
+
+def _activate(values: Floats, activation: str) -> None:
+    """Applies the kernels' own activation in place: a product with the identity ends in it."""
+    whole = values[: values.size // _UNIT * _UNIT].reshape(-1, _UNIT)
+    _IDENTITY.linear("panels", whole.copy(), None, activation, whole)
+    if rest := values.size - whole.size:
+        line = np.zeros((2, _UNIT), np.float32)
+        line[0, :rest] = values[whole.size :]
+        _IDENTITY.linear("panels", line[:1], None, activation, line[1:])
+        values[whole.size :] = line[1, :rest]

@@ -1,0 +1,33 @@
+"""What `sparsam bench` measures: an operation and its peers on the same data, their results compared.
+
+Every time is the median of repeated runs after one warm-up. Functions return rows and print nothing.
+"""
+
+from __future__ import annotations
+
+from sparsam.bench._timing import median_seconds
+from sparsam.bench.matmul import (
+    MatmulRow,
+    Problem,
+    break_even,
+    geometric_mean,
+    machine,
+    matmul,
+    random_problems,
+    read_dlmc,
+)
+from sparsam.bench.selection import SelectRow, select
+
+__all__ = [
+    "MatmulRow",
+    "Problem",
+    "SelectRow",
+    "break_even",
+    "geometric_mean",
+    "machine",
+    "matmul",
+    "median_seconds",
+    "random_problems",
+    "read_dlmc",
+    "select",
+]

@@ -1,0 +1,299 @@
+"""What `sparsam bench matmul` measures: products with a pruned matrix, against the dense products at hand."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sparsam import costs
+from sparsam.bench._timing import median_seconds
+from sparsam.matrix import SparseMatrix
+from sparsam.runtime import isa, num_threads
+from sparsam.selection import select
+
+__all__ = [
+    "MatmulRow",
+    "Problem",
+    "break_even",
+    "geometric_mean",
+    "machine",
+    "matmul",
+    "random_problems",
+    "read_dlmc",
+]
+
+COLD_COPIES = 8
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A pruned matrix (rows, cols) to measure with, made when its turn comes.
+
+    Attributes:
+        name: "random", or the file that the pattern comes from.
+        shape: (out, in).
+        sparsity: The share of zeros.
+        make: Returns the matrix in float32.
+    """
+
+    name: str
+    shape: tuple[int, int]
+    sparsity: float
+    make: Callable[[], NDArray[np.float32]]
+
+
+@dataclass(frozen=True)
+class MatmulRow:
+    """One measurement of x W^T for x (batch, cols) and W (rows, cols), float32 in C order; milliseconds.
+
+    Attributes:
+        name: "random", or the file that the pattern comes from.
+        rows: Of W, the outputs.
+        cols: Of W, the inputs.
+        batch: Rows of x.
+        sparsity: The share of zeros in W.
+        kernel: What `SparseMatrix` chose; "dense" where that is faster.
+        linear_ms: `SparseMatrix.linear`.
+        sparse_ms: The faster of its sparse kernels; the same number unless `kernel` is "dense".
+        numpy_ms: `x @ w.T`.
+        torch_ms: `torch.nn.functional.linear(x, w)`; None where torch is not installed.
+    """
+
+    name: str
+    rows: int
+    cols: int
+    batch: int
+    sparsity: float
+    kernel: str
+    linear_ms: float
+    sparse_ms: float
+    numpy_ms: float
+    torch_ms: float | None
+
+    @property
+    def dense_ms(self) -> float:
+        """The faster of the dense products."""
+        return self.numpy_ms if self.torch_ms is None else min(self.numpy_ms, self.torch_ms)
+
+    @property
+    def speedup(self) -> float:
+        """How many times faster than that."""
+        return self.dense_ms / self.linear_ms
+
+
+def random_problems(shapes: Iterable[tuple[int, int]], sparsities: Sequence[float]) -> list[Problem]:
+    """Normal weights of which the smallest are pruned, which leaves a random pattern.
+
+    Raises:
+        ValueError: A sparsity is outside [0, 1].
+    """
+    for sparsity in sparsities:
+        if not 0 <= sparsity <= 1:
+            msg = f"sparsity={sparsity!r}: expected a number in [0, 1]"
+            raise ValueError(msg)
+
+    def problem(shape: tuple[int, int], sparsity: float) -> Problem:
+        def make() -> NDArray[np.float32]:
+            weights = np.random.default_rng(0).standard_normal(shape, dtype=np.float32)
+            return select(weights, sparsity).apply(weights)
+
+        return Problem("random", shape, sparsity, make)
+
+    return [problem(*pair) for pair in itertools.product(shapes, sparsities)]
+
+
+def read_dlmc(folder: Path) -> list[Problem]:
+    """The patterns of really pruned networks (Deep Learning Matrix Collection), with normal values.
+
+    Args:
+        folder: Holds `*.smtx` files, at any depth: a line `rows, columns, nonzeros`, one of row pointers, one
+            of column numbers.
+
+    Raises:
+        ValueError: There is no such file, or one of them is damaged.
+        OSError: One of them cannot be read.
+    """
+    files = sorted(folder.rglob("*.smtx"))
+    if not files:
+        msg = f"{folder}: expected a folder with *.smtx files, got none"
+        raise ValueError(msg)
+    return [_dlmc_problem(file, file.relative_to(folder).with_suffix("").as_posix()) for file in files]
+
+
+def matmul(problems: Iterable[Problem], batches: Sequence[int], *, cold: bool = False) -> Iterator[MatmulRow]:
+    """Measures every problem with every batch; all results are compared.
+
+    Args:
+        problems: See `random_problems` and `read_dlmc`.
+        batches: Rows of x.
+        cold: Take eight copies of each matrix in turn, as the layers of a model are, so that large ones come
+            from memory and not from a cache.
+
+    Yields:
+        One row at a time.
+
+    Raises:
+        RuntimeError: A peer came to another result.
+    """
+    for problem in problems:
+        weights = problem.make()
+        copies = [weights.copy() if i else weights for i in range(COLD_COPIES if cold else 1)]
+        matrices = [SparseMatrix.from_dense(copy) for copy in copies]
+        for batch in batches:
+            yield _row(problem, copies, matrices, batch)
+
+
+def break_even(rows: Iterable[MatmulRow]) -> dict[tuple[int, int, int], float | None]:
+    """For each (rows, cols, batch), the sparsity from which on the sparse kernels beat the dense products.
+
+    Between two measurements the difference of the times is interpolated. 0 where they win at the lowest
+    sparsity measured already and that is 0; None where they never do.
+    """
+    points: dict[tuple[int, int, int], list[tuple[float, float]]] = {}
+    for row in rows:
+        gain = row.dense_ms - row.sparse_ms
+        points.setdefault((row.rows, row.cols, row.batch), []).append((row.sparsity, gain))
+    return {key: _crossing(sorted(found)) for key, found in points.items()}
+
+
+def machine() -> str:
+    """What the times belong to: processor, instruction set, threads, versions."""
+    versions = [f"{name} {version(name)}" for name in ("sparsam", "numpy", "torch") if find_spec(name)]
+    return f"{costs.cpu()}, {isa()}, {num_threads()} threads; {', '.join(versions)}"
+
+
+def geometric_mean(values: Iterable[float]) -> float:
+    """The geometric mean of positive numbers."""
+    logarithms = [math.log(value) for value in values]
+    return math.exp(sum(logarithms) / len(logarithms))
+
+
+def _crossing(points: list[tuple[float, float]]) -> float | None:
+    """The sparsity at which the gain turns positive for good."""
+    at: float | None = None
+    for i in reversed(range(len(points))):
+        sparsity, gain = points[i]
+        if gain < 0:
+            if at is not None:
+                after = points[i + 1][1]
+                at = sparsity + (at - sparsity) * -gain / (after - gain)
+            return at
+        at = sparsity
+    return at
+
+
+def _row(
+    problem: Problem, copies: list[NDArray[np.float32]], matrices: list[SparseMatrix], batch: int
+) -> MatmulRow:
+    x = np.random.default_rng(1).standard_normal((batch, problem.shape[1]), dtype=np.float32)
+    expected, bound = _expected(x, copies[0])
+    for matrix in matrices:
+        matrix.prepare(batch)
+    explanation = matrices[0].explain(batch)
+    _agree("SparseMatrix", matrices[0].linear(x), expected, bound)
+    linear = _milliseconds([matrix.linear for matrix in matrices], x)
+    sparse = linear
+    if explanation.kernel == "dense":
+        sparse = min(_forced(kernel, copies, x) for kernel in costs.candidates(batch) if kernel != "dense")
+    return MatmulRow(
+        problem.name,
+        *problem.shape,
+        batch,
+        problem.sparsity,
+        explanation.kernel,
+        linear,
+        sparse,
+        _milliseconds([partial(_numpy_linear, w=copy) for copy in copies], x),
+        _torch_ms(x, copies, expected, bound),
+    )
+
+
+def _forced(kernel: str, copies: list[NDArray[np.float32]], x: NDArray[np.float32]) -> float:
+    matrices = [SparseMatrix.from_dense(copy) for copy in copies]
+    for matrix in matrices:
+        matrix.prepare(len(x), kernel=kernel)
+    return _milliseconds([matrix.linear for matrix in matrices], x)
+
+
+def _torch_ms(
+    x: NDArray[np.float32],
+    copies: list[NDArray[np.float32]],
+    expected: NDArray[np.float32],
+    bound: NDArray[np.float32],
+) -> float | None:
+    if find_spec("torch") is None:
+        return None
+    import torch  # noqa: PLC0415 - only here, and only where it is installed
+
+    tensors = [torch.from_numpy(copy) for copy in copies]
+    linear: Any = torch.nn.functional.linear
+    with torch.inference_mode():
+        _agree("torch", linear(torch.from_numpy(x), tensors[0]).numpy(), expected, bound)
+        return _milliseconds([partial(linear, weight=w) for w in tensors], torch.from_numpy(x))
+
+
+def _numpy_linear(x: NDArray[np.float32], w: NDArray[np.float32]) -> NDArray[np.float32]:
+    y: NDArray[np.float32] = x @ w.T
+    return y
+
+
+def _milliseconds(products: Sequence[Callable[[Any], object]], x: Any) -> float:
+    """The median time of one product, the products taken in turn."""
+    turn = itertools.cycle(products)
+    return 1e3 * median_seconds(lambda: next(turn)(x))
+
+
+def _expected(x: NDArray[np.float32], weights: NDArray[np.float32]) -> tuple[Any, Any]:
+    """NumPy's product, and how far another order of the additions may take a result from it."""
+    eps = float(np.finfo(np.float32).eps)
+    return x @ weights.T, 2 * eps * max(weights.shape[1], 1) * (np.abs(x) @ np.abs(weights.T))
+
+
+def _agree(peer: str, result: Any, expected: NDArray[np.float32], bound: NDArray[np.float32]) -> None:
+    off = np.abs(result - expected)
+    if not (off <= bound).all():
+        msg = f"{peer} and NumPy give products that differ by up to {off.max():g}; please report this"
+        raise RuntimeError(msg)
+
+
+def _dlmc_problem(file: Path, name: str) -> Problem:
+    with file.open(encoding="ascii", errors="replace") as lines:
+        head = lines.readline()
+    try:
+        rows, cols, nnz = map(int, head.split(","))
+    except ValueError:
+        msg = f"{file}: expected a first line `rows, columns, nonzeros`, got {head[:80]!r}"
+        raise ValueError(msg) from None
+
+    def make() -> NDArray[np.float32]:
+        return _read_smtx(file, (rows, cols), nnz)
+
+    return Problem(name, (rows, cols), 1 - nnz / max(rows * cols, 1), make)
+
+
+def _read_smtx(file: Path, shape: tuple[int, int], nnz: int) -> NDArray[np.float32]:
+    lines = file.read_text(encoding="ascii", errors="replace").splitlines()
+    try:
+        pointers, columns = (np.array(line.split(), np.int64) for line in (*lines[1:], "")[:2])
+    except ValueError as error:
+        msg = f"{file}: expected whole numbers: {error}"
+        raise ValueError(msg) from None
+    weights = np.zeros(shape, np.float32)
+    counts = np.diff(pointers)
+    fits = len(counts) == shape[0] and (counts >= 0).all() and counts.sum() == len(columns) == nnz
+    if not fits or ((columns < 0) | (columns >= shape[1])).any():
+        msg = f"{file}: expected {nnz} column numbers in {shape[0]} rows of {shape[1]}, got others"
+        raise ValueError(msg)
+    values = np.random.default_rng(0).standard_normal(nnz, dtype=np.float32)
+    weights[np.repeat(np.arange(shape[0]), counts), columns] = np.where(values == 0, np.float32(1), values)
+    return weights

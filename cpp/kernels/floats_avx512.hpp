@@ -94,7 +94,8 @@ struct Floats {
   // weights.
   template <class Value>
   static Reg fma_expanded(const Value* p, std::uint32_t bits, Reg x, Reg sum) {
-    const auto lanes = static_cast<__mmask16>(bits);
+    auto lanes = static_cast<__mmask16>(bits);
+    asm("" : "+Yk"(lanes));  // one mask register for both uses
     Reg w = zero();
     keep_in_register(w);
     w = _mm512_mask_expand_ps(w, lanes, load_values(p));

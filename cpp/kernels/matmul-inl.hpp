@@ -21,9 +21,9 @@ SPARSAM_INLINE Floats::Reg finish_rows(Floats::Reg sums, Epilogue epilogue, std:
 // One row, kTokens tokens: 64 columns a step, four independent chains per token so that the latency of the
 // sums is hidden. `lines` cache lines of values are fetched ahead per step: a core alone does not keep enough
 // reads in flight.
-template <class Value, std::size_t kTokens>
-void bitmask_row(const BitmaskView& w, std::size_t row, std::size_t lines, const float* x,
-                 std::size_t x_stride, float* sums) {
+template <class Value, std::size_t kTokens, std::size_t kLines>
+SPARSAM_INLINE void bitmask_row(const BitmaskView& w, std::size_t row, const float* x, std::size_t x_stride,
+                                float* sums) {
   constexpr std::size_t kSteps = 64 / kLanes, kChains = kTokens == 1 ? 4 : 2, kAhead = 2048;
   const std::uint64_t* words = w.words + row * w.row_words;
   const Value* p = static_cast<const Value*>(w.values) + w.row_start[row];
@@ -32,7 +32,8 @@ void bitmask_row(const BitmaskView& w, std::size_t row, std::size_t lines, const
     for (auto& chain : token) chain = Floats::zero();
   for (std::size_t k = 0; k < w.row_words; ++k) {
     const std::uint64_t word = words[k];
-    for (std::size_t line = 0; line < lines; ++line)
+#pragma GCC unroll 4
+    for (std::size_t line = 0; line < kLines; ++line)
       __builtin_prefetch(reinterpret_cast<const char*>(p) + kAhead + 64 * line);
 #pragma GCC unroll 8
     for (std::size_t step = 0; step < kSteps; ++step) {
@@ -55,16 +56,14 @@ void bitmask_row(const BitmaskView& w, std::size_t row, std::size_t lines, const
   }
 }
 
-template <class Value, std::size_t kTokens>
+template <class Value, std::size_t kTokens, std::size_t kLines>
 void bitmask_rows(const BitmaskView& w, std::size_t begin, std::size_t end, const float* x,
                   std::size_t x_stride, Epilogue epilogue, float* y, std::size_t y_stride) {
-  const std::uint64_t entries = w.row_start[end] - w.row_start[begin], words = (end - begin) * w.row_words;
-  const std::size_t lines = words == 0 ? 0 : (entries * sizeof(Value) + words * 64 - 1) / (words * 64);
   float sums[kTokens * kLanes];
   for (std::size_t row = begin; row < end; row += kLanes) {
     const std::size_t count = end - row < kLanes ? end - row : kLanes;
     for (std::size_t i = 0; i < count; ++i)
-      bitmask_row<Value, kTokens>(w, row + i, lines, x, x_stride, sums + i);
+      bitmask_row<Value, kTokens, kLines>(w, row + i, x, x_stride, sums + i);
     for (std::size_t t = 0; t < kTokens; ++t) {
       const auto out = finish_rows(Floats::load_partial(sums + t * kLanes, count), epilogue, row, count);
       Floats::store_partial(y + t * y_stride + row, out, count);
@@ -72,13 +71,26 @@ void bitmask_rows(const BitmaskView& w, std::size_t begin, std::size_t end, cons
   }
 }
 
+template <class Value, std::size_t kTokens>
+void bitmask_tokens(const BitmaskView& w, std::size_t begin, std::size_t end, const float* x,
+                    std::size_t x_stride, Epilogue epilogue, float* y, std::size_t y_stride) {
+  const std::uint64_t bytes = (w.row_start[end] - w.row_start[begin]) * sizeof(Value);
+  const std::uint64_t steps = (end - begin) * w.row_words;
+  if (bytes <= 64 * steps)
+    bitmask_rows<Value, kTokens, 1>(w, begin, end, x, x_stride, epilogue, y, y_stride);
+  else if (bytes <= 128 * steps)
+    bitmask_rows<Value, kTokens, 2>(w, begin, end, x, x_stride, epilogue, y, y_stride);
+  else
+    bitmask_rows<Value, kTokens, 4>(w, begin, end, x, x_stride, epilogue, y, y_stride);
+}
+
 template <class Value>
 void bitmask(const BitmaskView& w, std::size_t begin, std::size_t end, const float* x, std::size_t x_stride,
              std::size_t tokens, Epilogue epilogue, float* y, std::size_t y_stride) {
-  if (tokens == 1) bitmask_rows<Value, 1>(w, begin, end, x, x_stride, epilogue, y, y_stride);
-  if (tokens == 2) bitmask_rows<Value, 2>(w, begin, end, x, x_stride, epilogue, y, y_stride);
-  if (tokens == 3) bitmask_rows<Value, 3>(w, begin, end, x, x_stride, epilogue, y, y_stride);
-  if (tokens == 4) bitmask_rows<Value, 4>(w, begin, end, x, x_stride, epilogue, y, y_stride);
+  if (tokens == 1) bitmask_tokens<Value, 1>(w, begin, end, x, x_stride, epilogue, y, y_stride);
+  if (tokens == 2) bitmask_tokens<Value, 2>(w, begin, end, x, x_stride, epilogue, y, y_stride);
+  if (tokens == 3) bitmask_tokens<Value, 3>(w, begin, end, x, x_stride, epilogue, y, y_stride);
+  if (tokens == 4) bitmask_tokens<Value, 4>(w, begin, end, x, x_stride, epilogue, y, y_stride);
 }
 
 template <std::size_t kVectors>

@@ -2,9 +2,9 @@
 
     python tests/fuzz_matrix.py --n 100000
 
-Not collected by pytest. Meant to run again, and with a core built with -DSPARSAM_SANITIZE=ON, where a file that
-gets as far as a kernel and makes it read out of bounds is found out. Prints what it did; any other exception
-ends it with a traceback and the seed of the mutation, a crash just ends it.
+Not collected by pytest. Meant to run again, and with a core built with -DSPARSAM_SANITIZE=ON, where a file
+that gets as far as a kernel and makes it read out of bounds is found out. Prints what it did; any other
+exception ends it with a traceback and the seed of the mutation, a crash just ends it.
 """
 
 from __future__ import annotations

@@ -3,7 +3,6 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ MACHINE = Machine("cpu", "isa", 2, "float32", "1", "2")
 
 
 def made(machine: Machine = MACHINE, **slopes: float) -> Costs:
-    """Costs of `slope` microseconds per batch row and weight, nonzero ones but for dense; each fit off by 10 %."""
+    """Microseconds per row of x and weight (nonzero ones, but for dense); every fit is off by 10 %."""
     fits: dict[str, Any] = {}
     for kind in costs._KINDS:
         slope = 1e-6 * slopes.get(kind, 1.0)
@@ -30,12 +29,12 @@ def made(machine: Machine = MACHINE, **slopes: float) -> Costs:
 
 
 @pytest.fixture
-def calibrated(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
+def calibrated(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """Calibration as it is outside of tests, with a cache of its own and nothing known yet."""
     monkeypatch.setenv("SPARSAM_CALIBRATION", "")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(costs, "_known", {})
-    yield tmp_path / "sparsam"
+    return tmp_path / "sparsam"
 
 
 @pytest.fixture
@@ -186,8 +185,8 @@ def damage(content: dict[str, Any], how: str) -> Any:
 
 @pytest.mark.parametrize(
     "how",
-    ["other version", "other machine", "a kernel is missing", "a batch is missing", "a coefficient is missing",
-     "negative", "NaN", "all zero", "text", "null", "errors are missing", "a list"],
+    ["other version", "other machine", "a kernel is missing", "a batch is missing", "negative", "NaN",
+     "a coefficient is missing", "all zero", "text", "null", "errors are missing", "a list"],
 )  # fmt: skip
 def test_a_damaged_cache_is_measured_anew(calibrated: Path, measured: list[Machine], how: str) -> None:
     good = costs.calibrate()

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import sys
 from typing import Any
 
@@ -14,7 +15,7 @@ pytest.importorskip("sklearn")
 from sparsam import demo
 from sparsam.schedules import sample
 
-TIMES = ("selection_seconds", "partition_seconds", "seconds")
+TIMES = ("selection_seconds", "partition_seconds", "products", "seconds")
 
 
 @pytest.fixture(scope="module")
@@ -68,6 +69,24 @@ def test_time(result: demo.DemoResult) -> None:
     assert 0 < result.partition_seconds < result.seconds
 
 
+def test_products(result: demo.DemoResult) -> None:
+    rows = [product.row for product in result.products]
+    assert [(row.name, row.rows, row.cols, row.batch) for row in rows] == [
+        ("layers.0.weight", 512, 64, 450),
+        ("layers.1.weight", 256, 512, 450),
+        ("layers.2.weight", 10, 256, 450),
+        ("random", 3072, 768, 1),
+        ("random", 3072, 768, 128),
+    ]
+    layers = {layer.name: layer for layer in result.report.layers}
+    for row in rows[:3]:
+        assert row.sparsity == pytest.approx(layers[row.name].sparsity)
+    assert rows[3].sparsity == rows[4].sparsity == pytest.approx(0.95, abs=1e-4)
+    for product in result.products:
+        assert min(product.row.linear_ms, product.row.dense_ms) > 0
+        assert product.break_even is None or 0 <= product.break_even <= 1
+
+
 def test_the_command_prints_what_the_same_seed_gave(
     result: demo.DemoResult, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -91,6 +110,10 @@ def test_the_command_prints_what_the_same_seed_gave(
     for step in result.steps:
         row = f"{step.iteration} {step.sparsity:.2%} {step.iterative:.2%} {step.one_shot:.2%}".split()
         assert row in [line.split() for line in captured.out.splitlines()]
+
+    for product in result.products:
+        shape = f"{product.row.rows}x{product.row.cols}"
+        assert re.search(rf"{product.row.name} +{shape} +{product.row.batch} +\d+\.\d% ", captured.out)
 
     assert main(["demo", "--json"]) == 0
     content = json.loads(capsys.readouterr().out)

@@ -111,9 +111,23 @@ def demo(
         f"({total.dense_bytes / total.packed_bytes:.1f} times smaller).\n"
         f"Selection of what to keep, {len(result.steps)} times over all matrices: "
         f"{result.selection_seconds * 1e3:.2f} ms; np.partition on the same arrays: "
-        f"{result.partition_seconds * 1e3:.2f} ms.\n"
-        f"All of it took {result.seconds:.1f} s."
+        f"{result.partition_seconds * 1e3:.2f} ms.\n\n"
+        "Products x W^T, medians in milliseconds; even: from how many zeros on sparse is the faster one"
     )
+    _print_table(
+        ("matrix", "shape", "batch", "zeros", "kernel", "sparsam", "dense", "speed-up", "even"),
+        (
+            (
+                *_cells(product.row),
+                f"{product.row.dense_ms:.3f}",
+                f"{product.row.speedup:.2f}x",
+                "-" if product.break_even is None else f"{product.break_even:.0%}",
+            )
+            for product in result.products
+        ),
+        texts=2,
+    )
+    _print(f"All of it took {result.seconds:.1f} s.")
 
 
 @app.command()
@@ -249,7 +263,7 @@ def bench_matmul(
         plot.check(picture)
     with _progress() as bar:
         parts = len(problems) * len(batches)
-        measured = bench.matmul(problems, batches, cold=cold)
+        measured = bench.multiply(problems, batches, cold=cold)
         rows = list(bar.track(measured, parts, description="measuring"))
     even = bench.break_even(row for row in rows if row.name == "random")
     if picture:
@@ -270,12 +284,7 @@ def bench_matmul(
         ("weights", "shape", "batch", "zeros", "kernel", "sparsam", "numpy", "torch", "speed-up"),
         (
             (
-                row.name,
-                f"{row.rows}x{row.cols}",
-                row.batch,
-                f"{row.sparsity:.1%}",
-                row.kernel,
-                f"{row.linear_ms:.3f}",
+                *_cells(row),
                 f"{row.numpy_ms:.3f}",
                 "not installed" if row.torch_ms is None else f"{row.torch_ms:.3f}",
                 f"{row.speedup:.2f}x",
@@ -305,6 +314,12 @@ def calibrate(
 def info() -> None:
     """Show the version, the compiler, the instruction sets and the threads."""
     _print(str(build_info()))
+
+
+def _cells(row: bench.MatmulRow) -> tuple[object, ...]:
+    """What every table of products begins with."""
+    shape = f"{row.rows}x{row.cols}"
+    return row.name, shape, row.batch, f"{row.sparsity:.1%}", row.kernel, f"{row.linear_ms:.3f}"
 
 
 def _progress() -> Progress:

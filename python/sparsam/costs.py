@@ -55,6 +55,7 @@ BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 # "bitmask" expands the weights anew for every few tokens: past this batch it can only lose.
 BITMASK_BATCHES = 16
 CLOSE = 1.25
+SETTLE = 0.04  # OpenBLAS's threads wait actively for 2^26 ticks of the time stamp counter, 22 ms at 3 GHz
 
 _SHAPES = ((128, 1024), (768, 768), (64, 64), (768, 192))
 _LARGE = (2048, 4096)  # past the inner caches; measured with the small batches, which memory limits
@@ -149,13 +150,13 @@ def bucket(batch: int) -> int:
     return -(-batch // step) * step
 
 
-def fastest(run: Callable[[], object], *, settle: float = 0.01, seconds: float = 0.01) -> float:
+def fastest(run: Callable[[], object], *, settle: float = SETTLE, seconds: float = 0.01) -> float:
     """The shortest time of a run: an interruption only lengthens one, so that is the time to compare.
 
     Args:
         run: What to time.
-        settle: Seconds to warm up, at least once: threads of another library that ran just before spin on for
-            some milliseconds, in the way of these.
+        settle: Seconds to warm up, at least once. By default long enough for the threads of another library
+            that ran just before to stop spinning, in the way of these.
         seconds: After 3 runs, and this time or 20 runs, it is enough; after one if that is slow.
     """
     end = time.perf_counter() + settle
@@ -225,7 +226,7 @@ def _features(shape: tuple[int, int], nnz: int) -> tuple[float, ...]:
 def _measure(machine: Machine) -> Costs:
     """Times every kind of product on matrices of different shapes and densities, and fits."""
     seen: dict[tuple[str, int], dict[tuple[float, ...], float]] = {}
-    end = time.perf_counter() + _SECONDS
+    end, last = time.perf_counter() + _SECONDS, ""
     # Twice, some time apart, and the shorter time counts: what disturbed the one may not disturb the other.
     for shape in 2 * (*_SHAPES, _LARGE):
         if time.perf_counter() > end and seen:
@@ -236,8 +237,8 @@ def _measure(machine: Machine) -> Costs:
             for kind, batch in itertools.product(kinds, batches):
                 kernel = "panels" if kind == "blocks" else kind
                 if kernel in candidates(batch):
-                    settle = 0.01 if batch == BATCHES[0] else 0.0
-                    seconds = _time(kernel, packed, weights, batch, settle)
+                    seconds = _time(kernel, packed, weights, batch, SETTLE if kind != last else 0.0)
+                    last = kind
                     features = _features(shape, 0 if kind == "dense" else packed.nnz)
                     times = seen.setdefault((kind, batch), {})
                     times[features] = min(times.get(features, math.inf), seconds)

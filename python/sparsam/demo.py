@@ -2,6 +2,7 @@
 
 The same dense weights are pruned in two ways at the same sparsities. *Iteratively*: each step prunes a little
 more and training goes on under the masks. *One shot*: straight to the sparsity, with no training after it.
+Then the pruned layers are multiplied with, and a matrix of a transformer's size at the sparsity reached.
 Everything is computed when `run` is called; nothing is stored but the settings below.
 """
 
@@ -19,7 +20,7 @@ from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from sklearn.neural_network import MLPClassifier
 
-from sparsam.bench import median_seconds
+from sparsam.bench import MatmulRow, Problem, break_even, median_seconds, multiply, random_problems
 from sparsam.config import PruningConfig
 from sparsam.iterative import IterativePruner
 from sparsam.masks import Mask
@@ -34,6 +35,8 @@ TRAINING_PASSES = 40
 RECOVERY_PASSES = 8
 STEPS = 8
 INITIAL_SPARSITY, FINAL_SPARSITY = 0.5, 0.95
+FEED_FORWARD = (3072, 768)  # of a transformer: random weights, since no image of 8 x 8 needs it
+FEED_FORWARD_BATCHES = (1, 128)
 
 Weights = Mapping[str, NDArray[Any]]
 
@@ -46,6 +49,19 @@ class Step:
     sparsity: float
     iterative: float
     one_shot: float
+
+
+@dataclass(frozen=True)
+class Products:
+    """Multiplying with one matrix.
+
+    Attributes:
+        row: The times at the sparsity reached.
+        break_even: The sparsity from which on sparse is faster than dense; None if it is not at any.
+    """
+
+    row: MatmulRow
+    break_even: float | None
 
 
 @dataclass(frozen=True)
@@ -66,6 +82,7 @@ class DemoResult:
         report: The tensors of the final, iteratively pruned network.
         selection_seconds: Choosing what to keep of the dense weights, once for each sparsity.
         partition_seconds: `np.partition` on the magnitudes of the same arrays for the same thresholds.
+        products: Of the pruned layers with all test images, and of FEED_FORWARD at the same sparsity.
         seconds: The whole run.
     """
 
@@ -81,12 +98,15 @@ class DemoResult:
     report: Report
     selection_seconds: float
     partition_seconds: float
+    products: tuple[Products, ...]
     seconds: float
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, in the order of the attributes."""
-        plain = {name: value for name, value in vars(self).items() if name not in {"steps", "report"}}
-        return {**plain, "steps": [asdict(step) for step in self.steps], "report": self.report.to_dict()}
+        plain = dict(vars(self))
+        for name in ("steps", "products"):
+            plain[name] = [asdict(item) for item in plain[name]]
+        return plain | {"report": self.report.to_dict()}
 
 
 def run(seed: int = 0, progress: Callable[[str, int, int], None] = lambda *_: None) -> DemoResult:
@@ -97,7 +117,7 @@ def run(seed: int = 0, progress: Callable[[str, int, int], None] = lambda *_: No
         progress: Called with what is being done, and how many of how many parts are finished.
     """
     start = time.perf_counter()
-    parts = STEPS + 3
+    parts = STEPS + 4
     digits = _Digits(seed)
     progress("training", 0, parts)
     digits.train(TRAINING_PASSES)
@@ -124,6 +144,8 @@ def run(seed: int = 0, progress: Callable[[str, int, int], None] = lambda *_: No
     one_shot = [digits.accuracy(prune(dense, config, target_sparsity=s).weights) for s in sparsities]
     matrices = {name: array for name, array in dense.items() if array.ndim > 1}
     selection_seconds, partition_seconds = _selection_cost(matrices, sparsities)
+    progress("multiplying", 3 + STEPS, parts)
+    products = _products(result.weights, len(digits.test_labels))
     progress("done", parts, parts)
     return DemoResult(
         seed=seed,
@@ -141,6 +163,7 @@ def run(seed: int = 0, progress: Callable[[str, int, int], None] = lambda *_: No
         report=result.report,
         selection_seconds=selection_seconds,
         partition_seconds=partition_seconds,
+        products=products,
         seconds=time.perf_counter() - start,
     )
 
@@ -200,3 +223,25 @@ def _selection_cost(weights: Weights, sparsities: list[float]) -> tuple[float, f
         ours += median_seconds(select_many, weights, sparsity)
         theirs += median_seconds(partition, found.k)
     return ours, theirs
+
+
+def _products(weights: Weights, batch: int) -> tuple[Products, ...]:
+    """Times the products with the pruned matrices, and with a large one that is as sparse as all of them."""
+    matrices = {name: array for name, array in weights.items() if array.ndim > 1}
+    zeros = sum(array.size - np.count_nonzero(array) for array in matrices.values())
+    sparsity = float(zeros / sum(array.size for array in matrices.values()))
+    layers = [_layer(name, array) for name, array in matrices.items()]
+    large = random_problems([FEED_FORWARD], [sparsity])
+    measured = [*multiply(layers, [batch]), *multiply(large, FEED_FORWARD_BATCHES)]
+    # The break-even of random patterns of the same shapes, between measurements without zeros and with many.
+    steps = (0.0, 0.5, sparsity)
+    around = random_problems([layer.shape for layer in layers], steps)
+    even = break_even(
+        [*multiply(around, [batch]), *multiply(random_problems([FEED_FORWARD], steps), FEED_FORWARD_BATCHES)]
+    )
+    return tuple(Products(row, even[row.rows, row.cols, row.batch]) for row in measured)
+
+
+def _layer(name: str, weights: NDArray[Any]) -> Problem:
+    share = 1 - np.count_nonzero(weights) / weights.size
+    return Problem(name, (weights.shape[0], weights.shape[1]), float(share), lambda: weights)

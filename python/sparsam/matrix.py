@@ -173,16 +173,11 @@ class SparseMatrix:
             y = np.empty(shape, np.float32)
         if y.size:
             batch = y.size // rows
-            plan = self._plans.get(costs.bucket(batch)) or self._plan(batch)
-            multiply(
-                plan.kernel,
-                self._packed,
-                self._dense,
-                rows_of_x.reshape(batch, cols),
-                addend,
-                activation or "",
-                y.reshape(batch, rows),
-            )
+            plan = self._plans.get(batch) or self._plan(batch)
+            x2, y2 = rows_of_x, y
+            if len(shape) != 2:
+                x2, y2 = x2.reshape(batch, cols), y2.reshape(batch, rows)
+            multiply(plan.kernel, self._packed, self._dense, x2, addend, activation or "", y2)
         if out is None or y is out:
             return y
         out[...] = y
@@ -271,6 +266,7 @@ class SparseMatrix:
         """The plan for a batch, made if there is none yet."""
         with self._lock:
             if plan := self._plans.get(costs.bucket(batch)):
+                self._plans[batch] = plan  # found faster next time
                 return plan
             packed = self._packed
             had_layouts = packed.layout_nbytes > 0
@@ -287,7 +283,9 @@ class SparseMatrix:
             self._packed.prepare(plan.kernel, batch)
         elif self._dense is None:
             self._dense = unpack(self._packed) if dense is None else dense
-        self._plans[costs.bucket(batch)] = plan
+        bucket = costs.bucket(batch)
+        self._plans = {n: known for n, known in self._plans.items() if costs.bucket(n) != bucket}
+        self._plans[bucket] = self._plans[batch] = plan
 
 
 def _rebuild(rows: int, cols: int, bits: NDArray[np.uint8], values: NDArray[Any]) -> SparseMatrix:

@@ -33,7 +33,7 @@ def speedups(rows: Iterable[MatmulRow], file: Path, caption: str) -> None:
     """Draws the speed-up over the dense product against sparsity: a line for each shape and batch.
 
     Args:
-        rows: What `sparsam.bench.matmul` yields.
+        rows: What `sparsam.bench.multiply` yields.
         file: Where the picture goes; the ending says as what: .png, .svg, .pdf.
         caption: Stands under the axis: the machine, the versions.
 

@@ -12,7 +12,7 @@ from sparsam.bench.matmul import (
     break_even,
     geometric_mean,
     machine,
-    matmul,
+    multiply,
     random_problems,
     read_dlmc,
 )
@@ -25,8 +25,8 @@ __all__ = [
     "break_even",
     "geometric_mean",
     "machine",
-    "matmul",
     "median_seconds",
+    "multiply",
     "random_problems",
     "read_dlmc",
     "select",

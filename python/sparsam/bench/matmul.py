@@ -27,7 +27,7 @@ __all__ = [
     "break_even",
     "geometric_mean",
     "machine",
-    "matmul",
+    "multiply",
     "random_problems",
     "read_dlmc",
 ]
@@ -130,7 +130,9 @@ def read_dlmc(folder: Path) -> list[Problem]:
     return [_dlmc_problem(file, file.relative_to(folder).with_suffix("").as_posix()) for file in files]
 
 
-def matmul(problems: Iterable[Problem], batches: Sequence[int], *, cold: bool = False) -> Iterator[MatmulRow]:
+def multiply(
+    problems: Iterable[Problem], batches: Sequence[int], *, cold: bool = False
+) -> Iterator[MatmulRow]:
     """Measures every problem with every batch; all results are compared.
 
     Args:

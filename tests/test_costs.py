@@ -287,6 +287,15 @@ def test_a_trial_that_is_disturbed_is_repeated(calibrated: Path, monkeypatch: py
     assert matrix().explain(4).kernel == "panels"
 
 
+def test_a_trial_that_stays_disturbed_decides_nothing(
+    calibrated: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(costs, "_measure", lambda machine: made(machine, bitmask=0.9, dense=1e3))
+    times = {"bitmask": 8.0, "panels": 7.0}
+    monkeypatch.setattr(costs, "fastest", lambda run: times[run.args[0]])
+    assert matrix().explain(4).kernel == "bitmask"
+
+
 def test_a_real_calibration(calibrated: Path) -> None:
     start = time.perf_counter()
     found = costs.calibrate()

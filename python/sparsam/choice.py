@@ -103,7 +103,8 @@ def choose(packed: Packed, dense: Floats | None, batch: int) -> tuple[Plan, Floa
         if "dense" in close and dense is None:
             dense = unpack(packed)
         measured = _try(close, packed, dense, batch, expected)
-        close = sorted(close, key=measured.__getitem__)
+        # A time that stays impossible was that of other work, and says no more than the calibration does.
+        close = sorted(close, key=lambda kernel: min(measured[kernel], _most(expected.get(kernel))))
         reason = f"the fastest of {len(close)} tried on this matrix, as {why}"
     else:
         reason = f"by the calibration of this machine ({fitted.machine})"
@@ -132,9 +133,13 @@ def _try(
         for kernel in kernels:
             run = partial(multiply, kernel, packed, dense, x, None, "", y)
             found[kernel] = min(found[kernel], costs.fastest(run))
-        if all(found[kernel] <= _ODD * expected[kernel].high for kernel in kernels if kernel in expected):
+        if all(found[kernel] <= _most(expected.get(kernel)) for kernel in kernels):
             break
     return found
+
+
+def _most(estimate: costs.Estimate | None) -> float:
+    return math.inf if estimate is None else _ODD * estimate.high
 
 
 def _candidate(kernel: str, estimate: costs.Estimate | None, measured: float | None) -> Candidate:

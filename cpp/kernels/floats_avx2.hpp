@@ -5,7 +5,7 @@
 #include <cstddef>
 #include <cstdint>
 
-#include "half.hpp"
+#include "quads_x86.hpp"
 
 namespace sparsam::avx2 {
 namespace {
@@ -78,14 +78,6 @@ struct Floats {
       r[i] = _mm256_permute2f128_ps(u[i], u[i + 4], 0x20);
       r[i + 4] = _mm256_permute2f128_ps(u[i], u[i + 4], 0x31);
     }
-  }
-  static __m128 load4(const float* p) { return _mm_loadu_ps(p); }
-  static __m128 load4(const Bfloat* p) {
-    return _mm_castsi128_ps(
-        _mm_slli_epi32(_mm_cvtepu16_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))), 16));
-  }
-  static __m128 load4(const Half* p) {
-    return _mm_cvtph_ps(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
   }
   // One broadcast load and four shuffles: loads are what the product runs out of.
   template <class Value>

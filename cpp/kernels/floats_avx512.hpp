@@ -5,7 +5,7 @@
 #include <cstddef>
 #include <cstdint>
 
-#include "half.hpp"
+#include "quads_x86.hpp"
 
 namespace sparsam::avx512 {
 namespace {
@@ -62,14 +62,6 @@ struct Floats {
       r[i + 4] = _mm512_shuffle_f32x4(b, d, 0x88);
       r[i + 12] = _mm512_shuffle_f32x4(b, d, 0xdd);
     }
-  }
-  static __m128 load4(const float* p) { return _mm_loadu_ps(p); }
-  static __m128 load4(const Bfloat* p) {
-    return _mm_castsi128_ps(
-        _mm_slli_epi32(_mm_cvtepu16_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))), 16));
-  }
-  static __m128 load4(const Half* p) {
-    return _mm_cvtph_ps(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
   }
   // One broadcast load and four shuffles: loads are what the product runs out of.
   template <class Value>

@@ -602,3 +602,28 @@ def test_other_files_are_refused(tmp_path: Path) -> None:
 
 def test_repr() -> None:
     assert repr(golden()) == "SparseMatrix(2x9, float32, 3 nonzero, density 0.1667)"
+
+
+def test_activations_saturate(isa: str) -> None:
+    matrix = SparseMatrix.from_dense(np.ones((1, 1), np.float32))
+    x = np.array([[-3e38], [-1e4], [3e38], [np.inf], [np.nan]], np.float32)
+    for activation in ("silu", "gelu_tanh"):
+        y = matrix.linear(x, activation=activation)[:, 0]  # type: ignore[arg-type]
+        assert np.abs(y[:2]).max() < 1e-30
+        assert y[2:4].tolist() == x[2:4, 0].tolist()
+        assert np.isnan(y[4])
+
+
+def test_a_shape_beyond_memory_is_refused() -> None:
+    with pytest.raises(ValueError, match="shape too large"):
+        SparseMatrix.from_dense(np.broadcast_to(np.ones((1, 1), np.float16), (2**61, 1)))
+
+
+def test_a_misaligned_out_and_an_integer_of_numpy() -> None:
+    matrix = SparseMatrix.from_dense(np.eye(8, dtype=np.float32))
+    x = np.arange(24, dtype=np.float32).reshape(3, 8)
+    for kernel in ("dense", "bitmask", "panels"):
+        matrix.prepare(np.int64(3), kernel=kernel)  # type: ignore[arg-type]
+        out = np.frombuffer(bytearray(97), np.float32, offset=1).reshape(3, 8)
+        assert matrix.linear(x, out=out) is out
+        assert np.array_equal(out, x)

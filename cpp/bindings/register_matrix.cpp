@@ -44,12 +44,18 @@ DType value_dtype(const py::array& a) {
   return t;
 }
 
+void check_size(std::size_t rows, std::size_t cols) {
+  if (rows > kMost || cols > kMost || (cols > 0 && rows > kMost / cols))
+    throw py::value_error("shape too large: expected at most 2^40 elements");
+}
+
 std::unique_ptr<PackedMatrix> pack(const py::array& w) {
   if (w.ndim() != 2)
     throw py::value_error("expected a matrix, got " + std::to_string(w.ndim()) + " dimensions");
   value_dtype(w);
   const View view = view_of(w);
   const auto rows = static_cast<std::size_t>(w.shape(0)), cols = static_cast<std::size_t>(w.shape(1));
+  check_size(rows, cols);
   py::gil_scoped_release release;
   return std::make_unique<PackedMatrix>(view, rows, cols);
 }
@@ -58,8 +64,7 @@ std::unique_ptr<PackedMatrix> from_parts(std::size_t rows, std::size_t cols, con
                                          const py::array& values) {
   value_dtype(values);
   const View view = view_of(values);
-  if (rows > kMost || cols > kMost || (cols > 0 && rows > kMost / cols))
-    throw py::value_error("shape too large");
+  check_size(rows, cols);
   if (static_cast<std::size_t>(bits.size()) != rows * ((cols + 7) / 8))
     throw py::value_error(std::to_string(bits.size()) + " mask bytes: expected " +
                           std::to_string(rows * ((cols + 7) / 8)));

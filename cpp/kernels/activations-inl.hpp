@@ -36,7 +36,8 @@ inline Floats::Reg sigmoid(Floats::Reg x) {
   return Floats::div(one, Floats::add(one, exponential(Floats::sub(Floats::zero(), x))));
 }
 
-// NaN stays NaN: every branch multiplies by x or passes it through max as the second operand.
+// NaN stays NaN: every branch multiplies by x or passes it through max as the second operand. Below -88 a
+// sigmoid is as good as 0 but does not shrink further, so what it is multiplied with must not grow.
 inline Floats::Reg activate(Floats::Reg x, Activation activation) {
   switch (activation) {
     case Activation::relu:
@@ -49,10 +50,10 @@ inline Floats::Reg activate(Floats::Reg x, Activation activation) {
       // 0.5 x (1 + tanh u) = x sigmoid(2 u), u = sqrt(2 / pi) (x + 0.044715 x^3)
       const Floats::Reg cubic = Floats::mul(Floats::mul(Floats::set1(0.044715f), x), x);
       const Floats::Reg u = Floats::mul(Floats::set1(1.5957691216f), Floats::fma(cubic, x, x));
-      return Floats::mul(x, sigmoid(u));
+      return Floats::mul(Floats::max(Floats::set1(-88.0f), x), sigmoid(u));
     }
     case Activation::silu:
-      return Floats::mul(x, sigmoid(x));
+      return Floats::mul(Floats::max(Floats::set1(-88.0f), x), sigmoid(x));
     default:
       return x;
   }

@@ -194,15 +194,14 @@ Activation activation_of(const std::string& name) {
   throw std::invalid_argument("activation '" + name + "': expected relu, gelu, gelu_tanh or silu");
 }
 
-const ProductKernels& kernels_for(DType dtype) {
-  const MatmulKernels& m = kernels().matmul;
+const ProductKernels& kernels_for(const MatmulKernels& m, DType dtype) {
   return dtype == DType::f32 ? m.f32 : dtype == DType::bf16 ? m.bf16 : m.f16;
 }
 
 void bitmask_product(const BitmaskView& w, DType dtype, const float* x, std::size_t tokens, Epilogue epilogue,
                      float* y) {
   constexpr std::size_t kTokens = 4;
-  const ProductKernels& kernel = kernels_for(dtype);
+  const ProductKernels& kernel = kernels_for(kernels().matmul, dtype);
   const std::size_t x_stride = w.row_words * 64;
   const std::size_t step = std::max<std::size_t>(64, ((std::size_t{1} << 17) / (x_stride + 1)) / 64 * 64);
   for (std::size_t t = 0; t < tokens; t += kTokens) {
@@ -311,7 +310,8 @@ void PackedMatrix::linear(ProductKernel kernel, const float* x, std::size_t toke
   const double density =
       cols_ == 0 ? 0.0
                  : static_cast<double>(nnz()) / (static_cast<double>(rows_) * static_cast<double>(cols_));
-  const TileShape shape = tile_shape(tokens, kernels().matmul.lanes, density);
+  const MatmulKernels& m = kernels().matmul;  // asked once: use_isa() may be called meanwhile
+  const TileShape shape = tile_shape(tokens, m.lanes, density);
   const Panels& p = panels(shape.depth);
   const PanelView w{rows_,
                     cols_,
@@ -322,8 +322,8 @@ void PackedMatrix::linear(ProductKernel kernel, const float* x, std::size_t toke
                     p.headers.data(),
                     p.offsets.as<std::uint16_t>(),
                     p.values.as<char>()};
-  PanelProduct{w, kernels().matmul, kernels_for(dtype_), shape.vectors, x, tokens, epilogue, y}.run(
-      tokens * nnz() >= kSerialBelow);
+  PanelProduct{w, m, kernels_for(m, dtype_), shape.vectors, x, tokens, epilogue, y}.run(tokens * nnz() >=
+                                                                                        kSerialBelow);
 }
 
 }  // namespace sparsam

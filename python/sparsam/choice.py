@@ -87,7 +87,7 @@ def choose(packed: Packed, dense: Floats | None, batch: int) -> tuple[Plan, Floa
         batch: The number of rows of x.
     """
     if batch == 0 or packed.nnz == 0:
-        return Plan("bitmask", "for there is nothing to multiply"), dense
+        return Plan("panels", "for there is nothing to multiply"), dense
     if costs.is_off():
         expected: Mapping[str, costs.Estimate] = {}
         close: Sequence[str] = costs.candidates(batch)

@@ -313,7 +313,16 @@ def _read(machine: Machine) -> Costs | None:
             return None
         fits = {kind: tuple(tuple(map(float, row)) for row in stored["fits"][kind]) for kind in _KINDS}
         errors = {kind: tuple(map(float, stored["errors"][kind])) for kind in _KINDS}
-    except (OSError, RuntimeError, ValueError, TypeError, LookupError, AttributeError, RecursionError):
+    except (
+        OSError,
+        RuntimeError,
+        ValueError,
+        TypeError,
+        LookupError,
+        AttributeError,
+        ArithmeticError,
+        RecursionError,
+    ):
         return None
     costs = Costs(machine, fits, errors)
     return costs if _valid(costs) else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import os
 import threading
 from collections.abc import Mapping
@@ -169,7 +170,7 @@ class SparseMatrix:
         y = out
         if y is not None:
             _check_out(y, shape, {"x": x, "bias": bias})
-        if y is None or y.dtype != _FLOAT32 or not y.flags.c_contiguous:
+        if y is None or type(y) is not np.ndarray or y.dtype != _FLOAT32 or not y.flags.carray:
             y = np.empty(shape, np.float32)
         if y.size:
             batch = y.size // rows
@@ -207,6 +208,7 @@ class SparseMatrix:
         Raises:
             ValueError: `batch` is negative, or the kernel unknown.
         """
+        batch = operator.index(batch)
         if batch < 0:
             msg = f"batch={batch!r}: expected at least 0"
             raise ValueError(msg)
@@ -222,6 +224,7 @@ class SparseMatrix:
     def explain(self, batch: int) -> Explanation:
         """Which kernel multiplies such a batch, what each would cost, and why; chooses as `prepare` does."""
         self.prepare(batch)
+        batch = operator.index(batch)
         plan = self._plan(batch)
         return Explanation(repr(self), batch, plan.kernel, plan.reason, plan.candidates)
 
@@ -293,7 +296,7 @@ def _rebuild(rows: int, cols: int, bits: NDArray[np.uint8], values: NDArray[Any]
 
 
 def _is_float(dtype: np.dtype[Any]) -> bool:
-    return (dtype.kind == "f" and dtype.itemsize <= 8) or dtype.name == "bfloat16"
+    return (dtype.kind == "f" and dtype.itemsize in {2, 4, 8}) or dtype.name == "bfloat16"
 
 
 def _floats(name: str, value: ArrayLike) -> Floats:

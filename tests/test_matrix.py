@@ -608,7 +608,7 @@ def test_activations_saturate(isa: str) -> None:
     matrix = SparseMatrix.from_dense(np.ones((1, 1), np.float32))
     x = np.array([[-3e38], [-1e4], [3e38], [np.inf], [np.nan]], np.float32)
     for activation in ("silu", "gelu_tanh"):
-        y = matrix.linear(x, activation=activation)[:, 0]  # type: ignore[arg-type]
+        y = matrix.linear(x, activation=activation)[:, 0]
         assert np.abs(y[:2]).max() < 1e-30
         assert y[2:4].tolist() == x[2:4, 0].tolist()
         assert np.isnan(y[4])
@@ -623,7 +623,7 @@ def test_a_misaligned_out_and_an_integer_of_numpy() -> None:
     matrix = SparseMatrix.from_dense(np.eye(8, dtype=np.float32))
     x = np.arange(24, dtype=np.float32).reshape(3, 8)
     for kernel in ("dense", "bitmask", "panels"):
-        matrix.prepare(np.int64(3), kernel=kernel)  # type: ignore[arg-type]
+        matrix.prepare(np.int64(3), kernel=kernel)
         out = np.frombuffer(bytearray(97), np.float32, offset=1).reshape(3, 8)
         assert matrix.linear(x, out=out) is out
         assert np.array_equal(out, x)

@@ -82,3 +82,13 @@ def make(case: str, n: int, dtype: str, seed: int = 0) -> NDArray[Any]:
     with np.errstate(over="ignore"):
         x: NDArray[Any] = CASES[case](np.random.default_rng(seed), n).astype(DTYPES[dtype])
     return x
+
+
+def model() -> dict[str, NDArray[Any]]:
+    """A small network's tensors: two dtypes, a bias, names not in alphabetical order."""
+    rng = np.random.default_rng(0)
+    return {
+        "fc2.weight": rng.standard_normal((12, 20)).astype(np.float32),
+        "fc2.bias": rng.standard_normal(12).astype(np.float32),
+        "fc1.weight": rng.standard_normal((20, 16)).astype(ml_dtypes.bfloat16),
+    }

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from cases import model
 from sparsam.config import NM, Block, Override, Pattern, PruningConfig, Slices, Unstructured
 from sparsam.iterative import HistoryRow, IterativePruner
 from sparsam.masks import Mask
@@ -22,15 +23,6 @@ from sparsam.scores import Magnitude, Random
 
 Arrays = dict[str, NDArray[Any]]
 Masks = dict[str, Mask]
-
-
-def model() -> Arrays:
-    rng = np.random.default_rng(0)
-    return {
-        "fc2.weight": rng.standard_normal((12, 20)).astype(np.float32),
-        "fc2.bias": rng.standard_normal(12).astype(np.float32),
-        "fc1.weight": rng.standard_normal((20, 16)).astype(ml_dtypes.bfloat16),
-    }
 
 
 def kept(arrays: Mapping[str, NDArray[Any]]) -> float:

@@ -11,11 +11,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from cases import model
 from sparsam import _atomic, checkpoint
 from sparsam.config import Block, PruningConfig
 from sparsam.iterative import HistoryRow, IterativePruner
@@ -24,15 +24,6 @@ from sparsam.scores import Magnitude
 
 Arrays = dict[str, NDArray[Any]]
 Masks = dict[str, Mask]
-
-
-def model() -> Arrays:
-    rng = np.random.default_rng(0)
-    return {
-        "fc2.weight": rng.standard_normal((12, 20)).astype(np.float32),
-        "fc2.bias": rng.standard_normal(12).astype(np.float32),
-        "fc1.weight": rng.standard_normal((20, 16)).astype(ml_dtypes.bfloat16),
-    }
 
 
 def pruner() -> IterativePruner:

@@ -8,6 +8,7 @@
 #include <string>
 #include <vector>
 
+#include "sparsam/masks.hpp"
 #include "sparsam/tiles.hpp"
 #include "sparsam/views.hpp"
 
@@ -55,8 +56,6 @@ inline View out_view(py::array& out, const View& like) {
 
 // Words for a mask of n elements, as they live in a Mask.
 using Words = py::array_t<std::uint64_t, py::array::c_style>;
-
-inline std::size_t words_for(std::size_t n) { return (n + 63) / 64; }
 
 inline const std::uint64_t* checked_words(const Words& words, std::size_t n) {
   if (static_cast<std::size_t>(words.size()) != words_for(n))

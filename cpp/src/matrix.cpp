@@ -1,7 +1,6 @@
 #include "sparsam/matrix.hpp"
 
 #include <algorithm>
-#include <cstdlib>
 #include <cstring>
 #include <iterator>
 #include <stdexcept>
@@ -9,14 +8,11 @@
 #include "chunks.hpp"
 #include "panels.hpp"
 #include "sparsam/isa.hpp"
+#include "sparsam/masks.hpp"
 #include "table.hpp"
 
 namespace sparsam {
 namespace {
-
-constexpr std::size_t kSlack = 64;
-
-std::size_t words_for(std::size_t n) { return (n + 63) / 64; }
 
 // Rows in stretches, shared out over threads.
 struct RowTasks {
@@ -54,7 +50,7 @@ PackedMatrix::PackedMatrix(const View& w, std::size_t rows, std::size_t cols)
       kernel.mark(src, cols, 0, 0, words_.as<std::uint64_t>() + r * row_words_, static_cast<Bits*>(nullptr));
     });
     index_rows();
-    reserve_values();
+    values_ = Memory::readable_past(nnz() * item_size(dtype_));
     all.run([&](std::size_t worker, std::size_t r) {
       const Bits* src = w.read(r * cols, cols, buffers.of(worker));
       Bits* to = values_.as<Bits>() + row_start_[r];
@@ -82,7 +78,7 @@ PackedMatrix::PackedMatrix(std::size_t rows, std::size_t cols, const std::uint8_
   if (nnz() != values.size())
     throw std::invalid_argument(std::to_string(values.size()) + " values for " + std::to_string(nnz()) +
                                 " bits that are set");
-  reserve_values();
+  values_ = Memory::readable_past(nnz() * item_size(dtype_));
   with_bits(item_size(dtype_), [&](auto width) {
     using Bits = decltype(width);
     Bits* own = values_.as<Bits>();
@@ -92,11 +88,6 @@ PackedMatrix::PackedMatrix(std::size_t rows, std::size_t cols, const std::uint8_
 }
 
 PackedMatrix::~PackedMatrix() = default;
-
-void PackedMatrix::reserve_values() {
-  values_ = Memory(nnz() * item_size(dtype_) + kSlack);
-  std::memset(values_.as<char>() + values_.bytes() - kSlack, 0, kSlack);
-}
 
 BitmaskView PackedMatrix::view() const {
   return {rows_, cols_, row_words_, words_.as<std::uint64_t>(), row_start_.data(), values_.as<char>()};
@@ -114,6 +105,11 @@ void PackedMatrix::index_rows() {
     if (shared_rows_ != 0 && r % 4 != 0 && !std::equal(words, words + row_words_, words - row_words_))
       shared_rows_ = 0;
   }
+}
+
+double PackedMatrix::density() const {
+  if (rows_ == 0 || cols_ == 0) return 0.0;
+  return static_cast<double>(nnz()) / (static_cast<double>(rows_) * static_cast<double>(cols_));
 }
 
 std::size_t PackedMatrix::bytes() const { return words_.bytes() + 8 * row_start_.size() + values_.bytes(); }
@@ -170,21 +166,14 @@ TileShape tile_shape(std::size_t tokens, std::size_t lanes, double density) {
   return {4, 128};
 }
 
-// Memory that a thread keeps between its calls, 64-byte aligned.
+// Memory that a thread keeps between its calls.
 float* scratch(std::size_t floats) {
-  struct Free {
-    void operator()(float* p) const { std::free(p); }
-  };
-  thread_local std::unique_ptr<float, Free> memory;
-  thread_local std::size_t size = 0;
-  if (size < floats) {
-    memory.reset();
-    size = 0;
-    memory.reset(static_cast<float*>(std::aligned_alloc(64, (floats * sizeof(float) + 63) / 64 * 64)));
-    if (memory == nullptr) throw std::bad_alloc();
-    size = floats;
+  thread_local Memory memory;
+  if (memory.bytes() < floats * sizeof(float)) {
+    memory = Memory();  // first free, then take
+    memory = Memory(floats * sizeof(float));
   }
-  return memory.get();
+  return memory.as<float>();
 }
 
 Activation activation_of(const std::string& name) {
@@ -293,10 +282,7 @@ struct PanelProduct {
 
 void PackedMatrix::prepare(ProductKernel kernel, std::size_t tokens) const {
   if (kernel == ProductKernel::bitmask || rows_ == 0) return;
-  const double density =
-      cols_ == 0 ? 0.0
-                 : static_cast<double>(nnz()) / (static_cast<double>(rows_) * static_cast<double>(cols_));
-  panels(tile_shape(tokens, kernels().matmul.lanes, density).depth);
+  panels(tile_shape(tokens, kernels().matmul.lanes, density()).depth);
 }
 
 void PackedMatrix::linear(ProductKernel kernel, const float* x, std::size_t tokens, const float* bias,
@@ -307,11 +293,8 @@ void PackedMatrix::linear(ProductKernel kernel, const float* x, std::size_t toke
     bitmask_product(view(), dtype_, x, tokens, epilogue, y);
     return;
   }
-  const double density =
-      cols_ == 0 ? 0.0
-                 : static_cast<double>(nnz()) / (static_cast<double>(rows_) * static_cast<double>(cols_));
   const MatmulKernels& m = kernels().matmul;  // asked once: use_isa() may be called meanwhile
-  const TileShape shape = tile_shape(tokens, m.lanes, density);
+  const TileShape shape = tile_shape(tokens, m.lanes, density());
   const Panels& p = panels(shape.depth);
   const PanelView w{rows_,
                     cols_,

@@ -1,5 +1,6 @@
 #include "sparsam/memory.hpp"
 
+#include <cstring>
 #include <new>
 
 #ifdef __linux__
@@ -17,6 +18,12 @@ Memory::Memory(std::size_t bytes) : bytes_(bytes) {
 #ifdef MADV_HUGEPAGE
   if (align == kHugePage) madvise(data_.get(), rounded, MADV_HUGEPAGE);  // only a wish
 #endif
+}
+
+Memory Memory::readable_past(std::size_t bytes) {
+  Memory memory(bytes + kReadable);
+  std::memset(memory.as<char>() + bytes, 0, kReadable);
+  return memory;
 }
 
 }  // namespace sparsam

@@ -9,8 +9,6 @@
 namespace sparsam {
 namespace {
 
-constexpr std::size_t kSlack = 64;  // bytes that kernels may read past the end of a stream
-
 // The rows of one block, four to a unit.
 class BlockRows {
  public:
@@ -148,10 +146,8 @@ Panels build_panels(const BitmaskView& w, std::size_t value_bytes, std::size_t d
     all_steps += steps[i];
   }
   p.headers.resize(headers);
-  p.offsets = Memory(2 * per_step * all_steps + kSlack);
-  p.values = Memory(4 * all_steps * value_bytes + kSlack);
-  std::memset(p.offsets.as<char>() + p.offsets.bytes() - kSlack, 0, kSlack);
-  std::memset(p.values.as<char>() + p.values.bytes() - kSlack, 0, kSlack);
+  p.offsets = Memory::readable_past(2 * per_step * all_steps);
+  p.values = Memory::readable_past(4 * all_steps * value_bytes);
   for_each_task(down, workers, [&](std::size_t, std::size_t row_block) {
     BlockRows rows(w, row_block, depth, shared);
     for (std::size_t d = 0; d < across; ++d) {

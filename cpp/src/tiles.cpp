@@ -3,6 +3,7 @@
 #include <cmath>
 
 #include "chunks.hpp"
+#include "sparsam/masks.hpp"
 
 namespace sparsam {
 namespace {
@@ -78,7 +79,7 @@ void tile_scores(const View& array, const Tiling& t, int norm, double* scores) {
 }
 
 void expand_tiles(const std::uint64_t* tile_words, const Tiling& t, std::uint64_t* words) {
-  std::fill(words, words + (t.rows * t.cols + 63) / 64, 0);
+  std::fill(words, words + words_for(t.rows * t.cols), 0);
   const std::size_t across = t.across();
   const auto kept = [&](std::size_t tile) { return ((tile_words[tile / 64] >> (tile % 64)) & 1) != 0; };
   const auto set = [&](std::size_t from, std::size_t to) {

@@ -223,8 +223,8 @@ class SparseMatrix:
 
     def explain(self, batch: int) -> Explanation:
         """Which kernel multiplies such a batch, what each would cost, and why; chooses as `prepare` does."""
-        self.prepare(batch)
         batch = operator.index(batch)
+        self.prepare(batch)
         plan = self._plan(batch)
         return Explanation(repr(self), batch, plan.kernel, plan.reason, plan.candidates)
 

@@ -20,7 +20,7 @@ from sparsam import scores
 from sparsam.config import NM, Override, Pattern, PruningConfig, Scorer
 from sparsam.masks import Mask, _check_apart
 from sparsam.report import LayerStats, Report, measure
-from sparsam.selection import select_many
+from sparsam.selection import is_weight_dtype, select_many
 
 SINGLE = "weights"
 """What a tensor that came without a name is called."""
@@ -235,7 +235,7 @@ def plan(arrays: Mapping[str, NDArray[Any]], config: PruningConfig, *, min_rank:
             pooled.append(name)
         else:
             continue
-        if array.dtype.name not in _DTYPES or not array.dtype.isnative:
+        if not is_weight_dtype(array.dtype):
             msg = (
                 f"tensor {name!r} has dtype {array.dtype}: expected {', '.join(_DTYPES)} in native byte "
                 "order; convert it with .astype(), or exclude the tensor"

@@ -174,14 +174,17 @@ def _refuse_nan(pool: Sequence[NDArray[Any]], names: Sequence[str] | None, *, by
     raise ValueError(msg)
 
 
+def is_weight_dtype(dtype: np.dtype[Any]) -> bool:
+    """Whether the kernels take it: float16, bfloat16, float32 or float64 in native byte order."""
+    return dtype.isnative and (
+        (dtype.kind == "f" and dtype.itemsize in (2, 4, 8)) or dtype.name == "bfloat16"
+    )
+
+
 def _check_dtype(name: str, array: NDArray[Any]) -> None:
-    kind = array.dtype
-    if (
-        not ((kind.kind == "f" and kind.itemsize in (2, 4, 8)) or kind.name == "bfloat16")
-        or not kind.isnative
-    ):
+    if not is_weight_dtype(array.dtype):
         msg = (
-            f"tensor {name!r} has dtype {kind}: expected float16, bfloat16, float32 or float64 "
+            f"tensor {name!r} has dtype {array.dtype}: expected float16, bfloat16, float32 or float64 "
             "in native byte order; convert with .astype()"
         )
         raise TypeError(msg)

@@ -54,7 +54,7 @@ class PackedMatrix {
 
  private:
   void index_rows();
-  void reserve_values();
+  double density() const;
   BitmaskView view() const;
   const Panels& panels(std::size_t depth) const;
 
@@ -62,7 +62,7 @@ class PackedMatrix {
   DType dtype_;
   Memory words_;
   std::vector<std::uint64_t> row_start_;
-  Memory values_;  // nnz values and 64 bytes that kernels may read past them
+  Memory values_;  // nnz values; kernels read past them
   std::size_t shared_rows_ = 0;
   mutable std::mutex mutex_;
   mutable std::vector<std::unique_ptr<Panels>> panels_;

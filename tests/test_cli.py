@@ -15,7 +15,8 @@ import pytest
 from sparsam import checkpoint
 from sparsam._arguments import parse_method, parse_override, parse_pattern
 from sparsam.cli import main
-from sparsam.config import NM, Block, PruningConfig, Slices, Unstructured
+from sparsam.config import PruningConfig
+from sparsam.patterns import NM, Block, Slices, Unstructured
 from sparsam.pruner import prune
 from sparsam.runtime import build_info
 from sparsam.scores import Magnitude, Random

@@ -9,18 +9,9 @@ import numpy as np
 import pytest
 
 from sparsam import scores
-from sparsam.config import (
-    METHODS,
-    NM,
-    SCHEDULES,
-    Block,
-    Pattern,
-    PruningConfig,
-    Slices,
-    Unstructured,
-    check_growing,
-    check_sparsity,
-)
+from sparsam._checks import check_sparsity
+from sparsam.config import METHODS, SCHEDULES, PruningConfig, check_growing
+from sparsam.patterns import NM, Block, Pattern, Slices, Unstructured
 from sparsam.schedules import Cosine, Polynomial, resolve
 
 

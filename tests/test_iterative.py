@@ -14,9 +14,10 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from cases import model
-from sparsam.config import NM, Block, Override, Pattern, PruningConfig, Slices, Unstructured
+from sparsam.config import Override, PruningConfig
 from sparsam.iterative import HistoryRow, IterativePruner
 from sparsam.masks import Mask
+from sparsam.patterns import NM, Block, Pattern, Slices, Unstructured
 from sparsam.pruner import prune
 from sparsam.schedules import Polynomial
 from sparsam.scores import Magnitude, Random

@@ -10,8 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from sparsam.config import NM, Block, PruningConfig, Slices, Unstructured
+from sparsam.config import PruningConfig
 from sparsam.masks import Mask
+from sparsam.patterns import NM, Block, Slices, Unstructured
 from sparsam.pruner import MagnitudePruner, prune
 from sparsam.scores import Magnitude, Random
 

@@ -17,9 +17,10 @@ from numpy.typing import NDArray
 
 from cases import model
 from sparsam import _atomic, checkpoint
-from sparsam.config import Block, PruningConfig
+from sparsam.config import PruningConfig
 from sparsam.iterative import HistoryRow, IterativePruner
 from sparsam.masks import Mask
+from sparsam.patterns import Block
 from sparsam.scores import Magnitude
 
 Arrays = dict[str, NDArray[Any]]

@@ -10,10 +10,11 @@ from __future__ import annotations
 
 from sparsam import checkpoint
 from sparsam._core import __version__
-from sparsam.config import NM, Block, PruningConfig, Slices, Unstructured
+from sparsam.config import PruningConfig
 from sparsam.iterative import HistoryRow, IterativePruner, IterativeResult
 from sparsam.masks import Mask
 from sparsam.matrix import SparseMatrix
+from sparsam.patterns import NM, Block, Slices, Unstructured
 from sparsam.pruner import MagnitudePruner, PruningResult, prune
 from sparsam.report import LayerStats, Report
 from sparsam.runtime import (

@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 
-from sparsam.config import NM, Block, Override, Pattern, Scorer, Slices, Unstructured
+from sparsam.config import Override, Scorer
+from sparsam.patterns import NM, Block, Pattern, Slices, Unstructured
 from sparsam.scores import Magnitude, Random
 
 _FORMS: tuple[tuple[str, Callable[..., Pattern]], ...] = (

@@ -1,19 +1,20 @@
 """What to prune, and how much: the patterns, and `PruningConfig`, which checks itself.
 
-This module is the vocabulary that a user writes in, and it imports nothing else of the package. What a word
-means is the business of the stage that carries it out: `sparsam.schedules` and `sparsam.scores` turn names
-into objects, `sparsam.selection` applies a pattern.
+This module, with `sparsam.patterns`, is the vocabulary that a user writes in. What a word means is the
+business of the stage that carries it out: `sparsam.schedules` and `sparsam.scores` turn names into objects,
+`sparsam.selection` applies a pattern.
 """
 
 from __future__ import annotations
 
 import math
-import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
-from numbers import Real
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, runtime_checkable
+
+from sparsam._checks import check_sparsity, expected, positive, set_fields
+from sparsam.patterns import NM, Pattern, Unstructured
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -22,7 +23,6 @@ METHODS = ("magnitude", "random")
 SCOPES = ("layer", "global")
 ALLOCATIONS = ("uniform",)
 SCHEDULES = ("one_shot", "linear", "cubic", "exponential", "cosine")
-MAX_GROUP = 256
 
 
 @runtime_checkable
@@ -47,78 +47,6 @@ class Schedule(Protocol):
 
 
 ScheduleLike: TypeAlias = str | Schedule | Sequence[float] | Callable[[float], float]
-
-
-@dataclass(frozen=True)
-class Unstructured:
-    """Every weight stands or falls by itself."""
-
-    def __str__(self) -> str:
-        return "unstructured"
-
-
-@dataclass(frozen=True)
-class NM:
-    """Keep `n` of every `m` neighbours along the input axis; `NM(2, 4)` is what sparse tensor cores take.
-
-    A tensor of any rank is seen as its matrix `(shape[0], prod(shape[1:]))`, a 1-D tensor as one row; `m`,
-    at most 256, must divide the length of a row. `n` counts the weights that stay, as in jaxpruner. tfmot and
-    Wanda count those that go: only 2:4 and 4:8 mean the same in both readings.
-    """
-
-    n: int
-    m: int
-
-    def __post_init__(self) -> None:
-        _set(self, n=_positive("NM: n", self.n), m=_positive("NM: m", self.m))
-        if self.n > self.m:
-            msg = f"NM({self.n}, {self.m}): n is how many of every m weights stay; it must not exceed m"
-            raise ValueError(msg)
-        if self.m > MAX_GROUP:
-            raise ValueError(_expected("NM: m", self.m, f"at most {MAX_GROUP} weights in a group"))
-
-    @property
-    def sparsity(self) -> float:
-        """The only sparsity that this pattern has, `1 - n / m`."""
-        return 1 - self.n / self.m
-
-    def __str__(self) -> str:
-        return f"{self.n}:{self.m}"
-
-
-@dataclass(frozen=True)
-class Block:
-    """Tiles of `rows` x `cols` weights of the matrix `(shape[0], prod(shape[1:]))`; ragged at the edges."""
-
-    rows: int
-    cols: int
-
-    def __post_init__(self) -> None:
-        _set(self, rows=_positive("Block: rows", self.rows), cols=_positive("Block: cols", self.cols))
-
-    def __str__(self) -> str:
-        return f"block {self.rows}x{self.cols}"
-
-
-@dataclass(frozen=True)
-class Slices:
-    """Whole slices across an axis: neurons (axis 0), inputs (axis 1), heads (`size` = head dimension).
-
-    `size` neighbouring slices stand or fall together; it must divide the length of the axis. A negative axis
-    counts from the end.
-    """
-
-    axis: int
-    size: int = 1
-
-    def __post_init__(self) -> None:
-        _set(self, axis=_integer("Slices: axis", self.axis), size=_positive("Slices: size", self.size))
-
-    def __str__(self) -> str:
-        return f"slices axis {self.axis}" + (f" size {self.size}" if self.size > 1 else "")
-
-
-Pattern: TypeAlias = Unstructured | NM | Block | Slices
 Override: TypeAlias = float | Pattern | tuple[float, Pattern]
 
 
@@ -195,7 +123,7 @@ class PruningConfig:
 
     target_sparsity: float = _UnsetFloat(0.5)
     method: str | Scorer = "magnitude"
-    pattern: Pattern = Unstructured()
+    pattern: Pattern = Unstructured()  # noqa: RUF009 - frozen
     scope: str = "layer"
     allocation: str = "uniform"
     schedule: ScheduleLike = _ONE_SHOT
@@ -210,11 +138,11 @@ class PruningConfig:
         if not _is_set(self.num_iterations):
             num_iterations: int = _UnsetInt(steps or 1)
         else:
-            num_iterations = _positive("num_iterations", self.num_iterations)
+            num_iterations = positive("num_iterations", self.num_iterations)
             if steps not in {None, num_iterations}:
                 msg = f"num_iterations is {num_iterations}, but schedule lists {steps} sparsities"
                 raise ValueError(msg)
-        _set(
+        set_fields(
             self,
             target_sparsity=_agreed_target(self.target_sparsity, _demands(pattern, schedule)),
             method=_method(self.method),
@@ -238,15 +166,6 @@ class PruningConfig:
         if not isinstance(self.schedule, tuple):
             free["num_iterations"] = num_iterations
         return replace(self, **{name: new for name, new in free.items() if not _is_set(getattr(self, name))})
-
-
-def check_sparsity(what: str, value: object) -> float:
-    """Returns `value` as a float in [0, 1], or raises the ValueError that names `what`."""
-    if not isinstance(value, bool) and isinstance(value, Real):
-        number = float(value)
-        if 0 <= number <= 1:
-            return number
-    raise ValueError(_expected(what, value, "a number from 0 (dense) to 1 (all pruned)"))
 
 
 def check_growing(what: str, values: Iterable[object]) -> tuple[float, ...]:
@@ -300,7 +219,7 @@ def _same(a: float, b: float) -> bool:
 def _one_of(what: str, value: object, allowed: tuple[str, ...]) -> str:
     if isinstance(value, str) and value in allowed:
         return value
-    raise ValueError(_expected(what, value, _either(allowed)))
+    raise ValueError(expected(what, value, _either(allowed)))
 
 
 def _method(value: object) -> str | Scorer:
@@ -308,9 +227,7 @@ def _method(value: object) -> str | Scorer:
         return value
     if isinstance(value, str) and value in METHODS:
         return value
-    raise ValueError(
-        _expected("method", value, f"{_either(METHODS)}, or an object with score(name, weights)")
-    )
+    raise ValueError(expected("method", value, f"{_either(METHODS)}, or an object with score(name, weights)"))
 
 
 def _schedule(value: object) -> ScheduleLike:
@@ -322,14 +239,14 @@ def _schedule(value: object) -> ScheduleLike:
     elif isinstance(value, Iterable):
         return check_growing("schedule", value)
     others = "an object of sparsam.schedules, a list of sparsities, a function of progress"
-    raise ValueError(_expected("schedule", value, f"{_either(SCHEDULES)}, {others}"))
+    raise ValueError(expected("schedule", value, f"{_either(SCHEDULES)}, {others}"))
 
 
 def _pattern(what: str, value: object) -> Pattern:
     if isinstance(value, Pattern):
         return value
     raise ValueError(
-        _expected(what, value, "Unstructured(), NM(n, m), Block(rows, cols) or Slices(axis, size)")
+        expected(what, value, "Unstructured(), NM(n, m), Block(rows, cols) or Slices(axis, size)")
     )
 
 
@@ -338,7 +255,7 @@ def _exclude(value: object) -> tuple[str, ...]:
     for name in names:
         if not isinstance(name, str):
             raise ValueError(
-                _expected("exclude", name, 'shell-style name patterns, such as ("head*", "*.norm.*")')
+                expected("exclude", name, 'shell-style name patterns, such as ("head*", "*.norm.*")')
             )
     return names
 
@@ -346,11 +263,11 @@ def _exclude(value: object) -> tuple[str, ...]:
 def _overrides(value: object, pattern: Pattern) -> Mapping[str, Override]:
     if not isinstance(value, Mapping):
         raise ValueError(
-            _expected("overrides", value, "a mapping from name patterns to sparsities or patterns")
+            expected("overrides", value, "a mapping from name patterns to sparsities or patterns")
         )
     for name in value:
         if not isinstance(name, str):
-            raise ValueError(_expected("overrides", name, "shell-style name patterns as keys"))
+            raise ValueError(expected("overrides", name, "shell-style name patterns as keys"))
     return _ReadOnly(
         {name: _override(f"overrides[{name!r}]", entry, pattern) for name, entry in value.items()}
     )
@@ -369,31 +286,5 @@ def _override(what: str, value: object, pattern: Pattern) -> Override:
     return (number, own) if isinstance(value, tuple) else number
 
 
-def _integer(what: str, value: Any) -> int:
-    try:
-        if not isinstance(value, bool):
-            return operator.index(value)
-    except TypeError:
-        pass
-    raise ValueError(_expected(what, value, "an integer"))
-
-
-def _positive(what: str, value: object) -> int:
-    number = _integer(what, value)
-    if number < 1:
-        raise ValueError(_expected(what, value, "an integer of at least 1"))
-    return number
-
-
 def _either(names: tuple[str, ...]) -> str:
     return ", ".join(repr(name) for name in names)
-
-
-def _expected(what: str, got: object, wanted: str) -> str:
-    return f"{what}: expected {wanted}; got {got!r}"
-
-
-def _set(instance: object, **fields: object) -> None:
-    """Stores checked values on a frozen dataclass."""
-    for name, value in fields.items():
-        object.__setattr__(instance, name, value)

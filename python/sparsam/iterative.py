@@ -20,9 +20,11 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from sparsam import schedules, scores
+from sparsam._checks import check_sparsity
 from sparsam._state import HistoryRow, Progress, StateDir, identify
-from sparsam.config import NM, Override, Pattern, PruningConfig, Schedule, ScheduleLike, check_sparsity
+from sparsam.config import Override, PruningConfig, Schedule, ScheduleLike
 from sparsam.masks import Mask
+from sparsam.patterns import NM, Pattern
 from sparsam.pruner import SINGLE, Pool, check_patterns, configured, describe, plan, prune_pools, to_arrays
 from sparsam.report import Report
 from sparsam.selection import _refuse_nan

@@ -16,7 +16,7 @@ from sparsam import checkpoint, costs
 from sparsam._core import Packed
 from sparsam._products import ACTIVATIONS, KERNELS, Floats, multiply
 from sparsam.choice import Explanation, Plan, choose, unpack
-from sparsam.config import NM, Block, Unstructured
+from sparsam.patterns import NM, Block, Unstructured
 
 __all__ = ["SparseMatrix"]
 

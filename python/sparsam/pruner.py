@@ -17,8 +17,9 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from sparsam import scores
-from sparsam.config import NM, Override, Pattern, PruningConfig, Scorer
+from sparsam.config import Override, PruningConfig, Scorer
 from sparsam.masks import Mask, _check_apart
+from sparsam.patterns import NM, Pattern
 from sparsam.report import LayerStats, Report, measure
 from sparsam.selection import is_weight_dtype, select_many
 

@@ -15,8 +15,9 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from sparsam import _core
-from sparsam.config import NM, Block, Pattern, Slices, Unstructured, check_sparsity
+from sparsam._checks import check_sparsity
 from sparsam.masks import Mask, _check_apart, _check_overlap
+from sparsam.patterns import NM, Block, Pattern, Slices, Unstructured
 
 
 class Threshold(NamedTuple):

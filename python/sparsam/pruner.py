@@ -130,7 +130,7 @@ class MagnitudePruner:
     """
 
     def __init__(self, config: PruningConfig | None = None) -> None:
-        """Takes the configuration, `PruningConfig()` if left out; ValueError for another method, scope, ties."""
+        """Takes the configuration, or the default; ValueError for another method or scope, or ties."""
         self.config = configured(config, {})
         self.stats: list[LayerStats] = []
         if not isinstance(scores.resolve(self.config.method), scores.Magnitude):

@@ -30,8 +30,8 @@ def shrink(
         small = shrink(result.weights, result.masks, ties)
 
     Without ties nothing is removed: a row of a layer can only go if the columns that read it go too. A tensor
-    may be in two ties, across different axes. The shapes of the result are all there is to know of it: 64 rows
-    per head and `small["q.weight"].shape[0] // 64` heads are left.
+    may be in two ties, across different axes. The shapes of the result tell what is left: with 64 rows per
+    head, `small["q.weight"].shape[0] // 64` heads.
 
     Removing zeros changes no sum, so the small network computes what the masked one did, up to the order in
     which a product adds up. That is for the caller to uphold where a layer is no sum:
@@ -50,8 +50,8 @@ def shrink(
         ties: Which slices are connected, as `Tied` objects.
 
     Returns:
-        Name -> array of the dtype that came. New arrays for tensors that have a mask or are tied; the caller's
-        own for the others.
+        Name -> array of the dtype that came: a new one for a tensor that has a mask or is tied, else the
+        caller's own.
 
     Raises:
         ValueError: A slice that the mask of one member removes is not wholly zero in another member; a mask
@@ -86,8 +86,8 @@ def _check_mask(name: str, mask: object, arrays: Mapping[str, NDArray[Any]]) -> 
         raise ValueError(msg)
     if mask.shape != arrays[name].shape:
         msg = (
-            f"tensor {name!r} has shape {arrays[name].shape}, its mask {mask.shape}: expected the weights that "
-            "were pruned, at full size"
+            f"tensor {name!r} has shape {arrays[name].shape}, its mask {mask.shape}: expected the weights "
+            "at full size, as they were pruned"
         )
         raise ValueError(msg)
 
@@ -95,7 +95,7 @@ def _check_mask(name: str, mask: object, arrays: Mapping[str, NDArray[Any]]) -> 
 def _kept(tied: Tied, arrays: Mapping[str, NDArray[Any]], masks: Mapping[str, Mask]) -> NDArray[np.bool_]:
     """Which groups stay, because a member is not zero there; an error where a mask says that they go."""
     alive = {name: _any(arrays[name] != 0, slices) for name, slices in tied.members.items()}
-    stay = np.logical_or.reduce(list(alive.values()))
+    stay: NDArray[np.bool_] = np.logical_or.reduce(list(alive.values()))
     for name, slices in tied.members.items():
         if name not in masks or not arrays[name].size:
             continue
@@ -121,7 +121,7 @@ def _torn(tied: Tied, group: int, name: str, other: str, array: NDArray[Any]) ->
     first, last = group * slices.size, (group + 1) * slices.size - 1
     where = f"index {first}" if first == last else f"indices {first} to {last}"
     if array.ndim == 1:
-        why = "what is left there, such as a bias, reaches the next layer without the weights before it too"
+        why = "without the weights before it a bias is still a constant that the next layer reads"
     else:
         why = "removing it would change what the network computes"
     return (

@@ -252,7 +252,7 @@ def test_adversarial_values(case: str) -> None:
         result = prune(weights, target_sparsity=sparsity, ties=[tied])
         k = round(sparsity * 6)
         assert [mask.size - mask.count for mask in result.masks.values()] == [k * 16, k * 10]
-        scores = sum(reference.group_scores(weights[name], tied.members[name], 1) for name in weights)
+        scores = np.add(*(reference.group_scores(weights[name], tied.members[name], 1) for name in weights))
         kept = result.masks["in"].to_array()[::2, 0]
         rounding = 1e-12 * np.nan_to_num(scores, posinf=0).max()
         assert k in {0, 6} or np.max(scores[~kept]) <= np.min(scores[kept]) + rounding
@@ -275,7 +275,7 @@ def test_adversarial_values(case: str) -> None:
         (
             [Tied({"q": Slices(0, 3), "o": Slices(1, 2)})],
             {},
-            r"'q' of shape \(12, 5\) has 4 \(slices axis 0 size 3\), 'o' of .* has 6 \(slices axis 1 size 2\)",
+            r"'q' of shape \(12, 5\) has 4 \(slices axis 0 size 3\), 'o' of .* has 6 \(slices axis 1",
         ),
         (
             [SELF_ATTENTION, Tied({"q": Slices(-2)})],

@@ -67,10 +67,15 @@ def shrink(
     check_ties(ties, arrays)
     for name, mask in masks.items():
         _check_mask(name, mask, arrays)
-        keep = mask.to_array()
-        arrays[name] = np.where(keep, arrays[name], np.zeros((), arrays[name].dtype))
+        arrays[name] = arrays[name].copy()
+        arrays[name][~mask.to_array()] = 0
 
-    kept = [(tied, _kept(tied, arrays, masks)) for tied in ties]
+    kept = [(tied, _kept(tied, arrays)) for tied in ties]
+    emptied = {name for tied, keep in kept if not keep.any() for name in tied.members}
+    for tied, keep in kept:
+        # A tensor that another tie takes away as a whole has no slices left to say anything about.
+        said = {name: masks[name] for name in tied.members if name in masks and name not in emptied}
+        _check_masks(tied, keep, arrays, said)
     for tied, keep in kept:
         for name, slices in tied.members.items():
             arrays[name] = np.compress(np.repeat(keep, slices.size), arrays[name], axis=slices.axis)
@@ -92,19 +97,24 @@ def _check_mask(name: str, mask: object, arrays: Mapping[str, NDArray[Any]]) -> 
         raise ValueError(msg)
 
 
-def _kept(tied: Tied, arrays: Mapping[str, NDArray[Any]], masks: Mapping[str, Mask]) -> NDArray[np.bool_]:
-    """Which groups stay, because a member is not zero there; an error where a mask says that they go."""
-    alive = {name: _any(arrays[name] != 0, slices) for name, slices in tied.members.items()}
-    stay: NDArray[np.bool_] = np.logical_or.reduce(list(alive.values()))
-    for name, slices in tied.members.items():
-        if name not in masks or not arrays[name].size:
-            continue
-        torn = stay & ~_any(masks[name].to_array(), slices)
-        if torn.any():
+def _kept(tied: Tied, arrays: Mapping[str, NDArray[Any]]) -> NDArray[np.bool_]:
+    """Which groups stay, because a member is not zero there."""
+    alive = [_any(arrays[name] != 0, slices) for name, slices in tied.members.items()]
+    return np.asarray(np.logical_or.reduce(alive))
+
+
+def _check_masks(
+    tied: Tied, keep: NDArray[np.bool_], arrays: Mapping[str, NDArray[Any]], masks: Mapping[str, Mask]
+) -> None:
+    """Raises for a group that stays although a mask removes it from one member."""
+    for name, mask in masks.items():
+        torn = keep & ~_any(mask.to_array(), tied.members[name])
+        if mask.size and torn.any():
             group = int(np.argmax(torn))
-            other = next(other for other in alive if alive[other][group])
+            other = next(
+                other for other, slices in tied.members.items() if _any(arrays[other] != 0, slices)[group]
+            )
             raise ValueError(_torn(tied, group, name, other, arrays[other]))
-    return stay
 
 
 def _any(flags: NDArray[np.bool_], slices: Slices) -> NDArray[np.bool_]:

@@ -27,10 +27,8 @@ def block(w: dict[str, np.ndarray], x: np.ndarray) -> np.ndarray:
 
 
 rng = np.random.default_rng(0)
-shapes = {name: (WIDTH, WIDTH) for name in ("q", "k", "v", "o")} | {
-    "fc1": (NEURONS, WIDTH),
-    "fc2": (WIDTH, NEURONS),
-}
+shapes = dict.fromkeys(("q", "k", "v", "o"), (WIDTH, WIDTH))
+shapes |= {"fc1": (NEURONS, WIDTH), "fc2": (WIDTH, NEURONS)}
 weights = {f"{name}.weight": rng.standard_normal(s) / np.sqrt(s[1]) for name, s in shapes.items()}
 weights |= {f"{name}.bias": rng.standard_normal(shapes[name][0]) / 10 for name in ("q", "k", "v", "fc1")}
 

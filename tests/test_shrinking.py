@@ -126,7 +126,9 @@ def test_a_tensor_that_goes_as_a_whole() -> None:
     small = shrink(weights, masks, MLP)
     assert (small["fc1.weight"].shape, small["fc2.weight"].shape) == ((16, 6), (0, 16))
     assert run_mlp(small, np.ones((2, 6))).tolist() == [weights["fc3.bias"].tolist()] * 2
-    with pytest.raises(ValueError, match="group 0: the mask of 'fc2.weight' removes it, but 'fc1.weight' is"):
+    with pytest.raises(
+        ValueError, match=r"group 0: the mask of 'fc2.weight' removes it, but 'fc1.weight' is"
+    ):
         shrink(weights, {"fc2.weight": masks["fc2.weight"]}, MLP[0])
 
 

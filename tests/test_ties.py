@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import pairwise
+from itertools import pairwise, product
 from pathlib import Path
 from typing import Any
 
@@ -177,23 +177,20 @@ def test_a_tensor_in_two_ties_loses_what_either_prunes() -> None:
         Tied({"a": Slices(0), "b": Slices(1)}),
         Tied({"b": Slices(0), "c": Slices(-1, 2)}),
     ]
-    for scope in ("layer", "global"):
-        for inplace in (False, True):
-            rng = np.random.default_rng(1)
-            weights = {
-                name: rng.standard_normal(shape)
-                for name, shape in (("c", (3, 8)), ("b", (4, 6)), ("a", (6, 5)))
-            }
-            before = {name: array.copy() for name, array in weights.items()}
-            result = prune(weights, target_sparsity=0.5, scope=scope, ties=ties, inplace=inplace)
-            if scope == "layer":
-                first, second = (oracle(before, [rival(tied, before)], 0.5, Magnitude()) for tied in ties)
-                expected = {**first, **second, "b": first["b"] & second["b"]}
-            else:
-                expected = oracle(before, [rival(tied, before) for tied in ties], 0.5, Magnitude())
-            check(result.masks, expected)
-            assert all(np.array_equal(result.weights[name], expected[name] * before[name]) for name in before)
-            assert all((result.weights[name] is weights[name]) == inplace for name in weights)
+    shapes = {"c": (3, 8), "b": (4, 6), "a": (6, 5)}
+    for seed, scope, inplace in product(range(8), ("layer", "global"), (False, True)):
+        rng = np.random.default_rng(seed)
+        weights = {name: rng.standard_normal(shape) for name, shape in shapes.items()}
+        before = {name: array.copy() for name, array in weights.items()}
+        result = prune(weights, target_sparsity=0.5, scope=scope, ties=ties, inplace=inplace)
+        if scope == "layer":
+            first, second = (oracle(before, [rival(tied, before)], 0.5, Magnitude()) for tied in ties)
+            expected = {**first, **second, "b": first["b"] & second["b"]}
+        else:
+            expected = oracle(before, [rival(tied, before) for tied in ties], 0.5, Magnitude())
+        check(result.masks, expected)
+        assert all(np.array_equal(result.weights[name], expected[name] * before[name]) for name in before)
+        assert all((result.weights[name] is weights[name]) == inplace for name in weights)
     assert result.report.layers[1].pattern == "tied slices axis 1, tied slices axis 0"
     assert result.report.layers[0].pattern == "tied slices axis -1 size 2"
 
@@ -346,11 +343,12 @@ def test_iterations_are_nested_and_exact(method: Scorer, scope: str, pattern: Pa
     seen: list[dict[str, Mask]] = []
 
     def zero_some(arrays: Arrays, masks: dict[str, Mask], iteration: int) -> None:
-        """Revives what is pruned, and leaves kept weights at zero, so that they tie with pruned ones."""
+        """Revives what is pruned, then leaves kept weights at zero, so that they tie with pruned ones."""
         seen.append(masks)
         for array in arrays.values():
             array[array == 0] = 1
-            array.reshape(-1)[array.size // 2 - iteration :] = 0
+            if iteration > 1:
+                array[...] = 0
 
     config = PruningConfig(pattern=pattern, method=method, scope=scope, ties=ties)
     result = IterativePruner(schedule=schedule, config=config).run(weights, lambda _: 1.0, zero_some)

@@ -323,6 +323,13 @@ def test_nan_and_dtypes_are_refused_by_name() -> None:
         prune(block(), method=Broken(), ties=[SELF_ATTENTION], exclude=["embed", "conv", "fc?"])
 
 
+def test_memory_layouts_do_not_matter(threads: int) -> None:
+    expected = prune(block(), ties=[MLP, SELF_ATTENTION])
+    views = {name: np.asfortranarray(array[::-1].copy())[::-1] for name, array in block().items()}
+    result = prune(views, ties=[MLP, SELF_ATTENTION])
+    assert result.masks == expected.masks
+
+
 def test_one_array_by_itself_can_be_tied() -> None:
     result = prune(np.arange(6.0).reshape(3, 2), target_sparsity=1 / 3, ties=[Tied({"weights": Slices(0)})])
     assert result.weights.tolist() == [[0, 0], [2, 3], [4, 5]]

@@ -13,7 +13,7 @@ import json
 import re
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
@@ -25,6 +25,7 @@ from sparsam import checkpoint, scores
 from sparsam._atomic import publish
 from sparsam.config import PruningConfig
 from sparsam.masks import Mask
+from sparsam.statistics import InputStatistics
 
 _VERSION = 1
 _CHUNK = 1 << 18
@@ -218,9 +219,27 @@ def identify(
 
 
 def _described(value: object) -> str:
-    """The repr of a value, or the name of its class where the repr would hold an address."""
+    """The repr of a value, or the name of its class where the repr would hold an address.
+
+    Arrays and statistics that its fields hold by name are told apart by their content.
+    """
     kind = type(value)
+    if is_dataclass(value):
+        held = [(field.name, getattr(value, field.name)) for field in fields(value) if field.init]
+        if any(isinstance(content, Mapping) for _, content in held):
+            inner = ", ".join(f"{name}={_content(content)}" for name, content in held)
+            return f"{kind.__qualname__}({inner})"
     return f"{kind.__module__}.{kind.__qualname__}" if kind.__repr__ is object.__repr__ else repr(value)
+
+
+def _content(value: object) -> str:
+    if isinstance(value, Mapping):
+        return f"{{{', '.join(f'{name!r}: {_content(entry)}' for name, entry in value.items())}}}"
+    if isinstance(value, InputStatistics):
+        return f"{value.count} inputs {_digest(value.sum_squares)}"
+    if isinstance(value, (np.ndarray, list)) or hasattr(value, "__array__"):
+        return _digest(np.asarray(value))
+    return _described(value)
 
 
 def _digest(array: NDArray[Any]) -> str:

@@ -19,7 +19,7 @@ from sparsam.patterns import NM, Pattern, Unstructured
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-METHODS = ("magnitude", "random")
+METHODS = ("magnitude", "random", "lamp", "saliency", "fisher", "movement", "wanda", "ria")
 SCOPES = ("layer", "global")
 ALLOCATIONS = ("uniform",)
 SCHEDULES = ("one_shot", "linear", "cubic", "exponential", "cosine")

@@ -1,8 +1,8 @@
 """Selection: scores, a pattern and a sparsity in, exactly k groups pruned out.
 
 The rules, the same for every instruction set, thread count and memory layout: `round(sparsity * n)` of n
-groups are pruned (Python's round); among equal scores the lower flat index is kept, and over several tensors
-the earlier tensor.
+groups are pruned (Python's round), in scope "row" of each row's entries; among equal scores the lower flat
+index is kept, and over several tensors the earlier tensor.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from sparsam import _core
-from sparsam._checks import check_sparsity
+from sparsam._checks import check_sparsity, expected
 from sparsam.masks import Mask, _check_apart, _check_overlap
 from sparsam.patterns import NM, Block, Pattern, Slices, Unstructured
 
@@ -69,6 +69,7 @@ def select(
     sparsity: float,
     pattern: Pattern = Unstructured(),  # noqa: B008 - frozen
     *,
+    scope: str = "layer",
     norm: int = 1,
     name: str = "scores",
 ) -> Mask:
@@ -80,6 +81,10 @@ def select(
         pattern: what stands or falls together. `Unstructured()`: each entry. `NM(n, m)`: the n largest of
             every m along the rows of the matrix (shape[0], -1) are kept. `Block(r, c)`: tiles of that matrix,
             ragged at its far edges. `Slices(axis, size)`: runs of `size` indices of that axis.
+        scope: "layer": all entries are compared. "row": those within a row of the matrix (shape[0], -1), as
+            in Wanda: exactly `round(sparsity * columns)` of each row are pruned, ties to the lower index. A
+            vector is one row. For NM, which decides within rows anyway, it changes nothing; Block and Slices
+            reach across rows and are refused.
         norm: a group's score is the sum of |score| (1) or of its square (2), accumulated in float64 in a
             fixed order.
         name: what errors call the array.
@@ -91,7 +96,10 @@ def select(
         ValueError: sparsity out of range, a NaN, or a shape that the pattern does not divide.
         TypeError: a dtype other than the four.
     """
-    return select_many({name: np.asarray(scores)}, sparsity, pattern, norm=norm)[name]
+    if scope not in ("layer", "row"):
+        raise ValueError(expected("scope", scope, "'layer' (all entries compared) or 'row' (those of a row)"))
+    pooled = "row" if scope == "row" else "global"
+    return select_many({name: np.asarray(scores)}, sparsity, pattern, scope=pooled, norm=norm)[name]
 
 
 def select_many(
@@ -99,10 +107,11 @@ def select_many(
     sparsity: float,
     pattern: Pattern = Unstructured(),  # noqa: B008 - frozen
     *,
+    scope: str = "global",
     norm: int = 1,
     out: Mapping[str, NDArray[Any]] | None = None,
 ) -> dict[str, Mask]:
-    """`select` over several arrays that share one threshold: the global scope.
+    """`select` over several arrays that share one threshold, the global scope, or each row its own.
 
     Groups of different tensors are compared by score per weight (the sum divided by the number of weights),
     groups of one tensor by their sum. For NM every group decides by itself, so pooling changes nothing.
@@ -111,6 +120,7 @@ def select_many(
         scores: name -> array; ties go to the earlier name, then to the lower flat index.
         sparsity: in [0, 1], of all groups together.
         pattern: as in `select`.
+        scope: "global": one threshold over all arrays. "row": as in `select`, in each array by itself.
         norm: as in `select`.
         out: name -> array of the same shape and dtype that receives the scores with pruned entries as +0; may
             be the same arrays (in place). Apart from that, no output may share memory with another array. Of
@@ -126,6 +136,8 @@ def select_many(
     if norm not in (1, 2):
         msg = f"norm={norm!r}: expected 1 (sum of magnitudes) or 2 (sum of squares)"
         raise ValueError(msg)
+    if scope not in ("global", "row"):
+        raise ValueError(expected("scope", scope, "'global' (one threshold) or 'row' (one for each row)"))
     arrays = {name: np.asarray(array) for name, array in scores.items()}
     for name, array in arrays.items():
         _check_dtype(name, array)
@@ -134,10 +146,15 @@ def select_many(
     if out is not None:
         _check_apart(arrays, {name: out[name] for name in arrays})
     if isinstance(pattern, Unstructured):
-        return _select_entries(arrays, sparsity, out)
-    if isinstance(pattern, NM):
+        if scope == "global":
+            return _select_entries(arrays, sparsity, out)
+        masks = {name: _select_rows(name, array, sparsity) for name, array in arrays.items()}
+    elif isinstance(pattern, NM):
         masks = {name: _select_nm(name, array, sparsity, pattern) for name, array in arrays.items()}
     elif isinstance(pattern, (Block, Slices)):
+        if scope == "row":
+            msg = f"scope 'row' compares weights within a row: expected Unstructured() or NM; got {pattern!r}"
+            raise ValueError(msg)
         masks = _select_tiles(arrays, sparsity, pattern, norm)
     else:
         msg = (
@@ -229,6 +246,21 @@ def _matrix(shape: tuple[int, ...]) -> tuple[int, int]:
     if len(shape) < 2:
         return 1, math.prod(shape)
     return shape[0], math.prod(shape[1:])
+
+
+def _select_rows(name: str, array: NDArray[Any], sparsity: float) -> Mask:
+    rows, columns = _matrix(array.shape)
+    if rows == 1:
+        return _select_entries({name: array}, sparsity, None)[name]
+    k = _rank(sparsity, columns)
+    if k == 0 or rows == 0:
+        _refuse_nan([array], [name])
+        return Mask.ones(array.shape)
+    words = _core.keep_of_row(array, columns, k)
+    if words is None:
+        _refuse_nan([array], [name])
+    assert words is not None
+    return Mask(words, array.shape)
 
 
 def _select_nm(name: str, array: NDArray[Any], sparsity: float, pattern: NM) -> Mask:

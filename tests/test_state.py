@@ -17,11 +17,13 @@ from numpy.typing import NDArray
 
 from cases import model
 from sparsam import _atomic, checkpoint
+from sparsam.allocation import ERK, OWL
 from sparsam.config import PruningConfig
 from sparsam.iterative import HistoryRow, IterativePruner
 from sparsam.masks import Mask
 from sparsam.patterns import Block
-from sparsam.scores import Magnitude
+from sparsam.scores import Magnitude, Saliency, Wanda
+from sparsam.statistics import InputStatistics
 
 Arrays = dict[str, NDArray[Any]]
 Masks = dict[str, Mask]

@@ -135,15 +135,19 @@ template <std::size_t kVectors>
 void gather_tile(const float* x, const std::uint32_t* columns, std::size_t n, std::size_t depth,
                  const Source* sources, float* tile) {
   constexpr std::size_t kStride = kVectors * kLanes;
+  Source from[kVectors];  // a copy, which no store can change
   bool whole = true;
-  for (std::size_t v = 0; v < kVectors; ++v) whole = whole && sources[v].count == kLanes;
+  for (std::size_t v = 0; v < kVectors; ++v) {
+    from[v] = sources[v];
+    whole = whole && from[v].count == kLanes;
+  }
   for (std::size_t k = 0; k < n; ++k) {
     const float* p = x + columns[k];
     float* to = tile + k * kStride;
 #pragma GCC unroll 4
     for (std::size_t v = 0; v < kVectors; ++v)
-      Floats::store(to + v * kLanes, whole ? Floats::load(p + sources[v].at)
-                                           : Floats::load_partial(p + sources[v].at, sources[v].count));
+      Floats::store(to + v * kLanes, whole ? Floats::load(p + from[v].at)
+                                           : Floats::load_partial(p + from[v].at, from[v].count));
   }
   for (std::size_t v = 0; v < kVectors; ++v)
     Floats::store(tile + depth * kStride + v * kLanes, Floats::zero());

@@ -22,8 +22,8 @@ from sparsam.torch.weight import DTYPES
 __all__ = ["accelerate", "restore"]
 
 _ROWS = (1, 16, 128)  # batches that a linear layer is timed with where there are no examples
-# How far outputs may be from those of the dense model, relative to the largest: by fusing an activation, which
-# changes the order of roundings only, and by all of it, with float32 values and with narrower ones.
+# How far outputs may be from those of the dense model, relative to the largest: by fusing activations, which
+# changes the order of roundings only, and by all of it; with float32 values, and with narrower ones.
 _FUSED, _FUSED_NARROW = 1e-4, 2e-2
 _WHOLE, _WHOLE_NARROW = 1e-3, 1e-1
 
@@ -37,23 +37,24 @@ def accelerate(
 ) -> AccelerationReport:
     """Swaps the layers of a pruned model that are faster packed, in place, and prints what that brought.
 
-    Linear (and Hugging Face's Conv1D) and Conv1d and Conv2d layers with at least a tenth of zeros are tried, each
-    within the model, in turn with the dense layer. Of those swapped, an activation module that follows
-    (ReLU, GELU exact or tanh, SiLU) is computed by the layer itself where a run shows that it gets every output
+    Linear (and Hugging Face's Conv1D), Conv1d and Conv2d layers with at least a tenth of zeros are tried,
+    each within the model, in turn with the dense layer. After a swapped layer, an activation module (ReLU,
+    GELU exact or by tanh, SiLU) is computed by the layer itself where a run shows that it gets every output
     of the layer and nothing else does; functions called in `forward` stay as they are. In the end the whole
     model is timed; where it gained nothing, everything is put back.
 
-    The model runs without gradients and in eval mode; training flags, buffers and the random state are as before
-    afterwards. Packed layers are for inference (`restore` undoes it all). The memory of a dense weight is freed
-    if it can be unpacked again exactly and nothing else holds its Parameter. Call it before `torch.compile`.
+    The model runs without gradients and in eval mode; afterwards training flags, buffers and the random state
+    are as before. Packed layers are for inference (`restore` undoes it all). The memory of a dense weight is
+    freed if it can be unpacked again exactly and nothing else holds its Parameter, an optimizer say. Call it
+    before `torch.compile`.
 
     Args:
-        model: A module that holds such layers, on the CPU; pruned by whatever means: what counts is the zeros,
-            `torch.nn.utils.prune` and parametrizations included.
-        example_inputs: What it will be called with: a tensor, a tuple of arguments, a mapping of keyword arguments,
-            or a list of several such examples, which count alike. What is not among them, other branches of
-            `forward` say, is not checked. None: linear layers are timed alone with 1, 16 and 128 rows,
-            convolutions are left, activations are fused in `nn.Sequential` only.
+        model: A module that holds such layers, on the CPU. By whatever means it was pruned, what counts is the
+            zeros; `torch.nn.utils.prune` and parametrizations may still be on.
+        example_inputs: What it will be called with: a tensor, a tuple of arguments, a mapping of keyword
+            arguments, or a list of several such examples, which count alike. What is not among them, another
+            branch of `forward` say, is not checked. None: linear layers are timed alone with 1, 16 and 128
+            rows, convolutions are left, activations are fused in `nn.Sequential` only.
         dtype: What to store the weights as: `torch.bfloat16` halves them, and rounds; None keeps them.
         min_gain: How many times faster than the dense layer a packed one must be.
 
@@ -101,6 +102,7 @@ class _Work:
         self.after: float | None = None
         self.difference: float | None = None
         self.summary = ""
+        self.interruptions = timing.Interruptions()
 
     def by_rows(self) -> None:
         """Times linear layers alone."""
@@ -113,7 +115,9 @@ class _Work:
             width = weight.shape[0 if is_transposed(layer.original) else 1]
             pairs = [timing.compare(layer, torch.randn(rows, width, dtype=weight.dtype)) for rows in _ROWS]
             self.inputs[name] = Counter({(rows, width): 1 for rows in _ROWS})
-            dense, sparse = (math.exp(sum(map(math.log, times)) / len(_ROWS)) for times in zip(*pairs, strict=True))
+            dense, sparse = (
+                math.exp(sum(map(math.log, times)) / len(_ROWS)) for times in zip(*pairs, strict=True)
+            )
             self.times[name] = (dense, sparse)
         self._decide()
         if self.exchange.layers:
@@ -155,6 +159,10 @@ class _Work:
     def finish(self) -> AccelerationReport:
         """Frees memory and says what was done."""
         swapped = self.exchange.layers
+        for layer in swapped.values():
+            layer.training = layer.original.training
+        for fused in self.exchange.fusions:
+            fused.replacement.training = fused.replacement.original.training
         release(self.model, list(swapped.values()))
         for name, layer in swapped.items():
             self.rows[name] = self._row(name, layer)
@@ -170,6 +178,7 @@ class _Work:
             self.weights_before,
             parameter_bytes(self.model),
             self.difference,
+            self.interruptions.many(),
             summary,
         )
 
@@ -257,12 +266,14 @@ def _check(model: object, dtype: object, min_gain: object) -> None:
         raise TypeError(msg)
     name = type(model).__name__
     if isinstance(model, torch.jit.ScriptModule) or name == "OptimizedModule":
-        msg = f"model is a {name}: expected one that is not compiled yet; accelerate it first, then compile it"
+        msg = (
+            f"model is a {name}: expected one that is not compiled yet; accelerate it first, then compile it"
+        )
         raise TypeError(msg)
     if isinstance(model, (nn.Linear, nn.Conv1d, nn.Conv2d, SparseLayer)) or is_transposed(model):
         msg = (
-            f"model is a bare {name}, which cannot be replaced from within: wrap it in torch.nn.Sequential(layer), "
-            "or use SparseLinear(layer) or SparseConv2d(layer)"
+            f"model is a bare {name}, which cannot be replaced from within: wrap it in "
+            "torch.nn.Sequential(layer), or use SparseLinear(layer) or SparseConv2d(layer)"
         )
         raise TypeError(msg)
     if dtype is not None and dtype not in DTYPES:

@@ -77,10 +77,11 @@ class AccelerationReport:
         before_ms: Median milliseconds of the model for all example inputs before; None where not timed.
         after_ms: The same with what is in the model now; equal to before_ms where nothing was swapped.
         weights_before: Bytes of the model's parameters before.
-        weights_after: Bytes of those that are still there, of the packed weights with what their kernels need, and
-            of what is kept for `restore`.
+        weights_after: Bytes of those that are still there, of the packed weights with what their kernels need,
+            and of what is kept for `restore`.
         difference: The largest difference of an output from that of the dense model, relative to the largest
             output; None where no output could be compared.
+        disturbed: Whether other work kept the CPUs busy meanwhile.
         summary: What came of it, in a sentence.
     """
 
@@ -90,6 +91,7 @@ class AccelerationReport:
     weights_before: int
     weights_after: int
     difference: float | None
+    disturbed: bool
     summary: str
 
     @property
@@ -131,6 +133,10 @@ class AccelerationReport:
         lines.append(f"weights  {before} before, {now} after")
         if self.difference is not None:
             lines.append(f"outputs  differ from the dense model's by {self.difference:.1e} of the largest")
+        if self.disturbed:
+            lines.append(
+                "times    may mislead: other work kept the CPUs busy; run it again when they are free"
+            )
         return "\n".join([*lines, self.summary])
 
 

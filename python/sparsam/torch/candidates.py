@@ -19,7 +19,14 @@ __all__ = ["Candidate", "Place", "candidates", "has_hooks", "is_convolution", "p
 
 _MOST = 0.9  # the density up to which a layer is tried
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-_WEIGHTY = (nn.Linear, nn.modules.conv._ConvNd, nn.RNNBase, nn.RNNCellBase, nn.MultiheadAttention, nn.Bilinear)
+_WEIGHTY = (
+    nn.Linear,
+    nn.modules.conv._ConvNd,
+    nn.RNNBase,
+    nn.RNNCellBase,
+    nn.MultiheadAttention,
+    nn.Bilinear,
+)
 
 Place = tuple[nn.Module, str]
 
@@ -45,12 +52,12 @@ class Candidate:
 
     def row(self, reason: str = "", **more: Any) -> LayerRow:
         """What the report says of it."""
-        shape = tuple(self.layer.weight.shape)  # type: ignore[union-attr, arg-type]
+        shape = tuple(self.layer.weight.shape)  # type: ignore[arg-type]
         return LayerRow(self.name, self.kind, shape, self.density, reason=reason, **more)
 
 
 def candidates(model: nn.Module) -> tuple[list[Candidate], dict[str, LayerRow]]:
-    """The layers that could be packed, and by name rows for those that could not; in the order of the model."""
+    """The layers that could be packed, and rows by name for those that could not; in the model's order."""
     found: list[Candidate] = []
     left: dict[str, LayerRow] = {}
     for name, layer in model.named_modules():
@@ -106,7 +113,7 @@ def places(model: nn.Module) -> Mapping[int, list[Place]]:
 
 
 def has_hooks(module: nn.Module) -> bool:
-    """Whether calls of the module do more than its forward: hooks (those of torch's pruning aside) or a patch."""
+    """Whether calls of it do more than its forward: hooks (those of torch's pruning aside) or a patch."""
     hooks = [hook for kind in _HOOKS for hook in getattr(module, kind).values()]
     return "forward" in vars(module) or any(not isinstance(hook, prune.BasePruningMethod) for hook in hooks)
 
@@ -138,7 +145,7 @@ def _obstacle(layer: nn.Module) -> str:
 
 def _density(layer: nn.Module) -> float:
     weight: Any = layer.weight
-    return int(torch.count_nonzero(weight)) / weight.numel()
+    return int(torch.count_nonzero(weight)) / int(weight.numel())
 
 
 def _shape(layer: nn.Module) -> tuple[int, ...]:

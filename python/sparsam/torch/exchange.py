@@ -83,10 +83,11 @@ def settle(model: nn.Module, *, everywhere: bool = False) -> None:
 
 
 def restore(model: nn.Module) -> int:
-    """Puts back what `accelerate`, `load` or you replaced with packed layers: the very modules and Parameters.
+    """Puts back the very modules and Parameters that `accelerate`, `load` or you replaced with packed layers.
 
-    Fused activations come back too. Works on a copy of an accelerated model, and on an unpickled one. A weight
-    whose memory was freed is unpacked into its Parameter again: the same numbers, but that -0.0 becomes 0.0.
+    Fused activations come back too. Works on a copy of an accelerated model, and on an unpickled one. A
+    weight whose memory was freed is unpacked into its Parameter again: the same numbers, but that -0.0
+    becomes 0.0.
 
     Args:
         model: The model; one that has no packed layers is left as it is.

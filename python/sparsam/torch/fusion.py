@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import weakref
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
@@ -13,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from sparsam.torch.candidates import Place, has_hooks
-from sparsam.torch.modules import ACTIVATIONS, SparseLayer
+from sparsam.torch.modules import SparseLayer
+from sparsam.torch.products import ACTIVATIONS
 from sparsam.torch.session import Session, removed
 
 __all__ = ["Fused", "Fusion", "find", "find_in_sequences", "recognise_activation"]
@@ -26,19 +28,26 @@ class Fused(nn.Module):
     """The place of an activation that a packed layer computes: returns its input.
 
     Attributes:
-        into: The name of the layer, or of several.
-        original: The activation. It is no submodule.
+        original: The activation.
+        layers: The packed layers that compute it. Neither it nor they are submodules.
+        into: The names that the layers had.
     """
 
-    def __init__(self, original: nn.Module, into: str) -> None:
+    def __init__(self, original: nn.Module, layers: tuple[SparseLayer, ...], into: tuple[str, ...]) -> None:
         super().__init__()
-        self._hidden = (original,)  # in a tuple, lest it become a submodule
+        self._hidden = (original, layers)  # in a tuple, lest it become a submodule
         self.into = into
         self.training = original.training
 
     @property
     def original(self) -> nn.Module:
+        """The activation."""
         return self._hidden[0]
+
+    @property
+    def layers(self) -> tuple[SparseLayer, ...]:
+        """The packed layers that compute it."""
+        return self._hidden[1]
 
     def restored(self) -> nn.Module:
         """`original`, in the mode that this module is in."""
@@ -50,7 +59,7 @@ class Fused(nn.Module):
 
     def extra_repr(self) -> str:
         """What `repr` shows."""
-        return f"{type(self.original).__name__}, fused into {self.into}"
+        return f"{type(self.original).__name__}, fused into {', '.join(self.into)}"
 
 
 @dataclass(frozen=True)
@@ -58,44 +67,43 @@ class Fusion:
     """An activation that could become part of packed layers.
 
     Attributes:
-        module: The activation.
         activation: Which one it is.
-        layers: The packed layers whose outputs, and nothing else, it is called with.
-        replacement: What stands in its place then.
+        replacement: What stands in its place then; knows the module, and the packed layers whose outputs,
+            and nothing else, that is called with.
         places: Where it is in the model.
     """
 
-    module: nn.Module
     activation: str
-    layers: tuple[SparseLayer, ...]
     replacement: Fused
     places: tuple[Place, ...]
 
     def install(self) -> None:
         """Makes it part of the layers."""
-        for layer in self.layers:
+        for layer in self.replacement.layers:
             layer.activation = self.activation
         for parent, attribute in self.places:
             setattr(parent, attribute, self.replacement)
 
     def remove(self) -> None:
         """Puts everything back."""
-        for layer in self.layers:
+        for layer in self.replacement.layers:
             layer.activation = None
         for parent, attribute in self.places:
-            setattr(parent, attribute, self.module)
+            setattr(parent, attribute, self.replacement.original)
 
 
 def recognise_activation(module: nn.Module) -> str | None:
-    """The name of the activation that a module computes, in training as in eval mode; None if none is known."""
+    """The activation that a module computes, in training as in eval mode; None if it is none of ours."""
     if any(True for _ in module.parameters()) or any(True for _ in module.buffers()):
         return None
-    grid = torch.cat([torch.linspace(-8, 8, 4001), torch.tensor([sign * x for x in _FAR for sign in (1, -1)])])
+    grid = torch.cat(
+        [torch.linspace(-8, 8, 4001), torch.tensor([sign * x for x in _FAR for sign in (1, -1)])]
+    )
     x = grid.double()
     with torch.no_grad(), torch.random.fork_rng(devices=[]), torch.autocast("cpu", enabled=False):
         try:
             found = [copy.deepcopy(module).train(mode)(x.clone()) for mode in (False, True)]
-        except Exception:  # noqa: BLE001 - a module that cannot take such a tensor is none of them
+        except Exception:  # a module that cannot take such a tensor
             return None
         for name, function in ACTIVATIONS.items():
             wanted = function(x)
@@ -132,11 +140,11 @@ def find(
     names = {id(layer): name for name, layer in layers.items()}
     fusions = []
     for module, fed_by in trace.followers():
-        activation = recognise_activation(module) if id(module) in where else None
-        if activation:
-            into = ", ".join(names[id(layer)] for layer in fed_by)
-            fused = Fused(module, into)
-            fusions.append(Fusion(module, activation, tuple(fed_by), fused, tuple(where[id(module)])))
+        if id(module) not in where or has_hooks(module):
+            continue
+        if activation := recognise_activation(module):
+            fused = Fused(module, tuple(fed_by), tuple(names[id(layer)] for layer in fed_by))
+            fusions.append(Fusion(activation, fused, tuple(where[id(module)])))
     return fusions
 
 
@@ -205,13 +213,13 @@ def find_in_sequences(
         if type(parent) is not nn.Sequential:
             continue
         children = list(parent._modules.items())
-        for (_, layer), (attribute, module) in zip(children, children[1:], strict=False):
+        for (_, layer), (attribute, module) in itertools.pairwise(children):
             if module is None or id(layer) not in names or len(where[id(module)]) != 1 or has_hooks(module):
                 continue
             assert isinstance(layer, SparseLayer)
             once = len(where[id(layer.original)]) == 1
             activation = recognise_activation(module) if once else None
             if activation:
-                fused = Fused(module, names[id(layer)])
-                fusions.append(Fusion(module, activation, (layer,), fused, ((parent, attribute),)))
+                fused = Fused(module, (layer,), (names[id(layer)],))
+                fusions.append(Fusion(activation, fused, ((parent, attribute),)))
     return fusions

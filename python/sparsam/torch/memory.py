@@ -1,4 +1,4 @@
-"""What the weights of a model take, and dense weights that are not needed while packed ones stand in for them."""
+"""What the weights of a model take, and freeing dense ones while packed ones stand in for them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["parameter_bytes", "release"]
 
 
 def parameter_bytes(model: nn.Module) -> int:
-    """Bytes of a model's parameters, each counted once, and of packed weights and what is kept behind them."""
+    """Bytes of a model's parameters, each counted once, of packed weights and of what is kept behind them."""
     tensors: dict[tuple[int, int], int] = {}
     packed: dict[int, int] = {}
     for module in model.modules():

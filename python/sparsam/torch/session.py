@@ -8,7 +8,7 @@ import math
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -29,7 +29,7 @@ class Example(NamedTuple):
     kwargs: dict[str, Any]
 
     def fresh(self) -> Example:
-        """A copy for one run, that the model may change: tensors are cloned, caches and the like deep-copied."""
+        """A copy for one run, that the model may change: tensors cloned, caches and the like deep-copied."""
         args, kwargs = pytree.tree_map(_fresh, (self.args, self.kwargs))
         return Example(args, kwargs)
 
@@ -56,8 +56,8 @@ def _as_example(value: Any) -> Example:
     if isinstance(value, Mapping):
         return Example((), dict(value))
     msg = (
-        f"example_inputs holds a {type(value).__name__}: expected a tensor, a tuple of arguments, a mapping of "
-        "keyword arguments, or a list of such examples; wrap a single argument in a tuple"
+        f"example_inputs holds a {type(value).__name__}: expected a tensor, a tuple of arguments, a mapping "
+        "of keyword arguments, or a list of such examples; wrap a single argument in a tuple"
     )
     raise TypeError(msg)
 
@@ -65,14 +65,23 @@ def _as_example(value: Any) -> Example:
 def _fresh(value: Any) -> Any:
     if isinstance(value, Tensor):
         return value.detach().clone()
-    return value if isinstance(value, _PLAIN) else copy.deepcopy(value)
+    if isinstance(value, _PLAIN):
+        return value
+    try:
+        return copy.deepcopy(value)
+    except RuntimeError as error:
+        msg = (
+            f"example_inputs holds a {type(value).__name__} that cannot be copied for each run "
+            f"({error!s:.80}); make it under torch.no_grad()"
+        )
+        raise ValueError(msg) from error
 
 
-class Session:
+class Session(AbstractContextManager["Session"]):
     """A model and examples, for runs without gradients and in eval mode, each from the same random state.
 
-    A context manager: on leaving it, the modules have their training flags again. Buffers that a run changes in
-    place or replaces are put back after each.
+    A context manager: on leaving it, the modules have their training flags again. Buffers that a run changes
+    in place or replaces are put back after each.
     """
 
     def __init__(self, model: nn.Module, examples: Sequence[Example]) -> None:
@@ -80,7 +89,7 @@ class Session:
         self._examples = examples
         self._flags = [(module, module.training) for module in model.modules()]
 
-    def __enter__(self) -> Session:
+    def __enter__(self) -> Session:  # noqa: PYI034 - Self is younger than Python 3.10
         for module, _ in self._flags:
             module.training = False
         return self
@@ -113,16 +122,16 @@ class Session:
 
             return [layer.register_forward_pre_hook(before), layer.register_forward_hook(after)]
 
-        # A weight that is computed from others (torch.nn.utils.parametrize) is computed before the clock runs.
+        # A weight that torch.nn.utils.parametrize computes is computed before the clock runs.
         computed = [layer for layer in layers.values() if parametrize.is_parametrized(layer, "weight")]
-        with removed(hook for name, layer in layers.items() for hook in watch(name, layer)):
-            with parametrize.cached():
-                with torch.no_grad():
-                    for layer in computed:
-                        _ = layer.weight
-                for _ in self._runs():
-                    found.append(dict(total))
-                    total.clear()
+        hooks = (hook for name, layer in layers.items() for hook in watch(name, layer))
+        with removed(hooks), parametrize.cached():
+            with torch.no_grad():
+                for layer in computed:
+                    _ = layer.weight
+            for _ in self._runs():
+                found.append(dict(total))
+                total.clear()
         return found
 
     def inputs(self, layers: Mapping[str, nn.Module]) -> tuple[list[Any], dict[str, Counter[Any]]]:
@@ -183,7 +192,7 @@ def _version(tensor: Tensor) -> int:
 @contextmanager
 def removed(hooks: Iterator[Any]) -> Iterator[None]:
     """Registers hooks, for the time of the block."""
-    registered = []
+    registered: list[Any] = []
     try:
         registered.extend(hooks)
         yield
@@ -218,7 +227,7 @@ def _pieces(tensor: Tensor) -> list[Tensor]:
     """The elements in pieces, for that a comparison takes little memory."""
     tensor = tensor.detach().reshape(-1)
     wide = tensor if tensor.dtype == torch.float64 else tensor.float()
-    return list(wide.split(_PIECE)) if wide.numel() else []
+    return list(torch.split(wide, _PIECE)) if wide.numel() else []
 
 
 def _floats(outputs: Any) -> list[Tensor]:

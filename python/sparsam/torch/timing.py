@@ -1,8 +1,9 @@
-"""What dense and packed layers take, measured in turn so that other work on the machine disturbs both alike."""
+"""What dense and packed layers take, measured in turn, for that other work disturbs both alike."""
 
 from __future__ import annotations
 
 import math
+import resource
 import statistics
 import time
 
@@ -13,25 +14,48 @@ from sparsam.torch.exchange import Exchange, settle
 from sparsam.torch.modules import SparseLayer
 from sparsam.torch.session import Session
 
-__all__ = ["compare", "layer_times", "model_times"]
+__all__ = ["Interruptions", "compare", "layer_times", "model_times"]
 
 _LAYERS = (3, 50, 2.0)  # at least and at most so many rounds, and seconds after which no further one begins
 _MODEL = (5, 100, 3.0)
 _SINGLE = (3, 10_000, 0.1)
+_OFTEN = 20  # a second
+_PATIENCE = 3
+
+
+class Interruptions:
+    """Whether other work takes the CPUs away from this process: then times, of any kind, may mislead."""
+
+    def __init__(self) -> None:
+        self._start = time.perf_counter()
+        self._before = _switches()
+
+    def many(self) -> bool:
+        """Whether, since this object was made, they came more often than on a quiet machine."""
+        return _switches() - self._before > _OFTEN * (time.perf_counter() - self._start) + 2
+
+
+def _switches() -> int:
+    """How often the kernel stopped a thread of this process in favour of something else."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw
 
 
 class _Rounds:
-    """Counts rounds of a measurement."""
+    """Counts rounds of a measurement; more of them while other work interferes."""
 
     def __init__(self, least: int, most: int, seconds: float) -> None:
-        self._least, self._most = least, most
-        self._end = time.perf_counter() + seconds
+        self._least, self._most, self._seconds = least, most, seconds
+        self._start = time.perf_counter()
+        self._interruptions = Interruptions()
         self._done = -1
 
     def more(self) -> bool:
         """Whether one more is due."""
         self._done += 1
-        return self._done < self._least or (self._done < self._most and time.perf_counter() < self._end)
+        if self._done < self._least:
+            return True
+        patience = _PATIENCE if self._interruptions.many() else 1
+        return self._done < self._most and time.perf_counter() - self._start < patience * self._seconds
 
 
 def layer_times(model: nn.Module, session: Session, exchange: Exchange) -> dict[str, tuple[float, float]]:

@@ -25,6 +25,10 @@ _ROWS = (1, 16, 128)  # batches that a linear layer is timed with where there ar
 # changes the order of roundings only, and by all of it; with float32 values, and with narrower ones.
 _FUSED, _FUSED_NARROW = 1e-4, 2e-2
 _WHOLE, _WHOLE_NARROW = 1e-3, 1e-1
+_PADDED = (
+    "; nn.TransformerEncoder puts zeros where inputs are padded, but only in its fast path, which packed "
+    "layers cannot use: if those do not matter, call torch.backends.mha.set_fastpath_enabled(False) first"
+)
 
 
 class Trial:
@@ -74,9 +78,10 @@ class Trial:
 
     def by_examples(self, session: Session) -> None:
         """Times layers within the model, fuses activations, and times the whole."""
+        reference = session.outputs()
         settle(self.model, everywhere=True)
         layers = {name: candidate.layer for name, candidate in self.candidates.items()}
-        reference, self.inputs = session.inputs(layers)
+        self.inputs = session.inputs(layers)
         settle(self.model)
         for name, seen in self.inputs.items():
             if not seen:
@@ -99,7 +104,7 @@ class Trial:
         self.difference = difference(session.outputs(), reference)
         narrow = self.dtype not in {None, torch.float32} or self._narrow()
         if self.difference is not None and self.difference > (_WHOLE_NARROW if narrow else _WHOLE):
-            self._undo(f"the outputs would differ by {self.difference:.1e} of the largest")
+            self._undo(f"the outputs would differ by {self.difference:.1e} of the largest{self._hint()}")
         elif self.after >= self.before:
             self._undo(f"the model would take {1e3 * self.after:,.2f} ms")
 
@@ -136,8 +141,7 @@ class Trial:
         """Leaves the layers that the model also reaches by other ways than its tree of modules."""
         self.exchange.install()
         originals = {name: layer.original for name, layer in self.exchange.layers.items()}
-        _, seen = session.inputs(originals)
-        for name, calls in seen.items():
+        for name, calls in session.inputs(originals).items():
             if calls:
                 self._leave(name, "also called through a reference outside the tree of modules")
 
@@ -171,6 +175,10 @@ class Trial:
         """Whether some layer computes with less than float32."""
         autocast = torch.is_autocast_enabled("cpu")
         return autocast or any(layer.packed.dtype != torch.float32 for layer in self.exchange.layers.values())
+
+    def _hint(self) -> str:
+        padded = any(isinstance(module, nn.TransformerEncoder) for module in self.model.modules())
+        return _PADDED if padded else ""
 
     def _undo(self, why: str) -> None:
         count = len(self.exchange.layers)

@@ -175,3 +175,12 @@ def test_an_activation_with_hooks_is_not_fused() -> None:
     model.get_submodule("1").register_forward_hook(lambda *_: seen.append(1))
     report = accelerate(model, torch.randn(5, 24))
     assert [r.activation for r in report.layers] == [None, "relu"]
+
+
+def test_an_accelerated_model_can_be_compiled_whole() -> None:
+    model = mlp(nn.GELU)
+    x = torch.randn(5, 24)
+    accelerate(model, x)
+    with torch.no_grad():
+        compiled: Any = torch.compile(model, backend="eager", fullgraph=True)
+        torch.testing.assert_close(compiled(x), model(x))

@@ -115,9 +115,9 @@ class Trial:
             layer.training = layer.original.training
         for fused in self.exchange.fusions:
             fused.replacement.training = fused.replacement.original.training
-        release(self.model, list(swapped.values()))
         for name, layer in swapped.items():
             self.rows[name] = self._row(name, layer)
+        release(self.model, list(swapped.values()))
         summary = self.summary or (
             f"{len(swapped)} of {len(self.rows)} layers swapped"
             if swapped
@@ -203,9 +203,9 @@ class Trial:
         dense, sparse = self.times.get(name, (None, None))
         return dataclasses.replace(
             candidate.row(),
-            shape=layer.packed.shape,
             pattern=str(layer.packed.pattern),
             inputs=self._shapes(name),
+            packed_bytes=layer.packed.nbytes,
             kernel="/".join(layer.packed.kernels),
             dense_ms=None if dense is None else 1e3 * dense,
             sparse_ms=None if sparse is None else 1e3 * sparse,

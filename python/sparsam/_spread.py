@@ -13,6 +13,7 @@ import secrets
 import socket
 import threading
 import traceback
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, wait
@@ -93,7 +94,10 @@ class Spread(Generic[TaskT, ResultT]):
         # The count makes each attempt another call: Dask answers an equal one with the result it has.
         self._attempts += 1
         job = self._job if with_job else None
-        return executor.submit(_work, self._token, self._attempts, task, job)
+        with warnings.catch_warnings():
+            # Dask's advice for what is sent with every task; this is sent about once to each worker.
+            warnings.filterwarnings("ignore", "Sending large graph", UserWarning)
+            return executor.submit(_work, self._token, self._attempts, task, job)
 
     def seen(self, worker: tuple[str, int, int]) -> None:
         """Takes note of a worker that answered."""

@@ -3,21 +3,14 @@
 from __future__ import annotations
 
 import glob
-import json
-import sys
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, TypeAlias
 
 import typer
-from rich import box
 from rich.console import Console
-from rich.measure import Measurement
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table
-from rich.text import Text
 
 from sparsam import bench, checkpoint, costs, plot
 from sparsam._arguments import (
@@ -29,6 +22,11 @@ from sparsam._arguments import (
     parse_shapes,
     parse_sparsities,
 )
+from sparsam._console import print_json as _print_json
+from sparsam._console import print_table as _print_table
+from sparsam._console import print_text as _print
+from sparsam._console import progress as _progress
+from sparsam.cli_analysis import register
 from sparsam.config import PruningConfig
 from sparsam.pruner import prune as prune_weights
 from sparsam.report import Report, measure, printable
@@ -44,6 +42,7 @@ app = typer.Typer(
 )
 bench_app = typer.Typer(help="Measure this machine, against NumPy and PyTorch in the same run.")
 app.add_typer(bench_app, name="bench")
+register(app)
 
 Json: TypeAlias = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
@@ -322,12 +321,6 @@ def _cells(row: bench.MatmulRow) -> tuple[object, ...]:
     return row.name, shape, row.batch, f"{row.sparsity:.1%}", row.kernel, f"{row.linear_ms:.3f}"
 
 
-def _progress() -> Progress:
-    """A bar on stderr if that is a terminal; it leaves nothing behind."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    return Progress(*columns, console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty())
-
-
 def _complain(message: str) -> int:
     """Prints one line on stderr, whatever the message, and returns the exit code that goes with it."""
     Console(stderr=True).out("sparsam:", printable(" ".join(message.split())), highlight=False)
@@ -336,23 +329,3 @@ def _complain(message: str) -> int:
 
 def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
     _complain(f"warning: {message}")
-
-
-def _print(text: str) -> None:
-    Console().out(text, highlight=False)
-
-
-def _print_json(value: object) -> None:
-    _print(json.dumps(value, indent=2))
-
-
-def _print_table(header: Sequence[str], rows: Iterable[Sequence[object]], *, texts: int = 0) -> None:
-    """Prints a table, as wide as it must be: `texts` columns of text, then numbers."""
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for i, name in enumerate(header):
-        table.add_column(name, justify="left" if i < texts else "right", no_wrap=True)
-    for row in rows:
-        table.add_row(*(Text(printable(str(cell))) for cell in row))
-    console = Console(highlight=False)
-    console.width = Measurement.get(console, console.options.update(width=10_000), table).maximum
-    console.print(table)

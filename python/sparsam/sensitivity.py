@@ -169,8 +169,8 @@ def sensitivity(
             except TaskError as error:
                 name, sparsity = error.task
                 where = f"tensor or group {name!r} at sparsity {sparsity:g}" if name else "the dense weights"
-                kept = f" and in {state}" if store else ""
-                msg = f"{where}: {error}; what was measured is in the error's report{kept}"
+                kept = f"; what was measured is in {state}" if store and known else ""
+                msg = f"{where}: {error}{kept}"
                 raise EvaluationError(msg, name, sparsity, report()) from error.__cause__
     found = report()
     assert found is not None

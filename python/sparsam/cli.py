@@ -70,14 +70,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
 @app.command()
 def demo(
     seed: Annotated[int, typer.Option(min=0, help="Of the data split and the training.")] = 0,
+    html: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Also write a page with everything, pictures inside.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Train a network on real digits, prune it to 95 % step by step, show what that costs: under a minute."""
     try:
         from sparsam import demo as job  # noqa: PLC0415 - scikit-learn is an extra
+        from sparsam import demo_page  # noqa: PLC0415
     except ImportError as error:
         msg = f"the demo needs scikit-learn ({error}); install it with: pip install 'sparsam[demo]'"
         raise ValueError(msg) from error
+    if html:
+        demo_page.check(html)
     with _progress() as bar:
         task = bar.add_task("reading")
 
@@ -85,6 +91,8 @@ def demo(
             bar.update(task, description=what, completed=done, total=parts)
 
         result = job.run(seed, show)
+    if html:
+        demo_page.write(result, html)
     if as_json:
         _print_json(result.to_dict())
         return
@@ -102,6 +110,16 @@ def demo(
     _print_table(
         ("step", "sparsity", "iterative", "one shot"),
         ((s.iteration, f"{s.sparsity:.2%}", f"{s.iterative:.2%}", f"{s.one_shot:.2%}") for s in result.steps),
+    )
+    _print(f"\nSensitivity, as accuracy on the training images:\n{result.sensitivity}\n")
+    _print(f"The smallest networks that lose at most {job.ALLOWED_LOSS:.0%} of the training images:")
+    _print_table(
+        ("pruned how", "sparsity", "training", "test", "tried"),
+        (
+            (f.how, f"{f.sparsity:.2%}", f"{f.train_accuracy:.2%}", f"{f.test_accuracy:.2%}", f.evaluations)
+            for f in result.found
+        ),
+        texts=1,
     )
     _print(f"\n{result.report}\n")
     total = result.report.total

@@ -55,7 +55,7 @@ def check(file: Path) -> None:
         ValueError: matplotlib is not installed, or knows no such ending.
         OSError: There is no such folder.
     """
-    endings = _figure().canvas.get_supported_filetypes()
+    endings = new_figure().canvas.get_supported_filetypes()
     if file.suffix[1:].lower() not in endings:
         expected = ", ".join(f".{ending}" for ending in sorted(endings))
         msg = f"{file}: expected a name that ends in one of {expected}"
@@ -81,7 +81,7 @@ def speedups(rows: Iterable[MatmulRow], file: Path, caption: str) -> Any:
     for row in rows:
         label = f"{row.rows}x{row.cols}, batch {row.batch}" if row.name == "random" else f"batch {row.batch}"
         lines.setdefault(label, []).append((100 * row.sparsity, row.speedup))
-    figure = _figure()
+    figure = new_figure()
     axes = figure.subplots()
     for label, points in lines.items():
         axes.plot(*zip(*sorted(points), strict=True), marker="o", markersize=3, label=label)
@@ -302,7 +302,7 @@ def histogram(
     return _finished(figure, file)
 
 
-def _figure(width: float = 7, height: float = 4.5) -> Any:
+def new_figure(width: float = 7, height: float = 4.5) -> Any:
     try:
         from matplotlib.figure import Figure  # noqa: PLC0415 - an extra
     except ImportError as error:
@@ -315,7 +315,7 @@ def _axes(file: Path | None, *, width: float = 7, height: float = 4.5) -> tuple[
     """A figure with one pair of axes, if nothing stands in the way of its file."""
     if file is not None:
         check(file)
-    figure = _figure(width, height)
+    figure = new_figure(width, height)
     return figure, figure.subplots()
 
 

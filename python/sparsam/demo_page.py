@@ -55,8 +55,8 @@ def page(result: DemoResult) -> str:
         _paragraph(
             f"A {'-'.join(map(str, result.layers))} network on scikit-learn's digits, seed {result.seed}: "
             f"{result.train_images} images to train on, {result.test_images} others to test on. Dense, "
-            f"after {result.training_passes} passes of training, {result.dense_accuracy:.2%} of the test images "
-            f"are right; after {trained_on} more passes {result.longer_accuracy:.2%}."
+            f"after {result.training_passes} passes of training, {result.dense_accuracy:.2%} of the test "
+            f"images are right; after {trained_on} more passes {result.longer_accuracy:.2%}."
         ),
         _paragraph(f"Measured on {machine()}, in {result.seconds:.1f} s."),
         "<h2>Accuracy against sparsity</h2>",

@@ -19,9 +19,10 @@ from numpy.typing import ArrayLike, NDArray
 from sparsam import scores
 from sparsam.config import Override, PruningConfig, Scorer
 from sparsam.masks import Mask, _check_apart
-from sparsam.patterns import NM, Pattern
+from sparsam.patterns import NM, Block, Pattern, Slices, Tied
 from sparsam.report import LayerStats, Report, measure
 from sparsam.selection import is_weight_dtype, select_many
+from sparsam.ties import check_tied_config, members, select_tied, tied_patterns
 
 SINGLE = "weights"
 """What a tensor that came without a name is called."""
@@ -50,11 +51,15 @@ class PruningResult(Generic[WeightsT, MasksT]):
 
 @dataclass(frozen=True)
 class Pool:
-    """Tensors that share one selection: one threshold and one exact count."""
+    """Tensors that share one selection: one threshold and one exact count.
+
+    A name stands in two pools if it is in two ties.
+    """
 
     names: tuple[str, ...]
     sparsity: float
     pattern: Pattern
+    ties: tuple[Tied, ...] = ()
 
 
 @overload
@@ -80,7 +85,7 @@ def prune(
 
     In each pool of tensors (one tensor, or in global scope all of them) exactly `round(sparsity * n)` of the
     n groups of the pattern are zeroed; among equal scores the earlier tensor and the lower flat index are
-    kept.
+    kept. Tensors tied by `ties` of the configuration are pruned together, group by group.
 
     Args:
         weights: Name -> array of float16, bfloat16, float32 or float64, of any shape and strides; or one
@@ -98,8 +103,8 @@ def prune(
 
     Raises:
         ValueError: An override matches no tensor; a tensor has a NaN, or a shape that the pattern does not
-            divide; `inplace` meets what is read-only, no array, or in the memory of another tensor; a field
-            of the configuration is wrong.
+            divide; ties do not fit the tensors, `exclude` or `overrides`; `inplace` meets what is read-only,
+            no array, or in the memory of another tensor; a field of the configuration is wrong.
         TypeError: A tensor to be pruned has another dtype.
 
     Warns:
@@ -125,7 +130,7 @@ class MagnitudePruner:
     """
 
     def __init__(self, config: PruningConfig | None = None) -> None:
-        """Takes the configuration, `PruningConfig()` if left out; ValueError for another method or scope."""
+        """Takes the configuration, or the default; ValueError for another method or scope, or ties."""
         self.config = configured(config, {})
         self.stats: list[LayerStats] = []
         if not isinstance(scores.resolve(self.config.method), scores.Magnitude):
@@ -133,8 +138,8 @@ class MagnitudePruner:
                 f"MagnitudePruner: expected method 'magnitude'; got {self.config.method!r}; use sparsam.prune"
             )
             raise ValueError(msg)
-        if self.config.scope != "layer":
-            msg = "MagnitudePruner sees one layer at a time: expected scope 'layer'; use sparsam.prune"
+        if self.config.scope != "layer" or self.config.ties:
+            msg = "MagnitudePruner sees one layer: expected scope 'layer' and no ties; use sparsam.prune"
             raise ValueError(msg)
 
     def prune_layer(self, name: str, weights: ArrayLike) -> tuple[NDArray[Any], LayerStats]:
@@ -222,8 +227,10 @@ def plan(arrays: Mapping[str, NDArray[Any]], config: PruningConfig, *, min_rank:
         min_rank: Tensors with fewer axes are pruned only when named in overrides.
 
     Raises:
+        ValueError: Ties do not fit the tensors, exclude or overrides.
         TypeError: A tensor to be pruned has a dtype that cannot be.
     """
+    tied = check_tied_config(config, arrays)
     pooled: list[str] = []
     pools: list[Pool] = []
     for name, array in arrays.items():
@@ -232,9 +239,9 @@ def plan(arrays: Mapping[str, NDArray[Any]], config: PruningConfig, *, min_rank:
         own = [value for pattern, value in config.overrides.items() if fnmatchcase(name, pattern)]
         if own:
             pools.append(Pool((name,), *_own(own[-1], config)))
-        elif array.ndim >= min_rank:
+        elif array.ndim >= min_rank and name not in tied:
             pooled.append(name)
-        else:
+        elif name not in tied:
             continue
         if not is_weight_dtype(array.dtype):
             msg = (
@@ -242,8 +249,17 @@ def plan(arrays: Mapping[str, NDArray[Any]], config: PruningConfig, *, min_rank:
                 "order; convert it with .astype(), or exclude the tensor"
             )
             raise TypeError(msg)
-    groups = [(name,) for name in pooled] if config.scope == "layer" else [tuple(pooled)] if pooled else []
-    return [Pool(names, config.target_sparsity, config.pattern) for names in groups] + pools
+    ties = tuple(config.ties)
+    groups: list[tuple[list[str], tuple[Tied, ...]]] = [(pooled, ()), ([], ties)]
+    if config.scope != "global":
+        groups = [*(([name], ()) for name in pooled), *(([], (tie,)) for tie in ties)]
+    elif isinstance(config.pattern, (Block, Slices)):
+        groups = [(pooled, ties)]
+    return [
+        Pool((*names, *members(ties)), config.target_sparsity, config.pattern, ties)
+        for names, ties in groups
+        if names or ties
+    ] + pools
 
 
 def _own(value: Override, config: PruningConfig) -> tuple[float, Pattern]:
@@ -279,10 +295,23 @@ def prune_pools(
         Name -> mask of each tensor in a pool, in the order of `arrays`.
     """
     masks: dict[str, Mask] = {}
+    norm = method.norm if isinstance(method, scores.Magnitude) else 1
+    tied: dict[str, Mask] = {}
     for pool in pools:
+        if pool.ties:
+            for name, mask in select_tied(
+                arrays,
+                pool.sparsity,
+                pool.ties,
+                score=lambda name: _score(method, name, arrays[name]),
+                alone=dict.fromkeys(pool.names, pool.pattern),
+                norm=norm,
+                previous=previous,
+            ).items():
+                tied[name] = tied[name] & mask if name in tied else mask
+            continue
         tensors = {name: arrays[name] for name in pool.names}
         ranked = {name: _score(method, name, tensor) for name, tensor in tensors.items()}
-        norm = method.norm if isinstance(method, scores.Magnitude) else 1
         fused = previous is None and all(ranked[name] is tensor for name, tensor in tensors.items())
         chosen = select_many(ranked, pool.sparsity, pool.pattern, norm=norm, out=outs if fused else None)
         if previous is not None and any((mask & ~previous[name]).count for name, mask in chosen.items()):
@@ -292,6 +321,10 @@ def prune_pools(
             for name, tensor in tensors.items():
                 chosen[name].apply(tensor, out=outs[name])
         masks |= chosen
+    # Only now, since a tensor in two ties is scored twice as it was.
+    for name, mask in tied.items():
+        mask.apply(arrays[name], out=outs[name])
+    masks |= tied
     return {name: masks[name] for name in arrays if name in masks}
 
 
@@ -326,6 +359,7 @@ def describe(
 ) -> Report:
     """Returns the report on tensors as these masks left them, those left dense included."""
     patterns = {name: str(pool.pattern) for pool in pools for name in pool.names}
+    patterns |= tied_patterns(tied for pool in pools for tied in pool.ties)
     pruned = {name: mask.size - mask.count for name, mask in masks.items()}
     return Report(
         measure(name, array, pruned=pruned.get(name, 0), pattern=patterns.get(name, "dense"))

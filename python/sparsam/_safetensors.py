@@ -46,8 +46,12 @@ _FOREIGN = {
 
 
 @contextmanager
-def open_file(file: Path) -> Iterator[Any]:
+def open_file(file: Path, framework: str = "np") -> Iterator[Any]:
     """Opens a file for `tensors` and for the library's keys() and metadata(), its header validated.
+
+    Args:
+        file: The file.
+        framework: What tensors to give, "np" or "pt".
 
     Raises:
         ValueError: The file is truncated, damaged or of another kind.
@@ -59,7 +63,7 @@ def open_file(file: Path) -> Iterator[Any]:
     with file.open("rb") as raw:
         head, size = raw.read(32), os.fstat(raw.fileno()).st_size
     try:
-        handle = safe_open(file, framework="np")
+        handle = safe_open(file, framework=framework)
     except SafetensorError as error:
         damaged = (
             (f"{size} bytes, truncated or damaged ({error})" if size else "an empty file"),

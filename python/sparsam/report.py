@@ -127,8 +127,8 @@ def _cells(layer: LayerStats) -> tuple[str, ...]:
         f"{layer.total_params:,}",
         f"{layer.pruned_params:,}",
         f"{100 * layer.sparsity:.2f} %",
-        _size(layer.dense_bytes),
-        _size(layer.packed_bytes),
+        readable_size(layer.dense_bytes),
+        readable_size(layer.packed_bytes),
     )
 
 
@@ -136,7 +136,8 @@ def _aligned(column: int, cell: str, width: int) -> str:
     return cell.ljust(width) if column < _TEXT_COLUMNS else cell.rjust(width)
 
 
-def _size(num_bytes: int) -> str:
+def readable_size(num_bytes: int) -> str:
+    """Returns the bytes in the unit that suits their number."""
     if num_bytes < 1024:
         return f"{num_bytes} B"
     size, unit = num_bytes / 1024, "KiB"

@@ -20,9 +20,22 @@ except ImportError as error:
     raise ImportError(msg) from error
 
 from sparsam import _core
+from sparsam.torch.accelerate import accelerate
+from sparsam.torch.acceleration_report import AccelerationReport, LayerRow
+from sparsam.torch.exchange import restore
+from sparsam.torch.files import load, save
 from sparsam.torch.modules import SparseConv2d, SparseLinear
 
-__all__ = ["SparseConv2d", "SparseLinear"]
+__all__ = [
+    "AccelerationReport",
+    "LayerRow",
+    "SparseConv2d",
+    "SparseLinear",
+    "accelerate",
+    "load",
+    "restore",
+    "save",
+]
 
 for _library in sorted((Path(torch.__file__).parent / "lib").glob("libtorch_cpu.*")):
     _core.adopt_runtime(str(_library))

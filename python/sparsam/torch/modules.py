@@ -37,7 +37,7 @@ class SparseLayer(nn.Module):
         self._released = False
         self.packed = packed
         self.activation = activation
-        bias = original.get_parameter("bias") if original.bias is not None else None
+        bias: Any = original.bias  # a plain tensor where torch.nn.utils.prune or parametrize compute it
         self.register_buffer("bias", None if bias is None else bias.detach().contiguous())
         self.training = original.training
 
@@ -65,10 +65,15 @@ class SparseLayer(nn.Module):
         return self.packed.unpack()
 
     def release(self) -> bool:
-        """Frees the weight of `original` if it can be unpacked again exactly; returns whether it can."""
+        """Frees the weight of `original` if it can be unpacked again exactly; returns whether it is free."""
         parameter = self.original._parameters.get("weight")
-        if parameter is None or self._released or not torch.equal(parameter.detach(), self.weight):
+        if parameter is None or self._released:
             return self._released
+        if not parameter.numel():  # by a layer whose weight is tied to this one
+            self._released = self.packed.nbytes > 0
+            return self._released
+        if not torch.equal(parameter.detach(), self.weight):
+            return False
         parameter.data = parameter.data.new_empty(0)
         self._released = True
         return True

@@ -154,6 +154,11 @@ class PackedWeight:
         weight = self.unpack().to(dtype)
         return weight.T.contiguous() if self.transposed else weight
 
+    @property
+    def kernels(self) -> tuple[str, ...]:
+        """The kernels that were chosen so far, in the order of first use."""
+        return tuple(dict.fromkeys(self._kernels.values()))
+
     def kernel(self, key: Hashable) -> str | None:
         """What was chosen for a key before."""
         return self._kernels.get(key)

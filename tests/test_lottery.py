@@ -35,7 +35,7 @@ class Training:
 
     def __call__(self, weights: Arrays, masks: Masks, seed: int) -> Mapping[str, Any]:
         self.calls.append(({name: array.copy() for name, array in weights.items()}, dict(masks), seed))
-        return {name: weights[name] + step for name, step in self.step.items()}
+        return {name: weights[name] + step for name, step in self.step.items() if name in weights}
 
 
 def smallest(array: NDArray[Any], keep: NDArray[np.bool_], k: int) -> NDArray[np.bool_]:
@@ -152,6 +152,16 @@ def count_groups(keep: NDArray[np.bool_], pattern: Any) -> tuple[int, int]:
         ]
     assert all(group.all() or not group.any() for group in groups)
     return sum(not group.any() for group in groups), len(groups)
+
+
+def test_rows_and_allocations() -> None:
+    result = find_ticket(
+        {"a": INIT["a"]}, Training(), lambda _: 1.0, rounds=2, config=PruningConfig(scope="row"), controls=()
+    )
+    # 300 weights: 60, then 48 more; of each row of 15 the nearest to 108 / 300.
+    assert {int(n) for n in result.masks["a"].to_array().sum(axis=1)} == {15 - round(15 * 0.36)}
+    with pytest.raises(ValueError, match="expected allocation 'uniform', got 'erk'"):
+        find_ticket(INIT, Training(), lambda _: 1.0, config=PruningConfig(allocation="erk"))
 
 
 @pytest.mark.parametrize("scope", ["layer", "global"])

@@ -212,6 +212,18 @@ def test_by_a_function_and_by_name() -> None:
         find_smallest(WEIGHTS, lambda _: 1.0, 0.5, allocation=lambda total: {"b": 2 * total + 1})
 
 
+@pytest.mark.parametrize("allocation", ["erk", "lamp", "global"])
+def test_what_the_configuration_takes(allocation: Any) -> None:
+    weights = network.weights()
+    del weights["version"]
+    result = find_smallest(weights, network.accuracy, 0.6, allocation=allocation)
+    target = next(probe.target for probe in result.curve if probe.sparsity == result.sparsity)
+    assert result.masks == prune(weights, target_sparsity=target, allocation=allocation).masks
+    assert 0 < result.sparsity < 1
+    with pytest.raises(ValueError, match="allocation: expected what shares out any total; got fixed"):
+        find_smallest(weights, network.accuracy, 0.6, allocation={"in.*": 0.25})
+
+
 def test_an_end_below_one_is_tried_last() -> None:
     report = sensitivity(WEIGHTS, lambda _: 1.0, (0.8,))
     result = find_smallest(WEIGHTS, lambda _: 1.0, 0.5, allocation=report)

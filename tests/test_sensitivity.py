@@ -99,6 +99,15 @@ def test_the_configuration_says_which_tensors_and_how() -> None:
     assert [point.pruned for point in bias.points] == [4, 8]
 
 
+def test_rows() -> None:
+    weights = network.weights()
+    config = PruningConfig(scope="row", allocation="erk", exclude=("version",))
+    report = sensitivity(weights, network.accuracy, (0.5,), config=config)
+    assert [curve.points[0].pruned for curve in report.curves] == [16 * 6, 8 * 8, 5 * 4]
+    rows = prune({"mid.weight": weights["mid.weight"]}, scope="row").weights
+    assert report.curves[1].points[0].score == network.accuracy({**weights, **rows})
+
+
 def test_nm_has_one_sparsity() -> None:
     weights = {name: array for name, array in network.weights().items() if name != "version"}
     config = PruningConfig(pattern=NM(2, 4), overrides={"mid.weight": NM(1, 4)})

@@ -39,9 +39,9 @@ Eval: TypeAlias = Annotated[
         help="Called with {name: array}, returns the score; the larger, the better.",
     ),
 ]
-Scope: TypeAlias = Annotated[str, typer.Option(help="layer (each tensor by itself) or global (one pool).")]
+Scope: TypeAlias = Annotated[str, typer.Option(help="layer (each tensor by itself), row or global.")]
 PatternText: TypeAlias = Annotated[str, typer.Option("--pattern", help=f"One of {PATTERNS}.")]
-Method: TypeAlias = Annotated[str, typer.Option(help="magnitude or random.")]
+Method: TypeAlias = Annotated[str, typer.Option(help="magnitude, random or lamp.")]
 Exclude: TypeAlias = Annotated[
     list[str] | None, typer.Option(metavar="PAT", help="Leave tensors with such names dense; repeatable.")
 ]
@@ -132,7 +132,7 @@ def search(
         typer.Option(metavar="FILE", help="Share each total out by this report of `sensitivity`."),
     ] = None,
     allocation: Annotated[
-        str | None, typer.Option(help="How each total is shared out, as `PruningConfig` names it.")
+        str | None, typer.Option(help="What each tensor gets of a total: uniform, erk, lamp or global.")
     ] = None,
     max_evaluations: Annotated[int, typer.Option(metavar="N", help="Spend no more.")] = 20,
     tolerance: Annotated[float, typer.Option(help="How exactly the sparsity is found.")] = 0.01,

@@ -149,8 +149,9 @@ def find_ticket(
         w = train(start * mask);  mask = the mask without the smallest |w|;  start as before
 
     In a pool of n groups of the pattern (a tensor, a tie, or in global scope all of them) of which k are
-    pruned, a round prunes `round(fraction * (n - k))` more; what is pruned stays so. The ticket is then
-    trained once for each seed, as are its controls, which have the same sparsity in every tensor:
+    pruned, a round prunes `round(fraction * (n - k))` more (in scope "row" to within the
+    rounding of each row); what is pruned stays so. The ticket is then trained
+    once for each seed, as are its controls, which have the same sparsity in every tensor:
 
     - "reinitialised": the ticket's mask on weights drawn anew, by `reinit_fn`, or, left out, the values of
       each tensor of `init_weights` in a random order, which for independent draws is a draw from the same

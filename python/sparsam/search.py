@@ -14,7 +14,7 @@ from numpy.typing import ArrayLike
 
 from sparsam._callbacks import Arrays, Masks, accept, evaluate_finite, sparsity_of
 from sparsam._checks import check_sparsity, integer, positive
-from sparsam.config import Override, PruningConfig
+from sparsam.config import AllocationLike, Override, PruningConfig
 from sparsam.masks import Mask
 from sparsam.patterns import NM, Unstructured
 from sparsam.pruner import PruningResult, configured, plan, prune, to_arrays
@@ -130,7 +130,7 @@ def find_smallest(
     min_score: float,
     *,
     config: PruningConfig | None = None,
-    allocation: str | SensitivityReport | Allocate | None = None,
+    allocation: AllocationLike | SensitivityReport | Allocate | None = None,
     recover_fn: Callable[[Arrays, Masks], Mapping[str, ArrayLike] | None] | None = None,
     max_evaluations: int = 20,
     tolerance: float = 0.01,
@@ -154,8 +154,8 @@ def find_smallest(
         min_score: The lowest score that is good enough.
         config: What is pruned, and how, as for `sparsam.prune`; the target sparsity is what is searched for,
             overrides keep theirs.
-        allocation: How a total is shared out: what the `allocation` of the configuration takes, or a
-            `SensitivityReport`, or a function from a total sparsity to {tensor: sparsity}. Tensors that the
+        allocation: How a total is shared out: what the `allocation` of the configuration takes (but fixed
+            sparsities), or a `SensitivityReport`, or a function from a total sparsity to {tensor: sparsity}. Tensors that the
             last two do not name stay dense, unless overridden. Left out: as `config` says.
         recover_fn: (weights, masks) -> the recovered weights, or None where it changed the given ones;
             pruned weights are zeroed again. Called in every probe.
@@ -320,7 +320,7 @@ class _Search:
 
 
 def _pruner(
-    arrays: Arrays, config: PruningConfig, allocation: str | SensitivityReport | Allocate | None
+    arrays: Arrays, config: PruningConfig, allocation: AllocationLike | SensitivityReport | Allocate | None
 ) -> Callable[[float], PruningResult[Arrays, Masks]]:
     """Total sparsity -> what `prune` makes of that."""
     changes: dict[str, Any] = {"schedule": None, "num_iterations": None, "target_sparsity": 0.0}
@@ -334,6 +334,12 @@ def _pruner(
     elif allocation is not None:
         changes["allocation"] = allocation
     config = replace(config, **changes)
+    if isinstance(config.allocation, Mapping):
+        msg = (
+            "allocation: expected what shares out any total; got fixed sparsities, which leave it little room; "
+            "pass a function from a total to sparsities, or put fixed ones in overrides"
+        )
+        raise ValueError(msg)
 
     def pruned(target: float) -> PruningResult[Arrays, Masks]:
         if allocate is None:

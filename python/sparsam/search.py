@@ -155,8 +155,8 @@ def find_smallest(
         config: What is pruned, and how, as for `sparsam.prune`; the target sparsity is what is searched for,
             overrides keep theirs.
         allocation: How a total is shared out: what the `allocation` of the configuration takes (but fixed
-            sparsities), or a `SensitivityReport`, or a function from a total sparsity to {tensor: sparsity}. Tensors that the
-            last two do not name stay dense, unless overridden. Left out: as `config` says.
+            sparsities), or a `SensitivityReport`, or a function from a total sparsity to {tensor: sparsity}.
+            Tensors that the last two do not name stay dense, unless overridden. Left out: as `config` says.
         recover_fn: (weights, masks) -> the recovered weights, or None where it changed the given ones;
             pruned weights are zeroed again. Called in every probe.
         max_evaluations: How many times `eval_fn` may be called.
@@ -336,7 +336,7 @@ def _pruner(
     config = replace(config, **changes)
     if isinstance(config.allocation, Mapping):
         msg = (
-            "allocation: expected what shares out any total; got fixed sparsities, which leave it little room; "
+            "allocation: expected what shares out any total; got fixed sparsities, which leave no room; "
             "pass a function from a total to sparsities, or put fixed ones in overrides"
         )
         raise ValueError(msg)

@@ -37,12 +37,12 @@ def bare_error(w: NDArray[Any], new: NDArray[Any], x: Matrix) -> float:
 
 
 def best_on_support(w: Matrix, x: Matrix, keep: NDArray[np.bool_]) -> Matrix:
-    """Least squares on the inputs themselves (as their triangle, to be quick), row by row."""
-    x = np.linalg.qr(x, mode="r")
+    """Least squares on the inputs themselves (as their triangle, to be quick), support by support."""
+    r: Matrix = np.linalg.qr(x)[1]
     new = np.zeros_like(w)
-    for row in range(len(w)):
-        s = np.flatnonzero(keep[row])
-        new[row, s] = np.linalg.lstsq(x[:, s], x @ w[row], rcond=None)[0]
+    for support in np.unique(keep, axis=0):
+        rows, s = (keep == support).all(axis=1), np.flatnonzero(support)
+        new[np.ix_(rows, s)] = np.linalg.lstsq(r[:, s], r @ w[rows].T, rcond=None)[0].T
     return new
 
 

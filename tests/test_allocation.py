@@ -103,6 +103,25 @@ def test_erk_has_the_published_numbers(erk: ERK, target: float, expected: list[f
     np.testing.assert_allclose(list(got.values()), expected, atol=6e-4 if not erk.include_kernel else 6e-5)
 
 
+@pytest.mark.parametrize("target", [0.0, 0.5, 0.8, 1.0])
+def test_erk_of_any_power(target: float) -> None:
+    """Of a high power all but the tensor of the largest ratio is as good as nothing, and it goes last."""
+    weights = {
+        "wide": np.ones((30, 40)),
+        "thin": np.ones((1, 9)),
+        "even": np.ones((6, 6)),
+        "none": np.ones((0, 3)),
+    }
+    shares = allocate(weights, target, ERK(power=1e6))
+    assert list(shares.values()) == list(allocate(weights, target, ERK(power=1e3)).values())
+    total = round(target * 1245)
+    assert [round(shares[name] * weights[name].size) for name in ("wide", "even", "thin")] == [
+        min(total, 1200),
+        min(max(total - 1200, 0), 36),
+        max(total - 1236, 0),
+    ]
+
+
 def test_erk_makes_dense_what_would_be_more_than_dense() -> None:
     weights = {"thin": np.ones((2, 2)), "medium": np.ones((6, 6)), "wide": np.ones((40, 40))}
     for target in (0.05, 0.3, 0.6, 0.9):
@@ -219,7 +238,7 @@ def test_explicit_sparsities() -> None:
     [
         ({"a": 0.0}, "allow a total from 0 to 0.5: expected one that includes 0.8"),
         ({"a": 1.0, "b": 1.0}, "allow a total from 1 to 1: expected one that includes 0.8"),
-        ({"x*": 0.5}, r"allocation: 'x\*' matches no tensor to be pruned; the closest are"),
+        ({"x*": 0.5}, r"allocation: 'x\*' matches no tensor to be pruned, .* total; the closest are"),
         ({"bias": 0.5}, "allocation: 'bias' matches no tensor to be pruned"),
         ({"a": 1.5}, r"allocation\['a'\]: expected a number from 0"),
     ],
@@ -245,8 +264,19 @@ def test_mistakes_are_named() -> None:
             allocate(WEIGHTS, 0.5, method)
     with pytest.raises(ValueError, match="target: expected a number from 0"):
         allocate(WEIGHTS, 1.5)
-    with pytest.raises(ValueError, match="allocation: pattern 2:4 has one sparsity"):
+    with pytest.raises(
+        ValueError, match=r"expected the pattern Unstructured.*got pattern 2:4, which has one"
+    ):
         allocate(WEIGHTS, 0.5, pattern=NM(2, 4))
+    with pytest.raises(ValueError, match=r"expected the pattern Unstructured.*got 'rows'"):
+        allocate(WEIGHTS, 0.5, pattern="rows")  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="weights: expected a mapping from names to arrays; got ndarray"):
+        allocate(np.ones((2, 2)), 0.5)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="weights: expected names as keys; got 3"):
+        allocate({3: np.ones((2, 2))}, 0.5)  # type: ignore[dict-item]
+    with pytest.raises(TypeError, match="tensor 'w' has dtype int64: expected float16"):
+        allocate({"w": np.ones((2, 2), np.int64)}, 0.5)
+    assert allocate({"w": [[1, 2], [3, 4]]}, 0.5, "global") == {"w": 0.5}
     with pytest.raises(ValueError, match="method 'wanda' needs input statistics"):
         Global("wanda")
     with pytest.raises(ValueError, match=r"tensor 'w' is NaN at index \(0, 1\)"):

@@ -35,6 +35,9 @@ def fails(weights):
 def nan(weights):
     return float("nan")
 
+def counted(weights):
+    raise RuntimeError("evaluated")
+
 number = 3
 """
 
@@ -182,6 +185,24 @@ def test_errors(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert model.read_bytes() == before
     run(capsys, *search[:-1], 0.0, "-o", model, "--force")
     assert not checkpoint.load(model).weights["mid.weight"].any()
+
+
+def test_where_output_cannot_go_is_found_before_anything_is_evaluated(
+    model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (model.parent / "folder" / "model.safetensors").mkdir(parents=True)
+    counted = (model, "--eval", "owned_module:counted")
+    cases: list[tuple[list[Any], str]] = [
+        (["sensitivity", *counted, "-o", "no/where.json"], "no such directory"),
+        (["sensitivity", *counted, "-o", "folder"], "expected a regular file to replace"),
+        (["sensitivity", *counted, "--state", "no/state.json"], "no such directory"),
+        (["search", *counted, "--min-score", 0, "-o", "no/where.safetensors"], "no such directory"),
+        (["search", *counted, "--min-score", 0, "-o", "folder"], "expected a regular file to replace"),
+    ]
+    for arguments, message in cases:
+        error = fail(capsys, *arguments)
+        assert message in error, arguments
+        assert "evaluated" not in error, arguments
 
 
 def test_groups() -> None:

@@ -197,6 +197,11 @@ def test_report_plot(tmp_path: Path) -> None:
         REPORT.plot(kind="pie")
 
 
+def test_names_with_an_underscore_stand_in_the_legend() -> None:
+    axes = plot.degradation({"_compiled": [(0.5, 1.0)], "plain": [(0.5, 0.9)]}).axes[0]
+    assert [text.get_text().strip() for text in axes.get_legend().get_texts()] == ["_compiled", "plain"]
+
+
 def test_dollars_are_no_mathematics(tmp_path: Path) -> None:
     plot.sparsity_per_tensor({"$\\frac{": 0.5, "a\x1b[2J": 0.1}, tmp_path / "a.png")
     plot.degradation({"$x_": [(0.1, 1.0)]}, tmp_path / "a.png", score="score")

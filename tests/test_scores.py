@@ -43,6 +43,7 @@ def test_random_draws_depend_on_seed_name_and_shape_only() -> None:
     assert (Random(7).score("w", -3 * np.asfortranarray(weights).astype(np.float32)) == scores).all()
     assert (Random(8).score("w", weights) != scores).any()
     assert (Random(7).score("v", weights) != scores).any()
+    assert (Random(7).score("\udcff", weights) != scores).any()  # what JSON can hold and UTF-8 cannot
 
 
 def test_random_draws_are_uniform() -> None:

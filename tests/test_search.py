@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -277,6 +278,9 @@ def test_plain_data() -> None:
     assert content["sparsity"] == result.sparsity
     assert content["curve"][0] == {"target": 0.0, "sparsity": 0.0, "score": 1.0, "passed": True}
     assert content["report"]["total"]["pruned_params"] == round(2000 * result.sparsity)
+    low = find_smallest(WEIGHTS, scored(lambda s: -np.inf if s > 0.5 else 1.0), 0.5).to_dict()
+    assert low["curve"][-1]["score"] == "-inf"
+    assert "Infinity" not in json.dumps(low)
     assert str(result).startswith(
         "50.00 % of the weights pruned: score 0.5, dense 1, asked for 0.5".replace(" %", "%")
     )

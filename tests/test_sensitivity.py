@@ -21,6 +21,7 @@ from sparsam.config import PruningConfig
 from sparsam.patterns import NM, Slices, Tied, Unstructured
 from sparsam.pruner import prune
 from sparsam.scores import Random
+from sparsam.search import find_smallest
 from sparsam.sensitivity import EvaluationError, SensitivityPoint, SensitivityReport, sensitivity
 
 MATRICES = ("in.weight", "mid.weight", "out.weight")
@@ -185,6 +186,27 @@ def test_ties_are_pruned_together(pattern: Any) -> None:
         ValueError, match=r"groups\['a'\]: expected all or none of the tied \['q', 'o'\]; got \['q'\]"
     ):
         sensitivity(weights, remember, (0.5,), config=config, groups={"a": "q"})
+
+
+def test_allocated_ties_are_pruned_as_allocated() -> None:
+    weights = tied_network()
+    config = PruningConfig(ties=HEADS)
+    report = sensitivity(weights, _kept, config=config)
+    shares = report.allocate(0.6)
+    result = prune(weights, target_sparsity=0.0, ties=HEADS, overrides=shares)
+    for curve, groups in zip(report.curves, (24, 4, 10), strict=True):
+        pruned = sum(shares[name] * size for name, size in curve.tensors)
+        name, size = curve.tensors[0]
+        assert result.masks[name].count == size - round(pruned / curve.params * groups) * size // groups
+    found = find_smallest(weights, _kept, 0.4, config=config, allocation=report)
+    assert found.score >= 0.4
+    assert 0.4 < found.sparsity < 0.7
+    assert not found.weights["fc1"][found.weights["bias"] == 0].any()
+
+
+def _kept(weights: Arrays) -> float:
+    sizes = [(np.count_nonzero(array), array.size) for array in weights.values()]
+    return float(sum(kept for kept, _ in sizes) / sum(size for _, size in sizes))
 
 
 def test_a_tensor_in_two_ties_has_no_sparsity_of_its_own() -> None:

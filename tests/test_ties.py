@@ -284,8 +284,10 @@ def test_adversarial_values(case: str) -> None:
         (
             [MLP],
             {"overrides": {"*bias": 0.5}},
-            r"tensor 'fc1.bias' is tied, but overrides has '\*bias' for it",
+            r"overrides have \{'fc1.bias': 0.5\} for the tied \['fc1', 'fc1.bias', 'fc2'\]: expected one",
         ),
+        ([MLP], {"overrides": {"fc*": 0.5, "fc2": 0.8}}, r"overrides have .* for the tied .*: expected one"),
+        ([MLP], {"overrides": {"fc*": (0.5, Slices(0))}}, r"overrides have .* for the tied .*: expected one"),
     ],
 )
 def test_ties_that_do_not_fit(ties: list[Tied], changes: dict[str, Any], message: str) -> None:
@@ -295,6 +297,29 @@ def test_ties_that_do_not_fit(ties: list[Tied], changes: dict[str, Any], message
             prune(block(), config)
         with pytest.raises(ValueError, match=message):
             IterativePruner(config=config).run(block(), lambda _: 1.0)
+
+
+@pytest.mark.parametrize("scope", ["layer", "row", "global"])
+@pytest.mark.parametrize("sparsity", [0.0, 0.3, 0.75, 1.0])
+def test_a_tie_may_have_a_sparsity_of_its_own(scope: str, sparsity: float) -> None:
+    weights = block(5)
+    config = PruningConfig(0.5, scope=scope, ties=[MLP, SELF_ATTENTION], overrides={"fc*": sparsity})
+    result = prune(weights, config)
+    check(result.masks, oracle(weights, [rival(MLP, weights)], sparsity, Magnitude()))
+    check(result.masks, oracle(weights, [rival(SELF_ATTENTION, weights)], 0.5, Magnitude()))
+    steps = IterativePruner(num_iterations=3, final_sparsity=0.5, config=config)
+    assert steps.run(weights, lambda _: 1.0).masks["fc1"] == result.masks["fc1"]
+    # 3 of 8 groups, each member to within one weight of that.
+    rounded = {"fc1": 14 / 40, "fc1.bias": 3 / 8, "fc2": 16 / 40}
+    assert prune(weights, config, overrides=rounded).masks["fc1"].count == 25
+
+
+def test_an_allocation_that_names_what_is_tied_is_refused() -> None:
+    weights = {name: block()[name] for name in MLP.members}
+    with pytest.raises(
+        ValueError, match=r"allocation: 'fc1' matches no tensor to be pruned, apart from overrides and ties"
+    ):
+        prune(weights, ties=[MLP], allocation={"fc1": 0.9})
 
 
 def test_ties_without_tensors() -> None:

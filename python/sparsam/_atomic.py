@@ -10,6 +10,22 @@ from pathlib import Path
 from typing import Any
 
 
+def check_target(path: Path) -> Path:
+    """Finds out what stands in the way of a file before what goes into it is computed; follows links.
+
+    Raises:
+        ValueError: It exists and is no regular file.
+        OSError: Its folder is missing.
+    """
+    target = path.resolve()
+    if not target.parent.is_dir():
+        raise FileNotFoundError(errno.ENOENT, "no such directory", str(target.parent))
+    if target.exists() and not target.is_file():
+        msg = f"{path}: expected a regular file to replace, got a folder, pipe or device"
+        raise ValueError(msg)
+    return target
+
+
 def publish(writers: Mapping[Path, Callable[[Path], Any]]) -> None:
     """Writes files beside their targets, flushes them to the disk, then renames all of them in order.
 
@@ -27,12 +43,7 @@ def publish(writers: Mapping[Path, Callable[[Path], Any]]) -> None:
     staged: dict[Path, Path] = {}
     try:
         for path, write in writers.items():
-            target = path.resolve()
-            if not target.parent.is_dir():
-                raise FileNotFoundError(errno.ENOENT, "no such directory", str(target.parent))
-            if target.exists() and not target.is_file():
-                msg = f"{path}: expected a regular file to replace, got a folder, pipe or device"
-                raise ValueError(msg)
+            target = check_target(path)
             staged[target] = temporary = target.with_name(f".{target.name[:64]}.{secrets.token_hex(4)}.tmp")
             temporary.touch(exist_ok=False)
             mode = (target if target.exists() else temporary).stat().st_mode

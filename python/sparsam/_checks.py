@@ -7,6 +7,9 @@ from collections.abc import Iterator, Mapping
 from numbers import Real
 from typing import Any, TypeVar
 
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
 ValueT_co = TypeVar("ValueT_co", covariant=True)
 
 
@@ -65,3 +68,27 @@ def set_fields(instance: object, **fields: object) -> None:
     """Stores checked values on a frozen dataclass."""
     for name, value in fields.items():
         object.__setattr__(instance, name, value)
+
+
+def to_array(name: str, value: ArrayLike) -> NDArray[Any]:
+    """Returns `value` as a plain array without copying one; integers outside arrays become float64."""
+    try:
+        array = np.asarray(value)
+    except (TypeError, ValueError) as error:
+        msg = f"tensor {name!r}: NumPy cannot make an array of this {type(value).__name__}: {error}"
+        raise ValueError(msg) from error
+    if not hasattr(value, "__array__") and array.dtype.kind in "biu":
+        return array.astype(np.float64)
+    return array
+
+
+def to_arrays(weights: object, what: str = "weights") -> dict[str, NDArray[Any]]:
+    """Returns the values of a mapping as plain arrays; TypeError for none, or a name that is not text."""
+    if not isinstance(weights, Mapping):
+        msg = f"{what}: expected a mapping from names to arrays; got {type(weights).__name__}"
+        raise TypeError(msg)
+    for name in weights:
+        if not isinstance(name, str):
+            msg = f"{what}: expected names as keys; got {name!r} of type {type(name).__name__}"
+            raise TypeError(msg)
+    return {name: to_array(name, value) for name, value in weights.items()}

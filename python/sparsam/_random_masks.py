@@ -21,7 +21,8 @@ _Arrays = Mapping[str, NDArray[Any]]
 
 def generator(purpose: str, name: str, seed: int) -> np.random.Generator:
     """Draws that depend on the seed and the tensor's name, not on its place among the others."""
-    key = hashlib.blake2b(f"{purpose} {name}".encode(), digest_size=16).digest()
+    text = f"{purpose} {name}".encode(errors="surrogatepass")
+    key = hashlib.blake2b(text, digest_size=16).digest()
     return np.random.default_rng([seed, int.from_bytes(key, "little")])
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from sparsam._atomic import publish
+from sparsam._atomic import check_target, publish
 from sparsam._state import _differences
 from sparsam.sensitivity_report import SensitivityPoint
 
@@ -27,7 +27,9 @@ class Store:
 
         Raises:
             ValueError: It belongs to another sweep, is damaged, or is no state of ours.
+            OSError: It cannot be read, or there is no folder for it.
         """
+        check_target(self._path)
         if not self._path.exists():
             return []
         try:

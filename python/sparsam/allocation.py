@@ -38,10 +38,10 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from sparsam import scores
-from sparsam._checks import check_sparsity, expected
+from sparsam._checks import check_sparsity, expected, to_arrays
 from sparsam.config import ALLOCATIONS, Allocation, AllocationLike, Scorer
 from sparsam.patterns import NM, Block, Pattern, Slices, Unstructured
-from sparsam.selection import _select_groups, count_groups, score_tensor
+from sparsam.selection import _check_dtype, _select_groups, count_groups, score_tensor
 from sparsam.statistics import InputStatistics
 
 __all__ = ["ERK", "OWL", "Allocation", "Explicit", "Global", "Uniform", "allocate", "block_of"]
@@ -84,15 +84,18 @@ class ERK:
     def shares(self, weights: Arrays, target: float, pattern: Grouping, /) -> dict[str, float]:
         """Returns 1 - density for every tensor."""
         sizes = _sizes(weights, pattern)
-        raw = {}
+        ratios = {}
         for name, size in sizes.items():
             dims = weights[name].shape if weights[name].ndim > 1 else (1, weights[name].size)
             dims = dims if self.include_kernel else dims[:2]
-            raw[name] = (sum(dims) / math.prod(dims)) ** self.power if size else 0.0
+            ratios[name] = sum(dims) / math.prod(dims) if size else 0.0
         free = {name for name, size in sizes.items() if size}
         density = dict.fromkeys(weights, 1.0)
         kept = (1 - target) * sum(sizes.values())
         while free:
+            # Relative to the largest, no power overflows, nor do all of them vanish.
+            top = max(ratios[name] for name in free)
+            raw = {name: (ratios[name] / top) ** self.power for name in free}
             left = kept - sum(sizes[name] for name in sizes if name not in free)
             scale = left / sum(raw[name] * sizes[name] for name in free)
             over = {name for name in free if raw[name] * scale > 1}
@@ -233,7 +236,10 @@ class Explicit:
         for wanted in self.sparsities:
             if not any(fnmatchcase(name, wanted) for name in weights):
                 close = difflib.get_close_matches(wanted, weights, n=3, cutoff=0.0)
-                msg = f"allocation: {wanted!r} matches no tensor to be pruned; the closest are {close!r}"
+                msg = (
+                    f"allocation: {wanted!r} matches no tensor to be pruned, apart from overrides and ties, which "
+                    f"are outside the total; the closest are {close!r}"
+                )
                 raise ValueError(msg)
         named: dict[str, float] = {}
         for name in weights:
@@ -304,8 +310,11 @@ def allocate(
 
     Raises:
         ValueError: The target is outside [0, 1], the method does not fit the tensors, or the pattern is N:M.
+        TypeError: `weights` is no mapping from names, or a tensor has a dtype that cannot be pruned.
     """
-    arrays = {name: array for name, value in weights.items() if (array := np.asarray(value)).ndim > 1}
+    arrays = {name: array for name, array in to_arrays(weights).items() if array.ndim > 1}
+    for name, array in arrays.items():
+        _check_dtype(name, array)
     return _allocate(arrays, check_sparsity("target", target), method, pattern)
 
 
@@ -318,8 +327,9 @@ def _allocate(
     floors: Mapping[str, int] | None = None,
 ) -> dict[str, float]:
     """`allocate` over tensors of any rank, none of which gets less than its floor, a number of groups."""
-    if isinstance(pattern, NM):
-        msg = f"allocation: pattern {pattern} has one sparsity: expected Unstructured(), Block or Slices"
+    if not isinstance(pattern, Grouping):
+        why = f"pattern {pattern}, which has one sparsity" if isinstance(pattern, NM) else repr(pattern)
+        msg = f"allocation: expected the pattern Unstructured(), Block or Slices; got {why}"
         raise ValueError(msg)
     allocation = resolve(method)
     sizes = _sizes(arrays, pattern)

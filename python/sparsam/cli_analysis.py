@@ -22,6 +22,7 @@ from sparsam._arguments import (
     parse_pattern,
     parse_sparsities,
 )
+from sparsam._atomic import check_target
 from sparsam._console import print_json, print_text, progress
 from sparsam.config import PruningConfig
 from sparsam.search import find_smallest
@@ -90,6 +91,8 @@ def sensitivity(
     """Prune each tensor alone, call a function with the weights each time, and show which tensors mind."""
     if picture:
         plot.check(picture)
+    if output:
+        check_target(output)
     function = parse_eval(evaluate)
     weights = checkpoint.load(source).weights
     config = _config(weights, scope, pattern, method, exclude, override)
@@ -156,6 +159,8 @@ def search(
         raise ValueError(msg)
     function = parse_eval(evaluate)
     read = checkpoint.load(source)
+    if output and read.shards is None:
+        check_target(output / checkpoint.FILE_NAME if output.is_dir() else output)
     with progress() as bar:
         task = bar.add_task("evaluating", total=max_evaluations)
         result = find_smallest(

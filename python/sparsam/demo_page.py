@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import errno
 import html
 import io
 from collections.abc import Iterable, Sequence
@@ -11,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from sparsam import plot
-from sparsam._atomic import publish
+from sparsam._atomic import check_target, publish
 from sparsam.bench import machine
 from sparsam.demo import ALLOWED_LOSS, DemoResult
 
@@ -32,12 +31,11 @@ def check(file: Path) -> None:
     """Finds out what stands in the way of the page, before anything is measured.
 
     Raises:
-        ValueError: matplotlib is not installed.
+        ValueError: matplotlib is not installed; the name is that of a folder.
         OSError: There is no such folder.
     """
     plot.new_figure()
-    if not file.parent.is_dir():
-        raise FileNotFoundError(errno.ENOENT, "no such directory", str(file.parent))
+    check_target(file)
 
 
 def write(result: DemoResult, file: Path) -> None:

@@ -19,12 +19,12 @@ from numpy.typing import ArrayLike, NDArray
 from sparsam import schedules, scores
 from sparsam._callbacks import Arrays, Masks, accept, sparsity_of
 from sparsam._callbacks import evaluate as score_of
-from sparsam._checks import check_sparsity
+from sparsam._checks import check_sparsity, to_arrays
 from sparsam._state import HistoryRow, Limits, Progress, StateDir, identify
 from sparsam.config import Override, PruningConfig, Schedule, ScheduleLike
 from sparsam.masks import Mask
 from sparsam.patterns import NM, Pattern
-from sparsam.pruner import SINGLE, Pool, check_patterns, configured, describe, plan, prune_pools, to_arrays
+from sparsam.pruner import SINGLE, Pool, check_patterns, configured, describe, plan, prune_pools
 from sparsam.report import Report
 
 __all__ = ["HistoryRow", "IterativePruner", "IterativeResult"]

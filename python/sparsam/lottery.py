@@ -16,12 +16,12 @@ from numpy.typing import ArrayLike, NDArray
 
 from sparsam import scores
 from sparsam._callbacks import Arrays, Masks, accept, evaluate_finite, sparsity_of
-from sparsam._checks import check_sparsity, expected, integer, positive
+from sparsam._checks import check_sparsity, expected, integer, positive, to_arrays
 from sparsam._random_masks import count_groups, draw_masks, generator
 from sparsam.config import PruningConfig
 from sparsam.masks import Mask
 from sparsam.patterns import NM
-from sparsam.pruner import Pool, check_patterns, configured, describe, plan, prune_pools, to_arrays
+from sparsam.pruner import Pool, check_patterns, configured, describe, plan, prune_pools
 from sparsam.report import Report
 
 __all__ = ["TicketResult", "TicketRound", "find_ticket"]
@@ -189,10 +189,7 @@ def find_ticket(
             or a weight is NaN.
         TypeError: As for `sparsam.prune`; a callback returned something of another type.
     """
-    if not isinstance(init_weights, Mapping):
-        msg = f"init_weights: expected a mapping from names to arrays; got {type(init_weights).__name__}"
-        raise TypeError(msg)
-    initial = to_arrays(init_weights)
+    initial = to_arrays(init_weights, "init_weights")
     settings = configured(config, {})
     check_patterns(settings, initial, stacklevel=2)
     pools = _pools(initial, settings, check_sparsity("fraction", fraction))

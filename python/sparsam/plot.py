@@ -6,7 +6,6 @@ what: .png, .svg, .pdf. Colours are told apart by colour-blind readers, and line
 
 from __future__ import annotations
 
-import errno
 import math
 from collections.abc import Iterable, Mapping, Sequence, Sized
 from itertools import cycle
@@ -16,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from sparsam._atomic import publish
+from sparsam._atomic import check_target, publish
 from sparsam.bench.matmul import MatmulRow
 from sparsam.report import Report, printable
 from sparsam.selection import threshold
@@ -52,7 +51,7 @@ def check(file: Path) -> None:
     """Finds out what stands in the way of a picture, before hours of measuring.
 
     Raises:
-        ValueError: matplotlib is not installed, or knows no such ending.
+        ValueError: matplotlib is not installed, or knows no such ending; the name is that of a folder.
         OSError: There is no such folder.
     """
     endings = new_figure().canvas.get_supported_filetypes()
@@ -60,8 +59,7 @@ def check(file: Path) -> None:
         expected = ", ".join(f".{ending}" for ending in sorted(endings))
         msg = f"{file}: expected a name that ends in one of {expected}"
         raise ValueError(msg)
-    if not file.parent.is_dir():
-        raise FileNotFoundError(errno.ENOENT, "no such directory", str(file.parent))
+    check_target(file)
 
 
 def speedups(rows: Iterable[MatmulRow], file: Path, caption: str) -> Any:
@@ -365,8 +363,9 @@ def _legend(axes: Any, *, outside: bool = False) -> None:
 
 
 def _text(name: str) -> str:
-    """A name without what a terminal would obey or matplotlib take for mathematics."""
-    return printable(name).replace("$", r"\$")
+    """A name that no terminal obeys, and that matplotlib neither reads as mathematics nor hides."""
+    text = printable(name).replace("$", r"\$")
+    return f" {text}" if text.startswith("_") else text
 
 
 def _short(name: str) -> str:

@@ -17,13 +17,14 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from sparsam import scores
+from sparsam._checks import to_arrays
 from sparsam.allocation import _allocate
 from sparsam.config import Override, PruningConfig, Scorer
 from sparsam.masks import Mask, _check_apart
 from sparsam.patterns import NM, Block, Pattern, Slices, Tied
 from sparsam.report import LayerStats, Report, measure
 from sparsam.selection import DTYPES, count_pruned, is_weight_dtype, pruned_last, score_tensor, select_many
-from sparsam.ties import check_tied_config, members, select_tied, tied_patterns
+from sparsam.ties import members, select_tied, tied_patterns, tied_sparsities
 
 SINGLE = "weights"
 """What a tensor that came without a name is called."""
@@ -180,27 +181,6 @@ def configured(config: PruningConfig | None, changes: Mapping[str, Any]) -> Prun
     return replace(config, **changes) if changes else config
 
 
-def to_array(name: str, value: ArrayLike) -> NDArray[Any]:
-    """Returns `value` as a plain array without copying one; integers outside arrays become float64."""
-    try:
-        array = np.asarray(value)
-    except (TypeError, ValueError) as error:
-        msg = f"tensor {name!r}: NumPy cannot make an array of this {type(value).__name__}: {error}"
-        raise ValueError(msg) from error
-    if not hasattr(value, "__array__") and array.dtype.kind in "biu":
-        return array.astype(np.float64)
-    return array
-
-
-def to_arrays(weights: Mapping[str, ArrayLike]) -> dict[str, NDArray[Any]]:
-    """Returns the values of `weights` as plain arrays; TypeError for a name that is not text."""
-    for name in weights:
-        if not isinstance(name, str):
-            msg = f"weights: expected names as keys; got {name!r} of type {type(name).__name__}"
-            raise TypeError(msg)
-    return {name: to_array(name, value) for name, value in weights.items()}
-
-
 def check_patterns(config: PruningConfig, names: Collection[str], *, stacklevel: int) -> None:
     """Raises for an override that matches no name; warns of an exclude or override without effect."""
     for pattern in config.overrides:
@@ -242,7 +222,8 @@ def plan(
         ValueError: Ties or an allocation do not fit the tensors, or ties exclude or overrides.
         TypeError: A tensor to be pruned has a dtype that cannot be.
     """
-    tied = check_tied_config(config, arrays)
+    shares = tied_sparsities(config, arrays)
+    tied = frozenset(members(config.ties))
     pooled: list[str] = []
     pools: list[Pool] = []
     scope = "row" if config.scope == "row" else "global"
@@ -250,7 +231,7 @@ def plan(
         if _excluded(name, config):
             continue
         own = [value for pattern, value in config.overrides.items() if fnmatchcase(name, pattern)]
-        if own:
+        if own and name not in tied:
             sparsity, pattern = _own(own[-1], config)
             grouped = isinstance(pattern, (Block, Slices))
             pools.append(Pool((name,), sparsity, pattern, scope="global" if grouped else scope))
@@ -264,10 +245,19 @@ def plan(
                 "order; convert it with .astype(), or exclude the tensor"
             )
             raise TypeError(msg)
-    target, pattern, ties = config.target_sparsity, config.pattern, tuple(config.ties)
+    target, pattern = config.target_sparsity, config.pattern
+    ties = tuple(tie for tie, own in zip(config.ties, shares, strict=True) if own is None)
+    pools = [
+        *(
+            Pool(members((tie,)), own, pattern, (tie,))
+            for tie, own in zip(config.ties, shares, strict=True)
+            if own is not None
+        ),
+        *pools,
+    ]
     if config.scope != "global":
-        shares = _shares({name: arrays[name] for name in pooled}, config, previous)
-        each = [Pool((name,), shares[name], pattern, scope=scope) for name in pooled]
+        allocated = _shares({name: arrays[name] for name in pooled}, config, previous)
+        each = [Pool((name,), allocated[name], pattern, scope=scope) for name in pooled]
         return [*each, *(Pool(members((tie,)), target, pattern, (tie,)) for tie in ties), *pools]
     together = isinstance(pattern, (Block, Slices))
     groups = [(pooled, ties)] if together else [(pooled, ()), ([], ties)]
@@ -279,7 +269,7 @@ def _shares(
     arrays: Mapping[str, NDArray[Any]], config: PruningConfig, previous: Mapping[str, Mask] | None
 ) -> dict[str, float]:
     """The sparsity of each tensor: the target itself where it is uniform, as each tensor rounds by itself."""
-    if config.allocation == "uniform" or not arrays:
+    if config.allocation == "uniform":
         return dict.fromkeys(arrays, config.target_sparsity)
     pattern = config.pattern
     assert not isinstance(pattern, NM)  # which PruningConfig refuses

@@ -92,7 +92,9 @@ class Random:
 
     def score(self, name: str, weights: NDArray[Any], /) -> NDArray[np.float32]:
         """Returns float32 draws; 0 where a weight is 0, and NaN where it is NaN, which selection refuses."""
-        key = int.from_bytes(hashlib.blake2b(name.encode(), digest_size=16).digest(), "little")
+        key = int.from_bytes(
+            hashlib.blake2b(name.encode(errors="surrogatepass"), digest_size=16).digest(), "little"
+        )
         draws = np.random.default_rng([self.seed, key]).random(weights.shape, dtype=np.float32)
         scores = np.where(weights == 0, np.float32(0), 1 - draws)
         return np.where(np.isnan(weights), np.float32(np.nan), scores)

@@ -13,13 +13,14 @@ from typing import Any, NamedTuple
 from numpy.typing import ArrayLike
 
 from sparsam._callbacks import Arrays, Masks, accept, evaluate_finite, sparsity_of
-from sparsam._checks import check_sparsity, integer, positive
+from sparsam._checks import check_sparsity, integer, positive, to_arrays
 from sparsam.config import AllocationLike, Override, PruningConfig
 from sparsam.masks import Mask
 from sparsam.patterns import NM, Unstructured
-from sparsam.pruner import PruningResult, configured, plan, prune, to_arrays
+from sparsam.pruner import PruningResult, configured, plan, prune
 from sparsam.report import LayerStats, Report, measure
-from sparsam.sensitivity_report import SensitivityReport
+from sparsam.sensitivity_report import SensitivityReport, _plain
+from sparsam.ties import members
 
 __all__ = ["SearchProbe", "SearchResult", "find_smallest"]
 
@@ -90,17 +91,17 @@ class SearchResult:
         return tuple(probe for probe in self.curve if failed and probe.passed and probe.target > failed[0])
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns all but the weights and the masks in plain types."""
+        """Returns all but the weights and the masks in plain types; infinite scores as text."""
         return {
             "sparsity": self.sparsity,
-            "score": self.score,
-            "dense_score": self.dense_score,
-            "min_score": self.min_score,
+            "score": _plain(self.score),
+            "dense_score": _plain(self.dense_score),
+            "min_score": _plain(self.min_score),
             "max_sparsity": self.max_sparsity,
             "evaluations": self.evaluations,
             "finished": self.finished,
             "monotone": self.monotone,
-            "curve": [probe._asdict() for probe in self.curve],
+            "curve": [{**probe._asdict(), "score": _plain(probe.score)} for probe in self.curve],
             "report": self.report.to_dict(),
         }
 
@@ -172,9 +173,7 @@ def find_smallest(
             sparsity, is the configuration's; an argument is out of range; as for `sparsam.prune`.
         TypeError: `weights` is no mapping; a callback returned something of another type.
     """
-    if not isinstance(weights, Mapping):
-        msg = f"weights: expected a mapping from names to arrays; got {type(weights).__name__}"
-        raise TypeError(msg)
+    arrays = to_arrays(weights)
     if isinstance(min_score, bool) or not isinstance(min_score, Real) or math.isnan(min_score):
         msg = f"min_score: expected a number; got {min_score!r}"
         raise ValueError(msg)
@@ -188,7 +187,6 @@ def find_smallest(
     if isinstance(settings.pattern, NM):
         msg = f"pattern {settings.pattern} has one sparsity, {settings.pattern.sparsity}: nothing to search"
         raise ValueError(msg)
-    arrays = to_arrays(weights)
     search = _Search(arrays, eval_fn, float(min_score), recover_fn, _pruner(arrays, settings, allocation))
     search.run(
         positive("max_evaluations", max_evaluations),
@@ -358,10 +356,12 @@ def _explicit(arrays: Arrays, config: PruningConfig, sparsities: Mapping[str, fl
             f"{list(patterns)!r}"
         )
         raise ValueError(msg)
+    tied = members(config.ties)
     own: dict[str, Override] = {}
     for name, sparsity in sparsities.items():
         share = check_sparsity(f"allocation of {name!r}", sparsity)
-        # N:M has no sparsity 0 of its own.
-        own[glob.escape(name)] = share, patterns[name] if share else Unstructured()
+        # N:M has no sparsity 0 of its own, and a tie takes nothing but a sparsity.
+        pattern = patterns[name] if share else Unstructured()
+        own[glob.escape(name)] = share if name in tied else (share, pattern)
     kept = {pattern: value for pattern, value in config.overrides.items() if pattern not in own}
     return {**kept, **own}

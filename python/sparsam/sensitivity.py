@@ -20,14 +20,14 @@ from typing import Any
 from numpy.typing import ArrayLike, NDArray
 
 from sparsam._callbacks import Arrays, evaluate_finite
-from sparsam._checks import check_sparsity, positive
+from sparsam._checks import check_sparsity, positive, to_arrays
 from sparsam._spread import Spread, TaskError
 from sparsam._state import _described, identify
 from sparsam._sweep_rounds import DENSE, Task, rounds
 from sparsam._sweep_state import Store
 from sparsam.config import Override, PruningConfig
 from sparsam.patterns import NM, Pattern, Tied, Unstructured
-from sparsam.pruner import check_patterns, configured, plan, prune, to_arrays
+from sparsam.pruner import check_patterns, configured, plan, prune
 from sparsam.scores import resolve
 from sparsam.sensitivity_report import SensitivityCurve, SensitivityPoint, SensitivityReport
 from sparsam.ties import members
@@ -125,9 +125,6 @@ def sensitivity(
             budget is less than one evaluation for each curve and the dense one; `state` is of another run.
         TypeError: `weights` is no mapping; as for `sparsam.prune`.
     """
-    if not isinstance(weights, Mapping):
-        msg = f"weights: expected a mapping from names to arrays; got {type(weights).__name__}"
-        raise TypeError(msg)
     arrays = to_arrays(weights)
     settings = configured(config, {})
     check_patterns(settings, arrays, stacklevel=2)

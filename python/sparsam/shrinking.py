@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from sparsam._checks import to_arrays
 from sparsam.masks import Mask
 from sparsam.patterns import Slices, Tied, as_ties
-from sparsam.pruner import to_arrays
 from sparsam.ties import check_ties
 
 

@@ -67,24 +67,46 @@ def check_ties(ties: Iterable[Tied], arrays: Mapping[str, NDArray[Any]]) -> None
             raise ValueError(msg)
 
 
-def check_tied_config(config: PruningConfig, arrays: Mapping[str, NDArray[Any]]) -> frozenset[str]:
-    """Returns the names of all members of a configuration's ties.
+def tied_sparsities(config: PruningConfig, arrays: Mapping[str, NDArray[Any]]) -> tuple[float | None, ...]:
+    """Returns the sparsity that overrides give each tie of a configuration; None where they give none.
 
     Raises:
-        ValueError: As `check_ties`, or a member is excluded or overridden.
+        ValueError: As `check_ties`; a member is excluded; overrides are not one sparsity for all members.
     """
     check_ties(config.ties, arrays)
-    names = members(config.ties)
-    for what, patterns in (("exclude", config.exclude), ("overrides", config.overrides)):
-        for pattern in patterns:
-            for name in names:
-                if fnmatchcase(name, pattern):
-                    msg = (
-                        f"ties: tensor {name!r} is tied, but {what} has {pattern!r} for it; narrow that "
-                        "pattern, or take the tensor out of the tie"
-                    )
-                    raise ValueError(msg)
-    return frozenset(names)
+    for pattern in config.exclude:
+        for name in members(config.ties):
+            if fnmatchcase(name, pattern):
+                msg = (
+                    f"ties: tensor {name!r} is tied, but exclude has {pattern!r} for it; narrow that "
+                    "pattern, or take the tensor out of the tie"
+                )
+                raise ValueError(msg)
+    return tuple(_own_sparsity(tied, config, arrays) for tied in config.ties)
+
+
+def _own_sparsity(tied: Tied, config: PruningConfig, arrays: Mapping[str, NDArray[Any]]) -> float | None:
+    """The sparsity of all members together, which is that of each to within one weight."""
+    values = {}
+    for name in tied.members:
+        own = [value for pattern, value in config.overrides.items() if fnmatchcase(name, pattern)]
+        if own:
+            values[name] = own[-1]
+    if not values:
+        return None
+    sizes = {name: arrays[name].size for name in tied.members}
+    numbers = {name: value for name, value in values.items() if isinstance(value, float)}
+    if len(numbers) == len(sizes):
+        if len(set(numbers.values())) == 1:
+            return next(iter(numbers.values()))
+        mean = sum(value * sizes[name] for name, value in numbers.items()) / max(sum(sizes.values()), 1)
+        if all(abs(value - mean) * sizes[name] < 1 + 1e-6 for name, value in numbers.items()):
+            return min(mean, 1.0)
+    msg = (
+        f"ties: overrides have {values!r} for the tied {list(tied.members)!r}: expected one sparsity for all "
+        "of them, or nothing; narrow the patterns, or take a tensor out of the tie"
+    )
+    raise ValueError(msg)
 
 
 def members(ties: Iterable[Tied]) -> tuple[str, ...]:

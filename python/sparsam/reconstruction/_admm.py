@@ -54,7 +54,8 @@ def admm(
     inverse of G + rho I serves all iterations Z = mask (W' + U), U += W' - Z,
     W' = (W G + rho (Z - U)) (G + rho I)^-1. Up to 100 steps of conjugate gradients on the support follow,
     until one gains less than 1e-5 of the error. It works with products of whole matrices, and approaches
-    `refit`, which factorises each row's own system.
+    `refit`, which factorises each row's own system: to within 1 % of its error, but where errors are below a
+    millionth of the outputs' energy and G is near singular (of condition 1e9, up to some times as much).
 
     Without a mask (Meng et al., "ALPS", 2024): B = (W G - V + rho D) (G + rho I)^-1, D = what `select`
     keeps of B + V / rho, V += rho (B - D), by one eigendecomposition of G. Every third iteration rho grows,

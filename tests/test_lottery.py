@@ -338,6 +338,7 @@ def test_arguments() -> None:
         (ValueError, {"rounds": 0}, "rounds: expected an integer of at least 1"),
         (ValueError, {"fraction": 1.1}, "fraction: expected a number from 0"),
         (ValueError, {"seeds": ()}, "seeds: expected at least one"),
+        (ValueError, {"seeds": 3}, "seeds: expected at least one"),
         (ValueError, {"seeds": (-1,)}, "seeds: expected at least one integer of at least 0"),
         (ValueError, {"controls": ["luck"]}, "controls: expected some of 'reinitialised', 'random mask'"),
         (ValueError, {"config": PruningConfig(pattern=NM(2, 4))}, "2:4 has one sparsity, which leaves no"),

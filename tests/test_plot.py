@@ -202,6 +202,18 @@ def test_names_with_an_underscore_stand_in_the_legend() -> None:
     assert [text.get_text().strip() for text in axes.get_legend().get_texts()] == ["_compiled", "plain"]
 
 
+def test_sparsities_are_checked_and_paths_may_be_text(tmp_path: Path) -> None:
+    plot.sparsity_per_tensor({"a": 0.5}, str(tmp_path / "bars.png"))
+    assert (tmp_path / "bars.png").stat().st_size
+    with pytest.raises(ValueError, match=r"curves\['a'\]: expected a number from 0"):
+        plot.degradation({"a": [(50, 1.0)]})
+    with pytest.raises(ValueError, match="a: expected a number from 0"):
+        plot.sparsity_per_tensor({"a": float("nan")})
+    (tmp_path / "folder.png").mkdir()
+    with pytest.raises(ValueError, match="expected a regular file to replace"):
+        plot.check(tmp_path / "folder.png")
+
+
 def test_dollars_are_no_mathematics(tmp_path: Path) -> None:
     plot.sparsity_per_tensor({"$\\frac{": 0.5, "a\x1b[2J": 0.1}, tmp_path / "a.png")
     plot.degradation({"$x_": [(0.1, 1.0)]}, tmp_path / "a.png", score="score")

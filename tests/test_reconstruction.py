@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 import sparsam
 from cases import DTYPES
 from reference import prune_lowest
-from sparsam import NM, Block, Mask, Slices, select
+from sparsam import NM, Block, InputStatistics, Mask, Slices, select
 from sparsam.reconstruction import _admm, admm, corrected_bias, obs, reconstruction_error, refit
 
 Matrix = NDArray[np.float64]
@@ -286,6 +286,16 @@ def test_equal_bits_for_any_number_of_threads(isa: str) -> None:
         assert run[3:] == runs[0][3:]
 
 
+@pytest.mark.parametrize("size", [1e-90, 1e90])
+def test_the_scale_of_h_does_not_matter_to_the_search_of_a_mask(size: float) -> None:
+    rng = np.random.default_rng(2)
+    w, x = rng.standard_normal((6, 16)).astype(np.float32), rng.standard_normal((40, 16))
+    x[:, 3] = 0
+    found, scaled = admm(w, x.T @ x, sparsity=0.6), admm(w, size * (x.T @ x), sparsity=0.6)
+    assert found.mask == scaled.mask
+    np.testing.assert_allclose(found.weights, scaled.weights, rtol=1e-5, atol=1e-6)
+
+
 def test_damping_grows_until_the_factorisation_works() -> None:
     x, _ = moments(20, 5)
     x[:, 1] = x[:, 0]
@@ -388,6 +398,11 @@ BAD_H = np.where(np.eye(4, k=1) == 1, np.inf, H)
         (ValueError, r"'weights' is nan at index \(0, 2\)", lambda: refit(NAN, H, Mask.ones((3, 4)))),
         (ValueError, r"'fc' is nan at index \(0, 2\)", lambda: obs(NAN, H, 0.5, name="fc")),
         (ValueError, r"h for tensor .* is inf at index \(0, 1\)", lambda: obs(W, BAD_H, 0.5)),
+        (
+            ValueError,
+            "h for tensor 'fc' has seen no input",
+            lambda: obs(W, InputStatistics(4), 0.5, name="fc"),
+        ),
         (ValueError, "not symmetric", lambda: obs(W, np.triu(H), 0.5)),
         (ValueError, "at least 0", lambda: obs(W, np.diag([1.0, -1, 1, 1]), 0.5)),
         (ValueError, r"expected \(4, 4\)", lambda: admm(W, np.eye(3), sparsity=0.5)),

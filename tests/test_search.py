@@ -265,6 +265,11 @@ def test_arguments() -> None:
             {"eval_fn": scored(lambda s: float("nan") if s else 1.0)},
             "sparsity 0.5: eval_fn returned NaN",
         ),
+        (
+            TypeError,
+            {"allocation": lambda _: None},
+            "allocation: expected a function that returns .* got None",
+        ),
         (TypeError, {"eval_fn": lambda _: None}, "eval_fn: expected a number; got None"),
     ]
     for kind, changes, message in cases:

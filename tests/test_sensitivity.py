@@ -542,7 +542,11 @@ def test_scores_that_are_no_numbers() -> None:
 def test_arguments() -> None:
     weights = network.weights()
     cases: list[tuple[type[Exception], dict[str, Any], str]] = [
-        (ValueError, {"sparsities": ()}, "sparsities: expected at least one above 0"),
+        (ValueError, {"sparsities": ()}, "sparsities: expected a sequence with at least one above 0"),
+        (ValueError, {"sparsities": 0.5}, "sparsities: expected a sequence with .* got 0.5"),
+        (ValueError, {"groups": {}}, "groups: expected a mapping from groups to the names"),
+        (ValueError, {"groups": ["in.weight"]}, "groups: expected a mapping from groups to the names"),
+        (ValueError, {"groups": {"a": 3}}, r"groups\['a'\]: expected a name or pattern, or several; got 3"),
         (ValueError, {"sparsities": (1.5,)}, "sparsities: expected a number"),
         (ValueError, {"max_evaluations": 0}, "max_evaluations: expected an integer of at least 1"),
         (ValueError, {"groups": {"a": "in.weihgt"}}, r"groups\['a'\]: 'in.weihgt' matches no .* 'in.weight'"),

@@ -237,8 +237,8 @@ class Explicit:
             if not any(fnmatchcase(name, wanted) for name in weights):
                 close = difflib.get_close_matches(wanted, weights, n=3, cutoff=0.0)
                 msg = (
-                    f"allocation: {wanted!r} matches no tensor to be pruned, apart from overrides and ties, which "
-                    f"are outside the total; the closest are {close!r}"
+                    f"allocation: {wanted!r} matches no tensor to be pruned, apart from overrides and ties, "
+                    f"which are outside the total; the closest are {close!r}"
                 )
                 raise ValueError(msg)
         named: dict[str, float] = {}

@@ -8,7 +8,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -195,7 +195,7 @@ def find_ticket(
     pools = _pools(initial, settings, check_sparsity("fraction", fraction))
     start = initial if rewind is None else _like("rewind", rewind, initial)
     rounds = positive("rounds", rounds)
-    seeds = tuple(integer("seeds", seed) for seed in seeds)
+    seeds = tuple(integer("seeds", seed) for seed in seeds) if isinstance(seeds, Iterable) else ()
     if not seeds or min(seeds) < 0:
         raise ValueError(expected("seeds", seeds, "at least one integer of at least 0"))
     controls = (controls,) if isinstance(controls, str) else tuple(controls)

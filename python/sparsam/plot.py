@@ -9,17 +9,22 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence, Sized
 from itertools import cycle
+from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from sparsam._atomic import check_target, publish
+from sparsam._checks import check_sparsity
+from sparsam._labels import labels, shortened
 from sparsam.bench.matmul import MatmulRow
-from sparsam.report import Report, printable
+from sparsam.report import Report
 from sparsam.selection import threshold
 from sparsam.sensitivity_report import SensitivityReport
+
+StrPath: TypeAlias = str | PathLike[str]
 
 __all__ = [
     "degradation",
@@ -33,8 +38,6 @@ __all__ = [
 # Okabe and Ito's palette, "Color universal design", 2008, without its yellow, which is faint on white.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
 _MARKERS = "osD^vPX"
-_NAME = 46
-_DOTS = "\N{HORIZONTAL ELLIPSIS}"
 _CURVES = 14
 """More lines than that are no picture: the most sensitive ones are drawn."""
 _LABELLED_CELLS = 240
@@ -47,13 +50,14 @@ _DPI = 150
 _BINS = 101
 
 
-def check(file: Path) -> None:
+def check(file: StrPath) -> None:
     """Finds out what stands in the way of a picture, before hours of measuring.
 
     Raises:
         ValueError: matplotlib is not installed, or knows no such ending; the name is that of a folder.
         OSError: There is no such folder.
     """
+    file = Path(file)
     endings = new_figure().canvas.get_supported_filetypes()
     if file.suffix[1:].lower() not in endings:
         expected = ", ".join(f".{ending}" for ending in sorted(endings))
@@ -62,7 +66,7 @@ def check(file: Path) -> None:
     check_target(file)
 
 
-def speedups(rows: Iterable[MatmulRow], file: Path, caption: str) -> Any:
+def speedups(rows: Iterable[MatmulRow], file: StrPath, caption: str) -> Any:
     """Draws the speed-up over the dense product against sparsity: a line for each shape and batch.
 
     Args:
@@ -95,7 +99,7 @@ def speedups(rows: Iterable[MatmulRow], file: Path, caption: str) -> Any:
 
 def degradation(
     curves: Mapping[str, Iterable[Sequence[float]]],
-    file: Path | None = None,
+    file: StrPath | None = None,
     *,
     dense_score: float | None = None,
     min_score: float | None = None,
@@ -111,17 +115,20 @@ def degradation(
         score: What the vertical axis is, with its unit.
 
     Raises:
-        ValueError: There is nothing to draw, or as `check`.
+        ValueError: There is nothing to draw, a sparsity is outside [0, 1], or as `check`.
         OSError: The file cannot be written.
     """
-    lines = {label: sorted((float(s), float(y)) for s, y in points) for label, points in curves.items()}
+    lines = {
+        label: sorted((check_sparsity(f"curves[{label!r}]", s), float(y)) for s, y in points)
+        for label, points in curves.items()
+    }
     if not any(lines.values()):
         msg = "curves: expected at least one with a pair (sparsity, score)"
         raise ValueError(msg)
     figure, axes = _axes(file)
     for (label, points), style in zip(lines.items(), _styles(), strict=False):
         at = [100 * s for s, _ in points]
-        axes.plot(at, [_finite(y) for _, y in points], label=_short(label), **style)
+        axes.plot(at, [_finite(y) for _, y in points], label=shortened(label), **style)
     _reference(axes, dense_score, min_score)
     _percent_axis(axes)
     axes.set_ylabel(score)
@@ -129,7 +136,7 @@ def degradation(
     return _finished(figure, file)
 
 
-def sensitivity_map(report: SensitivityReport, file: Path | None = None) -> Any:
+def sensitivity_map(report: SensitivityReport, file: StrPath | None = None) -> Any:
     """Draws losses as colours: a row for each tensor or group, the most sensitive at the top.
 
     Numbers stand in the cells as long as there are few; a hatched cell was not measured.
@@ -171,7 +178,7 @@ def sensitivity_map(report: SensitivityReport, file: Path | None = None) -> Any:
     return _finished(figure, file)
 
 
-def sensitivity_curves(report: SensitivityReport, file: Path | None = None) -> Any:
+def sensitivity_curves(report: SensitivityReport, file: StrPath | None = None) -> Any:
     """Draws the score against the sparsity of each tensor alone; of many, the most sensitive ones.
 
     Args:
@@ -188,7 +195,7 @@ def sensitivity_curves(report: SensitivityReport, file: Path | None = None) -> A
         raise ValueError(msg)
     shown = [name for name in reversed(report.ranking()) if name in curves][:_CURVES]
     figure, axes = _axes(file, width=9)
-    for name, label, style in zip(shown, _labels(shown), _styles(), strict=False):
+    for name, label, style in zip(shown, labels(shown), _styles(), strict=False):
         points = [(0.0, report.dense_score), *((p.sparsity, p.score) for p in curves[name].points)]
         axes.plot([100 * s for s, _ in points], [_finite(y) for _, y in points], label=label, **style)
     _reference(axes, report.dense_score, None)
@@ -201,7 +208,7 @@ def sensitivity_curves(report: SensitivityReport, file: Path | None = None) -> A
     return _finished(figure, file)
 
 
-def sparsity_per_tensor(sparsities: Report | Mapping[str, float], file: Path | None = None) -> Any:
+def sparsity_per_tensor(sparsities: Report | Mapping[str, float], file: StrPath | None = None) -> Any:
     """Draws a bar for each tensor: how much of it is pruned.
 
     Args:
@@ -210,7 +217,7 @@ def sparsity_per_tensor(sparsities: Report | Mapping[str, float], file: Path | N
         file: Where the picture goes, if anywhere.
 
     Raises:
-        ValueError: There is no tensor to draw, or as `check`.
+        ValueError: There is no tensor to draw, a sparsity is outside [0, 1], or as `check`.
         OSError: The file cannot be written.
     """
     total = None
@@ -218,7 +225,7 @@ def sparsity_per_tensor(sparsities: Report | Mapping[str, float], file: Path | N
         total = sparsities.total.sparsity
         bars = {layer.name: layer.sparsity for layer in sparsities.layers if layer.pattern != "dense"}
     else:
-        bars = {name: float(value) for name, value in sparsities.items()}
+        bars = {name: check_sparsity(name, value) for name, value in sparsities.items()}
     if not bars:
         msg = "sparsities: expected at least one tensor that is pruned"
         raise ValueError(msg)
@@ -250,7 +257,7 @@ def sparsity_per_tensor(sparsities: Report | Mapping[str, float], file: Path | N
 def histogram(
     weights: ArrayLike | Mapping[str, ArrayLike],
     sparsity: float,
-    file: Path | None = None,
+    file: StrPath | None = None,
     *,
     name: str = "",
 ) -> Any:
@@ -293,7 +300,7 @@ def histogram(
         for side in (-found.value, found.value):
             axes.axvline(side, color=_COLOURS[1], linestyle="--", linewidth=1)
     axes.set_yscale("log")
-    axes.set_xlabel("weight" + (f" of {_short(name)}" if name else ""))
+    axes.set_xlabel("weight" + (f" of {shortened(name)}" if name else ""))
     axes.set_ylabel("number of weights per bin (logarithmic)")
     axes.grid(visible=True, alpha=0.3)
     figure.legend(loc="outside upper right", fontsize="small", frameon=False, ncols=2)
@@ -309,7 +316,7 @@ def new_figure(width: float = 7, height: float = 4.5) -> Any:
     return Figure(figsize=(width, height), layout="constrained")
 
 
-def _axes(file: Path | None, *, width: float = 7, height: float = 4.5) -> tuple[Any, Any]:
+def _axes(file: StrPath | None, *, width: float = 7, height: float = 4.5) -> tuple[Any, Any]:
     """A figure with one pair of axes, if nothing stands in the way of its file."""
     if file is not None:
         check(file)
@@ -317,11 +324,12 @@ def _axes(file: Path | None, *, width: float = 7, height: float = 4.5) -> tuple[
     return figure, figure.subplots()
 
 
-def _finished(figure: Any, file: Path | None) -> Any:
+def _finished(figure: Any, file: StrPath | None) -> Any:
     """The figure, written if there is a file."""
     if file is not None:
-        ending = file.suffix[1:].lower()
-        publish({file: lambda path: figure.savefig(path, dpi=_DPI, format=ending)})
+        target = Path(file)
+        ending = target.suffix[1:].lower()
+        publish({target: lambda path: figure.savefig(path, dpi=_DPI, format=ending)})
     return figure
 
 
@@ -347,7 +355,7 @@ def _percent_axis(axes: Any) -> None:
 
 def _name_axis(axes: Any, names: Sequence[str]) -> None:
     step = math.ceil(len(names) * _LABEL / _tall(names))
-    axes.set_yticks(range(0, len(names), step), _labels(names)[::step], fontsize=8)
+    axes.set_yticks(range(0, len(names), step), labels(names)[::step], fontsize=8)
 
 
 def _tall(names: Sized) -> float:
@@ -360,38 +368,6 @@ def _legend(axes: Any, *, outside: bool = False) -> None:
         axes.legend(fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
     else:
         axes.legend(fontsize="small")
-
-
-def _text(name: str) -> str:
-    """A name that no terminal obeys, and that matplotlib neither reads as mathematics nor hides."""
-    text = printable(name).replace("$", r"\$")
-    return f" {text}" if text.startswith("_") else text
-
-
-def _short(name: str) -> str:
-    """A name that fits beside an axis."""
-    if len(name) > _NAME:
-        name = f"{name[: _NAME // 2]}{_DOTS}{name[-_NAME // 2 :]}"
-    return _text(name)
-
-
-def _labels(names: Sequence[str]) -> list[str]:
-    """Names that fit and still differ; where one is long, the words that all begin and end with go first."""
-    labels = list(names)
-    if any(len(name) > _NAME for name in names):
-        words = [name.split(".") for name in names]
-        start = _equal_words(words)
-        end = _equal_words([list(reversed(parts[start:])) for parts in words])
-        cut = [".".join(parts[start : len(parts) - end]) for parts in words]
-        labels = [_DOTS * bool(start) + name + _DOTS * bool(end) for name in cut]
-    labels = list(map(_short, labels))
-    return labels if len(set(labels)) == len(set(names)) else list(map(_text, names))
-
-
-def _equal_words(names: Sequence[Sequence[str]]) -> int:
-    """How many words all of them begin with, of each at least one being left."""
-    most = min(map(len, names)) - 1
-    return next((i for i in range(most) if len({name[i] for name in names}) > 1), most)
 
 
 def _finite(value: float) -> float:

@@ -349,6 +349,9 @@ def _pruner(
 
 def _explicit(arrays: Arrays, config: PruningConfig, sparsities: Mapping[str, float]) -> dict[str, Override]:
     """The overrides of the configuration, and after them one for each tensor with a sparsity of its own."""
+    if not isinstance(sparsities, Mapping):
+        msg = f"allocation: expected a function that returns {{tensor: sparsity}}; got {sparsities!r} from it"
+        raise TypeError(msg)
     patterns = {name: pool.pattern for pool in plan(arrays, config) for name in pool.names}
     if unknown := [name for name in sparsities if name not in patterns]:
         msg = (

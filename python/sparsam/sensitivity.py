@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Executor
 from contextlib import closing
 from dataclasses import dataclass, replace
@@ -20,7 +20,7 @@ from typing import Any
 from numpy.typing import ArrayLike, NDArray
 
 from sparsam._callbacks import Arrays, evaluate_finite
-from sparsam._checks import check_sparsity, positive, to_arrays
+from sparsam._checks import check_sparsity, expected, positive, to_arrays
 from sparsam._spread import Spread, TaskError
 from sparsam._state import _described, identify
 from sparsam._sweep_rounds import DENSE, Task, rounds
@@ -226,9 +226,10 @@ def _at(value: Override, sparsity: float) -> Override:
 
 
 def _grid(sparsities: Sequence[float]) -> tuple[float, ...]:
-    grid = tuple(sorted({check_sparsity("sparsities", value) for value in sparsities} - {0.0}))
+    values = sparsities if isinstance(sparsities, Iterable) else ()
+    grid = tuple(sorted({check_sparsity("sparsities", value) for value in values} - {0.0}))
     if not grid:
-        msg = f"sparsities: expected at least one above 0; got {sparsities!r}"
+        msg = f"sparsities: expected a sequence with at least one above 0; got {sparsities!r}"
         raise ValueError(msg)
     return grid
 
@@ -240,6 +241,8 @@ def _curves(
     groups: Mapping[str, str | Sequence[str]] | None,
 ) -> dict[str, _Curve]:
     """What is swept, in the order of the weights or of the groups."""
+    if groups is not None and (not isinstance(groups, Mapping) or not groups):
+        raise ValueError(expected("groups", groups, "a mapping from groups to the names of their tensors"))
     patterns = {name: pool.pattern for pool in plan(arrays, config) for name in pool.names}
     tied = members(config.ties)
     patterns |= dict.fromkeys(tied, Unstructured())
@@ -272,6 +275,8 @@ def _curves(
 
 
 def _members(group: str, patterns: str | Sequence[str], prunable: Sequence[str]) -> tuple[str, ...]:
+    if not isinstance(patterns, Iterable):
+        raise ValueError(expected(f"groups[{group!r}]", patterns, "a name or pattern, or several"))
     wanted = (patterns,) if isinstance(patterns, str) else tuple(patterns)
     for pattern in wanted:
         if not any(fnmatchcase(name, pattern) or name == pattern for name in prunable):

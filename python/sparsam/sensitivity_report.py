@@ -159,9 +159,10 @@ class SensitivityReport:
             target: The total sparsity over the tensors of the report.
 
         Returns:
-            Tensor -> sparsity, in the order of the sweep; the tensors of a group all have the group's, to
-            within one weight each. Times the sizes these add up to exactly `round(target * n)`. N:M patterns
-            take whole steps: with no other curve to give back to, the total stays above that.
+            Tensor -> sparsity, for `overrides`, in the order of the sweep; tensors of a group all have the
+            group's, to within one weight each (`prune` rounds a tie to whole slices). Times the sizes these
+            add up to exactly `round(target * n)`. N:M patterns take whole steps: with no other curve to give
+            back to, the total stays above that.
 
         Raises:
             ValueError: The target is outside [0, 1], or above `max_sparsity`; a tensor is in two curves, as
@@ -228,7 +229,7 @@ class SensitivityReport:
         if kind not in drawers:
             msg = f"kind: expected 'map' or 'curves'; got {kind!r}"
             raise ValueError(msg)
-        return drawers[kind](self, None if file is None else Path(file))
+        return drawers[kind](self, file)
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the report in plain types; infinite scores as text."""

@@ -93,8 +93,10 @@ def admm(
     inputs = layer.matrix.shape[1]
     middle = None if bias is None else to_mean(h, mean, inputs, name)
     added, bound = to_damping(damping), tolerance(h, inputs)
-    scale = np.sqrt(np.where(layer.live, layer.gram.diagonal(), 1.0))
-    scaled = replace(layer, matrix=layer.matrix * scale, gram=layer.gram / np.outer(scale, scale))
+    roots = np.sqrt(np.where(layer.live, layer.gram.diagonal(), 1.0))
+    # Relative to the largest, which changes no choice, lest float32 is too narrow for small or large inputs.
+    scale = np.where(layer.live, roots / (roots.max(initial=0, where=layer.live) or 1.0), 1.0)
+    scaled = replace(layer, matrix=layer.matrix * scale, gram=layer.gram / np.outer(roots, roots))
     if mask is None:
         rounds, penalty = positive("iterations", 300 if iterations is None else iterations), _rho(rho, 0.1)
         share = pattern.sparsity if sparsity is None and isinstance(pattern, NM) else sparsity

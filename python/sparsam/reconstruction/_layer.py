@@ -93,6 +93,9 @@ def to_layer(weights: ArrayLike, h: Moments, name: str, dtype: Any = np.float64)
 
 def to_gram(h: Moments, inputs: int, name: str) -> NDArray[np.float64]:
     """H as float64 in C order, checked: shape, finite, symmetric, no negative diagonal."""
+    if getattr(h, "count", None) == 0:
+        msg = f"h for tensor {name!r} has seen no input: call update(x) of the statistics first"
+        raise ValueError(msg)
     given = np.asarray(getattr(h, "gram", h))
     if given.dtype not in (np.float32, np.float64):
         msg = f"h for tensor {name!r} has dtype {given.dtype}: expected float32 or float64"

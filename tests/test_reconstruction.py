@@ -364,6 +364,29 @@ def test_dtypes_and_convolutions_come_back_as_they_came(dtype: str) -> None:
     )
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_memory_layouts_do_not_matter(dtype: str) -> None:
+    w, h = weights(9, 20).astype(dtype), moments(20, 80)[1]
+    h[:, 4] = h[4] = 0
+    mask = select(w, 0.5)
+
+    def results(w: NDArray[Any], h: NDArray[Any]) -> list[NDArray[Any]]:
+        swept = [
+            obs(w, h, 0.5),
+            obs(w, h, 0.5, scope="row"),
+            obs(w, h, pattern=NM(2, 4)),
+            obs(w, h, mask=mask),
+        ]
+        found = [admm(w, h, mask), admm(w, h, sparsity=0.5)]
+        return [*(result.weights for result in swept + found), refit(w, h, mask)]
+
+    views = [np.asfortranarray(w), np.repeat(np.repeat(w, 2, 0), 3, 1)[::2, ::3], w[::-1].copy()[::-1]]
+    for view in views:
+        view.flags.writeable = False
+        for own, plain in zip(results(view, np.asfortranarray(h)), results(w, h), strict=True):
+            assert np.array_equal(own, plain)
+
+
 @pytest.mark.parametrize("shape", [(0, 4), (4, 0), (0, 0)])
 def test_empty_layers(shape: tuple[int, int]) -> None:
     w, h = np.zeros(shape), np.eye(shape[1])

@@ -81,7 +81,7 @@ def to_layer(weights: ArrayLike, h: Moments, name: str, dtype: Any = np.float64)
     if array.ndim < 2:
         msg = f"tensor {name!r} has shape {array.shape}: expected a matrix (out, in), or (out, in, ...)"
         raise ValueError(msg)
-    matrix = np.array(array, dtype).reshape(array.shape[0], math.prod(array.shape[1:]))
+    matrix = np.array(array, dtype, order="C").reshape(array.shape[0], math.prod(array.shape[1:]))
     if not np.isfinite(matrix).all():
         row, column = (int(i) for i in np.argwhere(~np.isfinite(matrix))[0])
         at = tuple(int(i) for i in np.unravel_index(row * matrix.shape[1] + column, array.shape))

@@ -645,6 +645,13 @@ def test_ranking() -> None:
         MADE.tolerated(-1)
 
 
+def test_a_dense_score_of_minus_zero_is_zero() -> None:
+    report = sensitivity(
+        {"a": np.ones((2, 2))}, lambda weights: -float((weights["a"] - 1).sum() ** 2), (0.5,)
+    )
+    assert str(report).startswith("dense score 0;")
+
+
 def test_text() -> None:
     assert str(MADE) == (
         "dense score 0.9; scores with one tensor or group pruned, all else dense\n"

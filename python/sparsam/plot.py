@@ -168,7 +168,7 @@ def sensitivity_map(report: SensitivityReport, file: StrPath | None = None) -> A
     _name_axis(axes, names)
     hatched = "; hatched: not measured" if np.isnan(losses).any() else ""
     axes.set_xlabel(f"weights pruned of this tensor alone, %{hatched}")
-    figure.colorbar(image, label=f"loss of score (dense: {report.dense_score:.4g})")
+    figure.colorbar(image, label=f"loss of score (dense: {report.dense_score + 0.0:.4g})")
     if losses.size <= _LABELLED_CELLS:
         middle = np.nanmax(losses, initial=0) / 2
         for (i, j), loss in np.ndenumerate(losses):
@@ -243,6 +243,8 @@ def sparsity_per_tensor(sparsities: Report | Mapping[str, float], file: StrPath 
             va="center",
             color="white" if inside else "black",
             fontsize=7,
+            bbox=None if inside else {"facecolor": "white", "edgecolor": "none", "pad": 0.5},
+            zorder=3,
         )
     if total is not None:
         axes.axvline(100 * total, color=_COLOURS[1], linestyle="--", label=f"all tensors: {total:.1%}")
@@ -342,7 +344,9 @@ def _styles() -> Iterable[dict[str, Any]]:
 
 def _reference(axes: Any, dense_score: float | None, min_score: float | None) -> None:
     if dense_score is not None:
-        axes.axhline(dense_score, color="0.4", linewidth=1, linestyle="--", label=f"dense: {dense_score:.4g}")
+        axes.axhline(
+            dense_score, color="0.4", linewidth=1, linestyle="--", label=f"dense: {dense_score + 0.0:.4g}"
+        )
     if min_score is not None:
         axes.axhline(min_score, color="0.4", linewidth=1, linestyle=":", label=f"asked for: {min_score:.4g}")
 

@@ -289,7 +289,7 @@ class SensitivityReport:
         publish({Path(file): lambda path: path.write_text(text, encoding="utf-8")})
 
     def __str__(self) -> str:
-        drop = self._max_drop(None)
+        drop, dense = self._max_drop(None), self.dense_score + 0.0  # 0 rather than -0
         tolerated, means = self.tolerated(drop), self.mean_losses()
         curves = {curve.name: curve for curve in self.curves}
         rows = [("pruned alone", "weights", *map(_percent, self.sparsities), "mean loss", "tolerates")]
@@ -307,7 +307,7 @@ class SensitivityReport:
         lines = _aligned(rows)
         return "\n".join(
             [
-                f"dense score {self.dense_score:.6g}; scores with one tensor or group pruned, all else dense",
+                f"dense score {dense:.6g}; scores with one tensor or group pruned, all else dense",
                 f"tolerates: the highest sparsity measured that costs at most {drop:.3g} of the score",
                 "",
                 lines[0],

@@ -1,4 +1,4 @@
-// Floats for any machine: eight lanes in an array.
+// Floats and Doubles for any machine: lanes in an array.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -97,6 +97,31 @@ struct Floats {
       if ((bits >> i & 1) != 0) sum.lane[i] += to_float(*p++) * x.lane[i];
     return sum;
   }
+};
+
+struct Doubles {
+  static constexpr std::size_t kLanes = 4;
+  struct Reg {
+    double lane[kLanes];
+  };
+
+  static Reg set1(double x) { return {{x, x, x, x}}; }
+  static Reg zero() { return set1(0.0); }
+  static Reg load(const double* p) { return {{p[0], p[1], p[2], p[3]}}; }
+  static void store(double* p, Reg r) { __builtin_memcpy(p, &r, sizeof r); }
+  static Reg sub(Reg a, Reg b) {
+    for (std::size_t i = 0; i < kLanes; ++i) a.lane[i] -= b.lane[i];
+    return a;
+  }
+  static Reg mul(Reg a, Reg b) {
+    for (std::size_t i = 0; i < kLanes; ++i) a.lane[i] *= b.lane[i];
+    return a;
+  }
+  static Reg fma(Reg a, Reg b, Reg c) {
+    for (std::size_t i = 0; i < kLanes; ++i) c.lane[i] += a.lane[i] * b.lane[i];
+    return c;
+  }
+  static double sum(Reg r) { return (r.lane[0] + r.lane[2]) + (r.lane[1] + r.lane[3]); }
 };
 
 }  // namespace

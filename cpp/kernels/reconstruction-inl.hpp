@@ -1,0 +1,186 @@
+// Reconstruction kernels, written once over Floats and Doubles. Include after defining SPARSAM_TARGET and
+// including its floats_*.hpp. Internal linkage throughout, for the reason given in selection-inl.hpp.
+#pragma once
+#include "reconstruction.hpp"
+
+namespace sparsam::SPARSAM_TARGET {
+namespace {
+
+template <class T>
+struct LanesOf;
+template <>
+struct LanesOf<float> {
+  using type = Floats;
+};
+template <>
+struct LanesOf<double> {
+  using type = Doubles;
+};
+
+template <class T>
+T magnitude(T x) {
+  return x < 0 ? -x : x;
+}
+
+// row[i] -= w_j / U_jj * U_ji for all i >= j; returns w_j / U_jj. It starts at the register that has j: what
+// lies before j in it meets zeros of U.
+template <class T>
+T eliminate(T* row, const T* u, std::size_t u_stride, std::size_t j, std::size_t cols) {
+  using Lanes = typename LanesOf<T>::type;
+  const T error = row[j] / u[j * u_stride + j];
+  const auto factor = Lanes::set1(-error);
+  for (std::size_t i = j / Lanes::kLanes * Lanes::kLanes; i < cols; i += Lanes::kLanes)
+    Lanes::store(row + i, Lanes::fma(factor, Lanes::load(u + j * u_stride + i), Lanes::load(row + i)));
+  return error;
+}
+
+// Marks the n largest |w| / U_jj of columns [first, first + m): a column stays if fewer than n others come
+// before it, being larger, or equal and further left.
+template <class T>
+void choose_group(const SweepBlock<T>& block, const T* row, std::size_t first, std::uint8_t* keep) {
+  T score[kSweepMost];
+  for (std::size_t i = 0; i < block.m; ++i)
+    score[i] = magnitude(row[first + i] / block.u[(first + i) * block.u_stride + first + i]);
+  for (std::size_t i = 0; i < block.m; ++i) {
+    std::size_t before = 0;
+    for (std::size_t k = 0; k < i; ++k) before += score[k] >= score[i];
+    for (std::size_t k = i + 1; k < block.m; ++k) before += score[k] > score[i];
+    keep[first + i] = before < block.n;
+  }
+}
+
+template <class T>
+void sweep(const SweepBlock<T>& block, std::size_t begin, std::size_t end) {
+  alignas(64) T row[kSweepMost], errors[kSweepMost];
+  const std::size_t group = block.m != 0 ? block.m : block.cols;
+  for (std::size_t r = begin; r < end; ++r) {
+    std::uint8_t* keep = block.keep + r * block.stride;
+    __builtin_memset(row, 0, sizeof row);
+    __builtin_memset(errors, 0, sizeof errors);
+    __builtin_memcpy(row, block.w + r * block.stride, block.cols * sizeof(T));
+    for (std::size_t first = 0; first < block.cols; first += group) {
+      if (block.m != 0) choose_group(block, row, first, keep);
+      // The places of the pruned weights first: a branch per weight would be mispredicted every other time.
+      std::uint16_t pruned[kSweepMost];
+      std::size_t count = 0;
+      for (std::size_t j = first; j < first + group; ++j) {
+        pruned[count] = static_cast<std::uint16_t>(j);
+        count += keep[j] == 0;
+      }
+      for (std::size_t p = 0; p < count; ++p)
+        errors[pruned[p]] = eliminate(row, block.u, block.u_stride, pruned[p], block.cols);
+    }
+    for (std::size_t j = 0; j < block.cols; ++j) row[j] = keep[j] != 0 ? row[j] : T{0};
+    __builtin_memcpy(block.w + r * block.stride, row, block.cols * sizeof(T));
+    __builtin_memcpy(block.errors + r * block.stride, errors, block.cols * sizeof(T));
+  }
+}
+
+constexpr std::size_t kTileVectors = kTriangleTile / Doubles::kLanes;
+constexpr std::size_t kTileRows = Doubles::kLanes == 8 ? 8 : 2;  // as many sums as fit the registers
+
+// Rows [first, last) of the triangle, given that all rows before `first` are subtracted already. Row q gets
+// the rows of this panel before it subtracted, in registers, and is then divided by the root of its pivot; a
+// row without a pivot becomes 0.
+void eliminate_panel(double* a, std::size_t first, std::size_t last, std::size_t stride, double tolerance,
+                     const double* diagonal) {
+  using V = Doubles;
+  for (std::size_t q = first; q < last; ++q) {
+    double* row = a + q * stride;
+    const std::size_t tile = q / kTriangleTile * kTriangleTile;
+    for (std::size_t j = tile; j < stride; j += kTriangleTile) {
+      V::Reg sum[kTileVectors];
+      for (auto& s : sum) s = V::zero();
+      for (std::size_t p = first; p < q; ++p) {
+        const auto factor = V::set1(a[p * stride + q]);
+        for (std::size_t v = 0; v < kTileVectors; ++v)
+          sum[v] = V::fma(factor, V::load(a + p * stride + j + v * V::kLanes), sum[v]);
+      }
+      for (std::size_t v = 0; v < kTileVectors; ++v)
+        V::store(row + j + v * V::kLanes, V::sub(V::load(row + j + v * V::kLanes), sum[v]));
+    }
+    const double pivot = row[q], bound = tolerance * diagonal[q - first];
+    const auto scale = V::set1(pivot > bound ? 1 / __builtin_sqrt(pivot) : 0.0);
+    for (std::size_t j = tile; j < stride; j += V::kLanes) V::store(row + j, V::mul(scale, V::load(row + j)));
+  }
+}
+
+// The columns of the panel's rows from the tile of `from` on, tile by tile: [tile][row of the panel][column].
+void pack_panel(const double* a, std::size_t first, std::size_t depth, std::size_t from, std::size_t stride,
+                double* panel) {
+  for (std::size_t j = from; j < stride; j += kTriangleTile)
+    for (std::size_t p = 0; p < depth; ++p, panel += kTriangleTile)
+      __builtin_memcpy(panel, a + (first + p) * stride + j, kTriangleTile * sizeof(double));
+}
+
+// kTileRows rows by one tile of columns, minus the product of the panel's columns for both.
+void subtract_tile(double* a, std::size_t stride, const double* left, const double* right,
+                   std::size_t depth) {
+  using V = Doubles;
+  V::Reg sum[kTileRows][kTileVectors];
+#pragma GCC unroll 8
+  for (std::size_t r = 0; r < kTileRows; ++r)
+#pragma GCC unroll 8
+    for (std::size_t v = 0; v < kTileVectors; ++v) sum[r][v] = V::zero();
+  for (std::size_t p = 0; p < depth; ++p, left += kTriangleTile, right += kTriangleTile) {
+    V::Reg column[kTileVectors];
+#pragma GCC unroll 8
+    for (std::size_t v = 0; v < kTileVectors; ++v) column[v] = V::load(right + v * V::kLanes);
+#pragma GCC unroll 8
+    for (std::size_t r = 0; r < kTileRows; ++r) {
+      const auto factor = V::set1(left[r]);
+#pragma GCC unroll 8
+      for (std::size_t v = 0; v < kTileVectors; ++v) sum[r][v] = V::fma(factor, column[v], sum[r][v]);
+    }
+  }
+#pragma GCC unroll 8
+  for (std::size_t r = 0; r < kTileRows; ++r)
+#pragma GCC unroll 8
+    for (std::size_t v = 0; v < kTileVectors; ++v) {
+      double* to = a + r * stride + v * V::kLanes;
+      V::store(to, V::sub(V::load(to), sum[r][v]));
+    }
+}
+
+// x from U x = y by substitution from the last row up; y is a column of a. A row that was without a pivot has
+// 0 on its diagonal.
+void substitute(const double* a, std::size_t n, std::size_t column, std::size_t stride, double* x) {
+  using V = Doubles;
+  __builtin_memset(x, 0, stride * sizeof(double));
+  for (std::size_t p = n; p-- > 0;) {
+    const double* row = a + p * stride;
+    if (row[p] == 0) continue;
+    V::Reg sum[4] = {V::zero(), V::zero(), V::zero(), V::zero()};
+    std::size_t j = p / kTriangleTile * kTriangleTile;
+    for (std::size_t v = 0; j < n; j += V::kLanes, v = (v + 1) % 4)
+      sum[v] = V::fma(V::load(row + j), V::load(x + j), sum[v]);
+    const double done = (V::sum(sum[0]) + V::sum(sum[1])) + (V::sum(sum[2]) + V::sum(sum[3]));
+    x[p] = (row[column] - done) / row[p];
+  }
+}
+
+// Cholesky's U with U^T U = A, row by row in place. The right-hand sides are columns like the others, and so
+// become what U^T y = b asks for.
+void solve(double* a, std::size_t n, std::size_t count, std::size_t stride, const double* diagonal,
+           double tolerance, double* panel, double* solutions) {
+  for (std::size_t first = 0; first < n; first += kTrianglePanel) {
+    const std::size_t last = n - first < kTrianglePanel ? n : first + kTrianglePanel;
+    eliminate_panel(a, first, last, stride, tolerance, diagonal + first);
+    if (last == n) break;
+    const std::size_t depth = last - first, size = depth * kTriangleTile;
+    pack_panel(a, first, depth, last, stride, panel);
+    for (std::size_t j = last; j < stride; j += kTriangleTile) {
+      const double* right = panel + (j - last) / kTriangleTile * size;
+      for (std::size_t i = last; i < n && i < j + kTriangleTile; i += kTileRows) {
+        const double* left = panel + (i - last) / kTriangleTile * size + i % kTriangleTile;
+        subtract_tile(a + i * stride + j, stride, left, right, depth);
+      }
+    }
+  }
+  for (std::size_t k = 0; k < count; ++k) substitute(a, n, n + k, stride, solutions + k * stride);
+}
+
+constexpr ReconstructionKernels kReconstructionKernels = {&sweep<float>, &sweep<double>, &solve};
+
+}  // namespace
+}  // namespace sparsam::SPARSAM_TARGET

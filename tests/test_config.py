@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from sparsam import scores
+from sparsam import allocation, scores
 from sparsam._checks import check_sparsity
-from sparsam.config import METHODS, SCHEDULES, PruningConfig, check_growing
+from sparsam.config import ALLOCATIONS, METHODS, SCHEDULES, PruningConfig, check_growing
 from sparsam.patterns import NM, Block, Pattern, Slices, Unstructured
 from sparsam.schedules import Cosine, Polynomial, resolve
 
@@ -84,9 +84,12 @@ def test_defaults() -> None:
         ("method", None, "method: expected .*; got None"),
         ("pattern", "2:4", r"pattern: expected Unstructured\(\), NM\(n, m\), .*; got '2:4'"),
         ("pattern", NM, "pattern: expected .*; got <class"),
-        ("scope", "model", "scope: expected 'layer', 'global'; got 'model'"),
-        ("scope", ["layer"], "scope: expected 'layer', 'global'"),
-        ("allocation", "erk", "allocation: expected 'uniform'; got 'erk'"),
+        ("scope", "model", "scope: expected 'layer', 'row', 'global'; got 'model'"),
+        ("scope", ["layer"], "scope: expected 'layer', 'row', 'global'"),
+        ("allocation", "er", "allocation: expected 'uniform', 'erk', 'lamp', 'global', .*; got 'er'"),
+        ("allocation", allocation.ERK, "allocation: expected .*; got <class"),
+        ("allocation", {3: 0.5}, "allocation: expected names or shell-style patterns as keys; got 3"),
+        ("allocation", {"fc": 1.5}, r"allocation\['fc'\]: expected a number from 0 .*; got 1.5"),
         ("schedule", "cubical", "schedule: expected 'one_shot', 'linear', .*; got 'cubical'"),
         ("schedule", 0.5, "schedule: expected .* a list of sparsities, .*; got 0.5"),
         ("schedule", [], "schedule is empty"),
@@ -112,6 +115,35 @@ def test_defaults() -> None:
 def test_every_wrong_field_says_what_is_allowed(field: str, value: object, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         PruningConfig(**{field: value})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"scope": "global", "allocation": "erk"}, "expected 'uniform' with scope 'global'.*; got 'erk'"),
+        ({"scope": "global", "allocation": {"fc": 0.5}}, "with scope 'global'.*; got {'fc': 0.5}"),
+        (
+            {"pattern": NM(2, 4), "allocation": "lamp"},
+            "pattern 2:4 has one sparsity: expected 'uniform'; got",
+        ),
+        ({"pattern": Block(2, 2), "scope": "row"}, "scope 'row' .* got pattern block 2x2"),
+        ({"pattern": Slices(0), "scope": "row"}, "scope 'row' .* got pattern slices axis 0"),
+    ],
+)
+def test_fields_that_do_not_go_together(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        PruningConfig(**changes)
+
+
+def test_an_allocation_is_kept_as_it_was() -> None:
+    given = {"fc*": 0.25}
+    config = PruningConfig(allocation=given)
+    given["fc*"] = 0.75
+    assert config.allocation == {"fc*": 0.25}
+    assert config == PruningConfig(allocation={"fc*": 0.25})
+    assert hash(config) == hash(PruningConfig(allocation={"fc*": 0.25}))
+    assert PruningConfig(pattern=NM(2, 4), scope="row").scope == "row"
+    assert {allocation.resolve(name) for name in ALLOCATIONS} == set(allocation._NAMED.values())
 
 
 def test_nm_brings_its_own_sparsity() -> None:

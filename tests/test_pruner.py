@@ -426,4 +426,24 @@ def test_magnitude_pruner_is_for_magnitude_and_layers() -> None:
         MagnitudePruner(PruningConfig(method="random"))
     with pytest.raises(ValueError, match="expected scope 'layer'"):
         MagnitudePruner(PruningConfig(scope="global"))
+    with pytest.raises(ValueError, match=r"allocation 'uniform'; got 'layer' and 'erk'"):
+        MagnitudePruner(PruningConfig(allocation="erk"))
     assert MagnitudePruner(PruningConfig(method=Magnitude(2), pattern=Unstructured())).stats == []
+    rows, _ = MagnitudePruner(PruningConfig(scope="row")).prune_layer("w", [[1.0, 2.0], [3.0, 4.0]])
+    assert rows.tolist() == [[0, 2], [0, 4]]
+
+
+@pytest.mark.parametrize("method", ["magnitude", "random", "lamp"])
+def test_scope_row_prunes_each_row_alike(method: str) -> None:
+    weights = {"conv": np.random.default_rng(0).standard_normal((6, 2, 3, 3)), "bias": np.ones(6)}
+    before = weights["conv"].copy()
+    result = prune(weights, target_sparsity=0.3, scope="row", method=method)
+    assert (np.count_nonzero(result.weights["conv"] == 0, axis=(1, 2, 3)) == round(0.3 * 18)).all()
+    assert list(result.masks) == ["conv"]
+    assert np.array_equal(weights["conv"], before)
+    inplace = prune(weights, target_sparsity=0.3, scope="row", method=method, inplace=True)
+    assert inplace.masks == result.masks
+    assert np.array_equal(weights["conv"], result.weights["conv"])
+    weights["conv"][2, 1, 0, 0] = np.nan
+    with pytest.raises(ValueError, match=r"tensor 'conv'.*\(2, 1, 0, 0\)"):
+        prune(weights, scope="row", method=method)

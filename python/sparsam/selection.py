@@ -16,8 +16,11 @@ from numpy.typing import ArrayLike, NDArray
 
 from sparsam import _core
 from sparsam._checks import check_sparsity, expected
+from sparsam.config import Scorer
 from sparsam.masks import Mask, _check_apart, _check_overlap
 from sparsam.patterns import NM, Block, Pattern, Slices, Unstructured
+
+DTYPES = ("float16", "bfloat16", "float32", "float64")
 
 
 class Threshold(NamedTuple):
@@ -192,6 +195,23 @@ def _refuse_nan(pool: Sequence[NDArray[Any]], names: Sequence[str] | None, *, by
     raise ValueError(msg)
 
 
+def score_tensor(method: Scorer, name: str, tensor: NDArray[Any]) -> NDArray[Any]:
+    """Returns the scores of a tensor, checked: its shape, a dtype that can be ranked, none below 0."""
+    ranked = np.asarray(method.score(name, tensor))
+    if ranked is tensor:
+        return tensor
+    if ranked.shape != tensor.shape or ranked.dtype.name not in DTYPES:
+        msg = (
+            f"tensor {name!r}: expected scores of shape {tensor.shape} and one of the dtypes "
+            f"{', '.join(DTYPES)} from {method!r}; got shape {ranked.shape} and dtype {ranked.dtype}"
+        )
+        raise ValueError(msg)
+    if (ranked < 0).any():
+        msg = f"tensor {name!r}: expected scores of at least 0 from {method!r}; got {ranked.min()}"
+        raise ValueError(msg)
+    return ranked
+
+
 def is_weight_dtype(dtype: np.dtype[Any]) -> bool:
     """Whether the kernels take it: float16, bfloat16, float32 or float64 in native byte order."""
     return dtype.isnative and (
@@ -308,6 +328,19 @@ def _tiling(name: str, shape: tuple[int, ...], pattern: Block | Slices) -> tuple
 def _select_tiles(
     scores: Mapping[str, NDArray[Any]], sparsity: float, pattern: Block | Slices, norm: int
 ) -> dict[str, Mask]:
+    groups = _select_groups(scores, sparsity, pattern, norm)
+    return {
+        name: Mask(_core.expand_tiles(groups[name]._words, *_tiling(name, array.shape, pattern)), array.shape)
+        for name, array in scores.items()
+    }
+
+
+def _select_groups(
+    scores: Mapping[str, NDArray[Any]], sparsity: float, pattern: Unstructured | Block | Slices, norm: int
+) -> dict[str, Mask]:
+    """Masks over the groups of each tensor; several tensors share one threshold."""
+    if isinstance(pattern, Unstructured):
+        return _select_entries(scores, sparsity, None)
     tilings = {name: _tiling(name, array.shape, pattern) for name, array in scores.items()}
     sums = {name: _core.tile_scores(array, *tilings[name], norm) for name, array in scores.items()}
     if any(np.isnan(s).any() for s in sums.values()):
@@ -315,11 +348,23 @@ def _select_tiles(
     if len(sums) > 1:
         for name in sums:
             sums[name] /= _tile_sizes(*tilings[name])
-    groups = _select_entries(sums, sparsity, None)
-    return {
-        name: Mask(_core.expand_tiles(groups[name]._words, *tilings[name]), array.shape)
-        for name, array in scores.items()
-    }
+    return _select_entries(sums, sparsity, None)
+
+
+def count_groups(name: str, shape: tuple[int, ...], pattern: Unstructured | Block | Slices) -> int:
+    """Returns how many groups a tensor has; ValueError for a shape that the pattern does not divide."""
+    if isinstance(pattern, Unstructured):
+        return math.prod(shape)
+    rows, cols, tile_rows, tile_cols = _tiling(name, shape, pattern)
+    return math.ceil(rows / tile_rows) * math.ceil(cols / tile_cols)
+
+
+def count_pruned(name: str, mask: Mask, pattern: Unstructured | Block | Slices) -> int:
+    """Returns how many groups of a tensor a mask prunes."""
+    if isinstance(pattern, Unstructured):
+        return mask.size - mask.count
+    kept = mask.to_array().astype(np.float32)
+    return int((_core.tile_scores(kept, *_tiling(name, mask.shape, pattern), 1) == 0).sum())
 
 
 def _tile_sizes(rows: int, cols: int, tile_rows: int, tile_cols: int) -> NDArray[np.float64]:

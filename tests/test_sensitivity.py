@@ -3,6 +3,9 @@ from __future__ import annotations
 import itertools
 import json
 import multiprocessing
+import pickle
+import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
@@ -15,6 +18,7 @@ import network
 from sparsam._callbacks import Arrays
 from sparsam.config import PruningConfig
 from sparsam.patterns import NM, Slices
+from sparsam.scores import Random
 from sparsam.sensitivity import EvaluationError, SensitivityPoint, SensitivityReport, sensitivity
 
 MATRICES = ("in.weight", "mid.weight", "out.weight")
@@ -214,10 +218,15 @@ def executor(request: pytest.FixtureRequest) -> Iterator[Executor]:
         yield request.getfixturevalue(request.param)
 
 
-@pytest.mark.parametrize("budget", [None, 15])
-def test_executors_change_nothing(executor: Executor, budget: int | None, tmp_path: Path) -> None:
+CONFIG = PruningConfig(method=Random(3), overrides={"in.bias": (0.5, Slices(0))}, exclude=("out.weight",))
+
+
+@pytest.mark.parametrize(("budget", "config"), [(None, None), (15, None), (20, CONFIG)])
+def test_executors_change_nothing(
+    executor: Executor, budget: int | None, config: PruningConfig | None, tmp_path: Path
+) -> None:
     watched = Watched(executor)
-    arguments: dict[str, Any] = {"sparsities": TENTHS, "max_evaluations": budget}
+    arguments: dict[str, Any] = {"sparsities": TENTHS, "max_evaluations": budget, "config": config}
     report = sensitivity(
         network.weights(), network.accuracy, executor=watched, state=tmp_path / "sweep", **arguments
     )
@@ -234,6 +243,8 @@ def test_a_failure_in_a_worker_loses_nothing(executor: Executor, tmp_path: Path)
     ) as caught:
         sensitivity(network.weights(), network.fragile, (0.3, 0.5), executor=executor, state=state)
     error = caught.value
+    again = pickle.loads(pickle.dumps(error))
+    assert (str(again), again.report) == (str(error), error.report)
     assert (error.name, error.sparsity) == ("mid.weight", 0.5)
     assert error.__cause__ is not None
     if not isinstance(executor, ThreadPoolExecutor):
@@ -266,6 +277,28 @@ def test_an_executor_that_is_shut_down() -> None:
     with pytest.raises(EvaluationError, match="cannot schedule new futures") as caught:
         sensitivity(network.weights(), network.accuracy, (0.5,), executor=pool)
     assert caught.value.report is None
+
+
+def test_an_interrupt_cancels_what_has_not_begun() -> None:
+    calls = 0
+    held = threading.Event()
+
+    def slow(weights: Arrays) -> float:
+        nonlocal calls
+        calls += 1
+        if calls > 1:
+            held.wait(10)
+        return 1.0
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with ThreadPoolExecutor(1) as pool:
+        with pytest.raises(KeyboardInterrupt):
+            sensitivity(network.weights(), slow, TENTHS, executor=pool, callback=stop)
+        held.set()
+        time.sleep(0.01)
+    assert calls <= 2
 
 
 # State

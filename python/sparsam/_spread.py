@@ -15,7 +15,7 @@ import threading
 import traceback
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, wait
 from dataclasses import dataclass
 from os import getpid
@@ -71,8 +71,10 @@ class Spread(Generic[TaskT, ResultT]):
     def __exit__(self, *_: object) -> None:
         del _own[self._token]
 
-    def run(self, tasks: Iterable[TaskT]) -> Iterator[tuple[TaskT, ResultT]]:
+    def run(self, tasks: Iterable[TaskT]) -> Generator[tuple[TaskT, ResultT], None, None]:
         """Yields each task with its result: in order without an executor, else as they are finished.
+
+        Closed before its end, it cancels what has not begun.
 
         Raises:
             TaskError: The job raised, or the executor could not run it. No further task is begun, and those

@@ -3,21 +3,14 @@
 from __future__ import annotations
 
 import glob
-import json
-import sys
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, TypeAlias
 
 import typer
-from rich import box
 from rich.console import Console
-from rich.measure import Measurement
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table
-from rich.text import Text
 
 from sparsam import bench, checkpoint, costs, plot
 from sparsam._arguments import (
@@ -29,6 +22,11 @@ from sparsam._arguments import (
     parse_shapes,
     parse_sparsities,
 )
+from sparsam._console import print_json as _print_json
+from sparsam._console import print_table as _print_table
+from sparsam._console import print_text as _print
+from sparsam._console import progress as _progress
+from sparsam.cli_analysis import register
 from sparsam.config import PruningConfig
 from sparsam.pruner import prune as prune_weights
 from sparsam.report import Report, measure, printable
@@ -44,6 +42,7 @@ app = typer.Typer(
 )
 bench_app = typer.Typer(help="Measure this machine, against NumPy and PyTorch in the same run.")
 app.add_typer(bench_app, name="bench")
+register(app)
 
 Json: TypeAlias = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
@@ -71,14 +70,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
 @app.command()
 def demo(
     seed: Annotated[int, typer.Option(min=0, help="Of the data split and the training.")] = 0,
+    html: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Also write a page with everything, pictures inside.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Train a network on real digits, prune it to 95 % step by step, show what that costs: under a minute."""
     try:
         from sparsam import demo as job  # noqa: PLC0415 - scikit-learn is an extra
+        from sparsam import demo_page  # noqa: PLC0415
     except ImportError as error:
         msg = f"the demo needs scikit-learn ({error}); install it with: pip install 'sparsam[demo]'"
         raise ValueError(msg) from error
+    if html:
+        demo_page.check(html)
     with _progress() as bar:
         task = bar.add_task("reading")
 
@@ -86,6 +91,8 @@ def demo(
             bar.update(task, description=what, completed=done, total=parts)
 
         result = job.run(seed, show)
+    if html:
+        demo_page.write(result, html)
     if as_json:
         _print_json(result.to_dict())
         return
@@ -103,6 +110,16 @@ def demo(
     _print_table(
         ("step", "sparsity", "iterative", "one shot"),
         ((s.iteration, f"{s.sparsity:.2%}", f"{s.iterative:.2%}", f"{s.one_shot:.2%}") for s in result.steps),
+    )
+    _print(f"\nSensitivity, as accuracy on the training images:\n{result.sensitivity}\n")
+    _print(f"The smallest networks that lose at most {job.ALLOWED_LOSS:.0%} of the training images:")
+    _print_table(
+        ("pruned how", "sparsity", "training", "test", "tried"),
+        (
+            (f.how, f"{f.sparsity:.2%}", f"{f.train_accuracy:.2%}", f"{f.test_accuracy:.2%}", f.evaluations)
+            for f in result.found
+        ),
+        texts=1,
     )
     _print(f"\n{result.report}\n")
     total = result.report.total
@@ -328,12 +345,6 @@ def _cells(row: bench.MatmulRow) -> tuple[object, ...]:
     return row.name, shape, row.batch, f"{row.sparsity:.1%}", row.kernel, f"{row.linear_ms:.3f}"
 
 
-def _progress() -> Progress:
-    """A bar on stderr if that is a terminal; it leaves nothing behind."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    return Progress(*columns, console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty())
-
-
 def _complain(message: str) -> int:
     """Prints one line on stderr, whatever the message, and returns the exit code that goes with it."""
     Console(stderr=True).out("sparsam:", printable(" ".join(message.split())), highlight=False)
@@ -342,23 +353,3 @@ def _complain(message: str) -> int:
 
 def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
     _complain(f"warning: {message}")
-
-
-def _print(text: str) -> None:
-    Console().out(text, highlight=False)
-
-
-def _print_json(value: object) -> None:
-    _print(json.dumps(value, indent=2))
-
-
-def _print_table(header: Sequence[str], rows: Iterable[Sequence[object]], *, texts: int = 0) -> None:
-    """Prints a table, as wide as it must be: `texts` columns of text, then numbers."""
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for i, name in enumerate(header):
-        table.add_column(name, justify="left" if i < texts else "right", no_wrap=True)
-    for row in rows:
-        table.add_row(*(Text(printable(str(cell))) for cell in row))
-    console = Console(highlight=False)
-    console.width = Measurement.get(console, console.options.update(width=10_000), table).maximum
-    console.print(table)

@@ -10,6 +10,7 @@ import difflib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
+from contextlib import closing
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from itertools import pairwise
@@ -58,6 +59,9 @@ class EvaluationError(ValueError):
         self.name = name
         self.sparsity = sparsity
         self.report = report
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return EvaluationError, (str(self), self.name, self.sparsity, self.report)
 
 
 class _Task(NamedTuple):
@@ -160,17 +164,18 @@ def sensitivity(
         for tasks in _rounds(curves, known, total):
             wanted += tasks
             try:
-                for task, point in spread.run([task for task in tasks if task not in known]):
-                    known[task] = point
-                    if store:
-                        store.save(known.values())
-                    if callback is not None:
-                        callback(sum(task in known for task in wanted), total, point)
+                with closing(spread.run([task for task in tasks if task not in known])) as results:
+                    for task, point in results:
+                        known[task] = point
+                        if store:
+                            store.save(known.values())
+                        if callback is not None:
+                            callback(sum(task in known for task in wanted), total, point)
             except TaskError as error:
                 name, sparsity = error.task
                 where = f"tensor or group {name!r} at sparsity {sparsity:g}" if name else "the dense weights"
-                kept = f" and in {state}" if store else ""
-                msg = f"{where}: {error}; what was measured is in the error's report{kept}"
+                kept = f"; what was measured is in {state}" if store and known else ""
+                msg = f"{where}: {error}{kept}"
                 raise EvaluationError(msg, name, sparsity, report()) from error.__cause__
     found = report()
     assert found is not None

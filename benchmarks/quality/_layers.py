@@ -79,7 +79,7 @@ def obs_mask(name: str, array: Array, gram: Array, sparsity: float) -> Mask:
 
 
 def admm_mask(name: str, array: Array, gram: Array, sparsity: float) -> Mask:
-    return admm(array, gram, sparsity, name=name).mask
+    return admm(array, gram, sparsity=sparsity, damping=0.01, name=name).mask
 
 
 def _uniform(known: Known, sparsity: float) -> dict[str, float]:

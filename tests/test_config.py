@@ -110,6 +110,8 @@ def test_defaults() -> None:
             {"fc": (0.6, NM(2, 4))},
             r"overrides\['fc'\] is 0.6, but pattern 2:4 has the sparsity 0.5",
         ),
+        ("ties", 3, r"ties: expected Tied objects, such as \(Tied\(.*; got 3"),
+        ("ties", [{"fc": Slices(0)}], r"ties: expected Tied objects, .*; got \[\{'fc': "),
     ],
 )
 def test_every_wrong_field_says_what_is_allowed(field: str, value: object, message: str) -> None:

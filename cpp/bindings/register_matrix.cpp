@@ -109,6 +109,62 @@ void linear(const PackedMatrix& w, const std::string& kernel, const Floats& x,
   w.linear(which, from, tokens, add, activation, to);
 }
 
+// The same on memory that the caller vouches for: addresses of contiguous float32 or bfloat16 x and y (0: no
+// bias).
+void linear_at(const PackedMatrix& w, const std::string& kernel, std::uintptr_t x, bool bfloat16,
+               std::size_t tokens, std::uintptr_t bias, const std::string& activation, std::uintptr_t out) {
+  const ProductKernel which = kernel_of(kernel);
+  const auto* add = reinterpret_cast<const float*>(bias);
+  py::gil_scoped_release release;
+  if (bfloat16)
+    w.linear(which, reinterpret_cast<const std::uint16_t*>(x), tokens, add, activation,
+             reinterpret_cast<std::uint16_t*>(out));
+  else
+    w.linear(which, reinterpret_cast<const float*>(x), tokens, add, activation,
+             reinterpret_cast<float*>(out));
+}
+
+using Pair = std::pair<std::size_t, std::size_t>;
+
+Conv2d conv2d_of(const PackedMatrix& w, Pair image, Pair kernel, Pair stride, Pair padding, Pair dilation) {
+  constexpr std::size_t kMostOf = 1 << 20;  // of any of them: keeps the sums below in range
+  for (const Pair& p : {image, kernel, stride, padding, dilation})
+    if (p.first > kMostOf || p.second > kMostOf)
+      throw py::value_error("size too large: expected at most 2^20");
+  for (const Pair& p : {image, kernel, stride, dilation})
+    if (p.first == 0 || p.second == 0) throw py::value_error("expected sizes of at least 1");
+  if (w.cols() % (kernel.first * kernel.second) != 0)
+    throw py::value_error("kernel size: expected a divisor of " + std::to_string(w.cols()) + " columns");
+  const Conv2d c{w.cols() / (kernel.first * kernel.second),
+                 image.first,
+                 image.second,
+                 kernel.first,
+                 kernel.second,
+                 stride.first,
+                 stride.second,
+                 padding.first,
+                 padding.second,
+                 dilation.first,
+                 dilation.second};
+  if (c.dilation_h * (c.kernel_h - 1) + 1 > c.height + 2 * c.pad_h ||
+      c.dilation_w * (c.kernel_w - 1) + 1 > c.width + 2 * c.pad_w)
+    throw py::value_error("image with its padding: expected at least the size of the dilated kernel");
+  const std::size_t floats = (c.height + 2 * c.pad_h + c.stride_h) * (c.width + 2 * c.pad_w + c.stride_w);
+  if (floats > (std::size_t{1} << 32) / (c.channels + 1))
+    throw py::value_error("image too large: expected less than 2^32 floats with its padding");
+  return c;
+}
+
+// x and out as for linear_at, float32; strides in floats from one image to the next.
+void conv2d_at(const PackedMatrix& w, std::uintptr_t x, std::size_t x_stride, std::size_t images, Pair image,
+               Pair kernel, Pair stride, Pair padding, Pair dilation, std::uintptr_t bias,
+               const std::string& activation, std::uintptr_t out, std::size_t out_stride) {
+  const Conv2d c = conv2d_of(w, image, kernel, stride, padding, dilation);
+  py::gil_scoped_release release;
+  w.conv2d(c, reinterpret_cast<const float*>(x), x_stride, images, reinterpret_cast<const float*>(bias),
+           activation, reinterpret_cast<float*>(out), out_stride);
+}
+
 void prepare(const PackedMatrix& w, const std::string& kernel, std::size_t tokens) {
   const ProductKernel which = kernel_of(kernel);
   py::gil_scoped_release release;
@@ -134,7 +190,12 @@ void register_matrix(py::module_& m) {
       .def("unpack", &unpack)
       .def("prepare", &prepare, py::arg("kernel"), py::arg("batch"))
       .def("linear", &linear, py::arg("kernel"), py::arg("x").noconvert(), py::arg("bias").noconvert(),
-           py::arg("activation"), py::arg("out").noconvert());
+           py::arg("activation"), py::arg("out").noconvert())
+      .def("linear_at", &linear_at, py::arg("kernel"), py::arg("x"), py::arg("bfloat16"), py::arg("batch"),
+           py::arg("bias"), py::arg("activation"), py::arg("out"))
+      .def("conv2d_at", &conv2d_at, py::arg("x"), py::arg("x_stride"), py::arg("images"), py::arg("image"),
+           py::arg("kernel"), py::arg("stride"), py::arg("padding"), py::arg("dilation"), py::arg("bias"),
+           py::arg("activation"), py::arg("out"), py::arg("out_stride"));
 }
 
 }  // namespace sparsam

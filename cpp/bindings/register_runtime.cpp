@@ -28,6 +28,7 @@ void register_runtime(py::module_& m) {
   m.def("num_threads", &num_threads);
   m.def("default_num_threads", &default_num_threads);
   m.def("set_num_threads", &set_num_threads, py::arg("n"));
+  m.def("adopt_runtime", &adopt_runtime, py::arg("library"));
   m.def("threading_runtime", &threading_runtime);
 }
 

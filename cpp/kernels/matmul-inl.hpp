@@ -131,6 +131,52 @@ void pack(const float* x, std::size_t x_stride, std::size_t tokens, std::size_t 
   if (vectors == 4) pack_tile<4>(x, x_stride, tokens, n, depth, tile);
 }
 
+template <std::size_t kVectors>
+void gather_tile(const float* x, const std::uint32_t* columns, std::size_t n, std::size_t depth,
+                 const Source* sources, float* tile) {
+  constexpr std::size_t kStride = kVectors * kLanes;
+  Source from[kVectors];  // a copy, which no store can change
+  bool whole = true;
+  for (std::size_t v = 0; v < kVectors; ++v) {
+    from[v] = sources[v];
+    whole = whole && from[v].count == kLanes;
+  }
+  for (std::size_t k = 0; k < n; ++k) {
+    const float* p = x + columns[k];
+    float* to = tile + k * kStride;
+#pragma GCC unroll 4
+    for (std::size_t v = 0; v < kVectors; ++v)
+      Floats::store(to + v * kLanes, whole ? Floats::load(p + from[v].at)
+                                           : Floats::load_partial(p + from[v].at, from[v].count));
+  }
+  for (std::size_t v = 0; v < kVectors; ++v)
+    Floats::store(tile + depth * kStride + v * kLanes, Floats::zero());
+}
+
+void gather(const float* x, const std::uint32_t* columns, std::size_t n, std::size_t depth,
+            const Source* sources, std::size_t vectors, float* tile) {
+  if (vectors == 1) gather_tile<1>(x, columns, n, depth, sources, tile);
+  if (vectors == 2) gather_tile<2>(x, columns, n, depth, sources, tile);
+  if (vectors == 4) gather_tile<4>(x, columns, n, depth, sources, tile);
+}
+
+void widen(const std::uint16_t* bfloats, std::size_t n, float* to) {
+  for (std::size_t i = 0; i < n; ++i) {
+    const std::uint32_t bits = static_cast<std::uint32_t>(bfloats[i]) << 16;
+    __builtin_memcpy(to + i, &bits, sizeof bits);
+  }
+}
+
+void narrow(const float* from, std::size_t n, std::uint16_t* bfloats) {
+  for (std::size_t i = 0; i < n; ++i) {
+    std::uint32_t bits;
+    __builtin_memcpy(&bits, from + i, sizeof bits);
+    const std::uint32_t rounded = bits + 0x7fff + (bits >> 16 & 1);
+    const std::uint32_t quiet = bits | 0x400000;  // a NaN stays one
+    bfloats[i] = static_cast<std::uint16_t>(((bits & 0x7fffffff) > 0x7f800000 ? quiet : rounded) >> 16);
+  }
+}
+
 // One block: the sums of a unit's four rows stay in registers while its entries stream by. Rows come sorted
 // by their number of entries, so the loop's length is the same many times in a row and no branch is
 // mispredicted per entry. The offsets are read one step ahead: an address that waits for a load holds up the
@@ -214,9 +260,29 @@ void unpack_rows(const float* sums, std::size_t first_row, std::size_t rows, std
   }
 }
 
+// sums [rows][kVectors * lanes] to y that has a row for each of them, with bias and activation on the way.
+template <std::size_t kVectors>
+void store_rows(const float* sums, std::size_t first_row, std::size_t rows, Epilogue epilogue,
+                const Stretch* stretches, std::size_t n, float* y, std::size_t y_stride) {
+  for (std::size_t m = 0; m < rows; ++m) {
+    const Floats::Reg bias = Floats::set1(epilogue.bias == nullptr ? 0.0f : epilogue.bias[first_row + m]);
+    for (const Stretch* s = stretches; s < stretches + n; ++s) {
+      const float* from = sums + m * kVectors * kLanes + s->from;
+      float* to = y + (first_row + m) * y_stride + s->to;
+      for (std::size_t i = 0; i < s->count; i += kLanes) {
+        const auto out = activate(Floats::add(Floats::load(from + i), bias), epilogue.activation);
+        if (s->count - i >= kLanes)
+          Floats::store(to + i, out);
+        else
+          Floats::store_partial(to + i, out, s->count - i);
+      }
+    }
+  }
+}
+
+// All depth blocks of a row block and a tile, into sums.
 template <class Value, std::size_t kVectors>
-void panel_tile(const PanelView& w, std::size_t row_block, const float* tile, std::size_t tokens, float* sums,
-                Epilogue epilogue, float* y, std::size_t y_stride) {
+void panel_sums(const PanelView& w, std::size_t row_block, const float* tile, float* sums) {
   for (std::size_t d = 0; d < w.depth_blocks; ++d) {
     const PanelBlock& block = w.blocks[row_block * w.depth_blocks + d];
     const float* part = tile + d * (w.depth + 1) * kVectors * kLanes;
@@ -225,9 +291,39 @@ void panel_tile(const PanelView& w, std::size_t row_block, const float* tile, st
     else
       panel_block<Value, kVectors, false>(w, block, d == 0, part, sums);
   }
+}
+
+std::size_t rows_of(const PanelView& w, std::size_t row_block) {
   const std::size_t first_row = row_block * kRowBlock;
-  const std::size_t rows = w.rows - first_row < kRowBlock ? w.rows - first_row : kRowBlock;
-  unpack_rows<kVectors>(sums, first_row, rows, tokens, epilogue, y, y_stride);
+  return w.rows - first_row < kRowBlock ? w.rows - first_row : kRowBlock;
+}
+
+template <class Value, std::size_t kVectors>
+void panel_tile(const PanelView& w, std::size_t row_block, const float* tile, std::size_t tokens, float* sums,
+                Epilogue epilogue, float* y, std::size_t y_stride) {
+  panel_sums<Value, kVectors>(w, row_block, tile, sums);
+  unpack_rows<kVectors>(sums, row_block * kRowBlock, rows_of(w, row_block), tokens, epilogue, y, y_stride);
+}
+
+template <class Value, std::size_t kVectors>
+void panel_tile_across(const PanelView& w, std::size_t row_block, const float* tile, float* sums,
+                       Epilogue epilogue, const Stretch* stretches, std::size_t n, float* y,
+                       std::size_t y_stride) {
+  panel_sums<Value, kVectors>(w, row_block, tile, sums);
+  store_rows<kVectors>(sums, row_block * kRowBlock, rows_of(w, row_block), epilogue, stretches, n, y,
+                       y_stride);
+}
+
+template <class Value>
+void panel_across(const PanelView& w, std::size_t row_block, const float* tile, std::size_t vectors,
+                  float* sums, Epilogue epilogue, const Stretch* stretches, std::size_t n, float* y,
+                  std::size_t y_stride) {
+  if (vectors == 1)
+    panel_tile_across<Value, 1>(w, row_block, tile, sums, epilogue, stretches, n, y, y_stride);
+  if (vectors == 2)
+    panel_tile_across<Value, 2>(w, row_block, tile, sums, epilogue, stretches, n, y, y_stride);
+  if (vectors == 4)
+    panel_tile_across<Value, 4>(w, row_block, tile, sums, epilogue, stretches, n, y, y_stride);
 }
 
 template <class Value>
@@ -241,9 +337,12 @@ void panel(const PanelView& w, std::size_t row_block, const float* tile, std::si
 constexpr MatmulKernels kMatmulKernels = {
     kLanes,
     &pack,
-    {&bitmask<float>, &panel<float>},
-    {&bitmask<Bfloat>, &panel<Bfloat>},
-    {&bitmask<Half>, &panel<Half>},
+    &gather,
+    &widen,
+    &narrow,
+    {&bitmask<float>, &panel<float>, &panel_across<float>},
+    {&bitmask<Bfloat>, &panel<Bfloat>, &panel_across<Bfloat>},
+    {&bitmask<Half>, &panel<Half>, &panel_across<Half>},
 };
 
 }  // namespace

@@ -42,6 +42,16 @@ struct Epilogue {
   Activation activation;
 };
 
+// Tokens [from, from + count) of a tile, which go to y[row * y_stride + to] and onwards.
+struct Stretch {
+  std::size_t from, count, to;
+};
+
+// A vector of tokens as it lies in memory: `count` (at most a vector) neighbours, from `at` on.
+struct Source {
+  std::size_t at, count;
+};
+
 // Kernels for one type of values; sums are float32.
 struct ProductKernels {
   // y[t * y_stride + r] for rows [begin, end) and tokens t < tokens (1 to 4). x[t * x_stride]: row_words * 64
@@ -53,6 +63,10 @@ struct ProductKernels {
   // 64-byte aligned. vectors is 1, 2 or 4; tokens <= vectors * lanes.
   void (*panel)(const PanelView& w, std::size_t row_block, const float* tile, std::size_t vectors,
                 std::size_t tokens, float* sums, Epilogue epilogue, float* y, std::size_t y_stride);
+  // The same for y with tokens side by side, as images have them: y[row * y_stride + token].
+  void (*panel_across)(const PanelView& w, std::size_t row_block, const float* tile, std::size_t vectors,
+                       float* sums, Epilogue epilogue, const Stretch* stretches, std::size_t n, float* y,
+                       std::size_t y_stride);
 };
 
 struct MatmulKernels {
@@ -61,6 +75,12 @@ struct MatmulKernels {
   // lanes] floats. Missing tokens and row `depth` become 0. tile is 64-byte aligned.
   void (*pack)(const float* x, std::size_t x_stride, std::size_t tokens, std::size_t n, std::size_t depth,
                std::size_t vectors, float* tile);
+  // The same for x with tokens side by side: column k of the block starts at x[columns[k]], and vector v of
+  // its tokens sources[v].at further on.
+  void (*gather)(const float* x, const std::uint32_t* columns, std::size_t n, std::size_t depth,
+                 const Source* sources, std::size_t vectors, float* tile);
+  void (*widen)(const std::uint16_t* bfloats, std::size_t n, float* to);
+  void (*narrow)(const float* from, std::size_t n, std::uint16_t* bfloats);  // to nearest, ties to even
   ProductKernels f32, bf16, f16;
 };
 

@@ -27,6 +27,7 @@ from sparsam import checkpoint, scores
 from sparsam._atomic import publish
 from sparsam.config import PruningConfig
 from sparsam.masks import Mask
+from sparsam.patterns import Tied
 from sparsam.statistics import InputStatistics
 
 _VERSION = 1
@@ -255,9 +256,15 @@ def identify(
         else _content(config.allocation),
         "exclude": list(config.exclude),
         "overrides": [[pattern, repr(value)] for pattern, value in config.overrides.items()],
+        "ties": [_tied(tied) for tied in config.ties],
         "schedule": list(schedule),
         "weights": {name: _digest(array) for name, array in weights.items()},
     }
+
+
+def _tied(tied: Tied) -> dict[str, Any]:
+    members = {name: str(slices) for name, slices in tied.members.items()}
+    return {"members": members, "scored": None if tied.scored is None else sorted(tied.scored)}
 
 
 def _described(value: object) -> str:

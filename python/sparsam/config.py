@@ -8,13 +8,13 @@ business of the stage that carries it out: `sparsam.schedules` and `sparsam.scor
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, TypeVar, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, runtime_checkable
 
-from sparsam._checks import check_sparsity, expected, positive, set_fields
-from sparsam.patterns import NM, Block, Pattern, Slices, Unstructured
+from sparsam._checks import ReadOnly, check_sparsity, expected, positive, set_fields
+from sparsam.patterns import NM, Block, Pattern, Slices, Tied, Unstructured, as_ties
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -80,27 +80,7 @@ class _UnsetStr(_Unset, str):
     pass
 
 
-Value = TypeVar("Value")
 _ONE_SHOT = _UnsetStr("one_shot")
-
-
-class _ReadOnly(Mapping[str, Value]):
-    """A mapping without a way to change it."""
-
-    def __init__(self, content: Mapping[str, Value]) -> None:
-        self._content = dict(content)
-
-    def __getitem__(self, key: str) -> Value:
-        return self._content[key]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._content)
-
-    def __len__(self) -> int:
-        return len(self._content)
-
-    def __repr__(self) -> str:
-        return repr(self._content)
 
 
 @dataclass(frozen=True)
@@ -132,6 +112,13 @@ class PruningConfig:
             match wins. An overridden tensor is pruned by itself, outside the pool of a global scope and the
             total of an allocation; with Block or Slices as a whole in scope "row" too. Tensors with fewer
             than two axes (biases, norms) are pruned only when named here.
+        ties: `Tied` slices of several tensors, decided together in place of `pattern`. Each tie prunes
+            `round(target_sparsity * groups)` of its groups, whatever the allocation. In global scope ties
+            compete by score per weight: with the groups of all other tensors if `pattern` is `Block` or
+            `Slices`, else among themselves, since a weight by itself is no rival of a head. A member must not
+            be excluded or overridden. It may be in two ties, across different axes (the rows of a middle
+            layer and its columns): each is decided on the weights as they are, and what one of them prunes is
+            pruned.
 
     Raises:
         ValueError: A field has none of the values allowed, or target_sparsity contradicts an N:M pattern or
@@ -147,6 +134,7 @@ class PruningConfig:
     num_iterations: int = _UnsetInt(1)
     exclude: Sequence[str] = ()
     overrides: Mapping[str, Override] = field(default_factory=dict, hash=False)
+    ties: Sequence[Tied] = ()
 
     def __post_init__(self) -> None:
         pattern = _pattern("pattern", self.pattern)
@@ -172,6 +160,7 @@ class PruningConfig:
             num_iterations=num_iterations,
             exclude=_exclude(self.exclude),
             overrides=_overrides(self.overrides, pattern),
+            ties=as_ties(self.ties),
         )
 
     def with_defaults(
@@ -255,7 +244,7 @@ def _allocation(value: object) -> AllocationLike:
         for name in value:
             if not isinstance(name, str):
                 raise ValueError(expected("allocation", name, "names or shell-style patterns as keys"))
-        return _ReadOnly({name: check_sparsity(f"allocation[{name!r}]", own) for name, own in value.items()})
+        return ReadOnly({name: check_sparsity(f"allocation[{name!r}]", own) for name, own in value.items()})
     if isinstance(value, Allocation) and not isinstance(value, type):
         return value
     if isinstance(value, str) and value in ALLOCATIONS:
@@ -321,7 +310,7 @@ def _overrides(value: object, pattern: Pattern) -> Mapping[str, Override]:
     for name in value:
         if not isinstance(name, str):
             raise ValueError(expected("overrides", name, "shell-style name patterns as keys"))
-    return _ReadOnly(
+    return ReadOnly(
         {name: _override(f"overrides[{name!r}]", entry, pattern) for name, entry in value.items()}
     )
 

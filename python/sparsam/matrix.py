@@ -18,7 +18,7 @@ from sparsam._products import ACTIVATIONS, KERNELS, Floats, multiply
 from sparsam.choice import Explanation, Plan, choose, unpack
 from sparsam.patterns import NM, Block, Unstructured
 
-__all__ = ["SparseMatrix"]
+__all__ = ["SparseMatrix", "recognise"]
 
 Activation: TypeAlias = Literal["relu", "gelu", "gelu_tanh", "silu"]
 StrPath: TypeAlias = "str | os.PathLike[str]"
@@ -126,7 +126,7 @@ class SparseMatrix:
     def pattern(self) -> NM | Block | Unstructured:
         """The regularity found: Block(4k, 1), NM(n, m) with m up to 32, or Unstructured()."""
         if self._pattern is None:
-            self._pattern = _recognise(self._packed)
+            self._pattern = recognise(self._packed)
         return self._pattern
 
     def linear(
@@ -347,7 +347,7 @@ def _from_arrays(arrays: Mapping[str, NDArray[Any]]) -> Packed:
     return Packed.from_parts(rows, cols, bits, values)
 
 
-def _recognise(packed: Packed) -> NM | Block | Unstructured:
+def recognise(packed: Packed) -> NM | Block | Unstructured:
     """The pattern that the nonzero weights follow; a weight that was kept may happen to be 0."""
     rows, cols, nnz = packed.rows, packed.cols, packed.nnz
     if nnz in {0, rows * cols}:

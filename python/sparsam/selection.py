@@ -212,6 +212,16 @@ def score_tensor(method: Scorer, name: str, tensor: NDArray[Any]) -> NDArray[Any
     return ranked
 
 
+def pruned_last(ranked: NDArray[Any], previous: Mask, norm: int) -> NDArray[np.float64]:
+    """Returns scores in which a kept zero beats what is pruned already, lest a tie at zero lets that back in.
+
+    A kept zero scores the least float64, or the square root of that where groups sum up squares.
+    """
+    keep = previous.to_array()
+    least = 2.0 ** (-1074 if norm == 1 else -537)
+    return np.where(keep, np.maximum(np.abs(ranked.astype(np.float64)), least), 0.0)
+
+
 def is_weight_dtype(dtype: np.dtype[Any]) -> bool:
     """Whether the kernels take it: float16, bfloat16, float32 or float64 in native byte order."""
     return dtype.isnative and (

@@ -14,8 +14,21 @@ namespace sparsam {
 
 struct BitmaskView;
 struct Panels;
+struct PanelView;
 
 enum class ProductKernel : std::uint8_t { bitmask, panels };
+
+// The geometry of a convolution: images of `channels` planes height x width, row by row. Padding is with
+// zeros, on both sides. Sizes are such that the output has at least one position, and a padded image less
+// than 2^32 floats.
+struct Conv2d {
+  std::size_t channels, height, width;
+  std::size_t kernel_h, kernel_w, stride_h = 1, stride_w = 1, pad_h = 0, pad_w = 0, dilation_h = 1,
+                                  dilation_w = 1;
+
+  std::size_t out_height() const;
+  std::size_t out_width() const;
+};
 
 // rows x cols weights (out x in). Immutable but for panels, which are built once each and kept; every method
 // may be called by several threads at once.
@@ -52,11 +65,21 @@ class PackedMatrix {
   void linear(ProductKernel kernel, const float* x, std::size_t tokens, const float* bias,
               const std::string& activation, float* y) const;
 
+  // The same for bfloat16 x and y; sums are float32.
+  void linear(ProductKernel kernel, const std::uint16_t* x, std::size_t tokens, const float* bias,
+              const std::string& activation, std::uint16_t* y) const;
+
+  // Images [rows x out_height x out_width] of y from images of x, both contiguous in themselves and a stride
+  // of floats apart; cols() is channels * kernel_h * kernel_w, in this order.
+  void conv2d(const Conv2d& c, const float* x, std::size_t x_stride, std::size_t images, const float* bias,
+              const std::string& activation, float* y, std::size_t y_stride) const;
+
  private:
   void index_rows();
   double density() const;
   BitmaskView view() const;
   const Panels& panels(std::size_t depth) const;
+  PanelView panel_view(std::size_t depth) const;
 
   std::size_t rows_, cols_, row_words_;
   DType dtype_;

@@ -1,0 +1,28 @@
+"""PyTorch: pruned models that run faster on CPUs. Needs the extra `torch`.
+
+import sparsam.torch
+
+report = sparsam.torch.accelerate(model, example_inputs)  # swaps in packed layers where they win, and says so
+sparsam.torch.restore(model)
+
+From the import on, kernels run on the OpenMP threads that PyTorch uses, as many as `torch.set_num_threads`
+says.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+try:
+    import torch
+except ImportError as error:
+    msg = "sparsam.torch needs PyTorch: pip install 'sparsam[torch]'"
+    raise ImportError(msg) from error
+
+from sparsam import _core
+from sparsam.torch.modules import SparseConv2d, SparseLinear
+
+__all__ = ["SparseConv2d", "SparseLinear"]
+
+for _library in sorted((Path(torch.__file__).parent / "lib").glob("libtorch_cpu.*")):
+    _core.adopt_runtime(str(_library))

@@ -12,7 +12,7 @@ import network
 from sparsam._callbacks import Arrays, Masks
 from sparsam.config import PruningConfig
 from sparsam.lottery import find_ticket
-from sparsam.patterns import NM, Block, Slices
+from sparsam.patterns import NM, Block, Slices, Tied
 
 RNG = np.random.default_rng(5)
 INIT: dict[str, NDArray[Any]] = {
@@ -152,6 +152,45 @@ def count_groups(keep: NDArray[np.bool_], pattern: Any) -> tuple[int, int]:
         ]
     assert all(group.all() or not group.any() for group in groups)
     return sum(not group.any() for group in groups), len(groups)
+
+
+@pytest.mark.parametrize("scope", ["layer", "global"])
+def test_ties_and_their_random_masks(scope: str) -> None:
+    """Whole neurons of three layers; the middle one loses rows and columns."""
+    rng = np.random.default_rng(2)
+    weights = {
+        "a": rng.standard_normal((20, 6)),
+        "b": rng.standard_normal((10, 20)),
+        "c": rng.standard_normal((3, 10)),
+    }
+    ties = (Tied({"a": Slices(0), "b": Slices(1)}), Tied({"b": Slices(0), "c": Slices(1)}))
+    seen: list[Masks] = []
+
+    def train(_: Arrays, masks: Masks, seed: int) -> None:
+        seen.append(masks)
+
+    result = find_ticket(
+        weights,
+        train,
+        lambda _: 1.0,
+        rounds=2,
+        fraction=0.3,
+        config=PruningConfig(ties=ties, scope=scope),
+        controls="random mask",
+    )
+    counts = []
+    for masks in (result.masks, seen[-1]):
+        a, b, c = (masks[name].to_array() for name in "abc")
+        first, second = np.asarray(a.any(axis=1)), np.asarray(c.any(axis=0))
+        assert np.array_equal(a, np.broadcast_to(first[:, None], a.shape))
+        assert np.array_equal(b, np.outer(second, first))
+        assert np.array_equal(c, np.broadcast_to(second, c.shape))
+        counts.append((int(first.sum()), int(second.sum())))
+    assert counts[0] == counts[1]
+    # 20 - 6 - 4 and 10 - 3 - 2; together 30 - 9 - 6.
+    assert sum(counts[0]) == 15
+    assert scope == "global" or counts[0] == (10, 5)
+    assert seen[-1] != result.masks
 
 
 def test_controls() -> None:

@@ -62,6 +62,7 @@ class Spread(Generic[TaskT, ResultT]):
         self._executor = executor
         self._token = secrets.token_hex(16)
         self._workers: set[tuple[str, int, int]] = set()
+        self._cold: set[tuple[str, int, int]] = set()
         self._attempts = 0
 
     def __enter__(self) -> Spread[TaskT, ResultT]:
@@ -101,9 +102,15 @@ class Spread(Generic[TaskT, ResultT]):
             warnings.filterwarnings("ignore", "Sending large graph", UserWarning)
             return executor.submit(_work, self._token, self._attempts, task, job)
 
-    def seen(self, worker: tuple[str, int, int]) -> None:
-        """Takes note of a worker that answered."""
+    def seen(self, worker: tuple[str, int, int], *, missing: bool) -> None:
+        """Takes note of a worker that answered, and whether it has the job."""
         self._workers.add(worker)
+        (self._cold.add if missing else self._cold.discard)(worker)
+
+    @property
+    def without_job(self) -> int:
+        """How many workers said that they have not got the job."""
+        return len(self._cold)
 
     @property
     def room(self) -> int:
@@ -118,7 +125,8 @@ class _Flight(Generic[TaskT, ResultT]):
         self._spread = spread
         self._executor = executor
         self._waiting = deque(enumerate(tasks))
-        self._flying: dict[Future[_Answer[ResultT]], tuple[int, TaskT]] = {}
+        self._flying: dict[Future[_Answer[ResultT]], tuple[int, TaskT, bool]] = {}
+        self._held: list[tuple[int, TaskT]] = []
         self._failures: list[tuple[int, TaskT, Exception, str]] = []
 
     def land(self) -> Iterator[tuple[TaskT, ResultT]]:
@@ -129,8 +137,11 @@ class _Flight(Generic[TaskT, ResultT]):
                 if not self._flying:
                     break
                 done, _ = wait(self._flying, return_when=FIRST_COMPLETED)
-                for future in done:
+                for future in [future for future in self._flying if future in done]:
                     yield from self._receive(future)
+                if not self._carrying():
+                    self._waiting.extendleft(reversed(self._held))
+                    self._held.clear()
         finally:
             for future in self._flying:
                 future.cancel()
@@ -144,10 +155,14 @@ class _Flight(Generic[TaskT, ResultT]):
         except Exception as error:
             self._fail(place, task, error, _undelivered(error))
         else:
-            self._flying[future] = place, task
+            self._flying[future] = place, task, with_job
+
+    def _carrying(self) -> int:
+        """How many tasks are on their way with the job."""
+        return sum(with_job for *_, with_job in self._flying.values())
 
     def _receive(self, future: Future[_Answer[ResultT]]) -> Iterator[tuple[TaskT, ResultT]]:
-        place, task = self._flying.pop(future)
+        place, task, _ = self._flying.pop(future)
         if future.cancelled():
             return
         if (broken := future.exception()) is not None:
@@ -156,10 +171,14 @@ class _Flight(Generic[TaskT, ResultT]):
             self._fail(place, task, broken, _undelivered(broken))
             return
         answer = future.result()
-        self._spread.seen(answer.worker)
-        if answer.missing:
-            if not self._failures:
-                self._submit(place, task, with_job=True)
+        self._spread.seen(answer.worker, missing=answer.missing)
+        if answer.missing and self._failures:
+            return
+        if answer.missing and self._carrying() < self._spread.without_job:
+            self._submit(place, task, with_job=True)
+        elif answer.missing:
+            # As many jobs are on their way as there are workers in want of it.
+            self._held.append((place, task))
         elif answer.error is not None:
             if answer.error.__traceback__ is None:
                 answer.error.__cause__ = RuntimeError(f"in the worker:\n{answer.trace}")
@@ -170,8 +189,10 @@ class _Flight(Generic[TaskT, ResultT]):
     def _fail(self, place: int, task: TaskT, error: Exception, reason: str) -> None:
         self._failures.append((place, task, error, reason))
         self._waiting.clear()
-        for future in self._flying:
-            future.cancel()
+        self._held.clear()
+        # What could be cancelled is not waited for: not every executor says when it is done with it.
+        for future in [future for future in self._flying if future.cancel()]:
+            del self._flying[future]
 
 
 def _work(token: str, attempt: int, task: TaskT, job: Callable[[TaskT], ResultT] | None) -> _Answer[ResultT]:

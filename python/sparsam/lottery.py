@@ -8,24 +8,21 @@
 
 from __future__ import annotations
 
-import hashlib
-import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
-import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from sparsam import scores
 from sparsam._callbacks import Arrays, Masks, accept, evaluate_finite, sparsity_of
 from sparsam._checks import check_sparsity, expected, integer, positive
+from sparsam._random_masks import count_groups, draw_masks, generator
 from sparsam.config import PruningConfig
 from sparsam.masks import Mask
-from sparsam.patterns import NM, Pattern, Unstructured
+from sparsam.patterns import NM
 from sparsam.pruner import Pool, check_patterns, configured, describe, plan, prune_pools, to_arrays
 from sparsam.report import Report
-from sparsam.selection import _tiling
 
 __all__ = ["TicketResult", "TicketRound", "find_ticket"]
 
@@ -151,9 +148,9 @@ def find_ticket(
 
         w = train(start * mask);  mask = the mask without the smallest |w|;  start as before
 
-    In a pool of n groups of the pattern (a tensor, or in global scope all of them) of which k are pruned, a
-    round prunes `round(fraction * (n - k))` more; what is pruned stays so. The ticket is then trained once
-    for each seed, as are its controls, which have the same sparsity in every tensor:
+    In a pool of n groups of the pattern (a tensor, a tie, or in global scope all of them) of which k are
+    pruned, a round prunes `round(fraction * (n - k))` more; what is pruned stays so. The ticket is then
+    trained once for each seed, as are its controls, which have the same sparsity in every tensor:
 
     - "reinitialised": the ticket's mask on weights drawn anew, by `reinit_fn`, or, left out, the values of
       each tensor of `init_weights` in a random order, which for independent draws is a draw from the same
@@ -233,7 +230,6 @@ def find_ticket(
         weights, score = trained("ticket", start, masks, seeds[0])
         history.append(TicketRound(round_, sparsity_of(masks), score))
 
-    patterns = {name: pool.pattern for pool, _ in pools for name in pool.names}
     found: dict[str, list[float]] = {"ticket": [score], **{name: [] for name in CONTROLS if name in controls}}
     found["ticket"] += [trained("ticket", start, masks, seed)[1] for seed in seeds[1:]]
     for seed in seeds:
@@ -241,7 +237,7 @@ def find_ticket(
             fresh = _reinitialised(initial, seed, reinit_fn)
             found["reinitialised"].append(trained("reinitialised", fresh, masks, seed)[1])
         if "random mask" in found:
-            drawn = {name: _drawn(name, mask, patterns[name], seed) for name, mask in masks.items()}
+            drawn = draw_masks(initial, masks, [pool for pool, _ in pools], seed)
             found["random mask"].append(trained("random mask", start, drawn, seed)[1])
     ticket = _masked(start, masks)
     return TicketResult(
@@ -270,37 +266,17 @@ def _pools(arrays: Arrays, config: PruningConfig, fraction: float) -> list[tuple
     unset: dict[str, Any] = {"schedule": None, "num_iterations": None}
     pools = []
     for pool in plan(arrays, replace(config, target_sparsity=fraction, **unset)):
-        if isinstance(pool.pattern, NM):
+        if isinstance(pool.pattern, NM) and not pool.ties:
             msg = (
                 f"overrides: tensor {pool.names[0]!r} has pattern {pool.pattern}, which leaves no rounds: "
                 "expected another, or exclude the tensor"
             )
             raise ValueError(msg)
-        groups = sum(_groups(name, arrays[name].shape, pool.pattern)[2] for name in pool.names)
-        pools.append((pool, groups))
+        pools.append((pool, count_groups(pool, arrays)))
     if not pools:
         msg = f"init_weights: expected tensors to prune; the configuration leaves {list(arrays)!r} dense"
         raise ValueError(msg)
     return pools
-
-
-def _groups(
-    name: str, shape: tuple[int, ...], pattern: Pattern
-) -> tuple[tuple[int, int], tuple[int, int], int]:
-    """A tensor as a matrix, the tile of it that is a group, and the number of tiles."""
-    if isinstance(pattern, (NM, Unstructured)):
-        return (1, math.prod(shape)), (1, 1), math.prod(shape)
-    rows, cols, tile_rows, tile_cols = _tiling(name, shape, pattern)
-    return (rows, cols), (tile_rows, tile_cols), -(-rows // tile_rows) * -(-cols // tile_cols)
-
-
-def _drawn(name: str, mask: Mask, pattern: Pattern, seed: int) -> Mask:
-    """A mask of as many groups, which are drawn at random."""
-    (rows, cols), (tile_rows, tile_cols), _ = _groups(name, mask.shape, pattern)
-    keep = mask.to_array().reshape(rows, cols)[::tile_rows, ::tile_cols]
-    drawn = _generator("mask", name, seed).permutation(keep.ravel()).reshape(keep.shape)
-    whole = drawn.repeat(tile_rows, axis=0).repeat(tile_cols, axis=1)[:rows, :cols]
-    return Mask.from_array(whole.reshape(mask.shape))
 
 
 def _reinitialised(
@@ -312,15 +288,9 @@ def _reinitialised(
     return {
         name: array
         if array.dtype.kind in "biu"
-        else _generator("init", name, seed).permutation(array.ravel()).reshape(array.shape)
+        else generator("init", name, seed).permutation(array.ravel()).reshape(array.shape)
         for name, array in initial.items()
     }
-
-
-def _generator(purpose: str, name: str, seed: int) -> np.random.Generator:
-    """Draws that depend on the seed and the tensor's name, not on its place among the others."""
-    key = hashlib.blake2b(f"{purpose} {name}".encode(), digest_size=16).digest()
-    return np.random.default_rng([seed, int.from_bytes(key, "little")])
 
 
 def _like(what: str, weights: object, initial: Arrays) -> Arrays:

@@ -8,15 +8,14 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor
 from contextlib import closing
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
-from itertools import pairwise
 from os import PathLike
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from numpy.typing import ArrayLike, NDArray
 
@@ -24,12 +23,14 @@ from sparsam._callbacks import Arrays, evaluate_finite
 from sparsam._checks import check_sparsity, positive
 from sparsam._spread import Spread, TaskError
 from sparsam._state import _described, identify
+from sparsam._sweep_rounds import DENSE, Task, rounds
 from sparsam._sweep_state import Store
 from sparsam.config import Override, PruningConfig
-from sparsam.patterns import NM, Pattern
+from sparsam.patterns import NM, Pattern, Tied, Unstructured
 from sparsam.pruner import check_patterns, configured, plan, prune, to_arrays
 from sparsam.scores import resolve
 from sparsam.sensitivity_report import SensitivityCurve, SensitivityPoint, SensitivityReport
+from sparsam.ties import members
 
 __all__ = [
     "EvaluationError",
@@ -40,9 +41,6 @@ __all__ = [
 ]
 
 SPARSITIES = (0.3, 0.5, 0.7, 0.8, 0.9)
-
-_ROUND = 4
-"""Each round of a sweep on a budget spends a quarter of what is left of it."""
 
 
 class EvaluationError(ValueError):
@@ -64,14 +62,6 @@ class EvaluationError(ValueError):
         return EvaluationError, (str(self), self.name, self.sparsity, self.report)
 
 
-class _Task(NamedTuple):
-    name: str
-    sparsity: float
-
-
-_DENSE = _Task("", 0.0)
-
-
 @dataclass(frozen=True)
 class _Curve:
     """What is swept: the tensors that are pruned together, and the sparsities that they can have."""
@@ -79,6 +69,7 @@ class _Curve:
     tensors: tuple[str, ...]
     grid: tuple[float, ...]
     whole_steps: bool
+    ties: tuple[Tied, ...]
 
 
 def sensitivity(
@@ -111,7 +102,8 @@ def sensitivity(
         config: Its method and patterns are used, and `exclude`; of `overrides` the patterns (and which
             vectors they name); the scope within a group. Its sparsities, allocation and schedule are not.
         groups: Group -> the names of its tensors, or shell-style patterns; only these are swept then. Left
-            out: each tensor that the configuration prunes by itself.
+            out: each tensor that the configuration prunes by itself, and each of its `ties`, under the names
+            of its tensors.
         max_evaluations: How many evaluations may be spent, the dense one included; what `state` holds
             counts too.
         callback: Called in the caller's thread after each evaluation, once `state` has it, with how many of
@@ -153,15 +145,15 @@ def sensitivity(
         total = min(total, max_evaluations)
 
     store = None if state is None else Store(Path(state), _identity(settings, arrays, curves))
-    known = {_Task(p.name, p.sparsity): p for p in store.load()} if store else {}
-    wanted: list[_Task] = []
-    job = _Job(arrays, eval_fn, settings, {name: curve.tensors for name, curve in curves.items()})
+    known = {Task(p.name, p.sparsity): p for p in store.load()} if store else {}
+    wanted: list[Task] = []
+    job = _Job(arrays, eval_fn, settings, curves)
 
     def report() -> SensitivityReport | None:
         return _report(arrays, settings, curves, {task: known[task] for task in wanted if task in known})
 
     with Spread(job, executor) as spread:
-        for tasks in _rounds(curves, known, total):
+        for tasks in rounds({name: curve.grid for name, curve in curves.items()}, known, total):
             wanted += tasks
             try:
                 with closing(spread.run([task for task in tasks if task not in known])) as results:
@@ -189,10 +181,10 @@ class _Job:
     weights: Arrays
     eval_fn: Callable[[Arrays], float]
     config: PruningConfig
-    tensors: Mapping[str, tuple[str, ...]]
+    curves: Mapping[str, _Curve]
 
-    def __call__(self, task: _Task) -> SensitivityPoint:
-        if task == _DENSE:
+    def __call__(self, task: Task) -> SensitivityPoint:
+        if task == DENSE:
             score = evaluate_finite(self.eval_fn, self.weights, "the dense weights")
             if math.isinf(score):
                 msg = (
@@ -201,8 +193,9 @@ class _Job:
                 raise ValueError(msg)
             return SensitivityPoint("", 0.0, 0, score)
         name, sparsity = task
-        members = {tensor: self.weights[tensor] for tensor in self.tensors[name]}
-        result = prune(members, _alone(self.config, members, sparsity))
+        curve = self.curves[name]
+        tensors = {tensor: self.weights[tensor] for tensor in curve.tensors}
+        result = prune(tensors, _alone(self.config, curve, sparsity))
         pruned = sum(mask.size - mask.count for mask in result.masks.values())
         score = evaluate_finite(
             self.eval_fn, {**self.weights, **result.weights}, f"{name!r} at sparsity {sparsity:g}"
@@ -210,15 +203,20 @@ class _Job:
         return SensitivityPoint(name, sparsity, pruned, score)
 
 
-def _alone(config: PruningConfig, members: Mapping[str, Any], sparsity: float) -> PruningConfig:
+def _alone(config: PruningConfig, curve: _Curve, sparsity: float) -> PruningConfig:
     """The configuration that prunes these tensors and no others, all of them to one sparsity."""
     overrides = {
         pattern: _at(value, sparsity)
         for pattern, value in config.overrides.items()
-        if any(fnmatchcase(name, pattern) for name in members)
+        if any(fnmatchcase(name, pattern) for name in curve.tensors)
     }
-    target = config.pattern.sparsity if isinstance(config.pattern, NM) else sparsity
-    return replace(config, target_sparsity=target, exclude=(), overrides=overrides)
+    # Nothing but ties: an N:M pattern would hold them to its own sparsity.
+    alone = set(curve.tensors) <= set(members(curve.ties))
+    pattern = Unstructured() if alone else config.pattern
+    target = pattern.sparsity if isinstance(pattern, NM) else sparsity
+    return replace(
+        config, target_sparsity=target, pattern=pattern, exclude=(), overrides=overrides, ties=curve.ties
+    )
 
 
 def _at(value: Override, sparsity: float) -> Override:
@@ -246,26 +244,34 @@ def _curves(
 ) -> dict[str, _Curve]:
     """What is swept, in the order of the weights or of the groups."""
     patterns = {name: pool.pattern for pool in plan(arrays, config) for name in pool.names}
+    tied = members(config.ties)
+    patterns |= dict.fromkeys(tied, Unstructured())
     prunable = [name for name, array in arrays.items() if name in patterns and array.size]
     if groups is None:
-        members: dict[str, tuple[str, ...]] = {name: (name,) for name in prunable}
+        curves = {name: _curve(name, (name,), patterns, grid) for name in prunable if name not in tied}
+        for tie in config.ties:
+            name = " + ".join(tie.members)
+            curves[name] = _Curve(tuple(tie.members), grid, whole_steps=False, ties=(tie,))
     else:
-        members = {name: _members(name, names, prunable) for name, names in groups.items()}
-    if not members or "" in members:
+        curves = {
+            name: _curve(name, _members(name, names, prunable), patterns, grid, config.ties)
+            for name, names in groups.items()
+        }
+    if not curves or "" in curves:
         msg = (
             "weights: expected tensors to prune, with names; the configuration leaves all of "
             f"{list(arrays)!r} dense"
-            if not members
+            if not curves
             else "weights, groups: expected names that are not empty"
         )
         raise ValueError(msg)
     owners: dict[str, str] = {}
-    for group, names in members.items():
-        for name in names:
+    for group in groups or ():
+        for name in curves[group].tensors:
             if owners.setdefault(name, group) != group:
                 msg = f"groups: tensor {name!r} is in {owners[name]!r} and in {group!r}; expected one of them"
                 raise ValueError(msg)
-    return {group: _curve(group, names, patterns, grid) for group, names in members.items()}
+    return curves
 
 
 def _members(group: str, patterns: str | Sequence[str], prunable: Sequence[str]) -> tuple[str, ...]:
@@ -285,62 +291,25 @@ def _members(group: str, patterns: str | Sequence[str], prunable: Sequence[str])
 
 
 def _curve(
-    group: str, names: tuple[str, ...], patterns: Mapping[str, Pattern], grid: tuple[float, ...]
+    group: str,
+    names: tuple[str, ...],
+    patterns: Mapping[str, Pattern],
+    grid: tuple[float, ...],
+    ties: Sequence[Tied] = (),
 ) -> _Curve:
+    for tie in ties:
+        if (inside := set(tie.members) & set(names)) and inside != set(tie.members):
+            wanted = f"expected all or none of the tied {list(tie.members)!r}"
+            msg = f"groups[{group!r}]: {wanted}; got {sorted(inside)!r}"
+            raise ValueError(msg)
+    own = tuple(tie for tie in ties if set(tie.members) <= set(names))
     fixed = {pattern.sparsity for name in names if isinstance(pattern := patterns[name], NM)}
     free = any(not isinstance(patterns[name], NM) for name in names)
     if len(fixed) + free > 1:
         found = ", ".join(f"{name!r}: {patterns[name]}" for name in names)
         msg = f"groups[{group!r}]: an N:M pattern has one sparsity, expected it for all tensors; got {found}"
         raise ValueError(msg)
-    return _Curve(names, tuple(fixed - {0.0}) if fixed else grid, bool(fixed))
-
-
-def _rounds(
-    curves: Mapping[str, _Curve], known: Mapping[_Task, SensitivityPoint], budget: int
-) -> Iterator[list[_Task]]:
-    """What to measure, round after round; each is looked at only once the one before is known."""
-    everything = [_Task(name, sparsity) for name, curve in curves.items() for sparsity in curve.grid]
-    if budget > len(everything):
-        yield [_DENSE, *everything]
-        return
-    chosen = {name: [0.0, curve.grid[-1]] for name, curve in curves.items() if curve.grid}
-    first = [_DENSE, *(_Task(name, at[-1]) for name, at in chosen.items())]
-    yield first
-    left = budget - len(first)
-    while left > 0:
-        bends = sorted(
-            bend
-            for place, (name, at) in enumerate(chosen.items())
-            for bend in _bends(place, name, curves[name].grid, at, known)
-        )
-        size = math.ceil(left / _ROUND)
-        tasks = [_Task(name, middle) for *_, middle, name in bends[:size]]
-        yield tasks
-        for name, middle in tasks:
-            chosen[name] = sorted([*chosen[name], middle])
-        left -= len(tasks)
-
-
-def _bends(
-    place: int,
-    name: str,
-    grid: tuple[float, ...],
-    at: Sequence[float],
-    known: Mapping[_Task, SensitivityPoint],
-) -> Iterator[tuple[float, float, int, float, str]]:
-    """For each interval that can be halved: the sort key, most urgent first, with the place to measure."""
-
-    def score(sparsity: float) -> float:
-        return known[_Task(name, sparsity) if sparsity else _DENSE].score
-
-    for low, high in pairwise(at):
-        inside = [sparsity for sparsity in grid if low < sparsity < high]
-        if inside:
-            middle = min(inside, key=lambda sparsity: abs(2 * sparsity - low - high))
-            gap = 0.0 if score(low) == score(high) else abs(score(low) - score(high))
-            largest = gap * max(middle - low, high - middle) / (high - low)
-            yield -largest, low - high, place, middle, name
+    return _Curve(names, tuple(fixed - {0.0}) if fixed else grid, bool(fixed), own)
 
 
 def _identity(config: PruningConfig, arrays: Arrays, curves: Mapping[str, _Curve]) -> dict[str, Any]:
@@ -354,13 +323,13 @@ def _report(
     arrays: Mapping[str, NDArray[Any]],
     config: PruningConfig,
     curves: Mapping[str, _Curve],
-    points: Mapping[_Task, SensitivityPoint],
+    points: Mapping[Task, SensitivityPoint],
 ) -> SensitivityReport | None:
-    if _DENSE not in points:
+    if DENSE not in points:
         return None
     measured = sorted(points.values(), key=lambda point: point.sparsity)
     return SensitivityReport(
-        points[_DENSE].score,
+        points[DENSE].score,
         tuple(
             SensitivityCurve(
                 name,

@@ -164,9 +164,14 @@ class SensitivityReport:
             take whole steps: with no other curve to give back to, the total stays above that.
 
         Raises:
-            ValueError: The target is outside [0, 1], or above `max_sparsity`.
+            ValueError: The target is outside [0, 1], or above `max_sparsity`; a tensor is in two curves, as
+            one that is in two ties.
         """
         needed = round(check_sparsity("target", target) * self.params)
+        names = [name for curve in self.curves for name, _ in curve.tensors]
+        if twice := [name for name in names if names.count(name) > 1]:
+            msg = f"allocate: tensor {twice[0]!r} is in two ties; expected each tensor in one curve"
+            raise ValueError(msg)
         levels = [self._levels(curve) for curve in self.curves]
         choice = choose(levels, needed)
         if choice is None:

@@ -112,6 +112,7 @@ struct Floats {
 
 struct Doubles {
   static constexpr std::size_t kLanes = 4;
+  static constexpr std::size_t kSums = 8;  // registers for sums, in Floats as well: half of them
   using Reg = __m256d;
 
   static Reg set1(double x) { return _mm256_set1_pd(x); }

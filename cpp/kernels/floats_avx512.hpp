@@ -97,6 +97,7 @@ struct Floats {
 
 struct Doubles {
   static constexpr std::size_t kLanes = 8;
+  static constexpr std::size_t kSums = 16;  // registers for sums, in Floats as well: half of them
   using Reg = __m512d;
 
   static Reg set1(double x) { return _mm512_set1_pd(x); }

@@ -17,21 +17,80 @@ struct LanesOf<double> {
   using type = Doubles;
 };
 
+// A tile of sums, kColumns wide and kRows high, takes about half of the vector registers.
+template <class T>
+struct TileOf {
+  using Lanes = typename LanesOf<T>::type;
+  static constexpr std::size_t kColumns = kSweepTile, kVectors = kColumns / Lanes::kLanes;
+  static constexpr std::size_t kRows = Doubles::kSums < kVectors ? 1 : Doubles::kSums / kVectors;
+};
+
+// kRows rows by one tile of columns: w -= errors[.., 0, depth) * panel[depth][kColumns].
+template <class T, std::size_t kRows>
+void carry_tile(T* w, const T* errors, std::size_t stride, const T* panel, std::size_t depth) {
+  using Tile = TileOf<T>;
+  using Lanes = typename Tile::Lanes;
+  typename Lanes::Reg sum[kRows][Tile::kVectors];
+#pragma GCC unroll 8
+  for (std::size_t r = 0; r < kRows; ++r)
+#pragma GCC unroll 8
+    for (std::size_t v = 0; v < Tile::kVectors; ++v) sum[r][v] = Lanes::zero();
+  for (std::size_t p = 0; p < depth; ++p, panel += Tile::kColumns) {
+    typename Lanes::Reg column[Tile::kVectors];
+#pragma GCC unroll 8
+    for (std::size_t v = 0; v < Tile::kVectors; ++v) column[v] = Lanes::load(panel + v * Lanes::kLanes);
+#pragma GCC unroll 8
+    for (std::size_t r = 0; r < kRows; ++r) {
+      const auto error = Lanes::set1(errors[r * stride + p]);
+#pragma GCC unroll 8
+      for (std::size_t v = 0; v < Tile::kVectors; ++v) sum[r][v] = Lanes::fma(error, column[v], sum[r][v]);
+    }
+  }
+#pragma GCC unroll 8
+  for (std::size_t r = 0; r < kRows; ++r)
+#pragma GCC unroll 8
+    for (std::size_t v = 0; v < Tile::kVectors; ++v) {
+      T* to = w + r * kSweepMost + v * Lanes::kLanes;
+      Lanes::store(to, Lanes::sub(Lanes::load(to), sum[r][v]));
+    }
+}
+
+// As many rows as the sweep holds in its buffer, which is [kSweepRows][kSweepMost].
+template <class T>
+void carry_rows(const SweepBlock<T>& block, std::size_t first_row, std::size_t rows, T* buffer) {
+  using Tile = TileOf<T>;
+  constexpr std::size_t kDepth = 128;  // so much of the panel stays in the L1 cache for all rows
+  const T* errors = block.errors + first_row * block.stride - block.first;
+  for (std::size_t column = 0; column < block.cols; column += Tile::kColumns)
+    for (std::size_t p = 0; p < block.first; p += kDepth) {
+      const std::size_t depth = block.first - p < kDepth ? block.first - p : kDepth;
+      const T* panel = block.panel + column * block.first + p * Tile::kColumns;
+      std::size_t r = 0;
+      for (; r + Tile::kRows <= rows; r += Tile::kRows)
+        carry_tile<T, Tile::kRows>(buffer + r * kSweepMost + column, errors + r * block.stride + p,
+                                   block.stride, panel, depth);
+      for (; r < rows; ++r)
+        carry_tile<T, 1>(buffer + r * kSweepMost + column, errors + r * block.stride + p, block.stride, panel,
+                         depth);
+    }
+}
+
+template <class T>
+void carry(const SweepBlock<T>& block, std::size_t begin, std::size_t end) {
+  alignas(64) T buffer[kSweepRows * kSweepMost];
+  for (std::size_t first = begin; first < end; first += kSweepRows) {
+    const std::size_t rows = end - first < kSweepRows ? end - first : kSweepRows;
+    for (std::size_t r = 0; r < rows; ++r)
+      __builtin_memcpy(buffer + r * kSweepMost, block.w + (first + r) * block.stride, block.cols * sizeof(T));
+    carry_rows(block, first, rows, buffer);
+    for (std::size_t r = 0; r < rows; ++r)
+      __builtin_memcpy(block.w + (first + r) * block.stride, buffer + r * kSweepMost, block.cols * sizeof(T));
+  }
+}
+
 template <class T>
 T magnitude(T x) {
   return x < 0 ? -x : x;
-}
-
-// row[i] -= w_j / U_jj * U_ji for all i >= j; returns w_j / U_jj. It starts at the register that has j: what
-// lies before j in it meets zeros of U.
-template <class T>
-T eliminate(T* row, const T* u, std::size_t u_stride, std::size_t j, std::size_t cols) {
-  using Lanes = typename LanesOf<T>::type;
-  const T error = row[j] / u[j * u_stride + j];
-  const auto factor = Lanes::set1(-error);
-  for (std::size_t i = j / Lanes::kLanes * Lanes::kLanes; i < cols; i += Lanes::kLanes)
-    Lanes::store(row + i, Lanes::fma(factor, Lanes::load(u + j * u_stride + i), Lanes::load(row + i)));
-  return error;
 }
 
 // Marks the n largest |w| / U_jj of columns [first, first + m): a column stays if fewer than n others come
@@ -49,35 +108,60 @@ void choose_group(const SweepBlock<T>& block, const T* row, std::size_t first, s
   }
 }
 
+// Column j of kSweepRows rows. What is kept has the error 0 and is worked on like the others: a branch per
+// weight would be mispredicted every other time, and several rows hide how long one takes. It starts at the
+// register that has j: what lies before j in it meets zeros of U.
+template <class T>
+void eliminate(const SweepBlock<T>& block, std::size_t j, T* rows, const std::uint8_t (*keep)[kSweepMost],
+               T* errors) {
+  using Lanes = typename LanesOf<T>::type;
+  const T* u = block.u + j * block.u_stride;
+  typename Lanes::Reg factor[kSweepRows];
+#pragma GCC unroll 8
+  for (std::size_t r = 0; r < kSweepRows; ++r) {
+    const T error = rows[r * kSweepMost + j] / u[j];
+    errors[r * kSweepMost + j] = keep[r][j] != 0 ? T{0} : error;
+    factor[r] = Lanes::set1(-errors[r * kSweepMost + j]);
+  }
+  for (std::size_t i = j / Lanes::kLanes * Lanes::kLanes; i < block.cols; i += Lanes::kLanes) {
+    const auto column = Lanes::load(u + i);
+#pragma GCC unroll 8
+    for (std::size_t r = 0; r < kSweepRows; ++r) {
+      T* to = rows + r * kSweepMost + i;
+      Lanes::store(to, Lanes::fma(factor[r], column, Lanes::load(to)));
+    }
+  }
+}
+
 template <class T>
 void sweep(const SweepBlock<T>& block, std::size_t begin, std::size_t end) {
-  alignas(64) T row[kSweepMost], errors[kSweepMost];
+  alignas(64) T rows[kSweepRows * kSweepMost] = {}, errors[kSweepRows * kSweepMost];
+  std::uint8_t keep[kSweepRows][kSweepMost];
   const std::size_t group = block.m != 0 ? block.m : block.cols;
-  for (std::size_t r = begin; r < end; ++r) {
-    std::uint8_t* keep = block.keep + r * block.stride;
-    __builtin_memset(row, 0, sizeof row);
-    __builtin_memset(errors, 0, sizeof errors);
-    __builtin_memcpy(row, block.w + r * block.stride, block.cols * sizeof(T));
-    for (std::size_t first = 0; first < block.cols; first += group) {
-      if (block.m != 0) choose_group(block, row, first, keep);
-      // The places of the pruned weights first: a branch per weight would be mispredicted every other time.
-      std::uint16_t pruned[kSweepMost];
-      std::size_t count = 0;
-      for (std::size_t j = first; j < first + group; ++j) {
-        pruned[count] = static_cast<std::uint16_t>(j);
-        count += keep[j] == 0;
-      }
-      for (std::size_t p = 0; p < count; ++p)
-        errors[pruned[p]] = eliminate(row, block.u, block.u_stride, pruned[p], block.cols);
+  for (std::size_t first = begin; first < end; first += kSweepRows) {
+    const std::size_t count = end - first < kSweepRows ? end - first : kSweepRows;
+    for (std::size_t r = 0; r < count; ++r) {
+      __builtin_memcpy(rows + r * kSweepMost, block.w + (first + r) * block.stride, block.cols * sizeof(T));
+      __builtin_memcpy(keep[r], block.keep + (first + r) * block.stride, block.cols);
     }
-    for (std::size_t j = 0; j < block.cols; ++j) row[j] = keep[j] != 0 ? row[j] : T{0};
-    __builtin_memcpy(block.w + r * block.stride, row, block.cols * sizeof(T));
-    __builtin_memcpy(block.errors + r * block.stride, errors, block.cols * sizeof(T));
+    for (std::size_t r = count; r < kSweepRows; ++r) __builtin_memset(keep[r], 1, block.cols);
+    for (std::size_t start = 0; start < block.cols; start += group) {
+      if (block.m != 0)
+        for (std::size_t r = 0; r < count; ++r) choose_group(block, rows + r * kSweepMost, start, keep[r]);
+      for (std::size_t j = start; j < start + group; ++j) eliminate(block, j, rows, keep, errors);
+    }
+    for (std::size_t r = 0; r < count; ++r) {
+      const std::size_t place = (first + r) * block.stride;
+      for (std::size_t j = 0; j < block.cols; ++j)
+        block.w[place + j] = keep[r][j] != 0 ? rows[r * kSweepMost + j] : T{0};
+      __builtin_memcpy(block.keep + place, keep[r], block.cols);
+      __builtin_memcpy(block.errors + place, errors + r * kSweepMost, block.cols * sizeof(T));
+    }
   }
 }
 
 constexpr std::size_t kTileVectors = kTriangleTile / Doubles::kLanes;
-constexpr std::size_t kTileRows = Doubles::kLanes == 8 ? 8 : 2;  // as many sums as fit the registers
+constexpr std::size_t kTileRows = Doubles::kSums / kTileVectors;
 
 // Rows [first, last) of the triangle, given that all rows before `first` are subtracted already. Row q gets
 // the rows of this panel before it subtracted, in registers, and is then divided by the root of its pivot; a
@@ -180,7 +264,8 @@ void solve(double* a, std::size_t n, std::size_t count, std::size_t stride, cons
   for (std::size_t k = 0; k < count; ++k) substitute(a, n, n + k, stride, solutions + k * stride);
 }
 
-constexpr ReconstructionKernels kReconstructionKernels = {&sweep<float>, &sweep<double>, &solve};
+constexpr ReconstructionKernels kReconstructionKernels = {
+    {&carry<float>, &sweep<float>}, {&carry<double>, &sweep<double>}, &solve};
 
 }  // namespace
 }  // namespace sparsam::SPARSAM_TARGET

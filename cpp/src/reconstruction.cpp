@@ -20,24 +20,34 @@ std::size_t round_up(std::size_t n, std::size_t to) { return (n + to - 1) / to *
 }  // namespace
 
 template <class T>
-void Sweep<T>::run(std::size_t first, std::size_t cols, std::size_t n, std::size_t m) const {
-  const std::size_t u_stride = round_up(cols, 2 * kTriangleTile);
-  std::vector<T> triangle(cols * u_stride);
-  for (std::size_t j = 0; j < cols; ++j)
-    std::memcpy(triangle.data() + j * u_stride, u + (first + j) * stride + first, cols * sizeof(T));
-  const SweepBlock<T> block{
-      w + first, keep + first, errors + first, stride, cols, triangle.data(), u_stride, n, m};
-  const ReconstructionKernels& table = kernels().reconstruction;
+void Sweep<T>::run(std::size_t first, std::size_t cols, std::size_t n, std::size_t m, bool carry) const {
+  const std::size_t u_stride = round_up(cols, kSweepTile);
+  std::vector<T> triangle(carry ? 0 : cols * u_stride), panel(carry ? first * u_stride : 0);
+  if (carry) {
+    for (std::size_t tile = 0; tile < cols; tile += kSweepTile)
+      for (std::size_t p = 0; p < first; ++p)
+        std::memcpy(panel.data() + tile * first + p * kSweepTile, u + p * stride + first + tile,
+                    std::min(kSweepTile, cols - tile) * sizeof(T));
+  } else {
+    for (std::size_t j = 0; j < cols; ++j)
+      std::memcpy(triangle.data() + j * u_stride, u + (first + j) * stride + first, cols * sizeof(T));
+  }
+  const SweepBlock<T> block{w + first,       keep + first, errors + first, stride, first, cols,
+                            triangle.data(), u_stride,     panel.data(),   n,      m};
+  const auto& table = [] {
+    if constexpr (sizeof(T) == sizeof(float))
+      return kernels().reconstruction.f32;
+    else
+      return kernels().reconstruction.f64;
+  }();
   // Rows differ little in their work: some tasks more than there are threads even out what disturbs one.
-  constexpr std::size_t kRows = 32;
+  constexpr std::size_t kRows = 8 * kSweepRows;
   const std::size_t tasks = (rows + kRows - 1) / kRows;
-  const std::size_t workers = worker_count(tasks, rows * cols * cols >= std::size_t{1} << 18);
+  const std::size_t work = rows * cols * (carry ? first : cols);
+  const std::size_t workers = worker_count(tasks, work >= std::size_t{1} << 19);
   for_each_task(tasks, workers, [&](std::size_t, std::size_t task) {
     const std::size_t end = std::min(rows, (task + 1) * kRows);
-    if constexpr (sizeof(T) == sizeof(float))
-      table.sweep_f32(block, task * kRows, end);
-    else
-      table.sweep_f64(block, task * kRows, end);
+    (carry ? table.carry : table.sweep)(block, task * kRows, end);
   });
 }
 

@@ -32,6 +32,14 @@ def tile_scores(
 def count_bits(words: _Words) -> int: ...
 def apply_mask(array: _Weights, words: _Words, out: _Weights) -> None: ...
 def expand_tiles(tile_words: _Words, rows: int, cols: int, tile_rows: int, tile_cols: int) -> _Words: ...
+def carry(
+    w: NDArray[_Real],
+    u: NDArray[_Real],
+    keep: NDArray[np.bool_],
+    errors: NDArray[_Real],
+    first: int,
+    cols: int,
+) -> None: ...
 def sweep(
     w: NDArray[_Real],
     u: NDArray[_Real],

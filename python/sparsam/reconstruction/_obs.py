@@ -179,8 +179,7 @@ def _sweep(layer: Layer, upper: NDArray[Any], choice: _Choice, block: int) -> ND
     with np.errstate(over="ignore", invalid="ignore"):
         for start in range(0, columns, step) if rows else ():
             stop = min(start + step, columns)
-            # What the blocks before owe to this one, in one product.
-            w[:, start:stop] -= errors[:, :start] @ upper[:start, start:stop]
+            _core.carry(w, upper, choice.keep, errors, start, stop - start)
             if choice.pruned is not None:
                 _choose_block(layer, upper.diagonal(), choice, start, stop)
             _core.sweep(w, upper, choice.keep, errors, start, stop - start, n, m)
@@ -195,7 +194,9 @@ def _choose_block(layer: Layer, diagonal: NDArray[Any], choice: _Choice, start: 
     before = int(seen[start - 1]) if start else 0
     counts = [(2 * choice.pruned * seen_live + live) // (2 * live) if live else 0
               for seen_live in (before, int(seen[stop - 1]))]  # fmt: skip
-    columns = np.flatnonzero(layer.live[start:stop]) + start
+    columns: slice | NDArray[np.int64] = slice(start, stop)
+    if not layer.live[columns].all():
+        columns = np.flatnonzero(layer.live[start:stop]) + start
     count = counts[1] - counts[0]
     if not count:
         return
@@ -203,7 +204,7 @@ def _choose_block(layer: Layer, diagonal: NDArray[Any], choice: _Choice, start: 
     if not np.isfinite(scores).all():
         layer.finish(scores)
     if choice.by_row:
-        words = _core.keep_of_group(scores, columns.size - count, columns.size)
+        words = _core.keep_of_group(scores, scores.shape[1] - count, scores.shape[1])
         assert words is not None
         kept = Mask(words, scores.shape)
     else:
@@ -214,8 +215,7 @@ def _choose_block(layer: Layer, diagonal: NDArray[Any], choice: _Choice, start: 
 def _inverse_factor(layer: Layer, damping: float) -> tuple[NDArray[np.float64], float]:
     """U, upper triangular with U^T U = (H / c + damping I)^-1, c the mean of H's diagonal; the damping used.
 
-    With H's order of columns reversed, Cholesky's factor is upper triangular in the right order: H = R R^T,
-    so U = R^-1, and H itself is never inverted. A scale of H changes neither what is pruned nor the updates.
+    A scale of H changes neither what is pruned nor the updates.
     """
     gram = layer.gram / mean_diagonal(layer)
     diagonal = np.where(layer.live, gram.diagonal(), 1.0)
@@ -224,7 +224,7 @@ def _inverse_factor(layer: Layer, damping: float) -> tuple[NDArray[np.float64], 
     while True:
         gram.flat[:: len(gram) + 1] = diagonal + damping
         try:
-            upper = np.linalg.cholesky(gram[::-1, ::-1])[::-1, ::-1]
+            return _factor(gram), damping
         except np.linalg.LinAlgError:
             damping = max(10 * damping, 1e-8)
             if damping > 1:
@@ -233,18 +233,24 @@ def _inverse_factor(layer: Layer, damping: float) -> tuple[NDArray[np.float64], 
                     "expected the sum or mean of x x^T"
                 )
                 raise ValueError(msg) from None
-        else:
-            return _invert(np.ascontiguousarray(upper)), damping
 
 
-def _invert(upper: NDArray[np.float64]) -> NDArray[np.float64]:
-    """The inverse of an upper triangle, by halves: [[A, B], [0, C]] -> [[A', -A' B C'], [0, C']]."""
-    n = len(upper)
+def _factor(gram: NDArray[np.float64]) -> NDArray[np.float64]:
+    """U for a positive definite matrix, by halves, so that nearly all work is in products.
+
+    With gram = R R^T, R upper triangular, U is the inverse of R. [[A, B], [B^T, C]] has R22 from C, then
+    R12 = B U22^T, then R11 from A - R12 R12^T; and U12 = -U11 R12 U22.
+    """
+    n = len(gram)
     if n <= _TRIANGLE:
+        upper = np.linalg.cholesky(gram[::-1, ::-1])[::-1, ::-1]
         return np.triu(np.linalg.inv(upper))
     half = n // 2
-    inverse = np.zeros_like(upper)
-    inverse[:half, :half] = _invert(upper[:half, :half])
-    inverse[half:, half:] = _invert(upper[half:, half:])
-    inverse[:half, half:] = -(inverse[:half, :half] @ upper[:half, half:]) @ inverse[half:, half:]
+    right = _factor(gram[half:, half:])
+    link = gram[:half, half:] @ right.T
+    left = _factor(gram[:half, :half] - link @ link.T)
+    inverse = np.zeros_like(gram)
+    inverse[:half, :half] = left
+    inverse[half:, half:] = right
+    inverse[:half, half:] = -(left @ link) @ right
     return inverse

@@ -1,9 +1,9 @@
 """Weight updates beside plain implementations: `pytest benchmarks/bench_reconstruction.py`.
 
-A layer of 1536 x 1536 with correlated inputs, 70 % pruned. `sweep` times what the column sweep alone takes,
-given the factor of the inverse; `obs` a whole call, the factorisation included. Peers are SparseGPT's
-algorithm written as its paper has it, with NumPy and with PyTorch, float32. Every benchmark asserts its
-result. SPARSAM_BENCH_MAX caps the number of weights, for CI.
+A layer of 1536 x 1536 with correlated inputs, 70 % pruned. `obs` is a whole call, from second moments to
+weights; `columns` is the column sweep alone, for a given mask and factor, without the products between
+blocks. Peers are SparseGPT's algorithm written as its paper has it, with NumPy and with PyTorch, float32.
+Every benchmark asserts its result. SPARSAM_BENCH_MAX caps the number of weights, for CI.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from pytest_benchmark.fixture import BenchmarkFixture
 
 import sparsam
+from sparsam import _core
 from sparsam.reconstruction import _obs, admm, obs, reconstruction_error, refit
 from sparsam.reconstruction._layer import to_layer
 
@@ -51,36 +52,59 @@ def factor() -> Matrix:
     return _obs._inverse_factor(to_layer(w, h, "w"), 0.01)[0].astype(np.float32)
 
 
-def run(benchmark: BenchmarkFixture, group: str, function: Callable[..., Any], rounds: int) -> Any:
+def run(
+    benchmark: BenchmarkFixture, group: str, function: Callable[..., Any], rounds: int, **options: Any
+) -> Any:
     benchmark.group = f"{group} {SIZE}x{SIZE} s={SPARSITY}"
     benchmark.extra_info.update(isa=sparsam.isa(), threads=sparsam.num_threads(), numpy=np.__version__)
     pedantic: Callable[..., Any] = benchmark.pedantic
-    return pedantic(function, rounds=rounds, warmup_rounds=1, iterations=1)
+    return pedantic(function, rounds=rounds, warmup_rounds=1, iterations=1, **options)
 
 
-def sweep_sparsam() -> Matrix:
-    w, h = layer()
-    plain = to_layer(w, h, "w", np.float32)
-    choice = _obs._choose_from(plain, SPARSITY, sparsam.Unstructured(), None, "layer")
-    result: Matrix = _obs._sweep(plain, factor(), choice, BLOCK)
-    return result
+def columns_sparsam(w: Matrix, upper: Matrix, keep: NDArray[np.bool_]) -> Matrix:
+    errors = np.empty_like(w)
+    for start in range(0, SIZE, BLOCK):
+        _core.sweep(w, upper, keep, errors, start, min(BLOCK, SIZE - start), 0, 0)
+    return w
 
 
-def sweep_numpy(upper: Matrix) -> Matrix:
-    w = layer()[0].copy()
+def columns_numpy(w: Matrix, upper: Matrix, pruned: NDArray[np.bool_], errors: Matrix) -> None:
+    """One block of columns, in place."""
+    for j in range(w.shape[1]):
+        left = np.where(pruned[:, j], 0, w[:, j])
+        errors[:, j] = (w[:, j] - left) / upper[j, j]
+        w[:, j:] -= np.outer(errors[:, j], upper[j, j:])
+    w[pruned] = 0
+
+
+def columns_torch(w: Any, upper: Any, pruned: Any, errors: Any) -> None:
+    for j in range(w.shape[1]):
+        left = w[:, j].clone()
+        left[pruned[:, j]] = 0
+        errors[:, j] = (w[:, j] - left) / upper[j, j]
+        w[:, j:] -= errors[:, j].unsqueeze(1).matmul(upper[j, j:].unsqueeze(0))
+    w[pruned] = 0
+
+
+def all_columns(
+    w: Any, upper: Any, pruned: Any, empty_like: Callable[[Any], Any], columns: Callable[..., None]
+) -> Any:
+    """The columns of every block for a given mask, without what blocks owe to one another."""
+    for start in range(0, SIZE, BLOCK):
+        block = slice(start, min(start + BLOCK, SIZE))
+        part = w[:, block]
+        columns(part, upper[block, block], pruned[:, block], empty_like(part))
+    return w
+
+
+def sweep_numpy(w: Matrix, upper: Matrix) -> Matrix:
     for start in range(0, SIZE, BLOCK):
         stop = min(start + BLOCK, SIZE)
-        part, triangle = w[:, start:stop].copy(), upper[start:stop, start:stop]
-        errors = np.zeros_like(part)
+        part, triangle = w[:, start:stop], upper[start:stop, start:stop]
         scores = part**2 / np.diag(triangle) ** 2
         bound = np.sort(scores, axis=None)[min(int(scores.size * SPARSITY), scores.size - 1)]
-        pruned = scores <= bound
-        for j in range(stop - start):
-            left = np.where(pruned[:, j], 0, part[:, j])
-            error = (part[:, j] - left) / triangle[j, j]
-            part[:, j:] -= np.outer(error, triangle[j, j:])
-            errors[:, j] = error
-        w[:, start:stop] = np.where(pruned, 0, part)
+        errors = np.empty_like(part)
+        columns_numpy(part, triangle, scores <= bound, errors)
         w[:, stop:] -= errors @ upper[start:stop, stop:]
     return w
 
@@ -88,18 +112,11 @@ def sweep_numpy(upper: Matrix) -> Matrix:
 def sweep_torch(torch: Any, w: Any, upper: Any) -> Any:
     for start in range(0, SIZE, BLOCK):
         stop = min(start + BLOCK, SIZE)
-        part, triangle = w[:, start:stop].clone(), upper[start:stop, start:stop]
-        errors = torch.zeros_like(part)
+        part, triangle = w[:, start:stop], upper[start:stop, start:stop]
         scores = part**2 / torch.diag(triangle) ** 2
         bound = torch.sort(scores.flatten())[0][min(int(scores.numel() * SPARSITY), scores.numel() - 1)]
-        pruned = scores <= bound
-        for j in range(stop - start):
-            left = part[:, j].clone()
-            left[pruned[:, j]] = 0
-            error = (part[:, j] - left) / triangle[j, j]
-            part[:, j:] -= error.unsqueeze(1).matmul(triangle[j, j:].unsqueeze(0))
-            errors[:, j] = error
-        w[:, start:stop] = torch.where(pruned, 0, part)
+        errors = torch.empty_like(part)
+        columns_torch(part, triangle, scores <= bound, errors)
         w[:, stop:] -= errors.matmul(upper[start:stop, stop:])
     return w
 
@@ -107,7 +124,7 @@ def sweep_torch(torch: Any, w: Any, upper: Any) -> Any:
 def obs_numpy() -> Matrix:
     h = layer()[1].astype(np.float32)
     h.flat[:: SIZE + 1] += np.float32(0.01 * np.diag(h).mean())
-    return sweep_numpy(np.ascontiguousarray(np.linalg.cholesky(np.linalg.inv(h)).T))
+    return sweep_numpy(layer()[0].copy(), np.ascontiguousarray(np.linalg.cholesky(np.linalg.inv(h)).T))
 
 
 def obs_torch(torch: Any) -> Matrix:
@@ -120,23 +137,38 @@ def obs_torch(torch: Any) -> Matrix:
 
 
 @pytest.mark.parametrize("peer", ["sparsam", "numpy", "torch"])
-@pytest.mark.parametrize("what", ["sweep", "obs"])
-def test_obs(benchmark: BenchmarkFixture, what: str, peer: str) -> None:
-    w, h = layer()
+def test_columns(benchmark: BenchmarkFixture, peer: str) -> None:
+    w, upper = layer()[0], factor()
+    keep = sparsam.select(w, SPARSITY).to_array()
+    pruned = ~keep
+    expected = columns_sparsam(w.copy(), upper, keep)
+    calls: dict[str, Callable[[Matrix], Any]] = {
+        "sparsam": lambda w: columns_sparsam(w, upper, keep),
+        "numpy": lambda w: all_columns(w, upper, pruned, np.empty_like, columns_numpy),
+    }
     if peer == "torch":
         torch = pytest.importorskip("torch")
         torch.set_num_threads(sparsam.num_threads())
-    calls: dict[tuple[str, str], Callable[[], Any]] = {
-        ("sweep", "sparsam"): sweep_sparsam,
-        ("sweep", "numpy"): lambda: sweep_numpy(factor()),
-        ("sweep", "torch"): lambda: sweep_torch(
-            torch, torch.from_numpy(w).clone(), torch.from_numpy(factor())
-        ).numpy(),
-        ("obs", "sparsam"): lambda: obs(w, h, SPARSITY, block=BLOCK).weights,
-        ("obs", "numpy"): obs_numpy,
-        ("obs", "torch"): lambda: obs_torch(torch),
+        given = torch.from_numpy(upper), torch.from_numpy(pruned)
+        calls["torch"] = lambda w: all_columns(
+            torch.from_numpy(w), *given, torch.empty_like, columns_torch
+        ).numpy()
+    result = run(benchmark, "columns", calls[peer], 5, setup=lambda: ((w.copy(),), {}))
+    assert np.allclose(result, expected, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("peer", ["sparsam", "numpy", "torch"])
+def test_obs(benchmark: BenchmarkFixture, peer: str) -> None:
+    w, h = layer()
+    calls: dict[str, Callable[[], Any]] = {
+        "sparsam": lambda: obs(w, h, SPARSITY, block=BLOCK).weights,
+        "numpy": obs_numpy,
     }
-    result = run(benchmark, what, calls[what, peer], 5 if peer == "sparsam" else 2)
+    if peer == "torch":
+        torch = pytest.importorskip("torch")
+        torch.set_num_threads(sparsam.num_threads())
+        calls["torch"] = lambda: obs_torch(torch)
+    result = run(benchmark, "obs", calls[peer], 5)
     pruned = result.size - np.count_nonzero(result)
     assert abs(pruned - round(SPARSITY * result.size)) <= (0 if peer == "sparsam" else 2 * SIZE)
     assert reconstruction_error(w, result, h) < magnitude_error()

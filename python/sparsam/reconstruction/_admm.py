@@ -50,16 +50,17 @@ def admm(
     Inputs are scaled first, so that H has a diagonal of 1: G_ij = H_ij / (d_i d_j), W_j d_j, with
     d_j = sqrt(H_jj); at the end the weights are divided by d.
 
-    With a mask (Boza, "Fast and effective weight update for pruned large language models", 2024): one inverse
-    of G + rho I serves all iterations Z = mask (W' + U), U += W' - Z, W' = (W G + rho (Z - U)) (G + rho I)^-1.
-    Up to 100 steps of conjugate gradients on the support follow, until one gains less than 1e-5 of the error.
-    It works with products of whole matrices, and approaches `refit`, which factorises each row's own system.
+    With a mask (Boza, "Fast and effective weight update for pruned large language models", 2024): one
+    inverse of G + rho I serves all iterations Z = mask (W' + U), U += W' - Z,
+    W' = (W G + rho (Z - U)) (G + rho I)^-1. Up to 100 steps of conjugate gradients on the support follow,
+    until one gains less than 1e-5 of the error. It works with products of whole matrices, and approaches
+    `refit`, which factorises each row's own system.
 
-    Without a mask (Meng et al., "ALPS", 2024): B = (W G - V + rho D) (G + rho I)^-1, D = what `select` keeps of
-    B + V / rho, V += rho (B - D), by one eigendecomposition of G. Every third iteration rho grows, by 1.3 where
-    more than 10 % of the support changed since the third before, by 1.2 above 0.5 %, by 1.1 above 0, until
-    nothing changes; if nothing changed from the start, it begins again with a fifth of rho, 5 times at most.
-    Then the weights are refitted on the support as `refit` does.
+    Without a mask (Meng et al., "ALPS", 2024): B = (W G - V + rho D) (G + rho I)^-1, D = what `select`
+    keeps of B + V / rho, V += rho (B - D), by one eigendecomposition of G. Every third iteration rho grows,
+    by 1.3 where more than 10 % of the support changed since the third before, by 1.2 above 0.5 %, by 1.1
+    above 0, until nothing changes; if nothing changed from the start, it begins again with a fifth of rho,
+    5 times at most. Then the weights are refitted on the support as `refit` does.
 
     Args:
         w: Dense weights, (out, in) or (out, in, ...), which is taken as (out, in * ...); float16, bfloat16,
@@ -148,7 +149,7 @@ def _polish(
     start: NDArray[np.float64],
 ) -> NDArray[np.float64]:
     """Conjugate gradients on each row's support from `start`; no step raises the error."""
-    new = start.copy()
+    new: NDArray[np.float64] = start.copy()
     error = float(np.vdot((w - new) @ gram, w - new))
     residual = np.where(keep, (w - new) @ gram, 0.0)
     direction, size = residual.copy(), np.einsum("ij,ij->i", residual, residual)

@@ -55,10 +55,10 @@ def obs(
     least, by (w_j / U_jj)^2 (Frantar and Alistarh, "SparseGPT", 2023, algorithm 1).
 
     Unstructured: each block of columns chooses before its own sweep, from the weights as updated so far, and
-    over all rows. `round(sparsity * n)` weights of the layer are pruned in all; after each block the number so
-    far is the total times the share of live columns so far, rounded half up. NM: each group chooses when the
-    sweep reaches it, from the weights as they are then. Ties keep the lower index (in a block: lower row, then
-    lower column).
+    over all rows. `round(sparsity * n)` weights of the layer are pruned in all; after each block the number
+    so far is the total times the share of live columns so far, rounded half up. NM: each group chooses when
+    the sweep reaches it, from the weights as they are then. Ties keep the lower index (in a block: lower row,
+    then lower column).
 
     Dead inputs (H_jj = 0) cost nothing: their weights go first, of too many those with the lower index are
     kept, and what is kept stays as it was.
@@ -229,8 +229,8 @@ def _inverse_factor(layer: Layer, damping: float) -> tuple[NDArray[np.float64], 
             damping = max(10 * damping, 1e-8)
             if damping > 1:
                 msg = (
-                    f"h for tensor {layer.name!r} is not positive definite even with its mean diagonal added: "
-                    "expected the sum or mean of x x^T"
+                    f"h for tensor {layer.name!r} is not positive definite even with its mean diagonal "
+                    "added: expected the sum or mean of x x^T"
                 )
                 raise ValueError(msg) from None
 

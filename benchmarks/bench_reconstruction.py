@@ -61,8 +61,8 @@ def run(
     return pedantic(function, rounds=rounds, warmup_rounds=1, iterations=1, **options)
 
 
-def columns_sparsam(w: Matrix, upper: Matrix, pruned: NDArray[np.bool_]) -> Matrix:
-    keep, errors = ~pruned, np.empty_like(w)
+def columns_sparsam(w: Matrix, upper: Matrix, keep: NDArray[np.bool_]) -> Matrix:
+    errors = np.empty_like(w)
     for start in range(0, SIZE, BLOCK):
         _core.sweep(w, upper, keep, errors, start, min(BLOCK, SIZE - start), 0, 0)
     return w
@@ -139,10 +139,11 @@ def obs_torch(torch: Any) -> Matrix:
 @pytest.mark.parametrize("peer", ["sparsam", "numpy", "torch"])
 def test_columns(benchmark: BenchmarkFixture, peer: str) -> None:
     w, upper = layer()[0], factor()
-    pruned = ~sparsam.select(w, SPARSITY).to_array()
-    expected = columns_sparsam(w.copy(), upper, pruned)
+    keep = sparsam.select(w, SPARSITY).to_array()
+    pruned = ~keep
+    expected = columns_sparsam(w.copy(), upper, keep)
     calls: dict[str, Callable[[Matrix], Any]] = {
-        "sparsam": lambda w: columns_sparsam(w, upper, pruned),
+        "sparsam": lambda w: columns_sparsam(w, upper, keep),
         "numpy": lambda w: all_columns(w, upper, pruned, np.empty_like, columns_numpy),
     }
     if peer == "torch":

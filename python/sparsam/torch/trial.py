@@ -8,7 +8,7 @@ from collections import Counter
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from sparsam.torch import fusion, timing
 from sparsam.torch.acceleration_report import AccelerationReport, LayerRow
@@ -65,7 +65,8 @@ class Trial:
         for name, layer in self.exchange.layers.items():
             weight: Any = layer.original.weight
             width = weight.shape[0 if is_transposed(layer.original) else 1]
-            pairs = [timing.compare(layer, torch.randn(rows, width, dtype=weight.dtype)) for rows in _ROWS]
+            inputs = [_draw(rows, width, weight.dtype) for rows in _ROWS]
+            pairs = [timing.compare(layer, x) for x in inputs]
             self.inputs[name] = Counter({(rows, width): 1 for rows in _ROWS})
             dense, sparse = (
                 math.exp(sum(map(math.log, times)) / len(_ROWS)) for times in zip(*pairs, strict=True)
@@ -225,3 +226,8 @@ class Trial:
     def _shapes(self, name: str) -> tuple[tuple[tuple[int, ...], int], ...]:
         seen = self.inputs.get(name, Counter())
         return tuple((shape, calls) for shape, calls in seen.items() if shape is not None)
+
+
+def _draw(rows: int, width: int, dtype: torch.dtype) -> Tensor:
+    """Some input of a linear layer; the random state stays as it is."""
+    return torch.randn(rows, width, generator=torch.Generator().manual_seed(0), device="cpu").to(dtype)

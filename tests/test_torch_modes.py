@@ -172,6 +172,21 @@ def test_what_was_loaded_is_restored(change: Callable[[nn.Module], nn.Module]) -
         accelerate(model, torch.randn(3, 8, dtype=new["0.bias"].dtype))
 
 
+def test_parameters_are_refused() -> None:
+    for layer, shape in zip(layers(), SHAPES, strict=True):
+        x = torch.randn(shape)
+        expected = layer(x)
+        for name in ("weight", "bias"):
+            with pytest.raises(TypeError, match=f"takes no Parameter '{name}': call .*restore"):
+                setattr(layer, name, nn.Parameter(torch.ones(6)))
+        assert torch.equal(layer(x), expected)
+        layer.load_state_dict(layer.original.state_dict(keep_vars=True), assign=True)
+        assert not layer.bias.requires_grad
+        assert torch.equal(layer(x), expected)
+        with pytest.raises(RuntimeError, match=r"Unexpected key.* \"scale\""):
+            layer.load_state_dict({**layer.state_dict(), "scale": torch.ones(())})
+
+
 class Named(nn.Module):
     """Calls its layers with a keyword."""
 

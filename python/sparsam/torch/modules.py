@@ -47,6 +47,12 @@ class SparseLayer(nn.Module):
         self.register_buffer("bias", None if bias is None else bias.detach().contiguous())
         self.training = original.training
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if isinstance(value, nn.Parameter):  # would not be trained; by tie_weights() of Hugging Face, say
+            msg = f"a packed layer takes no Parameter {name!r}: call sparsam.torch.restore(model) first"
+            raise TypeError(msg)
+        super().__setattr__(name, value)
+
     @property
     def original(self) -> nn.Module:
         """The module that was replaced."""
@@ -80,8 +86,8 @@ class SparseLayer(nn.Module):
             return self._released
         if not torch.equal(parameter.detach(), self.weight):
             return False
+        self._released = True  # first: an interrupt in between must not lose the weight
         parameter.data = parameter.data.new_empty(0)
-        self._released = True
         return True
 
     def restored(self) -> nn.Module:
@@ -131,9 +137,11 @@ class SparseLayer(nn.Module):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        key = prefix + "weight"
-        new = state_dict.get(key)
-        rest = {name: tensor for name, tensor in state_dict.items() if name != key}
+        own = {name: tensor for name, tensor in state_dict.items() if name.startswith(prefix)}
+        new = own.pop(key := prefix + "weight", None)
+        bias = prefix + "bias"
+        if isinstance(own.get(bias), nn.Parameter):
+            own[bias] = own[bias].detach()  # assign=True would make a Parameter of the buffer
         if new is None:
             if strict:
                 missing_keys.append(key)
@@ -142,7 +150,7 @@ class SparseLayer(nn.Module):
         else:
             self._set_weight(new)
         super()._load_from_state_dict(
-            rest, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+            own, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
 
     def _set_weight(self, new: Tensor) -> None:

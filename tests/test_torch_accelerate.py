@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from sparsam.torch import SparseLinear, accelerate, restore, timing
+from sparsam.torch import SparseLinear, accelerate, memory, restore, timing, trial
 from sparsam.torch.session import as_examples, difference
 from sparsam.torch.weight import PackedWeight
 from torch_cases import Clock, check_round_trip, conv_net, mlp, pruned, state
@@ -259,16 +259,24 @@ def test_a_second_call_leaves_what_is_packed() -> None:
     assert state(model) == before
 
 
-@pytest.mark.parametrize("fails", ["model", "timing"])
+@pytest.mark.parametrize("fails", ["model", "timing", "freeing"])
 def test_an_error_leaves_the_model_as_it_was(fails: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = nn.Sequential(mlp(), nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)).train()
     before = state(pruned(model).train())
 
     def broken(*_: Any) -> Any:
-        assert any(isinstance(m, SparseLinear) for m in model.modules()) == (fails == "timing")
+        assert any(isinstance(m, SparseLinear) for m in model.modules()) == (fails != "model")
         raise KeyboardInterrupt
 
-    if fails == "timing":
+    if fails == "freeing":
+
+        def release(model: nn.Module, layers: Any) -> None:
+            memory.release(model, layers)
+            assert not layers[0].original.weight.numel()
+            broken()
+
+        monkeypatch.setattr(trial, "release", release)
+    elif fails == "timing":
         monkeypatch.setattr(timing, "layer_times", broken)
     else:
         model.register_forward_hook(broken)

@@ -146,6 +146,12 @@ def test_one_bad_fusion_does_not_spoil_the_others() -> None:
     assert [r.activation for r in report.layers] == [None, "relu"]
 
 
+def test_activations_in_place() -> None:
+    layers = [nn.Linear(16, 16), nn.ReLU(inplace=True), nn.Linear(16, 8), nn.ReLU(inplace=True), nn.Dropout()]
+    report = check_round_trip(pruned(nn.Sequential(*layers)), torch.randn(5, 16))
+    assert [r.activation for r in report.layers] == ["relu", "relu"]
+
+
 def test_an_activation_after_several_layers() -> None:
     act = nn.SiLU()
     model = nn.Sequential(pruned(nn.Linear(8, 8)), act, pruned(nn.Linear(8, 8)), act)

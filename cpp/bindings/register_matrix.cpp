@@ -127,10 +127,10 @@ void linear_at(const PackedMatrix& w, const std::string& kernel, std::uintptr_t 
 using Pair = std::pair<std::size_t, std::size_t>;
 
 Conv2d conv2d_of(const PackedMatrix& w, Pair image, Pair kernel, Pair stride, Pair padding, Pair dilation) {
-  constexpr std::size_t kMostOf = 1 << 20;  // of any of them: keeps the sums below in range
+  constexpr std::size_t kMostOf = std::size_t{1} << 29;  // of any of them: keeps the sums below in range
   for (const Pair& p : {image, kernel, stride, padding, dilation})
     if (p.first > kMostOf || p.second > kMostOf)
-      throw py::value_error("size too large: expected at most 2^20");
+      throw py::value_error("size too large: expected at most 2^29");
   for (const Pair& p : {image, kernel, stride, dilation})
     if (p.first == 0 || p.second == 0) throw py::value_error("expected sizes of at least 1");
   if (w.cols() % (kernel.first * kernel.second) != 0)

@@ -64,10 +64,10 @@ def accelerate(
             else:
                 with Session(model, examples) as session:
                     trial.by_examples(session)
+            report = trial.finish()
         except BaseException:
-            trial.exchange.remove()
+            trial.undo()
             raise
-        report = trial.finish()
     print(report)  # noqa: T201 - the proof is part of what it does
     return report
 

@@ -96,10 +96,9 @@ def recognise_activation(module: nn.Module) -> str | None:
     """The activation that a module computes, in training as in eval mode; None if it is none of ours."""
     if any(True for _ in module.parameters()) or any(True for _ in module.buffers()):
         return None
-    grid = torch.cat(
-        [torch.linspace(-8, 8, 4001), torch.tensor([sign * x for x in _FAR for sign in (1, -1)])]
-    )
-    x = grid.double()
+    far = [sign * x for x in _FAR for sign in (1, -1)]
+    wide: dict[str, Any] = {"dtype": torch.float64, "device": "cpu"}
+    x = torch.cat([torch.linspace(-8, 8, 4001, **wide), torch.tensor(far, **wide)])
     with torch.no_grad(), torch.random.fork_rng(devices=[]), torch.autocast("cpu", enabled=False):
         try:
             found = [copy.deepcopy(module).train(mode)(x.clone()) for mode in (False, True)]
@@ -165,8 +164,7 @@ class _Trace:
             if isinstance(module, torch.jit.ScriptModule) or any(True for _ in module.children()):
                 continue
             yield module.register_forward_pre_hook(self._called, with_kwargs=True)
-            if id(module) in self._layers:
-                yield module.register_forward_hook(self._returned)
+            yield module.register_forward_hook(self._returned)
 
     def followers(self) -> Iterator[tuple[nn.Module, list[SparseLayer]]]:
         """Modules that are called with nothing but outputs of layers, and those layers."""
@@ -192,6 +190,9 @@ class _Trace:
 
     def _returned(self, module: nn.Module, _: Any, output: Any) -> None:
         key = id(module)
+        if key not in self._layers:  # what was computed in place is no output of a layer any more
+            self._outputs.pop(id(output), None)
+            return
         if isinstance(output, Tensor):
             self._outputs[id(output)] = (weakref.ref(output), key, self._layer_calls[key])
         self._layer_calls[key] += 1

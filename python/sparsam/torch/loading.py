@@ -126,6 +126,8 @@ def _check_modules(manifest: Manifest, modules: Mapping[str, nn.Module]) -> None
         if not known or module is None or "weight" not in module._parameters:
             came = "missing" if module is None else f"a {type(module).__name__}"
             msg = f"layer {name!r} is {came} in the model: expected a dense layer with a weight of its own"
+            if module is not None:
+                msg += ", which torch.nn.utils.prune and parametrize do not compute any more"
             raise ValueError(msg)
         weight = module.get_parameter("weight")
         shape, dtype = tuple(weight.shape), dtype_name(weight.dtype)

@@ -9,19 +9,24 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from sparsam.torch.products import ACTIVATIONS, conv2d, is_plain, linear
+from sparsam.torch.products import ACTIVATIONS, conv2d, is_plain, linear, refuse
 from sparsam.torch.weight import DTYPES, PackedWeight
 
 __all__ = ["SparseConv2d", "SparseLayer", "SparseLinear", "is_transposed"]
+
+with torch.inference_mode(False):
+    _LEARNS = torch.empty(0, requires_grad=True, device="cpu")
+_is_exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", lambda: False)  # torch >= 2.6
 
 
 class SparseLayer(nn.Module):
     """What packed layers share: the weight, the bias, the activation after them, and the way back.
 
     The weight is no Parameter: a packed layer computes, and does not train. Going backward through one is an
-    error that says so. `state_dict` has the dense `weight` and `bias` under their usual names, and
-    `load_state_dict` packs what it finds there. `to`, `half` and the like change the dtype; another device
-    is an error. Copies of a layer share the packed weight.
+    error that says so; in training mode also where its input needs no gradient, unless the weights were
+    frozen before they were packed. `state_dict` has the dense `weight` and `bias` under their usual names,
+    and `load_state_dict` packs what it finds there. `to`, `half` and the like change the dtype; another
+    device is an error. Copies of a layer share the packed weight.
 
     Attributes:
         packed: The weight.
@@ -35,11 +40,18 @@ class SparseLayer(nn.Module):
         super().__init__()
         self._hidden = (original,)  # in a tuple, lest it become a submodule
         self._released = False
+        self._learns = any(parameter.requires_grad for parameter in original.parameters())
         self.packed = packed
         self.activation = activation
         bias: Any = original.bias  # a plain tensor where torch.nn.utils.prune or parametrize compute it
         self.register_buffer("bias", None if bias is None else bias.detach().contiguous())
         self.training = original.training
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if isinstance(value, nn.Parameter):  # would not be trained; by tie_weights() of Hugging Face, say
+            msg = f"a packed layer takes no Parameter {name!r}: call sparsam.torch.restore(model) first"
+            raise TypeError(msg)
+        super().__setattr__(name, value)
 
     @property
     def original(self) -> nn.Module:
@@ -74,20 +86,32 @@ class SparseLayer(nn.Module):
             return self._released
         if not torch.equal(parameter.detach(), self.weight):
             return False
+        self._released = True  # first: an interrupt in between must not lose the weight
         parameter.data = parameter.data.new_empty(0)
-        self._released = True
         return True
 
     def restored(self) -> nn.Module:
         """`original`, with its weight back in place and the state that this layer is in now."""
         original = self.original
+        bias = original._parameters.get("bias")
+        if bias is not None and self.bias is not None and not torch.equal(bias.detach(), self.bias):
+            with torch.no_grad():  # in a copy, or after to(), they do not share their memory
+                bias.copy_(self.bias)
         if self._released:
             original.get_parameter("weight").data = self.weight
             self._released = False
         return original.train(self.training)
 
+    def _trained(self) -> Tensor | None:
+        """A tensor that requires a gradient, in place of the weights, where these would be trained."""
+        if not (self.training and self._learns and torch.is_grad_enabled()):
+            return None
+        compiling = torch.compiler.is_compiling()
+        traced = _is_exporting() if compiling else torch._C._get_tracing_state() is not None
+        return None if traced else _LEARNS  # a trace is for inference, and holds no such constant
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SparseLayer:
-        probe = fn(torch.empty(0, dtype=self.packed.dtype))
+        probe = fn(torch.empty(0, dtype=self.packed.dtype, device="cpu"))
         if probe.device.type != "cpu" or probe.dtype not in DTYPES:
             msg = (
                 f"a packed layer is for the CPU and {', '.join(map(str, DTYPES))}: it cannot go to "
@@ -113,9 +137,11 @@ class SparseLayer(nn.Module):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        key = prefix + "weight"
-        new = state_dict.get(key)
-        rest = {name: tensor for name, tensor in state_dict.items() if name != key}
+        own = {name: tensor for name, tensor in state_dict.items() if name.startswith(prefix)}
+        new = own.pop(key := prefix + "weight", None)
+        bias = prefix + "bias"
+        if isinstance(own.get(bias), nn.Parameter):
+            own[bias] = own[bias].detach()  # assign=True would make a Parameter of the buffer
         if new is None:
             if strict:
                 missing_keys.append(key)
@@ -124,7 +150,7 @@ class SparseLayer(nn.Module):
         else:
             self._set_weight(new)
         super()._load_from_state_dict(
-            rest, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+            own, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
 
     def _set_weight(self, new: Tensor) -> None:
@@ -177,12 +203,14 @@ class SparseLinear(SparseLayer):
         """Rows of the weight."""
         return self.packed.rows
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """activation(x W^T + bias) for x (..., in), in the dtype of x, or of autocast where that is on."""
-        x = _autocast(x)
-        if is_plain(x):
+        x = _autocast(input)
+        learns = self._trained()
+        if learns is None and is_plain(x):
             return linear(x, self.packed, self.bias, self._activation)
-        found: Tensor = torch.ops.sparsam.linear(x, self.packed.handle, self.bias, self._activation)
+        refuse(x)
+        found: Tensor = torch.ops.sparsam.linear(x, self.packed.handle, self.bias, self._activation, learns)
         return found
 
     def extra_repr(self) -> str:
@@ -223,8 +251,9 @@ class SparseConv2d(SparseLayer):
             self._around = tuple(conv._reversed_padding_repeated_twice)
             self.padding = (0, 0)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """The convolution of x (n, in, height, width) or (in, height, width), and the activation."""
+        x = input
         rank = 2 if self._flat else 3
         if x.ndim not in {rank, rank + 1}:
             msg = f"x has shape {tuple(x.shape)}: expected {rank} axes, or {rank + 1} with a batch"
@@ -239,10 +268,12 @@ class SparseConv2d(SparseLayer):
 
     def _convolve(self, x: Tensor) -> Tensor:
         geometry = (self.stride, self.padding, self.dilation)
-        if is_plain(x):
+        learns = self._trained()
+        if learns is None and is_plain(x):
             return conv2d(x, self.packed, self.bias, *geometry, self._activation)
+        refuse(x)
         found: Tensor = torch.ops.sparsam.conv2d(
-            x, self.packed.handle, self.bias, *geometry, self._activation
+            x, self.packed.handle, self.bias, *geometry, self._activation, learns
         )
         return found
 

@@ -1,7 +1,8 @@
 """The products as functions of tensors, and as operators that torch.compile and autograd know.
 
-`sparsam::linear` and `sparsam::conv2d` take the number of a `PackedWeight` in place of a tensor. In eager
-mode without gradients the layers call the functions themselves: the dispatcher would cost more than a small
+`sparsam::linear` and `sparsam::conv2d` take the number of a `PackedWeight` in place of a tensor. `learns`, a
+tensor that requires a gradient, makes going backward an error even where x requires none. In eager mode
+without gradients the layers call the functions themselves: the dispatcher would cost more than a small
 product.
 """
 
@@ -14,12 +15,13 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.nn import functional
 
 from sparsam import costs
 from sparsam.torch.weight import DTYPES, PackedWeight, find
 
-__all__ = ["conv2d", "is_plain", "linear"]
+__all__ = ["ACTIVATIONS", "conv2d", "is_plain", "linear", "refuse"]
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "": lambda x: x,
@@ -28,6 +30,11 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu_tanh": lambda x: functional.gelu(x, approximate="tanh"),
     "silu": functional.silu,
 }
+
+_NO_DERIVATIVE = (
+    "backward or forward-mode differentiation through a packed layer: its weights are fixed and have no "
+    "gradient; call sparsam.torch.restore(model) before training, or run it under torch.no_grad()"
+)
 
 _library = torch.library.Library("sparsam", "DEF")  # type: ignore[no-untyped-call]
 _tags = (torch.Tag.pt2_compliant_tag,)
@@ -51,12 +58,11 @@ def linear(x: Tensor, weight: PackedWeight, bias: Tensor | None, activation: str
     if x.dtype is torch.float16:
         return linear(x.float(), weight, bias, activation).half()
     x = x.contiguous()
-    out = torch.empty(*leading, rows, dtype=x.dtype)
+    bias = _plain_bias(bias, rows)
+    out = x.new_empty((*leading, rows))
     batch = math.prod(leading)
     if not batch or not rows:
         return out
-    if bias is not None and bias.dtype is not torch.float32:
-        bias = bias.float()
     narrow = x.dtype is torch.bfloat16
     kernel = weight.kernel((batch, narrow)) or _choose_linear(x, weight, batch)
     if kernel == "dense":
@@ -70,7 +76,7 @@ def linear(x: Tensor, weight: PackedWeight, bias: Tensor | None, activation: str
 def _choose_linear(x: Tensor, weight: PackedWeight, batch: int) -> str:
     """Times the kernels on x itself; batches of about that size share the choice."""
     narrow = x.dtype is torch.bfloat16
-    out = torch.empty(batch, weight.rows, dtype=x.dtype)
+    out = x.new_empty((batch, weight.rows))
 
     def run(kernel: str) -> None:
         weight.parts[0].linear_at(kernel, x.data_ptr(), narrow, batch, 0, "", out.data_ptr())
@@ -109,8 +115,8 @@ def conv2d(
         return conv2d(x.float(), weight, bias, stride, padding, dilation, activation).to(x.dtype)
     _check(x)
     x = x.contiguous()
-    bias = None if bias is None else bias.float()
-    out = torch.empty(_conv2d_shape(x, weight, stride, padding, dilation))
+    bias = _plain_bias(bias, weight.shape[0])
+    out = x.new_empty(_conv2d_shape(x, weight, stride, padding, dilation))
     if not out.numel():
         return out
     images, channels, *image = x.shape
@@ -152,9 +158,28 @@ def is_plain(x: Tensor) -> bool:
         type(x) is Tensor
         and not torch.compiler.is_compiling()
         and not (x.requires_grad and torch.is_grad_enabled())
+        and not x.is_neg()
+        and forward_ad._current_level < 0
+        and not torch._C._are_functorch_transforms_active()
         and torch._C._get_tracing_state() is None
         and torch._C._len_torch_dispatch_stack() == 0
     )
+
+
+def refuse(x: Tensor) -> None:
+    """Raises for an x that is no plain tensor and that an operator would answer wrongly, or with a riddle.
+
+    Forward-mode AD and the transforms of torch.func would take the product for a constant. Going backward is
+    an error of its own.
+    """
+    if torch.compiler.is_compiling():
+        return
+    if type(x) is Tensor:
+        _check(x)
+    kinds = {str(level.key()) for level in torch._C._functorch.get_interpreter_stack() or ()}
+    dual = forward_ad._current_level >= 0 and forward_ad.unpack_dual(x).tangent is not None  # type: ignore[no-untyped-call]
+    if dual or not kinds.isdisjoint({"TransformType.Grad", "TransformType.Jvp"}):
+        raise RuntimeError(_NO_DERIVATIVE)
 
 
 def _check(x: Tensor) -> None:
@@ -164,6 +189,19 @@ def _check(x: Tensor) -> None:
     if x.dtype not in DTYPES:
         msg = f"x is {x.dtype}: expected one of {', '.join(map(str, DTYPES))}"
         raise TypeError(msg)
+    if x.layout is not torch.strided:
+        msg = f"x is {x.layout}: expected a dense tensor; use x.to_dense()"
+        raise TypeError(msg)
+
+
+def _plain_bias(bias: Tensor | None, outputs: int) -> Tensor | None:
+    """The bias as kernels read it: contiguous float32."""
+    if bias is None:
+        return None
+    if bias.numel() != outputs or bias.ndim != 1:
+        msg = f"bias has shape {tuple(bias.shape)}: expected ({outputs},)"
+        raise ValueError(msg)
+    return bias.float().contiguous()
 
 
 def _conv2d_shape(
@@ -190,25 +228,24 @@ def _taps(weight: PackedWeight) -> tuple[int, int]:
 
 
 def _refuse(ctx: Any, *grads: Tensor) -> NoReturn:  # noqa: ARG001
-    msg = (
-        "backward through a packed layer: its weights are fixed and have no gradient; call "
-        "sparsam.torch.restore(model) before training, or run it under torch.no_grad()"
-    )
-    raise RuntimeError(msg)
+    raise RuntimeError(_NO_DERIVATIVE)
 
 
 def _register() -> None:
-    _library.define("linear(Tensor x, int weight, Tensor? bias, str activation) -> Tensor", tags=_tags)  # type: ignore[no-untyped-call]
     _library.define(  # type: ignore[no-untyped-call]
-        "conv2d(Tensor x, int weight, Tensor? bias, int[2] stride, int[2] padding, int[2] dilation, "
-        "str activation) -> Tensor",
+        "linear(Tensor x, int weight, Tensor? bias, str activation, Tensor? learns=None) -> Tensor",
         tags=_tags,
     )
-    _library.impl("linear", lambda x, w, *rest: linear(x, find(w), *rest), "CPU")  # type: ignore[no-untyped-call]
-    _library.impl("conv2d", lambda x, w, *rest: conv2d(x, find(w), *rest), "CPU")  # type: ignore[no-untyped-call]
+    _library.define(  # type: ignore[no-untyped-call]
+        "conv2d(Tensor x, int weight, Tensor? bias, int[2] stride, int[2] padding, int[2] dilation, "
+        "str activation, Tensor? learns=None) -> Tensor",
+        tags=_tags,
+    )
+    _library.impl("linear", lambda x, w, b, act, _=None: linear(x, find(w), b, act), "CPU")  # type: ignore[no-untyped-call]
+    _library.impl("conv2d", lambda x, w, *rest: conv2d(x, find(w), *rest[:5]), "CPU")  # type: ignore[no-untyped-call]
     fakes: dict[str, Callable[..., Tensor]] = {
         "linear": lambda x, w, *_: x.new_empty((*x.shape[:-1], find(w).rows)),
-        "conv2d": lambda x, w, b, *rest: x.new_empty(_conv2d_shape(x, find(w), *rest[:-1])),  # noqa: ARG005
+        "conv2d": lambda x, w, b, *rest: x.new_empty(_conv2d_shape(x, find(w), *rest[:3])),  # noqa: ARG005
     }
     for name, fake in fakes.items():
         torch.library.register_fake(f"sparsam::{name}", fake, lib=_library)

@@ -137,13 +137,13 @@ class Session(AbstractContextManager["Session"]):
     def inputs(self, layers: Mapping[str, nn.Module]) -> dict[str, Counter[Any]]:
         """How often layers are called with a shape, by name.
 
-        The shape is None for a call with anything but one plain tensor.
+        The shape is None for a call with anything but one plain tensor, named `input` if at all.
         """
         seen: dict[str, Counter[Any]] = {name: Counter() for name in layers}
 
         def watch(name: str, layer: nn.Module) -> Any:
             def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-                x = args[0] if args else next(iter(kwargs.values()), None)
+                x = args[0] if args else kwargs.get("input")
                 plain = len(args) + len(kwargs) == 1 and type(x) is Tensor and not x.is_nested
                 seen[name][tuple(x.shape) if plain and x is not None else None] += 1
 

@@ -8,7 +8,7 @@ from collections import Counter
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from sparsam.torch import fusion, timing
 from sparsam.torch.acceleration_report import AccelerationReport, LayerRow
@@ -33,10 +33,7 @@ _PADDED = (
 
 
 class Trial:
-    """One call of `accelerate`: `by_rows` or `by_examples`, then `finish`.
-
-    `exchange` holds what is in the model, for that a failure can be undone.
-    """
+    """One call of `accelerate`: `by_rows` or `by_examples`, then `finish`; or `undo` at any time."""
 
     def __init__(self, model: nn.Module, dtype: torch.dtype | None, min_gain: float) -> None:
         self.model = model
@@ -65,7 +62,8 @@ class Trial:
         for name, layer in self.exchange.layers.items():
             weight: Any = layer.original.weight
             width = weight.shape[0 if is_transposed(layer.original) else 1]
-            pairs = [timing.compare(layer, torch.randn(rows, width, dtype=weight.dtype)) for rows in _ROWS]
+            inputs = [_draw(rows, width, weight.dtype) for rows in _ROWS]
+            pairs = [timing.compare(layer, x) for x in inputs]
             self.inputs[name] = Counter({(rows, width): 1 for rows in _ROWS})
             dense, sparse = (
                 math.exp(sum(map(math.log, times)) / len(_ROWS)) for times in zip(*pairs, strict=True)
@@ -106,9 +104,9 @@ class Trial:
         self.difference = difference(session.outputs(), reference)
         narrow = self.dtype not in {None, torch.float32} or self._narrow()
         if self.difference is not None and self.difference > (_WHOLE_NARROW if narrow else _WHOLE):
-            self._undo(f"the outputs would differ by {self.difference:.1e} of the largest{self._hint()}")
+            self._leave_all(f"the outputs would differ by {self.difference:.1e} of the largest{self._hint()}")
         elif self.after >= self.before:
-            self._undo(f"the model would take {1e3 * self.after:,.2f} ms")
+            self._leave_all(f"the model would take {1e3 * self.after:,.2f} ms")
 
     def finish(self) -> AccelerationReport:
         """Frees memory and says what was done."""
@@ -135,6 +133,13 @@ class Trial:
             self.interruptions.many(),
             summary,
         )
+
+    def undo(self) -> None:
+        """Puts everything back, wherever an error or an interrupt came."""
+        self.exchange.remove()
+        for layer in self.exchange.layers.values():
+            layer.training = layer.original.training
+            layer.restored()
 
     def _pack(self) -> None:
         self.exchange.layers = pack(list(self.candidates.values()), self.dtype)
@@ -189,7 +194,7 @@ class Trial:
         padded = any(isinstance(module, nn.TransformerEncoder) for module in self.model.modules())
         return _PADDED if padded else ""
 
-    def _undo(self, why: str) -> None:
+    def _leave_all(self, why: str) -> None:
         count = len(self.exchange.layers)
         self.exchange.remove()
         self.exchange.fusions = []
@@ -225,3 +230,8 @@ class Trial:
     def _shapes(self, name: str) -> tuple[tuple[tuple[int, ...], int], ...]:
         seen = self.inputs.get(name, Counter())
         return tuple((shape, calls) for shape, calls in seen.items() if shape is not None)
+
+
+def _draw(rows: int, width: int, dtype: torch.dtype) -> Tensor:
+    """Some input of a linear layer; the random state stays as it is."""
+    return torch.randn(rows, width, generator=torch.Generator().manual_seed(0), device="cpu").to(dtype)

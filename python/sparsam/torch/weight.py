@@ -94,7 +94,7 @@ class PackedWeight:
             msg = f"weight is on {weight.device}: expected the CPU; move the model there first, with .cpu()"
             raise ValueError(msg)
         matrix = weight.detach().to(values)
-        matrix = matrix.T if transposed else matrix.reshape(weight.shape[0], -1)
+        matrix = matrix.T if transposed else matrix.flatten(1)
         parts = tuple(Packed.pack(to_array(part)) for part in matrix.chunk(groups))
         return cls(parts, tuple(weight.shape), weight.dtype, transposed=transposed)
 

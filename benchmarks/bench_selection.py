@@ -17,6 +17,7 @@ from pytest_benchmark.fixture import BenchmarkFixture
 
 import sparsam
 from cases import CASES, make
+from reference import select_rows
 
 LIMIT = int(os.environ.get("SPARSAM_BENCH_MAX", "50_000_000"))
 SIZES = sorted({min(n, LIMIT) for n in (10_000, 1_000_000, 50_000_000)})
@@ -130,3 +131,30 @@ def test_global_over_many_tensors(benchmark: BenchmarkFixture, tensors: int) -> 
     parts = np.split(x, np.cumsum(sizes)[:-1]) if tensors == 200 else [x]
     t = run(benchmark, f"global, {x.size} elements", x, lambda: sparsam.threshold(parts, 0.8))
     assert t == sparsam.threshold(x, 0.8)
+
+
+@pytest.mark.parametrize("shape", [(1024, 1024), (4096, 4096), (3072, 768)], ids=str)
+@pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16"])
+@pytest.mark.parametrize("peer", ["sparsam", "numpy argpartition", "numpy partition", "numpy sort"])
+def test_rows(benchmark: BenchmarkFixture, shape: tuple[int, int], dtype: str, peer: str) -> None:
+    """Half of each row, as Wanda prunes; the peers stop at an order or a threshold, sparsam at the mask."""
+    if dtype == "bfloat16" and peer != "sparsam":
+        pytest.skip("NumPy sorts no bfloat16 faster than object by object")
+    cols = min(shape[1], LIMIT)
+    rows = max(1, min(shape[0], LIMIT // cols))
+    x = make("normal", rows * cols, dtype).reshape(rows, cols)
+    group, k = f"half of each row, {rows}x{cols} {dtype}", round(0.5 * cols)
+    kept = select_rows(x, 0.5)
+    if peer == "sparsam":
+        mask = run(benchmark, group, x, lambda: sparsam.select(x, 0.5, scope="row"))
+        assert np.array_equal(mask.to_array(), kept)
+    elif peer == "numpy argpartition":
+        order = run(benchmark, group, x, lambda: np.argpartition(np.abs(x), k - 1, axis=1))
+        pruned = np.ones(x.shape, np.bool_)
+        np.put_along_axis(pruned, order[:, :k], False, axis=1)
+        ties = np.take_along_axis(np.abs(x), order[:, k - 1 : k], axis=1) == np.abs(x)
+        assert np.array_equal(pruned | ties, kept | ties)
+    else:
+        function = np.sort if peer == "numpy sort" else lambda a, axis: np.partition(a, k - 1, axis=axis)
+        values = run(benchmark, group, x, lambda: function(np.abs(x), axis=1))
+        assert ((np.abs(x) < values[:, k - 1 : k]) <= ~kept).all()

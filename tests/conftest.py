@@ -1,10 +1,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import pytest
 
 import sparsam
+
+if TYPE_CHECKING:
+    from torch_cases import Clock
 
 
 def pytest_report_header() -> str:
@@ -31,3 +35,29 @@ def uncalibrated(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempP
     """No test waits for a calibration or sees the user's; test_costs.py asks for its own."""
     monkeypatch.setenv("SPARSAM_CALIBRATION", "off")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "cache"))
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    """Every layer of a torch model wins by 2, unless a test says otherwise; no choice depends on time."""
+    from sparsam.torch import timing  # noqa: PLC0415
+    from sparsam.torch.weight import PackedWeight  # noqa: PLC0415
+    from torch_cases import Clock  # noqa: PLC0415 - imports torch
+
+    clock = Clock()
+    for name in ("layer_times", "model_times", "compare"):
+        monkeypatch.setattr(timing, name, getattr(clock, name))
+    monkeypatch.setattr(PackedWeight, "_fastest", lambda *args: next(iter(args[2])))
+    return clock
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Small models are no work for two, and a busy machine makes them wait for each other."""
+    import torch  # noqa: PLC0415
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    yield
+    torch.set_num_threads(threads)

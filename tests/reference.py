@@ -40,8 +40,18 @@ def select(arrays: Sequence[NDArray[Any]], sparsity: float) -> list[NDArray[np.b
     return [part.reshape(a.shape) for part, a in zip(np.split(keep, ends), arrays, strict=True)]
 
 
+def select_rows(x: NDArray[Any], sparsity: float) -> NDArray[np.bool_]:
+    """In each row by itself the round(sparsity * columns) last ones go of the descending stable order."""
+    rows = matrix(x)
+    keep = np.zeros(rows.shape, np.bool_)
+    for scores, kept in zip(rows.astype(np.float64), keep, strict=True):
+        order = np.argsort(-np.abs(scores), kind="stable")
+        kept[order[: scores.size - round(sparsity * scores.size)]] = True
+    return keep.reshape(x.shape)
+
+
 def matrix(x: NDArray[Any]) -> NDArray[Any]:
-    return x.reshape(1, -1) if x.ndim < 2 else x.reshape(x.shape[0], -1)
+    return x.reshape(1, -1) if x.ndim < 2 else x.reshape(x.shape[0], math.prod(x.shape[1:]))
 
 
 def select_nm(x: NDArray[Any], pattern: NM) -> NDArray[np.bool_]:

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from sparsam import scores
+from sparsam import allocation, scores
 from sparsam._checks import check_sparsity
-from sparsam.config import METHODS, SCHEDULES, PruningConfig, check_growing
+from sparsam.config import ALLOCATIONS, METHODS, SCHEDULES, PruningConfig, check_growing
 from sparsam.patterns import NM, Block, Pattern, Slices, Unstructured
 from sparsam.schedules import Cosine, Polynomial, resolve
 
@@ -79,14 +79,17 @@ def test_defaults() -> None:
         ("target_sparsity", float("nan"), "target_sparsity: .*; got nan"),
         ("target_sparsity", "0.5", "target_sparsity: .*; got '0.5'"),
         ("target_sparsity", True, "target_sparsity: .*; got True"),
-        ("method", "magnitud", "method: expected 'magnitude', 'random', or an object .*; got 'magnitud'"),
+        ("method", "magnitud", "method: expected 'magnitude', 'random', .* or an object .*; got 'magnitud'"),
         ("method", scores.Random, "method: expected .*; got <class"),
         ("method", None, "method: expected .*; got None"),
         ("pattern", "2:4", r"pattern: expected Unstructured\(\), NM\(n, m\), .*; got '2:4'"),
         ("pattern", NM, "pattern: expected .*; got <class"),
-        ("scope", "model", "scope: expected 'layer', 'global'; got 'model'"),
-        ("scope", ["layer"], "scope: expected 'layer', 'global'"),
-        ("allocation", "erk", "allocation: expected 'uniform'; got 'erk'"),
+        ("scope", "model", "scope: expected 'layer', 'row', 'global'; got 'model'"),
+        ("scope", ["layer"], "scope: expected 'layer', 'row', 'global'"),
+        ("allocation", "er", "allocation: expected 'uniform', 'erk', 'lamp', 'global', .*; got 'er'"),
+        ("allocation", allocation.ERK, "allocation: expected .*; got <class"),
+        ("allocation", {3: 0.5}, "allocation: expected names or shell-style patterns as keys; got 3"),
+        ("allocation", {"fc": 1.5}, r"allocation\['fc'\]: expected a number from 0 .*; got 1.5"),
         ("schedule", "cubical", "schedule: expected 'one_shot', 'linear', .*; got 'cubical'"),
         ("schedule", 0.5, "schedule: expected .* a list of sparsities, .*; got 0.5"),
         ("schedule", [], "schedule is empty"),
@@ -107,11 +110,42 @@ def test_defaults() -> None:
             {"fc": (0.6, NM(2, 4))},
             r"overrides\['fc'\] is 0.6, but pattern 2:4 has the sparsity 0.5",
         ),
+        ("ties", 3, r"ties: expected Tied objects, such as \(Tied\(.*; got 3"),
+        ("ties", [{"fc": Slices(0)}], r"ties: expected Tied objects, .*; got \[\{'fc': "),
     ],
 )
 def test_every_wrong_field_says_what_is_allowed(field: str, value: object, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         PruningConfig(**{field: value})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"scope": "global", "allocation": "erk"}, "expected 'uniform' with scope 'global'.*; got 'erk'"),
+        ({"scope": "global", "allocation": {"fc": 0.5}}, "with scope 'global'.*; got {'fc': 0.5}"),
+        (
+            {"pattern": NM(2, 4), "allocation": "lamp"},
+            "pattern 2:4 has one sparsity: expected 'uniform'; got",
+        ),
+        ({"pattern": Block(2, 2), "scope": "row"}, "scope 'row' .* got pattern block 2x2"),
+        ({"pattern": Slices(0), "scope": "row"}, "scope 'row' .* got pattern slices axis 0"),
+    ],
+)
+def test_fields_that_do_not_go_together(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        PruningConfig(**changes)
+
+
+def test_an_allocation_is_kept_as_it_was() -> None:
+    given = {"fc*": 0.25}
+    config = PruningConfig(allocation=given)
+    given["fc*"] = 0.75
+    assert config.allocation == {"fc*": 0.25}
+    assert config == PruningConfig(allocation={"fc*": 0.25})
+    assert hash(config) == hash(PruningConfig(allocation={"fc*": 0.25}))
+    assert PruningConfig(pattern=NM(2, 4), scope="row").scope == "row"
+    assert {allocation.resolve(name) for name in ALLOCATIONS} == set(allocation._NAMED.values())
 
 
 def test_nm_brings_its_own_sparsity() -> None:
@@ -185,7 +219,7 @@ def test_configurations_travel() -> None:
 
 
 def test_the_vocabulary_is_what_the_stages_know() -> None:
-    assert all(isinstance(scores.resolve(name), (scores.Magnitude, scores.Random)) for name in METHODS)
+    assert {*scores._NAMED, *scores._NEEDS} == set(METHODS)
     assert len({resolve(name) for name in SCHEDULES}) == len(SCHEDULES)
 
 

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+import reference
 from sparsam.config import PruningConfig
 from sparsam.masks import Mask
 from sparsam.patterns import NM, Block, Slices, Unstructured
@@ -76,6 +77,35 @@ def test_l1_and_l2_rank_groups_differently() -> None:
     weights = np.array([[3.0, 0.0], [2.0, 2.0]])
     assert prune(weights, pattern=Slices(0), method=Magnitude(1)).weights.tolist() == [[0, 0], [2, 2]]
     assert prune(weights, pattern=Slices(0), method=Magnitude(2)).weights.tolist() == [[3, 0], [0, 0]]
+
+
+@pytest.mark.parametrize("method", [Magnitude(1), Magnitude(2), Random(3)])
+@pytest.mark.parametrize("pattern", [NM(1, 4), Block(3, 2), Slices(0), Slices(1, size=4), Slices(-1, size=2)])
+def test_every_pattern_with_every_score(method: Magnitude | Random, pattern: NM | Block | Slices) -> None:
+    """Groups of one tensor go by the sum of their scores, groups of several by score per weight."""
+    rng = np.random.default_rng(0)
+    shapes = {"fc": (5, 8), "conv": (6, 4, 4), "wide": (2, 16)}
+    weights = {name: np.float32(rng.integers(-5, 6, shape)) for name, shape in shapes.items()}
+    scores = {name: np.asarray(method.score(name, array)) for name, array in weights.items()}
+    if isinstance(pattern, NM):
+        for scope in ("layer", "global"):
+            masks = prune(weights, method=method, pattern=pattern, scope=scope).masks
+            for name, array in scores.items():
+                assert np.array_equal(masks[name].to_array(), reference.select_nm(array, pattern))
+        return
+    norm = method.norm if isinstance(method, Magnitude) else 1
+    labels = {name: reference.labels(array, pattern) for name, array in weights.items()}
+    sums = {name: reference.group_scores(array, pattern, norm) for name, array in scores.items()}
+    means = np.concatenate([sums[name] / np.bincount(labels[name].reshape(-1)) for name in weights])
+    ends = np.cumsum([array.size for array in sums.values()])[:-1]
+    for sparsity in (0.0, 0.3, 0.5, 0.8, 1.0):
+        config = PruningConfig(sparsity, method, pattern)
+        together = np.split(reference.prune_lowest(means, round(sparsity * means.size)), ends)
+        for i, (name, array) in enumerate(sums.items()):
+            alone = reference.prune_lowest(array, round(sparsity * array.size))
+            layer, pooled = (prune(weights, config, scope=scope).masks[name] for scope in ("layer", "global"))
+            assert np.array_equal(layer.to_array(), alone[labels[name]])
+            assert np.array_equal(pooled.to_array(), together[i][labels[name]])
 
 
 def test_ties_keep_the_lower_index_and_the_earlier_tensor() -> None:
@@ -426,4 +456,24 @@ def test_magnitude_pruner_is_for_magnitude_and_layers() -> None:
         MagnitudePruner(PruningConfig(method="random"))
     with pytest.raises(ValueError, match="expected scope 'layer'"):
         MagnitudePruner(PruningConfig(scope="global"))
+    with pytest.raises(ValueError, match="allocation 'uniform' and no ties"):
+        MagnitudePruner(PruningConfig(allocation="erk"))
     assert MagnitudePruner(PruningConfig(method=Magnitude(2), pattern=Unstructured())).stats == []
+    rows, _ = MagnitudePruner(PruningConfig(scope="row")).prune_layer("w", [[1.0, 2.0], [3.0, 4.0]])
+    assert rows.tolist() == [[0, 2], [0, 4]]
+
+
+@pytest.mark.parametrize("method", ["magnitude", "random", "lamp"])
+def test_scope_row_prunes_each_row_alike(method: str) -> None:
+    weights = {"conv": np.random.default_rng(0).standard_normal((6, 2, 3, 3)), "bias": np.ones(6)}
+    before = weights["conv"].copy()
+    result = prune(weights, target_sparsity=0.3, scope="row", method=method)
+    assert (np.count_nonzero(result.weights["conv"] == 0, axis=(1, 2, 3)) == round(0.3 * 18)).all()
+    assert list(result.masks) == ["conv"]
+    assert np.array_equal(weights["conv"], before)
+    inplace = prune(weights, target_sparsity=0.3, scope="row", method=method, inplace=True)
+    assert inplace.masks == result.masks
+    assert np.array_equal(weights["conv"], result.weights["conv"])
+    weights["conv"][2, 1, 0, 0] = np.nan
+    with pytest.raises(ValueError, match=r"tensor 'conv'.*\(2, 1, 0, 0\)"):
+        prune(weights, scope="row", method=method)

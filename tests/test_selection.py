@@ -163,6 +163,88 @@ def keep_rows(x: NDArray[Any]) -> NDArray[np.bool_]:
     return reference.select_nm(np.ascontiguousarray(x), NM(2, 4))
 
 
+ROWS = [(1, 9), (3, 1), (5, 63), (7, 64), (9, 65), (130, 33), (4, 511), (3, 513), (70, 1000), (3, 4097)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("case", CASES)
+def test_rows_are_exact(isa: str, case: str, dtype: str) -> None:
+    for shape in ROWS:
+        x = make(case, shape[0] * shape[1], dtype).reshape(shape)
+        before = x.tobytes()
+        for sparsity in (0.0, 0.001, 0.3, 0.5, 0.99, 1.0) if x.size < 10_000 else (0.5, 0.9):
+            mask = select(x, sparsity, scope="row")
+            assert np.array_equal(mask.to_array(), reference.select_rows(x, sparsity)), (shape, sparsity)
+            assert mask.bits.tobytes() == np.packbits(mask.to_array(), bitorder="little").tobytes()
+        assert x.tobytes() == before
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rows_are_exact_for_every_thread_count_and_layout(isa: str, threads: int, dtype: str) -> None:
+    for shape in ((900, 400), (300, 1037), (2, 300_001)):
+        x = make("small integers" if dtype == "float64" else "normal", shape[0] * shape[1], dtype)
+        x = x.reshape(shape)
+        expected = reference.select_rows(x, 0.6)
+        assert np.array_equal(select(x, 0.6, scope="row").to_array(), expected)
+        if shape[1] < 1000:
+            for name, view in layouts(x).items():
+                assert np.array_equal(select(view, 0.6, scope="row").to_array(), expected), name
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    hnp.arrays(
+        np.float32,
+        hnp.array_shapes(max_dims=3, max_side=12, min_side=0),
+        elements=st.sampled_from([0.0, -0.0, 1.0, -1.0, 2.0, np.inf]),
+    ),
+    st.floats(0, 1),
+)
+def test_rows_of_any_shape(x: NDArray[np.float32], sparsity: float) -> None:
+    assert np.array_equal(select(x, sparsity, scope="row").to_array(), reference.select_rows(x, sparsity))
+
+
+def test_rows_of_many_tensors() -> None:
+    x = make("normal", 60, "float32").reshape(5, 12)
+    conv = make("normal", 288, "float64").reshape(8, 4, 3, 3)
+    weights = {"a": x, "conv": conv, "vector": x[0]}
+    before = {name: array.copy() for name, array in weights.items()}
+    out = {name: np.empty_like(array) for name, array in weights.items()}
+    masks = select_many(weights, 0.7, scope="row", out=out)
+    for name, array in weights.items():
+        keep = reference.select_rows(array, 0.7)
+        assert np.array_equal(masks[name].to_array(), keep)
+        assert np.array_equal(out[name], np.where(keep, array, 0))
+        assert np.array_equal(array, before[name])
+    select_many({"a": x}, 0.7, scope="row", out={"a": x})
+    assert np.array_equal(x, out["a"])
+    nm = select(conv.reshape(8, 36), 0.5, NM(2, 4))
+    assert select(conv.reshape(8, 36), 0.5, NM(2, 4), scope="row") == nm
+
+
+def test_rows_refuse_what_they_cannot_do() -> None:
+    x = np.ones((4, 6), np.float32)
+    for pattern in (Block(1, 2), Slices(1)):
+        with pytest.raises(ValueError, match=r"scope 'row' .*: expected Unstructured\(\) or NM; got"):
+            select(x, 0.5, pattern, scope="row")
+    with pytest.raises(ValueError, match=r"scope: expected 'layer' .* or 'row' .*; got 'global'"):
+        select(x, 0.5, scope="global")
+    with pytest.raises(ValueError, match=r"scope: expected 'global' .* or 'row' .*; got 'layer'"):
+        select_many({"x": x}, 0.5, scope="layer")
+    with pytest.raises(ValueError, match="sparsity: expected a number from 0"):
+        select(x, 1.5, scope="row")
+
+
+def test_a_nan_in_a_row_leaves_the_weights_as_they_were(isa: str, threads: int) -> None:
+    x = make("normal", 900 * 400, "float32").reshape(900, 400)
+    x[899, 399] = np.nan
+    before = x.tobytes()
+    for sparsity in (0.0, 0.5):
+        with pytest.raises(ValueError, match=r"tensor 'w' is NaN at index \(899, 399\)"):
+            select_many({"w": x}, sparsity, scope="row", out={"w": x})
+    assert x.tobytes() == before
+
+
 TILES = [
     Block(4, 1),
     Block(1, 16),

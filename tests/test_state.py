@@ -17,11 +17,13 @@ from numpy.typing import NDArray
 
 from cases import model
 from sparsam import _atomic, checkpoint
+from sparsam.allocation import ERK, OWL
 from sparsam.config import PruningConfig
 from sparsam.iterative import HistoryRow, IterativePruner
 from sparsam.masks import Mask
 from sparsam.patterns import Block
-from sparsam.scores import Magnitude
+from sparsam.scores import Magnitude, Saliency, Wanda
+from sparsam.statistics import InputStatistics
 
 Arrays = dict[str, NDArray[Any]]
 Masks = dict[str, Mask]
@@ -344,3 +346,25 @@ def run_until(moment: str, folder: Path) -> None:
 
 if __name__ == "__main__":
     run_until(sys.argv[2], Path(sys.argv[1]))
+
+
+def test_data_and_allocations_tell_runs_apart(tmp_path: Path) -> None:
+    weights = {"w": np.arange(1.0, 41.0).reshape(5, 8)}
+
+    def run(folder: str, *, scale: float = 1.0, power: float = 1.0) -> None:
+        gradients = {"w": np.linspace(1, 2, 40).reshape(5, 8) * scale}
+        config = PruningConfig(method=Saliency(gradients), allocation=ERK(power))
+        IterativePruner(0.1, 0.5, 3, config=config).run(weights, lambda _: 0.0, state_dir=tmp_path / folder)
+
+    run("a")
+    run("a")
+    with pytest.raises(ValueError, match=r"another run.*method was Saliency\(gradients={'w': \w+}\), now"):
+        run("a", scale=2)
+    with pytest.raises(ValueError, match=r"another run.*allocation was ERK\(power=1.0.*, now ERK\(power=2.0"):
+        run("a", power=2.0)
+    statistics = InputStatistics(8).update(np.ones((2, 8)))
+    for allocation in (OWL({"w": statistics}), {"w": 0.5}):
+        config = PruningConfig(method=Wanda({"w": statistics}), allocation=allocation)
+        for _ in range(2):
+            IterativePruner(0.1, 0.5, 3, config=config).run(weights, lambda _: 0.0, state_dir=tmp_path / "b")
+        (tmp_path / "b" / "state.json").unlink()

@@ -54,6 +54,20 @@ py::object bind_keep_of_group(const py::array& array, std::size_t keep, std::siz
   return numbers ? py::object(words) : py::none();
 }
 
+py::object bind_keep_of_row(const py::array& array, std::size_t cols, std::size_t k) {
+  const View view = view_of(array);
+  if (cols < 1 || k < 1 || k > cols || view.size() % cols != 0)
+    throw py::value_error("expected 1 <= k <= cols, and cols to divide the size");
+  Words words(static_cast<py::ssize_t>(words_for(view.size())));
+  std::uint64_t* to = words.mutable_data();
+  bool numbers = false;
+  {
+    py::gil_scoped_release release;
+    numbers = keep_of_row(view, cols, k, to);
+  }
+  return numbers ? py::object(words) : py::none();
+}
+
 py::object bind_find_nan(const std::vector<py::array>& arrays) {
   const std::vector<View> views = views_of(arrays);
   Position p{};
@@ -84,6 +98,7 @@ void register_selection(py::module_& m) {
   m.def("threshold", &bind_threshold, py::arg("arrays"), py::arg("k"));
   m.def("mark", &bind_mark, py::arg("arrays"), py::arg("value"), py::arg("ties_kept"), py::arg("outs"));
   m.def("keep_of_group", &bind_keep_of_group, py::arg("array"), py::arg("keep"), py::arg("m"));
+  m.def("keep_of_row", &bind_keep_of_row, py::arg("array"), py::arg("cols"), py::arg("k"));
   m.def("find_nan", &bind_find_nan, py::arg("arrays"));
   m.def("tile_scores", &bind_tile_scores, py::arg("array"), py::arg("rows"), py::arg("cols"),
         py::arg("tile_rows"), py::arg("tile_cols"), py::arg("norm"));

@@ -3,8 +3,33 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Iterator, Mapping
 from numbers import Real
-from typing import Any
+from typing import Any, TypeVar
+
+ValueT_co = TypeVar("ValueT_co", covariant=True)
+
+
+class ReadOnly(Mapping[str, ValueT_co]):
+    """A mapping without a way to change it; hashable if its values are."""
+
+    def __init__(self, content: Mapping[str, ValueT_co]) -> None:
+        self._content = dict(content)
+
+    def __getitem__(self, key: str) -> ValueT_co:
+        return self._content[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._content)
+
+    def __len__(self) -> int:
+        return len(self._content)
+
+    def __hash__(self) -> int:
+        return hash(frozenset(self._content.items()))
+
+    def __repr__(self) -> str:
+        return repr(self._content)
 
 
 def check_sparsity(what: str, value: object) -> float:

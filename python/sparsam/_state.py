@@ -10,10 +10,12 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
+import math
 import re
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, is_dataclass, replace
+from numbers import Real
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
@@ -25,6 +27,8 @@ from sparsam import checkpoint, scores
 from sparsam._atomic import publish
 from sparsam.config import PruningConfig
 from sparsam.masks import Mask
+from sparsam.patterns import Tied
+from sparsam.statistics import InputStatistics
 
 _VERSION = 1
 _CHUNK = 1 << 18
@@ -73,6 +77,44 @@ class Progress:
     def rows(self) -> list[HistoryRow]:
         """All rows: the good iterations, and the one that stopped the run."""
         return [*self.history] + ([self.failed] if self.failed else [])
+
+
+@dataclass(frozen=True)
+class Limits:
+    """When to stop. A score that is NaN fails every limit."""
+
+    min_score: float | None
+    max_drop: float | None
+
+    def __post_init__(self) -> None:
+        for name, value in (("min_score", self.min_score), ("max_drop", self.max_drop)):
+            if value is not None and (
+                isinstance(value, bool) or not isinstance(value, Real) or math.isnan(value)
+            ):
+                msg = f"{name}: expected a number; got {value!r}"
+                raise ValueError(msg)
+        if self.max_drop is not None and self.max_drop < 0:
+            msg = f"max_drop: expected a drop of at least 0; got {self.max_drop!r}"
+            raise ValueError(msg)
+
+    def fails(self, score: float, dense_score: float) -> bool:
+        too_low = self.min_score is not None and not score >= self.min_score
+        return too_low or (self.max_drop is not None and not dense_score - score <= self.max_drop)
+
+    def applied(self, progress: Progress) -> Progress:
+        """The progress under these limits: other ones may have stopped it, or let it go on."""
+        rows = progress.rows()
+        bad = next((row for row in rows if self.fails(row.score, progress.dense_score)), None)
+        if bad is None or bad is progress.failed:
+            return replace(progress, failed=bad)
+        if bad is rows[0]:
+            return Progress(progress.dense_score, failed=bad)
+        msg = (
+            f"state_dir: iteration {bad.iteration} of {len(rows)} has the score {bad.score}, which fails "
+            f"min_score={self.min_score} or max_drop={self.max_drop}, but the weights before it are gone; "
+            "loosen the limits, or name another state_dir"
+        )
+        raise ValueError(msg)
 
 
 class StateDir(AbstractContextManager["StateDir"]):
@@ -209,18 +251,44 @@ def identify(
         "method": _described(scores.resolve(config.method)),
         "pattern": str(config.pattern),
         "scope": config.scope,
-        "allocation": config.allocation,
+        "allocation": config.allocation
+        if isinstance(config.allocation, str)
+        else _content(config.allocation),
         "exclude": list(config.exclude),
         "overrides": [[pattern, repr(value)] for pattern, value in config.overrides.items()],
+        "ties": [_tied(tied) for tied in config.ties],
         "schedule": list(schedule),
         "weights": {name: _digest(array) for name, array in weights.items()},
     }
 
 
+def _tied(tied: Tied) -> dict[str, Any]:
+    members = {name: str(slices) for name, slices in tied.members.items()}
+    return {"members": members, "scored": None if tied.scored is None else sorted(tied.scored)}
+
+
 def _described(value: object) -> str:
-    """The repr of a value, or the name of its class where the repr would hold an address."""
+    """The repr of a value, or the name of its class where the repr would hold an address.
+
+    Arrays and statistics that its fields hold by name are told apart by their content.
+    """
     kind = type(value)
+    if is_dataclass(value):
+        held = [(field.name, getattr(value, field.name)) for field in fields(value) if field.init]
+        if any(isinstance(content, Mapping) for _, content in held):
+            inner = ", ".join(f"{name}={_content(content)}" for name, content in held)
+            return f"{kind.__qualname__}({inner})"
     return f"{kind.__module__}.{kind.__qualname__}" if kind.__repr__ is object.__repr__ else repr(value)
+
+
+def _content(value: object) -> str:
+    if isinstance(value, Mapping):
+        return f"{{{', '.join(f'{name!r}: {_content(entry)}' for name, entry in value.items())}}}"
+    if isinstance(value, InputStatistics):
+        return f"{value.count} inputs {_digest(value.sum_squares)}"
+    if isinstance(value, (np.ndarray, list)) or hasattr(value, "__array__"):
+        return _digest(np.asarray(value))
+    return _described(value)
 
 
 def _digest(array: NDArray[Any]) -> str:

@@ -152,9 +152,14 @@ def prune(
     sparsity: Annotated[
         float | None, typer.Option(help="Fraction to prune; 0.5 by default, or what N:M implies.")
     ] = None,
-    scope: Annotated[str, typer.Option(help="layer (each tensor by itself) or global (one pool).")] = "layer",
+    scope: Annotated[
+        str, typer.Option(help="layer (each tensor by itself), row (each row) or global (one pool).")
+    ] = "layer",
+    allocation: Annotated[
+        str, typer.Option(help="What each tensor gets of the total: uniform, erk, lamp or global.")
+    ] = "uniform",
     pattern: Annotated[str, typer.Option(help=f"One of {PATTERNS}.")] = "unstructured",
-    method: Annotated[str, typer.Option(help="magnitude or random.")] = "magnitude",
+    method: Annotated[str, typer.Option(help="magnitude, random or lamp.")] = "magnitude",
     norm: Annotated[
         int | None, typer.Option(help="Of magnitude, over a group: 1 (the default) or 2.")
     ] = None,
@@ -177,6 +182,7 @@ def prune(
         method=parse_method(method, norm, seed),
         pattern=parse_pattern(pattern),
         scope=scope,
+        allocation=allocation,
         exclude=exclude or (),
         overrides=dict(map(parse_override, override or ())),
     )

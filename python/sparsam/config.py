@@ -8,20 +8,20 @@ business of the stage that carries it out: `sparsam.schedules` and `sparsam.scor
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, runtime_checkable
 
-from sparsam._checks import check_sparsity, expected, positive, set_fields
-from sparsam.patterns import NM, Pattern, Unstructured
+from sparsam._checks import ReadOnly, check_sparsity, expected, positive, set_fields
+from sparsam.patterns import NM, Block, Pattern, Slices, Tied, Unstructured, as_ties
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-METHODS = ("magnitude", "random")
-SCOPES = ("layer", "global")
-ALLOCATIONS = ("uniform",)
+METHODS = ("magnitude", "random", "lamp", "saliency", "fisher", "movement", "wanda", "ria")
+SCOPES = ("layer", "row", "global")
+ALLOCATIONS = ("uniform", "erk", "lamp", "global")
 SCHEDULES = ("one_shot", "linear", "cubic", "exponential", "cosine")
 
 
@@ -46,6 +46,17 @@ class Schedule(Protocol):
         """Returns the sparsity at `progress` in [0, 1]."""
 
 
+@runtime_checkable
+class Allocation(Protocol):
+    """How a total sparsity is shared out over tensors, such as `sparsam.allocation.ERK`."""
+
+    def shares(
+        self, weights: Mapping[str, NDArray[Any]], target: float, pattern: Unstructured | Block | Slices, /
+    ) -> Mapping[str, float]:
+        """Returns name -> sparsity in [0, 1], whose mean over all groups is `target` before rounding."""
+
+
+AllocationLike: TypeAlias = str | Allocation | Mapping[str, float]
 ScheduleLike: TypeAlias = str | Schedule | Sequence[float] | Callable[[float], float]
 Override: TypeAlias = float | Pattern | tuple[float, Pattern]
 
@@ -72,25 +83,6 @@ class _UnsetStr(_Unset, str):
 _ONE_SHOT = _UnsetStr("one_shot")
 
 
-class _ReadOnly(Mapping[str, Override]):
-    """A mapping without a way to change it."""
-
-    def __init__(self, content: Mapping[str, Override]) -> None:
-        self._content = dict(content)
-
-    def __getitem__(self, key: str) -> Override:
-        return self._content[key]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._content)
-
-    def __len__(self) -> int:
-        return len(self._content)
-
-    def __repr__(self) -> str:
-        return repr(self._content)
-
-
 @dataclass(frozen=True)
 class PruningConfig:
     """How a set of tensors is pruned. Frozen; every field is checked when it is made.
@@ -101,11 +93,15 @@ class PruningConfig:
     Attributes:
         target_sparsity: The fraction of weights to prune, in [0, 1]. Left out, it is what an N:M pattern or
             an explicit schedule asks for, else 0.5. Always a float on the finished object.
-        method: "magnitude", "random", or an object: `sparsam.scores.Magnitude`, `sparsam.scores.Random`, a
-            `Scorer`.
+        method: "magnitude", "random", "lamp", or an object of `sparsam.scores`, a `Scorer`. The other names
+            ("saliency", "fisher", "movement", "wanda", "ria") need data and say which object to pass.
         pattern: Which weights stand or fall together: `Unstructured`, `NM`, `Block` or `Slices`.
-        scope: "layer", where each tensor reaches the sparsity by itself, or "global", one threshold over all.
-        allocation: How a total sparsity is shared out over tensors: "uniform".
+        scope: What weights are compared with: "layer", those of the same tensor; "row", those of the same
+            output row, as in Wanda (single weights and N:M only); "global", all, with one threshold.
+        allocation: How a total sparsity is shared out over tensors: "uniform" (each has it), "erk", "lamp",
+            "global", an object of `sparsam.allocation`, or a mapping from names or shell-style patterns to
+            sparsities, the rest uniform. Others than "uniform" go with the scopes "layer" and "row", not with
+            N:M patterns, and hit the total exactly, in scope "row" but for the rounding in each row.
         schedule: The way to the target that `sparsam.IterativePruner` takes (`sparsam.prune` goes there at
             once): a name, an object of `sparsam.schedules`, the list of sparsities itself, or a function of
             progress in [0, 1] that returns the sparsity.
@@ -113,8 +109,16 @@ class PruningConfig:
         exclude: Shell-style patterns (`fnmatch.fnmatchcase`) of the tensors that stay dense; they beat
             overrides.
         overrides: Shell-style pattern -> a sparsity, a pattern, or both as `(sparsity, pattern)`. The last
-            match wins. An overridden tensor is pruned by itself, outside the pool of a global scope. Tensors
-            with fewer than two axes (biases, norms) are pruned only when named here.
+            match wins. An overridden tensor is pruned by itself, outside the pool of a global scope and the
+            total of an allocation; with Block or Slices as a whole in scope "row" too. Tensors with fewer
+            than two axes (biases, norms) are pruned only when named here.
+        ties: `Tied` slices of several tensors, decided together in place of `pattern`. Each tie prunes
+            `round(target_sparsity * groups)` of its groups, whatever the allocation. In global scope ties
+            compete by score per weight: with the groups of all other tensors if `pattern` is `Block` or
+            `Slices`, else among themselves, since a weight by itself is no rival of a head. A member must not
+            be excluded or overridden. It may be in two ties, across different axes (the rows of a middle
+            layer and its columns): each is decided on the weights as they are, and what one of them prunes is
+            pruned.
 
     Raises:
         ValueError: A field has none of the values allowed, or target_sparsity contradicts an N:M pattern or
@@ -125,11 +129,12 @@ class PruningConfig:
     method: str | Scorer = "magnitude"
     pattern: Pattern = Unstructured()  # noqa: RUF009 - frozen
     scope: str = "layer"
-    allocation: str = "uniform"
+    allocation: AllocationLike = field(default="uniform", hash=False)
     schedule: ScheduleLike = _ONE_SHOT
     num_iterations: int = _UnsetInt(1)
     exclude: Sequence[str] = ()
     overrides: Mapping[str, Override] = field(default_factory=dict, hash=False)
+    ties: Sequence[Tied] = ()
 
     def __post_init__(self) -> None:
         pattern = _pattern("pattern", self.pattern)
@@ -142,16 +147,20 @@ class PruningConfig:
             if steps not in {None, num_iterations}:
                 msg = f"num_iterations is {num_iterations}, but schedule lists {steps} sparsities"
                 raise ValueError(msg)
+        scope = _one_of("scope", self.scope, SCOPES)
+        allocation = _allocation(self.allocation)
+        _check_together(scope, allocation, pattern)
         set_fields(
             self,
             target_sparsity=_agreed_target(self.target_sparsity, _demands(pattern, schedule)),
             method=_method(self.method),
-            scope=_one_of("scope", self.scope, SCOPES),
-            allocation=_one_of("allocation", self.allocation, ALLOCATIONS),
+            scope=scope,
+            allocation=allocation,
             schedule=schedule,
             num_iterations=num_iterations,
             exclude=_exclude(self.exclude),
             overrides=_overrides(self.overrides, pattern),
+            ties=as_ties(self.ties),
         )
 
     def with_defaults(
@@ -230,6 +239,39 @@ def _method(value: object) -> str | Scorer:
     raise ValueError(expected("method", value, f"{_either(METHODS)}, or an object with score(name, weights)"))
 
 
+def _allocation(value: object) -> AllocationLike:
+    if isinstance(value, Mapping):
+        for name in value:
+            if not isinstance(name, str):
+                raise ValueError(expected("allocation", name, "names or shell-style patterns as keys"))
+        return ReadOnly({name: check_sparsity(f"allocation[{name!r}]", own) for name, own in value.items()})
+    if isinstance(value, Allocation) and not isinstance(value, type):
+        return value
+    if isinstance(value, str) and value in ALLOCATIONS:
+        return value
+    others = "an object of sparsam.allocation, or a mapping from names to sparsities"
+    raise ValueError(expected("allocation", value, f"{_either(ALLOCATIONS)}, {others}"))
+
+
+def _check_together(scope: str, allocation: AllocationLike, pattern: Pattern) -> None:
+    if scope == "row" and isinstance(pattern, (Block, Slices)):
+        msg = (
+            f"scope 'row' compares weights within a row: expected Unstructured() or NM; got pattern {pattern}"
+        )
+        raise ValueError(msg)
+    if allocation == "uniform":
+        return
+    if scope == "global":
+        msg = (
+            f"allocation: expected 'uniform' with scope 'global', whose one threshold shares the total out; "
+            f"got {allocation!r}; use scope 'layer'"
+        )
+        raise ValueError(msg)
+    if isinstance(pattern, NM):
+        msg = f"allocation: pattern {pattern} has one sparsity: expected 'uniform'; got {allocation!r}"
+        raise ValueError(msg)
+
+
 def _schedule(value: object) -> ScheduleLike:
     if isinstance(value, str):
         if value in SCHEDULES:
@@ -268,7 +310,7 @@ def _overrides(value: object, pattern: Pattern) -> Mapping[str, Override]:
     for name in value:
         if not isinstance(name, str):
             raise ValueError(expected("overrides", name, "shell-style name patterns as keys"))
-    return _ReadOnly(
+    return ReadOnly(
         {name: _override(f"overrides[{name!r}]", entry, pattern) for name, entry in value.items()}
     )
 

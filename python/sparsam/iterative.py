@@ -6,12 +6,10 @@ good one, and with a `state_dir` every finished iteration outlives the process.
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from numbers import Real
 from os import PathLike
 from pathlib import Path
 from typing import Any, Generic, TypeAlias, TypeVar, overload
@@ -21,7 +19,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from sparsam import schedules, scores
 from sparsam._checks import check_sparsity
-from sparsam._state import HistoryRow, Progress, StateDir, identify
+from sparsam._state import HistoryRow, Limits, Progress, StateDir, identify
 from sparsam.config import Override, PruningConfig, Schedule, ScheduleLike
 from sparsam.masks import Mask
 from sparsam.patterns import NM, Pattern
@@ -168,8 +166,12 @@ class IterativePruner:
         """Prunes, recovers, evaluates and records, once for each sparsity of the schedule.
 
         What is pruned stays pruned: masks only grow, and what recovery revived is zeroed again before it is
-        evaluated. The sparsity of an override grows in proportion to the schedule; an N:M override is in full
-        force from the first iteration on.
+        evaluated. The sparsity of an override grows in proportion to the schedule, as do those of an
+        allocation that is a mapping; an N:M override is in full force from the first iteration on.
+
+        An allocation is made anew in each iteration, from the recovered weights. Where it asks for less of a
+        tensor than is pruned already, that stays, and the gains of the others shrink in proportion, so that
+        the total holds.
 
         Args:
             weights: As for `sparsam.prune`. Never modified.
@@ -194,18 +196,21 @@ class IterativePruner:
                 damaged, or an iteration in it fails the limits and the weights of the one before are gone.
             TypeError: As for `sparsam.prune`; a callback returned something of another type.
         """
-        limits = _Limits(min_score, max_drop)
+        limits = Limits(min_score, max_drop)
         if isinstance(weights, Mapping):
             dense, min_rank, evaluate, recover = to_arrays(weights), 2, eval_fn, recover_fn
         else:
             dense, min_rank, evaluate = to_arrays({SINGLE: weights}), 0, _alone_eval(eval_fn)
             recover = None if recover_fn is None else _alone_recover(recover_fn)
         check_patterns(self.config, dense, stacklevel=2)
-        steps = self._steps(dense, min_rank)
+        steps = self._steps()
+        pools = plan(dense, steps[-1], min_rank=min_rank)
         identity = identify(self.config, self.get_schedule(), dense) if state_dir is not None else {}
         with nullcontext() if state_dir is None else StateDir(Path(state_dir), identity) as store:
-            progress = self._advance(dense, steps, evaluate, recover, limits, on_iteration, store)
-        result: IterativeResult[Any, Any] = _result(dense, progress, steps[-1])
+            progress = self._advance(
+                dense, steps, pools, min_rank, evaluate, recover, limits, on_iteration, store
+            )
+        result: IterativeResult[Any, Any] = _result(dense, progress, pools)
         if isinstance(weights, Mapping):
             return result
         mask = result.masks.get(SINGLE, Mask.ones(dense[SINGLE].shape))
@@ -214,15 +219,17 @@ class IterativePruner:
     def _advance(
         self,
         dense: Arrays,
-        steps: list[list[Pool]],
+        steps: list[PruningConfig],
+        pools: list[Pool],
+        min_rank: int,
         evaluate: Callable[[Arrays], float],
         recover: Callable[[Arrays, Masks, int], Any] | None,
-        limits: _Limits,
+        limits: Limits,
         on_iteration: Callable[[HistoryRow], object] | None,
         store: StateDir | None,
     ) -> Progress:
         """From the start, or from what is stored, to the end of the schedule or the first bad score."""
-        pruned = [name for pool in steps[-1] for name in pool.names]
+        pruned = [name for pool in pools for name in pool.names]
         progress = store.load(dense, pruned) if store else None
         if progress is None:
             progress = Progress(_score(evaluate, dense))
@@ -234,7 +241,7 @@ class IterativePruner:
         while not progress.failed and len(progress.history) < len(steps):
             start = time.perf_counter()
             iteration = len(progress.history) + 1
-            arrays, masks = self._pruned(progress, dense, steps[iteration - 1])
+            arrays, masks = self._pruned(progress, dense, steps[iteration - 1], min_rank)
             if recover is not None:
                 arrays = _recovered(recover, arrays, masks, iteration)
             score = _score(evaluate, arrays)
@@ -250,67 +257,36 @@ class IterativePruner:
                 on_iteration(row)
         return progress
 
-    def _steps(self, dense: Arrays, min_rank: int) -> list[list[Pool]]:
-        """What is pruned in each iteration, and how far."""
+    def _steps(self) -> list[PruningConfig]:
+        """How far each iteration prunes what."""
         schedule = self.get_schedule()
         steps = []
         for sparsity in schedule:
             share = sparsity / schedule[-1] if schedule[-1] else 1.0
             overrides = {name: _scaled(value, share) for name, value in self.config.overrides.items()}
+            allocation = self.config.allocation
+            if isinstance(allocation, Mapping):
+                allocation = {name: value * share for name, value in allocation.items()}
             config = replace(
                 self.config,
+                allocation=allocation,
                 target_sparsity=sparsity,
                 schedule="one_shot",
                 num_iterations=1,
                 overrides=overrides,
             )
-            steps.append(plan(dense, config, min_rank=min_rank))
+            steps.append(config)
         return steps
 
-    def _pruned(self, progress: Progress, dense: Arrays, pools: list[Pool]) -> tuple[Arrays, Masks]:
+    def _pruned(
+        self, progress: Progress, dense: Arrays, step: PruningConfig, min_rank: int
+    ) -> tuple[Arrays, Masks]:
         """The last good weights pruned further, in new arrays."""
         weights = dense if progress.weights is None else progress.weights
         arrays = {name: array.copy() for name, array in weights.items()}
+        pools = plan(arrays, step, min_rank=min_rank, previous=progress.masks)
         method = scores.resolve(self.config.method)
         return arrays, prune_pools(arrays, pools, method, arrays, previous=progress.masks)
-
-
-@dataclass(frozen=True)
-class _Limits:
-    """When to stop. A score that is NaN fails every limit."""
-
-    min_score: float | None
-    max_drop: float | None
-
-    def __post_init__(self) -> None:
-        for name, value in (("min_score", self.min_score), ("max_drop", self.max_drop)):
-            if value is not None and (
-                isinstance(value, bool) or not isinstance(value, Real) or math.isnan(value)
-            ):
-                msg = f"{name}: expected a number; got {value!r}"
-                raise ValueError(msg)
-        if self.max_drop is not None and self.max_drop < 0:
-            msg = f"max_drop: expected a drop of at least 0; got {self.max_drop!r}"
-            raise ValueError(msg)
-
-    def fails(self, score: float, dense_score: float) -> bool:
-        too_low = self.min_score is not None and not score >= self.min_score
-        return too_low or (self.max_drop is not None and not dense_score - score <= self.max_drop)
-
-    def applied(self, progress: Progress) -> Progress:
-        """The progress under these limits: other ones may have stopped it, or let it go on."""
-        rows = progress.rows()
-        bad = next((row for row in rows if self.fails(row.score, progress.dense_score)), None)
-        if bad is None or bad is progress.failed:
-            return replace(progress, failed=bad)
-        if bad is rows[0]:
-            return Progress(progress.dense_score, failed=bad)
-        msg = (
-            f"state_dir: iteration {bad.iteration} of {len(rows)} has the score {bad.score}, which fails "
-            f"min_score={self.min_score} or max_drop={self.max_drop}, but the weights before it are gone; "
-            "loosen the limits, or name another state_dir"
-        )
-        raise ValueError(msg)
 
 
 def _alone_eval(eval_fn: Callable[[Any], float]) -> Callable[[Arrays], float]:

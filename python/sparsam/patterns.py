@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
-from sparsam._checks import expected, integer, positive, set_fields
+from sparsam._checks import ReadOnly, expected, integer, positive, set_fields
 
 MAX_GROUP = 256
 
@@ -80,3 +81,57 @@ class Slices:
 
 
 Pattern: TypeAlias = Unstructured | NM | Block | Slices
+
+
+@dataclass(frozen=True)
+class Tied:
+    """Slices of several tensors that stand or fall together: slice i of every member is group i.
+
+    The heads of an attention block, and the neurons between two layers:
+
+        heads = Slices(0, size=64)
+        Tied({"q.weight": heads, "k.weight": heads, "v.weight": heads, "o.weight": Slices(1, size=64)})
+        Tied({"fc1.weight": Slices(0), "fc1.bias": Slices(0), "fc2.weight": Slices(1)})
+
+    All members must have the same number of groups; axes and sizes may differ (keys and values that several
+    queries share; `Slices(1, height * width)` of the layer behind a Flatten). A group's score is the sum of
+    the scores of its weights. Members of one axis (biases, the weight and bias of a norm) are pruned with the
+    group but do not count in its score: a bias says little about how much a neuron matters, and many a method
+    has no score for it. `scored` decides otherwise.
+
+    Attributes:
+        members: Name of a tensor -> the `Slices` of it.
+        scored: The members whose scores count. Left out, those with two axes or more; if there are none, all.
+
+    Raises:
+        ValueError: No members, a member that is not `Slices` under a name, or `scored` names no member.
+    """
+
+    members: Mapping[str, Slices]
+    scored: Sequence[str] | None = None
+
+    def __post_init__(self) -> None:
+        members = self.members
+        if not isinstance(members, Mapping) or not members:
+            raise ValueError(expected("Tied: members", members, "a mapping from tensor names to Slices"))
+        for name, slices in members.items():
+            if not isinstance(name, str):
+                raise ValueError(expected("Tied: members", name, "names of tensors as keys"))
+            if not isinstance(slices, Slices):
+                raise ValueError(expected(f"Tied: member {name!r}", slices, "Slices(axis, size)"))
+        scored = self.scored
+        if scored is not None:
+            scored = (scored,) if isinstance(scored, str) else tuple(scored)
+            if not scored or any(name not in members for name in scored):
+                raise ValueError(
+                    expected("Tied: scored", self.scored, f"some of the members {list(members)}")
+                )
+        set_fields(self, members=ReadOnly(members), scored=scored)
+
+
+def as_ties(value: Tied | Sequence[Tied]) -> tuple[Tied, ...]:
+    """Returns `value` as a tuple; ValueError for what is neither a `Tied` nor a sequence of them."""
+    ties = (value,) if isinstance(value, Tied) else value
+    if isinstance(ties, Sequence) and all(isinstance(tied, Tied) for tied in ties):
+        return tuple(ties)
+    raise ValueError(expected("ties", value, "Tied objects, such as (Tied({'fc1.weight': Slices(0), ...}),)"))

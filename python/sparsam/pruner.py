@@ -17,16 +17,16 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from sparsam import scores
+from sparsam.allocation import _allocate
 from sparsam.config import Override, PruningConfig, Scorer
 from sparsam.masks import Mask, _check_apart
-from sparsam.patterns import NM, Pattern
+from sparsam.patterns import NM, Block, Pattern, Slices, Tied
 from sparsam.report import LayerStats, Report, measure
-from sparsam.selection import is_weight_dtype, select_many
+from sparsam.selection import DTYPES, count_pruned, is_weight_dtype, pruned_last, score_tensor, select_many
+from sparsam.ties import check_tied_config, members, select_tied, tied_patterns
 
 SINGLE = "weights"
 """What a tensor that came without a name is called."""
-
-_DTYPES = ("float16", "bfloat16", "float32", "float64")
 
 WeightsT = TypeVar("WeightsT")
 MasksT = TypeVar("MasksT")
@@ -50,11 +50,16 @@ class PruningResult(Generic[WeightsT, MasksT]):
 
 @dataclass(frozen=True)
 class Pool:
-    """Tensors that share one selection: one threshold and one exact count."""
+    """Tensors that share one selection: one threshold and one exact count, or those of each row.
+
+    A name stands in two pools if it is in two ties.
+    """
 
     names: tuple[str, ...]
     sparsity: float
     pattern: Pattern
+    ties: tuple[Tied, ...] = ()
+    scope: str = "global"
 
 
 @overload
@@ -79,8 +84,10 @@ def prune(
     """Prunes weights to the target sparsity of a configuration, at once.
 
     In each pool of tensors (one tensor, or in global scope all of them) exactly `round(sparsity * n)` of the
-    n groups of the pattern are zeroed; among equal scores the earlier tensor and the lower flat index are
-    kept.
+    n groups of the pattern are zeroed, in scope "row" of each row; an allocation gives each tensor a sparsity
+    of its own, such that the total is `round(target_sparsity * N)` of all N groups. Among equal scores the
+    earlier tensor and the lower flat index are kept. Tensors tied by `ties` of the configuration are pruned
+    together, group by group.
 
     Args:
         weights: Name -> array of float16, bfloat16, float32 or float64, of any shape and strides; or one
@@ -98,8 +105,8 @@ def prune(
 
     Raises:
         ValueError: An override matches no tensor; a tensor has a NaN, or a shape that the pattern does not
-            divide; `inplace` meets what is read-only, no array, or in the memory of another tensor; a field
-            of the configuration is wrong.
+            divide; ties do not fit the tensors, `exclude` or `overrides`; `inplace` meets what is read-only,
+            no array, or in the memory of another tensor; a field of the configuration is wrong.
         TypeError: A tensor to be pruned has another dtype.
 
     Warns:
@@ -120,12 +127,13 @@ class MagnitudePruner:
     """Prunes one layer at a time by magnitude, and keeps the statistics.
 
     Attributes:
-        config: The configuration; its method is "magnitude" and its scope "layer".
+        config: The configuration; its method is "magnitude", its scope "layer" or "row", its allocation
+            "uniform".
         stats: The statistics of each call of `prune_layer`, in order.
     """
 
     def __init__(self, config: PruningConfig | None = None) -> None:
-        """Takes the configuration, `PruningConfig()` if left out; ValueError for another method or scope."""
+        """Takes the configuration, or the default; ValueError for what is not about magnitudes in a layer."""
         self.config = configured(config, {})
         self.stats: list[LayerStats] = []
         if not isinstance(scores.resolve(self.config.method), scores.Magnitude):
@@ -133,8 +141,9 @@ class MagnitudePruner:
                 f"MagnitudePruner: expected method 'magnitude'; got {self.config.method!r}; use sparsam.prune"
             )
             raise ValueError(msg)
-        if self.config.scope != "layer":
-            msg = "MagnitudePruner sees one layer at a time: expected scope 'layer'; use sparsam.prune"
+        if self.config.scope == "global" or self.config.allocation != "uniform" or self.config.ties:
+            wanted = "scope 'layer' or 'row', allocation 'uniform' and no ties"
+            msg = f"MagnitudePruner sees one layer: expected {wanted}; use sparsam.prune"
             raise ValueError(msg)
 
     def prune_layer(self, name: str, weights: ArrayLike) -> tuple[NDArray[Any], LayerStats]:
@@ -213,37 +222,69 @@ def _excluded(name: str, config: PruningConfig) -> bool:
     return any(fnmatchcase(name, pattern) for pattern in config.exclude)
 
 
-def plan(arrays: Mapping[str, NDArray[Any]], config: PruningConfig, *, min_rank: int = 2) -> list[Pool]:
+def plan(
+    arrays: Mapping[str, NDArray[Any]],
+    config: PruningConfig,
+    *,
+    min_rank: int = 2,
+    previous: Mapping[str, Mask] | None = None,
+) -> list[Pool]:
     """Returns the pools of tensors that are pruned; a tensor in none of them stays dense.
 
     Args:
         arrays: Name -> array.
         config: The configuration.
         min_rank: Tensors with fewer axes are pruned only when named in overrides.
+        previous: Masks of an earlier step: an allocation other than uniform leaves no tensor fewer pruned
+            groups than these have. What that is too much for the total is taken from what others would gain.
 
     Raises:
+        ValueError: Ties or an allocation do not fit the tensors, or ties exclude or overrides.
         TypeError: A tensor to be pruned has a dtype that cannot be.
     """
+    tied = check_tied_config(config, arrays)
     pooled: list[str] = []
     pools: list[Pool] = []
+    scope = "row" if config.scope == "row" else "global"
     for name, array in arrays.items():
         if _excluded(name, config):
             continue
         own = [value for pattern, value in config.overrides.items() if fnmatchcase(name, pattern)]
         if own:
-            pools.append(Pool((name,), *_own(own[-1], config)))
-        elif array.ndim >= min_rank:
+            sparsity, pattern = _own(own[-1], config)
+            grouped = isinstance(pattern, (Block, Slices))
+            pools.append(Pool((name,), sparsity, pattern, scope="global" if grouped else scope))
+        elif array.ndim >= min_rank and name not in tied:
             pooled.append(name)
-        else:
+        elif name not in tied:
             continue
         if not is_weight_dtype(array.dtype):
             msg = (
-                f"tensor {name!r} has dtype {array.dtype}: expected {', '.join(_DTYPES)} in native byte "
+                f"tensor {name!r} has dtype {array.dtype}: expected {', '.join(DTYPES)} in native byte "
                 "order; convert it with .astype(), or exclude the tensor"
             )
             raise TypeError(msg)
-    groups = [(name,) for name in pooled] if config.scope == "layer" else [tuple(pooled)] if pooled else []
-    return [Pool(names, config.target_sparsity, config.pattern) for names in groups] + pools
+    target, pattern, ties = config.target_sparsity, config.pattern, tuple(config.ties)
+    if config.scope != "global":
+        shares = _shares({name: arrays[name] for name in pooled}, config, previous)
+        each = [Pool((name,), shares[name], pattern, scope=scope) for name in pooled]
+        return [*each, *(Pool(members((tie,)), target, pattern, (tie,)) for tie in ties), *pools]
+    together = isinstance(pattern, (Block, Slices))
+    groups = [(pooled, ties)] if together else [(pooled, ()), ([], ties)]
+    rivals = [(names, own) for names, own in groups if names or own]
+    return [Pool((*names, *members(own)), target, pattern, own) for names, own in rivals] + pools
+
+
+def _shares(
+    arrays: Mapping[str, NDArray[Any]], config: PruningConfig, previous: Mapping[str, Mask] | None
+) -> dict[str, float]:
+    """The sparsity of each tensor: the target itself where it is uniform, as each tensor rounds by itself."""
+    if config.allocation == "uniform" or not arrays:
+        return dict.fromkeys(arrays, config.target_sparsity)
+    pattern = config.pattern
+    assert not isinstance(pattern, NM)  # which PruningConfig refuses
+    floors = {name: count_pruned(name, previous[name], pattern) for name in arrays} if previous else None
+    return _allocate(arrays, config.target_sparsity, config.allocation, pattern, floors=floors)
 
 
 def _own(value: Override, config: PruningConfig) -> tuple[float, Pattern]:
@@ -279,46 +320,39 @@ def prune_pools(
         Name -> mask of each tensor in a pool, in the order of `arrays`.
     """
     masks: dict[str, Mask] = {}
+    norm = method.norm if isinstance(method, scores.Magnitude) else 1
+    tied: dict[str, Mask] = {}
     for pool in pools:
+        if pool.ties:
+            for name, mask in select_tied(
+                arrays,
+                pool.sparsity,
+                pool.ties,
+                score=lambda name: score_tensor(method, name, arrays[name]),
+                alone=dict.fromkeys(pool.names, pool.pattern),
+                norm=norm,
+                previous=previous,
+            ).items():
+                tied[name] = tied[name] & mask if name in tied else mask
+            continue
         tensors = {name: arrays[name] for name in pool.names}
-        ranked = {name: _score(method, name, tensor) for name, tensor in tensors.items()}
-        norm = method.norm if isinstance(method, scores.Magnitude) else 1
+        ranked = {name: score_tensor(method, name, tensor) for name, tensor in tensors.items()}
         fused = previous is None and all(ranked[name] is tensor for name, tensor in tensors.items())
-        chosen = select_many(ranked, pool.sparsity, pool.pattern, norm=norm, out=outs if fused else None)
+        chosen = select_many(
+            ranked, pool.sparsity, pool.pattern, scope=pool.scope, norm=norm, out=outs if fused else None
+        )
         if previous is not None and any((mask & ~previous[name]).count for name, mask in chosen.items()):
-            last = {name: _pruned_last(ranked[name], previous[name], norm) for name in pool.names}
-            chosen = select_many(last, pool.sparsity, pool.pattern, norm=norm)
+            last = {name: pruned_last(ranked[name], previous[name], norm) for name in pool.names}
+            chosen = select_many(last, pool.sparsity, pool.pattern, scope=pool.scope, norm=norm)
         if not fused:
             for name, tensor in tensors.items():
                 chosen[name].apply(tensor, out=outs[name])
         masks |= chosen
+    # Only now, since a tensor in two ties is scored twice as it was.
+    for name, mask in tied.items():
+        mask.apply(arrays[name], out=outs[name])
+    masks |= tied
     return {name: masks[name] for name in arrays if name in masks}
-
-
-def _score(method: Scorer, name: str, tensor: NDArray[Any]) -> NDArray[Any]:
-    ranked = np.asarray(method.score(name, tensor))
-    if ranked is tensor:
-        return tensor
-    if ranked.shape != tensor.shape or ranked.dtype.name not in _DTYPES:
-        msg = (
-            f"tensor {name!r}: expected scores of shape {tensor.shape} and one of the dtypes "
-            f"{', '.join(_DTYPES)} from {method!r}; got shape {ranked.shape} and dtype {ranked.dtype}"
-        )
-        raise ValueError(msg)
-    if (ranked < 0).any():
-        msg = f"tensor {name!r}: expected scores of at least 0 from {method!r}; got {ranked.min()}"
-        raise ValueError(msg)
-    return ranked
-
-
-def _pruned_last(ranked: NDArray[Any], previous: Mask, norm: int) -> NDArray[np.float64]:
-    """Scores in which a kept zero beats what is pruned already, lest a tie at zero lets that back in.
-
-    A kept zero scores the least float64, or the square root of that where groups sum up squares.
-    """
-    keep = previous.to_array()
-    least = 2.0 ** (-1074 if norm == 1 else -537)
-    return np.where(keep, np.maximum(np.abs(ranked.astype(np.float64)), least), 0.0)
 
 
 def describe(
@@ -326,6 +360,7 @@ def describe(
 ) -> Report:
     """Returns the report on tensors as these masks left them, those left dense included."""
     patterns = {name: str(pool.pattern) for pool in pools for name in pool.names}
+    patterns |= tied_patterns(tied for pool in pools for tied in pool.ties)
     pruned = {name: mask.size - mask.count for name, mask in masks.items()}
     return Report(
         measure(name, array, pruned=pruned.get(name, 0), pattern=patterns.get(name, "dense"))

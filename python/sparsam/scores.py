@@ -2,20 +2,56 @@
 
 A scorer is one function over one tensor. It knows nothing of sparsity, patterns or time, and gives what is
 already zero the lowest score, 0, so that a growing schedule finds first what it pruned before.
+
+========== ============================ ====================================================== =======
+name       object                       score of the weight w = W_ij, input x_j                needs
+========== ============================ ====================================================== =======
+magnitude  `Magnitude()`                abs(w)                                                 nothing
+random     `Random(seed)`               a draw                                                 nothing
+lamp       `LAMP()`                     w^2 / sum of the w'^2 that are not smaller [1]         nothing
+saliency   `Saliency(gradients)`        abs(w g) [2, 3]                                        g
+fisher     `Fisher(squared_gradients)`  w^2 E[g^2] [4, 5]                                      E[g^2]
+movement   `Movement(accumulated)`      - sum over steps of w g [6]                            the sum
+wanda      `Wanda(statistics)`          abs(w) rms(x_j) [7]                                    inputs
+ria        `RIA(statistics)`            (abs(w) / its column + abs(w) / its row) rms(x_j)^a [8] inputs
+========== ============================ ====================================================== =======
+
+What a score needs comes as a mapping from tensor names to arrays or `InputStatistics`, which is read when
+scores are computed and not copied. A group of weights (`Block`, `Slices`) has the sum of its weights' scores.
+Scores that need arithmetic are float64: products and squares of narrower types are then exact or rounded
+once, and neither overflow nor vanish; of float64 weights, what vanishes counts as 0 and what overflows as
+infinite.
+
+[1] Lee et al., "Layer-adaptive sparsity for the magnitude-based pruning", 2021, arXiv:2010.07611.
+[2] Mozer and Smolensky, "Skeletonization: a technique for trimming the fat from a network via relevance
+    assessment", 1989.
+[3] Lee et al., "SNIP: single-shot network pruning based on connection sensitivity", 2019, arXiv:1810.02340.
+[4] LeCun et al., "Optimal brain damage", 1990: second order, diagonal.
+[5] Theis et al., "Faster gaze prediction with dense networks and Fisher pruning", 2018, arXiv:1801.05787:
+    the diagonal estimated by squared gradients.
+[6] Sanh et al., "Movement pruning: adaptive sparsity by fine-tuning", 2020, arXiv:2005.07683.
+[7] Sun et al., "A simple and effective pruning approach for large language models", 2024, arXiv:2306.11695.
+[8] Zhang et al., "Plug-and-play: an efficient post-training pruning method for large language models", 2024.
 """
 
 from __future__ import annotations
 
 import hashlib
+import math
 import operator
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from numbers import Real
+from typing import Any, TypeVar
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
+from sparsam._checks import expected
 from sparsam.config import METHODS, Scorer
+from sparsam.statistics import InputStatistics
+
+Value = TypeVar("Value")
 
 
 @dataclass(frozen=True)
@@ -62,17 +98,273 @@ class Random:
         return np.where(np.isnan(weights), np.float32(np.nan), scores)
 
 
-_NAMED: dict[str, Callable[[], Scorer]] = {"magnitude": Magnitude, "random": Random}
+@dataclass(frozen=True, eq=False)
+class Saliency:
+    """abs(w g): what the loss changes by, to first order, when the weight goes (Mozer, Smolensky 1989).
+
+    SNIP has the same formula: it takes the gradient of one batch at initialisation, and divides by the sum
+    over the network, which changes no order.
+
+    Attributes:
+        gradients: Name -> the gradient of the loss, in the shape of the tensor.
+    """
+
+    gradients: Mapping[str, ArrayLike] = field(repr=False)
+
+    def __post_init__(self) -> None:
+        _check_mapping(self, "gradients", self.gradients, "the gradient")
+
+    def score(self, name: str, weights: NDArray[Any], /) -> NDArray[np.float64]:
+        """Returns abs(w g); ValueError where the gradient is missing, of another shape or not finite."""
+        return _times(weights, np.abs(_array(self, "gradients", self.gradients, name, weights)))
+
+
+@dataclass(frozen=True, eq=False)
+class Fisher:
+    """w^2 E[g^2]: twice what the loss rises by to second order, where the Hessian is diagonal and E[g^2].
+
+    The half of the Taylor term is left out, which changes no order. E[g^2] is the mean of the squared
+    gradients of single samples (the empirical Fisher information); the second moment that Adam keeps, of
+    batch gradients, is a common stand-in.
+
+    Attributes:
+        squared_gradients: Name -> E[g^2], at least 0, in the shape of the tensor.
+    """
+
+    squared_gradients: Mapping[str, ArrayLike] = field(repr=False)
+
+    def __post_init__(self) -> None:
+        _check_mapping(self, "squared_gradients", self.squared_gradients, "the mean of g^2")
+
+    def score(self, name: str, weights: NDArray[Any], /) -> NDArray[np.float64]:
+        """Returns w^2 E[g^2]; ValueError where E[g^2] is missing, misshapen, negative or not finite."""
+        means = _array(self, "squared_gradients", self.squared_gradients, name, weights)
+        if (means < 0).any():
+            msg = f"Fisher: squared_gradients of tensor {name!r}: expected at least 0; got {means.min()}"
+            raise ValueError(msg)
+        return _times(weights, _times(weights, means))
+
+
+@dataclass(frozen=True, eq=False)
+class Movement:
+    """- sum over training steps of w g: how far weights moved away from zero (Sanh et al. 2020).
+
+    The sum is signed: a weight that shrank has a negative one and goes before one that did not move. Scores
+    must not be negative, so what `score` returns is the sum less a constant, the same for all tensors of the
+    mapping: its smallest value, less a millionth of the range, so that only zeros score 0. Order, differences
+    and the comparison of groups of equal size stay what they were, between tensors too, up to float64
+    rounding: sums that differ by less than 2^-52 of the range may tie.
+
+    Attributes:
+        accumulated: Name -> the sum, in the shape of the tensor. Make a new object where the sums go on.
+    """
+
+    accumulated: Mapping[str, ArrayLike] = field(repr=False)
+    _floor: float = field(init=False, repr=False, default=0.0)
+
+    def __post_init__(self) -> None:
+        _check_mapping(self, "accumulated", self.accumulated, "- sum w g")
+        sums = (_numbers(self, "accumulated", name, value) for name, value in self.accumulated.items())
+        ends = [(float(array.min()), float(array.max())) for array in sums if array.size] or [(0.0, 0.0)]
+        least, most = min(low for low, _ in ends), max(high for _, high in ends)
+        if not math.isfinite(most - least):
+            msg = f"Movement: accumulated reaches from {least} to {most}: expected a range within float64"
+            raise ValueError(msg)
+        object.__setattr__(self, "_floor", least - ((most - least) * 1e-6 or 1.0))
+
+    def score(self, name: str, weights: NDArray[Any], /) -> NDArray[np.float64]:
+        """Returns the sums less the constant; ValueError where a sum is missing, misshapen or not finite."""
+        raised = _array(self, "accumulated", self.accumulated, name, weights) - self._floor
+        if (raised < 0).any():
+            msg = f"Movement: accumulated of tensor {name!r} has changed since; make a new Movement"
+            raise ValueError(msg)
+        return np.where(weights == 0, 0.0, np.where(np.isnan(weights), np.nan, raised))
+
+
+@dataclass(frozen=True, eq=False)
+class Wanda:
+    """abs(W_ij) rms(x_j): a weight counts as much as what it multiplies (Sun et al. 2024).
+
+    The paper has ||x_j||_2, which is rms(x_j) times the square root of the number of inputs: the same order
+    within a tensor. It compares weights within an output row: `scope="row"`.
+
+    Attributes:
+        statistics: Name -> `InputStatistics` of the layer's inputs. A tensor of more than two axes, as a
+            convolution (out, in, kh, kw), is seen as its matrix (out, in * kh * kw): its statistics are those
+            of the unfolded input, in that order.
+    """
+
+    statistics: Mapping[str, InputStatistics] = field(repr=False)
+
+    def __post_init__(self) -> None:
+        _check_mapping(self, "statistics", self.statistics, "the InputStatistics")
+
+    def score(self, name: str, weights: NDArray[Any], /) -> NDArray[np.float64]:
+        """Returns abs(W_ij) rms(x_j); ValueError where statistics are missing, empty or of other inputs."""
+        rms = _rms(self, self.statistics, name, weights)
+        return _times(weights.reshape(len(weights), rms.size), rms).reshape(weights.shape)
+
+
+@dataclass(frozen=True, eq=False)
+class RIA:
+    """(abs(W_ij) / sum_i abs(W_ij) + abs(W_ij) / sum_j abs(W_ij)) rms(x_j)^power (Zhang et al. 2024).
+
+    Relative importance and activations: a weight counts by its share of its input's column and of its
+    output's row, so that no row or column is pruned away as a whole.
+
+    Attributes:
+        statistics: As for `Wanda`.
+        power: a in the paper, at least 0; its value is 0.5.
+    """
+
+    statistics: Mapping[str, InputStatistics] = field(repr=False)
+    power: float = 0.5
+
+    def __post_init__(self) -> None:
+        _check_mapping(self, "statistics", self.statistics, "the InputStatistics")
+        power = self.power
+        if isinstance(power, bool) or not isinstance(power, Real) or not 0 <= power < math.inf:
+            raise ValueError(expected("RIA: power", power, "a finite number of at least 0"))
+
+    def score(self, name: str, weights: NDArray[Any], /) -> NDArray[np.float64]:
+        """Returns the scores; ValueError as for `Wanda`, and for weights that are not finite."""
+        rms = _rms(self, self.statistics, name, weights)
+        sizes = _relative_sizes(self, name, weights).reshape(len(weights), rms.size)
+        columns, rows = sizes.sum(axis=0, keepdims=True), sizes.sum(axis=1, keepdims=True)
+        share = sizes / np.where(columns == 0, 1, columns) + sizes / np.where(rows == 0, 1, rows)
+        return np.asarray(share * rms**self.power).reshape(weights.shape)
+
+
+@dataclass(frozen=True)
+class LAMP:
+    """w^2 over the sum of the w'^2 of its tensor that are not smaller, itself included (Lee et al. 2021).
+
+    Within a tensor the order is that of magnitudes; between tensors (scope "global") it decides how many of
+    each go. Equal weights stand in the order of the rules of selection: the lower flat index has fewer others
+    in its sum, and the larger score. The largest weight of every tensor scores 1.
+    """
+
+    def score(self, name: str, weights: NDArray[Any], /) -> NDArray[np.float64]:
+        """Returns the scores, in [0, 1]; ValueError for weights that are not finite."""
+        squares = np.square(_relative_sizes(self, name, weights)).reshape(-1)
+        order = squares.size - 1 - np.argsort(squares[::-1], kind="stable")
+        ascending = squares[order]
+        sums = np.cumsum(ascending[::-1])[::-1]
+        scores = np.empty_like(squares)
+        scores[order] = ascending / np.where(sums == 0, 1, sums)
+        return scores.reshape(weights.shape)
+
+
+def _check_mapping(scorer: object, what: str, value: object, content: str) -> None:
+    if not isinstance(value, Mapping):
+        kind = type(scorer).__name__
+        raise ValueError(expected(f"{kind}: {what}", value, f"a mapping from tensor names to {content}"))
+
+
+def _entry(scorer: object, what: str, data: Mapping[str, Value], name: str) -> Value:
+    if name not in data:
+        msg = (
+            f"{type(scorer).__name__}: {what} lack tensor {name!r}: they have {list(data)[:5]!r}"
+            f"{' and others' if len(data) > 5 else ''}; add it, or exclude the tensor"
+        )
+        raise ValueError(msg)
+    return data[name]
+
+
+def _array(
+    scorer: object, what: str, data: Mapping[str, ArrayLike], name: str, weights: NDArray[Any]
+) -> NDArray[np.float64]:
+    """What `data` holds for a tensor, in its shape, as float64."""
+    array = _numbers(scorer, what, name, _entry(scorer, what, data, name))
+    if array.shape != weights.shape:
+        msg = (
+            f"{type(scorer).__name__}: {what} of tensor {name!r} have shape {array.shape}: "
+            f"expected that of the tensor, {weights.shape}"
+        )
+        raise ValueError(msg)
+    return array
+
+
+def _numbers(scorer: object, what: str, name: str, value: ArrayLike) -> NDArray[np.float64]:
+    array = np.asarray(value)
+    subject = f"{type(scorer).__name__}: {what} of tensor {name!r}"
+    if array.dtype.kind not in "fiu" and array.dtype.name != "bfloat16":
+        raise ValueError(expected(f"{subject}: dtype", str(array.dtype), "real numbers"))
+    numbers = array.astype(np.float64)
+    _refuse_not_finite(subject, numbers)
+    return numbers
+
+
+def _refuse_not_finite(subject: str, numbers: NDArray[np.float64]) -> None:
+    finite = np.isfinite(numbers)
+    if not finite.all():
+        at = tuple(int(i) for i in np.argwhere(~finite)[0])
+        raise ValueError(expected(subject, float(numbers[at]), f"finite numbers, at index {at} too"))
+
+
+def _rms(
+    scorer: object, data: Mapping[str, InputStatistics], name: str, weights: NDArray[Any]
+) -> NDArray[np.float64]:
+    """The root mean square of each input of a tensor, of as many as its matrix has columns."""
+    kind = type(scorer).__name__
+    statistics = _entry(scorer, "statistics", data, name)
+    if not isinstance(statistics, InputStatistics):
+        raise ValueError(expected(f"{kind}: statistics of tensor {name!r}", statistics, "InputStatistics"))
+    if weights.ndim < 2:
+        msg = f"{kind}: tensor {name!r} has shape {weights.shape}: expected (out, in) or (out, in, kh, kw)"
+        raise ValueError(msg)
+    columns = math.prod(weights.shape[1:])
+    if columns != statistics.in_features:
+        msg = (
+            f"{kind}: statistics of tensor {name!r} are of {statistics.in_features} inputs: "
+            f"expected {columns} for its shape {weights.shape}"
+        )
+        raise ValueError(msg)
+    if statistics.count == 0:
+        msg = f"{kind}: statistics of tensor {name!r} have seen no input: call their update(x) first"
+        raise ValueError(msg)
+    return statistics.rms
+
+
+def _times(weights: NDArray[Any], factors: NDArray[np.float64]) -> NDArray[np.float64]:
+    """abs(w) times factors that are at least 0: 0 where one of them is, NaN where w is."""
+    with np.errstate(over="ignore", under="ignore", invalid="ignore"):
+        product = np.abs(weights.astype(np.float64)) * factors
+    undefined = np.isnan(product)
+    if undefined.any():
+        product[undefined & np.isinf(weights)] = 0
+    return np.asarray(product)
+
+
+def _relative_sizes(scorer: object, name: str, weights: NDArray[Any]) -> NDArray[np.float64]:
+    """Absolute values over a power of two, which is exact, so that neither squares nor sums overflow."""
+    sizes = np.abs(weights.astype(np.float64))
+    _refuse_not_finite(f"{type(scorer).__name__}: tensor {name!r}", sizes)
+    with np.errstate(under="ignore"):
+        return np.asarray(np.ldexp(sizes, -np.frexp(sizes.max(initial=0))[1]))
+
+
+_NAMED: dict[str, Callable[[], Scorer]] = {"magnitude": Magnitude, "random": Random, "lamp": LAMP}
+_NEEDS = {
+    "saliency": "gradients: pass scores.Saliency({name: gradient})",
+    "fisher": "squared gradients: pass scores.Fisher({name: mean of g^2})",
+    "movement": "accumulated movement: pass scores.Movement({name: - sum of w g})",
+    "wanda": "input statistics: pass scores.Wanda({name: InputStatistics})",
+    "ria": "input statistics: pass scores.RIA({name: InputStatistics})",
+}
 
 
 def resolve(method: str | Scorer) -> Scorer:
     """Returns the scorer that a name stands for; an object stands for itself.
 
     Raises:
-        ValueError: The name is unknown.
+        ValueError: The name is unknown, or stands for a scorer that cannot do without data.
     """
     if not isinstance(method, str):
         return method
+    if method in _NEEDS:
+        msg = f"method {method!r} needs {_NEEDS[method]}"
+        raise ValueError(msg)
     if method not in _NAMED:
         msg = f"method: expected one of {', '.join(map(repr, METHODS))}; got {method!r}"
         raise ValueError(msg)

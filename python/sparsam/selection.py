@@ -1,8 +1,8 @@
 """Selection: scores, a pattern and a sparsity in, exactly k groups pruned out.
 
 The rules, the same for every instruction set, thread count and memory layout: `round(sparsity * n)` of n
-groups are pruned (Python's round); among equal scores the lower flat index is kept, and over several tensors
-the earlier tensor.
+groups are pruned (Python's round), in scope "row" of each row's entries; among equal scores the lower flat
+index is kept, and over several tensors the earlier tensor.
 """
 
 from __future__ import annotations
@@ -15,9 +15,12 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from sparsam import _core
-from sparsam._checks import check_sparsity
+from sparsam._checks import check_sparsity, expected
+from sparsam.config import Scorer
 from sparsam.masks import Mask, _check_apart, _check_overlap
 from sparsam.patterns import NM, Block, Pattern, Slices, Unstructured
+
+DTYPES = ("float16", "bfloat16", "float32", "float64")
 
 
 class Threshold(NamedTuple):
@@ -69,6 +72,7 @@ def select(
     sparsity: float,
     pattern: Pattern = Unstructured(),  # noqa: B008 - frozen
     *,
+    scope: str = "layer",
     norm: int = 1,
     name: str = "scores",
 ) -> Mask:
@@ -80,6 +84,10 @@ def select(
         pattern: what stands or falls together. `Unstructured()`: each entry. `NM(n, m)`: the n largest of
             every m along the rows of the matrix (shape[0], -1) are kept. `Block(r, c)`: tiles of that matrix,
             ragged at its far edges. `Slices(axis, size)`: runs of `size` indices of that axis.
+        scope: "layer": all entries are compared. "row": those within a row of the matrix (shape[0], -1), as
+            in Wanda: exactly `round(sparsity * columns)` of each row are pruned, ties to the lower index. A
+            vector is one row. For NM, which decides within rows anyway, it changes nothing; Block and Slices
+            reach across rows and are refused.
         norm: a group's score is the sum of |score| (1) or of its square (2), accumulated in float64 in a
             fixed order.
         name: what errors call the array.
@@ -91,7 +99,10 @@ def select(
         ValueError: sparsity out of range, a NaN, or a shape that the pattern does not divide.
         TypeError: a dtype other than the four.
     """
-    return select_many({name: np.asarray(scores)}, sparsity, pattern, norm=norm)[name]
+    if scope not in ("layer", "row"):
+        raise ValueError(expected("scope", scope, "'layer' (all entries compared) or 'row' (those of a row)"))
+    pooled = "row" if scope == "row" else "global"
+    return select_many({name: np.asarray(scores)}, sparsity, pattern, scope=pooled, norm=norm)[name]
 
 
 def select_many(
@@ -99,10 +110,11 @@ def select_many(
     sparsity: float,
     pattern: Pattern = Unstructured(),  # noqa: B008 - frozen
     *,
+    scope: str = "global",
     norm: int = 1,
     out: Mapping[str, NDArray[Any]] | None = None,
 ) -> dict[str, Mask]:
-    """`select` over several arrays that share one threshold: the global scope.
+    """`select` over several arrays that share one threshold, the global scope, or each row its own.
 
     Groups of different tensors are compared by score per weight (the sum divided by the number of weights),
     groups of one tensor by their sum. For NM every group decides by itself, so pooling changes nothing.
@@ -111,6 +123,7 @@ def select_many(
         scores: name -> array; ties go to the earlier name, then to the lower flat index.
         sparsity: in [0, 1], of all groups together.
         pattern: as in `select`.
+        scope: "global": one threshold over all arrays. "row": as in `select`, in each array by itself.
         norm: as in `select`.
         out: name -> array of the same shape and dtype that receives the scores with pruned entries as +0; may
             be the same arrays (in place). Apart from that, no output may share memory with another array. Of
@@ -126,6 +139,8 @@ def select_many(
     if norm not in (1, 2):
         msg = f"norm={norm!r}: expected 1 (sum of magnitudes) or 2 (sum of squares)"
         raise ValueError(msg)
+    if scope not in ("global", "row"):
+        raise ValueError(expected("scope", scope, "'global' (one threshold) or 'row' (one for each row)"))
     arrays = {name: np.asarray(array) for name, array in scores.items()}
     for name, array in arrays.items():
         _check_dtype(name, array)
@@ -134,10 +149,15 @@ def select_many(
     if out is not None:
         _check_apart(arrays, {name: out[name] for name in arrays})
     if isinstance(pattern, Unstructured):
-        return _select_entries(arrays, sparsity, out)
-    if isinstance(pattern, NM):
+        if scope == "global":
+            return _select_entries(arrays, sparsity, out)
+        masks = {name: _select_rows(name, array, sparsity) for name, array in arrays.items()}
+    elif isinstance(pattern, NM):
         masks = {name: _select_nm(name, array, sparsity, pattern) for name, array in arrays.items()}
     elif isinstance(pattern, (Block, Slices)):
+        if scope == "row":
+            msg = f"scope 'row' compares weights within a row: expected Unstructured() or NM; got {pattern!r}"
+            raise ValueError(msg)
         masks = _select_tiles(arrays, sparsity, pattern, norm)
     else:
         msg = (
@@ -173,6 +193,33 @@ def _refuse_nan(pool: Sequence[NDArray[Any]], names: Sequence[str] | None, *, by
     what = f"array {array}" if names is None else f"tensor {names[array]!r}"
     msg = f"{by}{what} is NaN at index {at}: NaN has no magnitude to rank; repair or exclude the tensor"
     raise ValueError(msg)
+
+
+def score_tensor(method: Scorer, name: str, tensor: NDArray[Any]) -> NDArray[Any]:
+    """Returns the scores of a tensor, checked: its shape, a dtype that can be ranked, none below 0."""
+    ranked = np.asarray(method.score(name, tensor))
+    if ranked is tensor:
+        return tensor
+    if ranked.shape != tensor.shape or ranked.dtype.name not in DTYPES:
+        msg = (
+            f"tensor {name!r}: expected scores of shape {tensor.shape} and one of the dtypes "
+            f"{', '.join(DTYPES)} from {method!r}; got shape {ranked.shape} and dtype {ranked.dtype}"
+        )
+        raise ValueError(msg)
+    if (ranked < 0).any():
+        msg = f"tensor {name!r}: expected scores of at least 0 from {method!r}; got {ranked.min()}"
+        raise ValueError(msg)
+    return ranked
+
+
+def pruned_last(ranked: NDArray[Any], previous: Mask, norm: int) -> NDArray[np.float64]:
+    """Returns scores in which a kept zero beats what is pruned already, lest a tie at zero lets that back in.
+
+    A kept zero scores the least float64, or the square root of that where groups sum up squares.
+    """
+    keep = previous.to_array()
+    least = 2.0 ** (-1074 if norm == 1 else -537)
+    return np.where(keep, np.maximum(np.abs(ranked.astype(np.float64)), least), 0.0)
 
 
 def is_weight_dtype(dtype: np.dtype[Any]) -> bool:
@@ -231,6 +278,21 @@ def _matrix(shape: tuple[int, ...]) -> tuple[int, int]:
     return shape[0], math.prod(shape[1:])
 
 
+def _select_rows(name: str, array: NDArray[Any], sparsity: float) -> Mask:
+    rows, columns = _matrix(array.shape)
+    if rows == 1:
+        return _select_entries({name: array}, sparsity, None)[name]
+    k = _rank(sparsity, columns)
+    if k == 0 or rows == 0:
+        _refuse_nan([array], [name])
+        return Mask.ones(array.shape)
+    words = _core.keep_of_row(array, columns, k)
+    if words is None:
+        _refuse_nan([array], [name])
+    assert words is not None
+    return Mask(words, array.shape)
+
+
 def _select_nm(name: str, array: NDArray[Any], sparsity: float, pattern: NM) -> Mask:
     _rank(sparsity, array.size)
     if sparsity == 0:
@@ -276,6 +338,19 @@ def _tiling(name: str, shape: tuple[int, ...], pattern: Block | Slices) -> tuple
 def _select_tiles(
     scores: Mapping[str, NDArray[Any]], sparsity: float, pattern: Block | Slices, norm: int
 ) -> dict[str, Mask]:
+    groups = _select_groups(scores, sparsity, pattern, norm)
+    return {
+        name: Mask(_core.expand_tiles(groups[name]._words, *_tiling(name, array.shape, pattern)), array.shape)
+        for name, array in scores.items()
+    }
+
+
+def _select_groups(
+    scores: Mapping[str, NDArray[Any]], sparsity: float, pattern: Unstructured | Block | Slices, norm: int
+) -> dict[str, Mask]:
+    """Masks over the groups of each tensor; several tensors share one threshold."""
+    if isinstance(pattern, Unstructured):
+        return _select_entries(scores, sparsity, None)
     tilings = {name: _tiling(name, array.shape, pattern) for name, array in scores.items()}
     sums = {name: _core.tile_scores(array, *tilings[name], norm) for name, array in scores.items()}
     if any(np.isnan(s).any() for s in sums.values()):
@@ -283,11 +358,23 @@ def _select_tiles(
     if len(sums) > 1:
         for name in sums:
             sums[name] /= _tile_sizes(*tilings[name])
-    groups = _select_entries(sums, sparsity, None)
-    return {
-        name: Mask(_core.expand_tiles(groups[name]._words, *tilings[name]), array.shape)
-        for name, array in scores.items()
-    }
+    return _select_entries(sums, sparsity, None)
+
+
+def count_groups(name: str, shape: tuple[int, ...], pattern: Unstructured | Block | Slices) -> int:
+    """Returns how many groups a tensor has; ValueError for a shape that the pattern does not divide."""
+    if isinstance(pattern, Unstructured):
+        return math.prod(shape)
+    rows, cols, tile_rows, tile_cols = _tiling(name, shape, pattern)
+    return math.ceil(rows / tile_rows) * math.ceil(cols / tile_cols)
+
+
+def count_pruned(name: str, mask: Mask, pattern: Unstructured | Block | Slices) -> int:
+    """Returns how many groups of a tensor a mask prunes."""
+    if isinstance(pattern, Unstructured):
+        return mask.size - mask.count
+    kept = mask.to_array().astype(np.float32)
+    return int((_core.tile_scores(kept, *_tiling(name, mask.shape, pattern), 1) == 0).sum())
 
 
 def _tile_sizes(rows: int, cols: int, tile_rows: int, tile_cols: int) -> NDArray[np.float64]:

@@ -30,6 +30,11 @@ void mark(const std::vector<View>& arrays, double value, std::size_t ties_kept,
 // the lower index. Returns false where a NaN was seen; words are then meaningless.
 bool keep_of_group(const View& array, std::size_t keep, std::size_t m, std::uint64_t* words);
 
+// Of every row of `cols` consecutive elements in C order (cols divides the size) all but the k smallest
+// magnitudes are kept, 1 <= k <= cols, ties to the lower index. Returns false where a NaN was seen; words are
+// then meaningless.
+bool keep_of_row(const View& array, std::size_t cols, std::size_t k, std::uint64_t* words);
+
 struct Position {
   std::size_t array, index;
   bool found;

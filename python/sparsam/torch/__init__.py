@@ -20,8 +20,9 @@ except ImportError as error:
     raise ImportError(msg) from error
 
 from sparsam import _core
-from sparsam.torch.accelerate import accelerate, restore
+from sparsam.torch.accelerate import accelerate
 from sparsam.torch.acceleration_report import AccelerationReport, LayerRow
+from sparsam.torch.exchange import restore
 from sparsam.torch.files import load, save
 from sparsam.torch.modules import SparseConv2d, SparseLinear
 

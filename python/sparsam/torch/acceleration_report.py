@@ -40,7 +40,8 @@ class LayerRow:
         pattern: The pattern recognised in them; "" for a layer that was not packed.
         inputs: (shape of the input, number of calls) for each shape that the example inputs produced.
         kernel: What multiplies now: "panels", "bitmask", "dense", or several where that depends on the input.
-        dense_ms: Milliseconds that the dense layer takes for all example inputs; None where not timed.
+        dense_ms: Milliseconds that the dense layer takes for all example inputs, or, where there were none,
+            the geometric mean over `inputs`; None where not timed.
         sparse_ms: The same for the packed layer.
         activation: The activation that is fused into the packed layer; None if none is.
         swapped: Whether the packed layer is in the model now.
@@ -63,9 +64,7 @@ class LayerRow:
     @property
     def gain(self) -> float | None:
         """dense_ms / sparse_ms; None where not timed."""
-        if self.dense_ms is None or self.sparse_ms is None:
-            return None
-        return self.dense_ms / self.sparse_ms if self.sparse_ms else float("inf")
+        return self.dense_ms / self.sparse_ms if self.dense_ms is not None and self.sparse_ms else None
 
 
 @dataclass(frozen=True)
@@ -77,8 +76,8 @@ class AccelerationReport:
         before_ms: Median milliseconds of the model for all example inputs before; None where not timed.
         after_ms: The same with what is in the model now; equal to before_ms where nothing was swapped.
         weights_before: Bytes of the model's parameters before.
-        weights_after: Bytes of those that are still there, of the packed weights with what their kernels need,
-            and of what is kept for `restore`.
+        weights_after: Bytes of those that are still there, of the packed weights with what kernels derived
+            from them, and of what is kept for `restore`.
         difference: The largest difference of an output from that of the dense model, relative to the largest
             output; None where no output could be compared.
         disturbed: Whether other work kept the CPUs busy meanwhile.
@@ -102,9 +101,7 @@ class AccelerationReport:
     @property
     def speedup(self) -> float | None:
         """before_ms / after_ms; None where the model was not timed."""
-        if self.before_ms is None or self.after_ms is None:
-            return None
-        return self.before_ms / self.after_ms
+        return self.before_ms / self.after_ms if self.before_ms is not None and self.after_ms else None
 
     def to_dict(self) -> dict[str, Any]:
         """Returns everything in plain types; keys in the order of the attributes."""
@@ -126,7 +123,7 @@ class AccelerationReport:
 
     def __str__(self) -> str:
         lines = _table([_cells(row) for row in self.layers]) if self.layers else []
-        if self.before_ms is not None and self.after_ms is not None:
+        if self.speedup is not None:
             after = f"{self.before_ms:,.2f} ms before, {self.after_ms:,.2f} ms after: {self.speedup:.2f}x"
             lines.append(f"model    {after} (medians, all example inputs)")
         before, now = readable_size(self.weights_before), readable_size(self.weights_after)

@@ -162,7 +162,7 @@ class _Trace:
 
     def watch(self, model: nn.Module) -> Iterator[Any]:
         for module in model.modules():
-            if any(True for _ in module.children()):
+            if isinstance(module, torch.jit.ScriptModule) or any(True for _ in module.children()):
                 continue
             yield module.register_forward_pre_hook(self._called, with_kwargs=True)
             if id(module) in self._layers:

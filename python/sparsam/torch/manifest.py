@@ -71,24 +71,21 @@ class Manifest:
         """
         mark = metadata.get("sparsam")
         if mark != _MARK:
-            raise ValueError(f"expected the metadata sparsam={_MARK!r}, got {mark!r}")  # noqa: EM102
+            msg = f"expected the metadata sparsam={_MARK!r}, got {mark!r:.200}"
+            raise ValueError(msg)
         layers = {name: _entry(name, value) for name, value in _object(metadata, "layers").items()}
         for name, entry in layers.items():
             first = layers.get(entry.weight)
             if first is None or first.weight != entry.weight or _stored(first) != _stored(entry):
-                msg = f"layer {name!r}: expected its weight under a like layer, got {entry.weight!r}"
+                msg = f"layer {name!r}: expected its weight under a like layer, got {entry.weight!r:.200}"
                 raise ValueError(msg)
         fused: dict[str, tuple[str, ...]] = {}
-        fed: set[str] = set()
         for name, into in _object(metadata, "fused").items():
-            known = isinstance(into, list) and into and all(isinstance(n, str) and n in layers for n in into)
-            if not known or len({layers[n].activation for n in into} - {None}) != 1 or fed & set(into):
-                msg = f"activation {name!r}: expected layers that compute it and no other, got {into!r}"
+            known = isinstance(into, list) and all(isinstance(n, str) and n in layers for n in into)
+            computed = {layers[n].activation for n in into} if known else set()
+            if len(computed) != 1 or None in computed:
+                msg = f"activation {name!r}: expected the layers that compute it, got {into!r:.200}"
                 raise ValueError(msg)
-            if any(layers[n].activation is None for n in into):
-                msg = f"activation {name!r}: expected layers that compute it, got some that do not"
-                raise ValueError(msg)
-            fed |= set(into)
             fused[name] = tuple(into)
         tied = _object(metadata, "tied")
         if any(not isinstance(first, str) or first in tied for first in tied.values()):
@@ -133,7 +130,7 @@ def _entry(name: str, value: Any) -> Entry:
         and fields["dtype"] in _DTYPES
         and type(fields["transposed"]) is bool
         and not (fields["transposed"] and (groups > 1 or len(shape) > 2))
-        and (fields["activation"] is None or (fields["activation"] and fields["activation"] in ACTIVATIONS))
+        and fields["activation"] in (None, *filter(None, ACTIVATIONS))
         and isinstance(fields["weight"], str)
     )
     if not good:

@@ -134,8 +134,8 @@ class Session(AbstractContextManager["Session"]):
                 total.clear()
         return found
 
-    def inputs(self, layers: Mapping[str, nn.Module]) -> tuple[list[Any], dict[str, Counter[Any]]]:
-        """Outputs of the model, and by name how often a layer was called with a shape.
+    def inputs(self, layers: Mapping[str, nn.Module]) -> dict[str, Counter[Any]]:
+        """How often layers are called with a shape, by name.
 
         The shape is None for a call with anything but one plain tensor.
         """
@@ -150,7 +150,8 @@ class Session(AbstractContextManager["Session"]):
             return layer.register_forward_pre_hook(before, with_kwargs=True)
 
         with removed(watch(name, layer) for name, layer in layers.items()):
-            return self.outputs(), seen
+            self.outputs()
+        return seen
 
     def _runs(self) -> Iterator[tuple[Any, float]]:
         """Runs the examples one after the other: (output, seconds)."""

@@ -1,0 +1,385 @@
+"""How much to prune where: a total sparsity in, a sparsity for each tensor out.
+
+With s the target, n the groups of a tensor (its weights, but for `Block` and `Slices`), N those of all:
+
+============ =============== ====================================================================
+name         object          sparsity of a tensor
+============ =============== ====================================================================
+"uniform"    `Uniform()`     s
+"erk"        `ERK()`         1 - c sum(dims) / prod(dims); where that density passes 1, dense [1, 2]
+"lamp"       `Global("lamp")` what one threshold over the LAMP scores of all tensors prunes of it [3]
+"global"     `Global()`      the same with magnitudes
+             `OWL(...)`      less, the more outliers the Wanda scores of its block have [4]
+             a mapping       what it says of the name; the rest is uniform, so that the total holds
+============ =============== ====================================================================
+
+`allocate` rounds these to whole groups by largest remainder: every tensor gets the whole part of its count,
+and the groups that the total `round(s N)` still lacks go, one each, to the largest fractions, the earlier
+tensor first. So no tensor is further than one group from its share, and the total is exact.
+
+[1] Mocanu et al., "Scalable training of artificial neural networks with adaptive sparse connectivity", 2018.
+[2] Evci et al., "Rigging the lottery: making all tickets winners", 2020, arXiv:1911.11134: with kernels.
+[3] Lee et al., "Layer-adaptive sparsity for the magnitude-based pruning", 2021, arXiv:2010.07611.
+[4] Yin et al., "Outlier weighed layerwise sparsity (OWL)", 2024, arXiv:2310.05175.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+import re
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from numbers import Real
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from sparsam import scores
+from sparsam._checks import check_sparsity, expected
+from sparsam.config import ALLOCATIONS, Allocation, AllocationLike, Scorer
+from sparsam.patterns import NM, Block, Pattern, Slices, Unstructured
+from sparsam.selection import _select_groups, count_groups, score_tensor
+from sparsam.statistics import InputStatistics
+
+__all__ = ["ERK", "OWL", "Allocation", "Explicit", "Global", "Uniform", "allocate", "block_of"]
+
+Arrays = Mapping[str, NDArray[Any]]
+Grouping = Unstructured | Block | Slices
+
+
+@dataclass(frozen=True)
+class Uniform:
+    """The target for every tensor."""
+
+    def shares(self, weights: Arrays, target: float, pattern: Grouping, /) -> dict[str, float]:  # noqa: ARG002
+        """Returns the target for every tensor."""
+        return dict.fromkeys(weights, target)
+
+
+@dataclass(frozen=True)
+class ERK:
+    """Erdos-Renyi kernel: the density of a tensor is c (sum(dims) / prod(dims))^power, at most 1.
+
+    dims are (out, in), or (out, in, kh, kw) of a convolution: small and thin tensors stay denser. c is such
+    that the total holds; while a density passes 1, that tensor is made dense and c solved anew for the rest.
+
+    Attributes:
+        power: At least 0; 1 in the papers, 0 is uniform.
+        include_kernel: Whether the axes after the second count; without them it is Erdos-Renyi (ER).
+    """
+
+    power: float = 1.0
+    include_kernel: bool = True
+
+    def __post_init__(self) -> None:
+        power = self.power
+        if isinstance(power, bool) or not isinstance(power, Real) or not 0 <= power < math.inf:
+            raise ValueError(expected("ERK: power", power, "a finite number of at least 0"))
+        if not isinstance(self.include_kernel, bool):
+            raise ValueError(expected("ERK: include_kernel", self.include_kernel, "True or False"))
+
+    def shares(self, weights: Arrays, target: float, pattern: Grouping, /) -> dict[str, float]:
+        """Returns 1 - density for every tensor."""
+        sizes = _sizes(weights, pattern)
+        raw = {}
+        for name, size in sizes.items():
+            dims = weights[name].shape if weights[name].ndim > 1 else (1, weights[name].size)
+            dims = dims if self.include_kernel else dims[:2]
+            raw[name] = (sum(dims) / math.prod(dims)) ** self.power if size else 0.0
+        free = {name for name, size in sizes.items() if size}
+        density = dict.fromkeys(weights, 1.0)
+        kept = (1 - target) * sum(sizes.values())
+        while free:
+            left = kept - sum(sizes[name] for name in sizes if name not in free)
+            scale = left / sum(raw[name] * sizes[name] for name in free)
+            over = {name for name in free if raw[name] * scale > 1}
+            if not over:
+                density |= {name: max(raw[name] * scale, 0.0) for name in free}
+                break
+            free -= over
+        return {name: 1 - density[name] for name in weights}
+
+
+@dataclass(frozen=True)
+class Global:
+    """What one threshold over the scores of all tensors would prune of each: the counts, not the choice.
+
+    Attributes:
+        scorer: A method's name or object; "lamp" makes this the LAMP allocation. Groups of different tensors
+            are compared by score per weight.
+    """
+
+    scorer: str | Scorer = "magnitude"
+
+    def __post_init__(self) -> None:
+        if not isinstance(scores.resolve(self.scorer), Scorer) or isinstance(self.scorer, type):
+            raise ValueError(expected("Global: scorer", self.scorer, "a method's name or object"))
+
+    def shares(self, weights: Arrays, target: float, pattern: Grouping, /) -> dict[str, float]:
+        """Returns the sparsities that one threshold leads to; ValueError for a NaN, with its place."""
+        scorer = scores.resolve(self.scorer)
+        norm = scorer.norm if isinstance(scorer, scores.Magnitude) else 1
+        ranked = {name: score_tensor(scorer, name, array) for name, array in weights.items()}
+        masks = _select_groups(ranked, target, pattern, norm)
+        return {name: mask.sparsity if mask.size else target for name, mask in masks.items()}
+
+
+def block_of(name: str) -> str:
+    """Returns the name up to its first number, "model.layers.3" of "model.layers.3.mlp.up.weight", or all."""
+    found = re.match(r"(?:.*?\.)?\d+(?=\.|$)", name)
+    return found[0] if found else name
+
+
+@dataclass(frozen=True, eq=False)
+class OWL:
+    """Blocks with more outliers are pruned less (Yin et al. 2024).
+
+    With A the Wanda scores abs(W_ij) rms(x_j) of all tensors of a block, D = the share of A above
+    `multiple` times its mean. The densities are D, stretched to a range of 2 `spread` (all the same where D
+    is), and shifted so that the total holds: the sparsities of two blocks differ by 2 `spread` at most. The
+    paper shifts by the plain mean over its blocks, which are of one size; here blocks count by their size. A
+    density that the shift brings out of [0, 1] stays at the end, and the rest is shifted on.
+
+    Attributes:
+        statistics: Name -> `InputStatistics`, as for `sparsam.scores.Wanda`.
+        multiple: M of the paper, above 0.
+        spread: lambda of the paper, in [0, 0.5].
+        blocks: Name -> block, as a mapping or a function; `block_of` if left out.
+    """
+
+    statistics: Mapping[str, InputStatistics] = field(repr=False)
+    multiple: float = 5.0
+    spread: float = 0.08
+    blocks: Mapping[str, Hashable] | Callable[[str], Hashable] = field(default=block_of, repr=False)
+
+    def __post_init__(self) -> None:
+        scores.Wanda(self.statistics)
+        for what, value, most in (("multiple", self.multiple, math.inf), ("spread", self.spread, 0.5)):
+            low = 0 if what == "spread" else math.ulp(0.0)
+            number = isinstance(value, Real) and not isinstance(value, bool)
+            if not number or not low <= value <= most or value == math.inf:
+                wanted = "a number from 0 to 0.5" if what == "spread" else "a finite number above 0"
+                raise ValueError(expected(f"OWL: {what}", value, wanted))
+        if not isinstance(self.blocks, Mapping) and not callable(self.blocks):
+            raise ValueError(expected("OWL: blocks", self.blocks, "a mapping or function, name -> block"))
+
+    def shares(self, weights: Arrays, target: float, pattern: Grouping, /) -> dict[str, float]:
+        """Returns the sparsity of each tensor's block; ValueError where statistics or a block are missing."""
+        members: dict[Hashable, list[str]] = {}
+        for name in weights:
+            members.setdefault(self._block(name), []).append(name)
+        sizes = _sizes(weights, pattern)
+        counts = np.array([sum(sizes[name] for name in names) for names in members.values()], np.float64)
+        outliers = np.array([self._outliers(weights, names) for names in members.values()])
+        if not counts.sum():
+            return dict.fromkeys(weights, target)
+        span = float(np.ptp(outliers))
+        stretched = (outliers - outliers.min()) / span * 2 * self.spread if span else np.zeros(len(members))
+        density = _shifted(stretched, counts, 1 - target)
+        return {
+            name: 1 - float(own)
+            for own, names in zip(density, members.values(), strict=True)
+            for name in names
+        }
+
+    def _block(self, name: str) -> Hashable:
+        if not isinstance(self.blocks, Mapping):
+            return self.blocks(name)
+        if name not in self.blocks:
+            msg = f"OWL: blocks lack tensor {name!r}: they have {list(self.blocks)[:5]!r}; add it"
+            raise ValueError(msg)
+        return self.blocks[name]
+
+    def _outliers(self, weights: Arrays, names: Sequence[str]) -> float:
+        """The share of a block's Wanda scores that are above `multiple` times their mean."""
+        wanda = scores.Wanda(self.statistics)
+        each = [wanda.score(name, weights[name]) for name in names]
+        for name, own in zip(names, each, strict=True):
+            if not np.isfinite(own).all():
+                msg = f"OWL: tensor {name!r} has weights that are not finite; repair or exclude it"
+                raise ValueError(msg)
+        size = sum(own.size for own in each)
+        if not size:
+            return 0.0
+        bar = self.multiple * (sum(float(own.sum()) for own in each) / size)
+        return sum(int((own > bar).sum()) for own in each) / size
+
+
+@dataclass(frozen=True)
+class Explicit:
+    """Sparsities by name or shell-style pattern, the last match wins; the rest shares the total uniformly.
+
+    A tensor that is named gets exactly `round(sparsity * n)`. Where every tensor is named, the total must
+    agree with the target up to that rounding; what the rounding leaves goes to the largest remainders.
+
+    Attributes:
+        sparsities: Name or pattern (`fnmatch.fnmatchcase`) -> sparsity.
+    """
+
+    sparsities: Mapping[str, float]
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.sparsities, Mapping):
+            wanted = "a mapping from names or patterns to sparsities"
+            raise ValueError(expected("Explicit: sparsities", self.sparsities, wanted))
+        for name, value in self.sparsities.items():
+            check_sparsity(f"allocation[{name!r}]", value)
+
+    def shares(self, weights: Arrays, target: float, pattern: Grouping, /) -> dict[str, float]:
+        """Returns the sparsities; ValueError where a pattern matches nothing or the total cannot hold."""
+        for wanted in self.sparsities:
+            if not any(fnmatchcase(name, wanted) for name in weights):
+                close = difflib.get_close_matches(wanted, weights, n=3, cutoff=0.0)
+                msg = f"allocation: {wanted!r} matches no tensor to be pruned; the closest are {close!r}"
+                raise ValueError(msg)
+        named: dict[str, float] = {}
+        for name in weights:
+            own = [value for wanted, value in self.sparsities.items() if fnmatchcase(name, wanted)]
+            if own:
+                named[name] = float(own[-1])
+        sizes = _sizes(weights, pattern)
+        total = sum(sizes.values())
+        counts = {name: round(share * sizes[name]) for name, share in named.items()}
+        others = sum(sizes[name] for name in weights if name not in named)
+        left = round(target * total) - sum(counts.values())
+        if not others and abs(left) <= len(named):
+            return named
+        if not 0 <= left <= others:
+            low, high = sum(counts.values()), sum(counts.values()) + others
+            msg = (
+                f"allocation: its sparsities allow a total from {low / total:.6g} to {high / total:.6g}: "
+                f"expected one that includes {target:g}; change it, or target_sparsity"
+            )
+            raise ValueError(msg)
+        rest = left / others if others else target
+        exact = {name: count / sizes[name] if sizes[name] else target for name, count in counts.items()}
+        return {name: exact.get(name, rest) for name in weights}
+
+
+_NAMED: dict[str, Allocation] = {
+    "uniform": Uniform(),
+    "erk": ERK(),
+    "lamp": Global("lamp"),
+    "global": Global(),
+}
+
+
+def resolve(method: AllocationLike) -> Allocation:
+    """Returns the allocation that a name or a mapping stands for; an object stands for itself.
+
+    Raises:
+        ValueError: It is none of these.
+    """
+    if isinstance(method, Mapping):
+        return Explicit(method)
+    if isinstance(method, str) and method in _NAMED:
+        return _NAMED[method]
+    if isinstance(method, Allocation) and not isinstance(method, type):
+        return method
+    names = ", ".join(map(repr, ALLOCATIONS))
+    raise ValueError(expected("allocation", method, f"{names}, an Allocation, or a mapping to sparsities"))
+
+
+def allocate(
+    weights: Mapping[str, ArrayLike],
+    target: float,
+    method: AllocationLike = "uniform",
+    *,
+    pattern: Pattern = Unstructured(),  # noqa: B008 - frozen
+) -> dict[str, float]:
+    """Shares a total sparsity out over tensors.
+
+    Args:
+        weights: Name -> array. Tensors with fewer than two axes are left out, as `sparsam.prune` leaves them
+            dense.
+        target: The total, in [0, 1].
+        method: A name, an object of this module, or a mapping from names or patterns to sparsities.
+        pattern: What counts as one group; not N:M, which has one sparsity.
+
+    Returns:
+        Name -> sparsity in [0, 1], such that the sum of round(sparsity * n) is exactly round(target * N).
+
+    Raises:
+        ValueError: The target is outside [0, 1], the method does not fit the tensors, or the pattern is N:M.
+    """
+    arrays = {name: array for name, value in weights.items() if (array := np.asarray(value)).ndim > 1}
+    return _allocate(arrays, check_sparsity("target", target), method, pattern)
+
+
+def _allocate(
+    arrays: Arrays,
+    target: float,
+    method: AllocationLike,
+    pattern: Pattern,
+    *,
+    floors: Mapping[str, int] | None = None,
+) -> dict[str, float]:
+    """`allocate` over tensors of any rank, none of which gets less than its floor, a number of groups."""
+    if isinstance(pattern, NM):
+        msg = f"allocation: pattern {pattern} has one sparsity: expected Unstructured(), Block or Slices"
+        raise ValueError(msg)
+    allocation = resolve(method)
+    sizes = _sizes(arrays, pattern)
+    total = round(target * sum(sizes.values()))
+    shares = allocation.shares(arrays, target, pattern)
+    for name in arrays:
+        share = shares.get(name)
+        if not isinstance(share, Real) or not -1e-9 <= share <= 1 + 1e-9:
+            raise ValueError(expected(f"{allocation!r}: share of tensor {name!r}", share, "one in [0, 1]"))
+    wanted = {name: min(max(float(shares[name]), 0.0), 1.0) * size for name, size in sizes.items()}
+    if abs(sum(wanted.values()) - total) > len(sizes) + 1e-9 * total:
+        got = sum(wanted.values()) / sum(sizes.values())
+        raise ValueError(expected(f"{allocation!r}: total of its shares", got, f"the target {target}"))
+    least = {name: (floors or {}).get(name, 0) for name in sizes}
+    counts = _rounded(_above(wanted, least, total), sizes, least, total)
+    return {name: counts[name] / size if size else target for name, size in sizes.items()}
+
+
+def _sizes(arrays: Arrays, pattern: Grouping) -> dict[str, int]:
+    return {name: count_groups(name, array.shape, pattern) for name, array in arrays.items()}
+
+
+def _above(wanted: Mapping[str, float], floors: Mapping[str, int], total: int) -> dict[str, float]:
+    """The larger of wish and floor; the surplus is taken from what exceeds the floors, in proportion."""
+    if not any(floors.values()):
+        return dict(wanted)
+    base = {name: float(floors[name]) for name in wanted}
+    extra = {name: max(count - base[name], 0.0) for name, count in wanted.items()}
+    spare = sum(extra.values())
+    scale = min(max((total - sum(base.values())) / spare, 0.0), 1.0) if spare else 0.0
+    return {name: base[name] + extra[name] * scale for name in wanted}
+
+
+def _rounded(
+    wanted: Mapping[str, float], sizes: Mapping[str, int], floors: Mapping[str, int], total: int
+) -> dict[str, int]:
+    """Whole counts of that total, by largest remainder; what is whole but for rounding errors counts so."""
+    counts = {name: min(math.floor(count + 1e-6), sizes[name]) for name, count in wanted.items()}
+    fractions = {name: wanted[name] - counts[name] for name in counts}
+    left = total - sum(counts.values())
+    step = 1 if left > 0 else -1
+    order = sorted(counts, key=lambda name: -step * fractions[name])
+    while left:
+        before = left
+        for name in order:
+            if left and floors[name] <= counts[name] + step <= sizes[name]:
+                counts[name] += step
+                left -= step
+        if left == before:
+            break
+    return counts
+
+
+def _shifted(values: NDArray[np.float64], sizes: NDArray[np.float64], mean: float) -> NDArray[np.float64]:
+    """clip(values + t, 0, 1) with the t that gives it this mean, weighted by sizes; by bisection."""
+    low, high = -float(values.max()), 1 - float(values.min())
+    for _ in range(100):
+        shift = (low + high) / 2
+        if float((np.clip(values + shift, 0, 1) * sizes).sum()) < mean * float(sizes.sum()):
+            low = shift
+        else:
+            high = shift
+    return np.clip(values + high, 0, 1)

@@ -1,0 +1,133 @@
+"""Sparse training: masks that move, at a constant number of kept weights.
+
+Every so often during training a fraction of the kept weights is dropped, those of least magnitude, and as
+many others grow: at random (SET) or where the gradient is largest (RigL). These functions say which; the
+caller sets what grows to its first value (RigL: zero) and resets what the optimizer remembers of it. This is
+the one place in this package where a pruned weight comes back.
+
+Mocanu et al., "Scalable training of artificial neural networks with adaptive sparse connectivity inspired by
+network science" (SET), 2018. Evci et al., "Rigging the lottery: making all tickets winners" (RigL), 2020,
+arXiv:1911.11134.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from sparsam._checks import check_sparsity, expected, integer, positive
+from sparsam.masks import Mask
+from sparsam.selection import _refuse_nan, is_weight_dtype
+
+
+def set_update(weights: ArrayLike, mask: Mask, fraction: float, *, seed: int) -> Mask:
+    """One mask update of SET: the smallest kept weights go, random others come.
+
+    Exactly k = round(fraction * mask.count) kept weights are dropped: the smallest abs(w), of equal ones the
+    higher flat index first. (Mocanu et al. take the smallest positive and the largest negative weights, a
+    fraction of each.) As many grow, drawn without replacement from those that were not kept before.
+    Where fewer than k were not kept, k is their number: what was just dropped never comes back.
+
+    Args:
+        weights: Of the mask's shape; float16, bfloat16, float32 or float64. What they are where the mask is
+            False does not matter.
+        mask: What is kept now.
+        fraction: In [0, 1]; see `drop_fraction`.
+        seed: Of the draw, at least 0. It alone decides: pass another one for each update and each tensor.
+
+    Returns:
+        A new mask with as many kept.
+
+    Raises:
+        ValueError: The shapes differ, the fraction is outside [0, 1], a kept weight is NaN, or the seed is no
+            integer of at least 0.
+        TypeError: `mask` is no `Mask`, or `weights` have another dtype.
+    """
+    if integer("seed", seed) < 0:
+        raise ValueError(expected("seed", seed, "an integer of at least 0"))
+    keep, candidates, k = _moves(weights, mask, fraction)
+    grown = np.random.default_rng(seed).choice(candidates, k, replace=False)
+    return _updated(keep, grown, mask)
+
+
+def rigl_update(weights: ArrayLike, mask: Mask, gradients: ArrayLike, fraction: float) -> Mask:
+    """One mask update of RigL: the smallest kept weights go, those with the largest gradients come.
+
+    As `set_update`, but of the weights that were not kept before those with the largest abs(g) grow, of equal
+    ones those with the lower flat index. (In the paper what was just dropped competes too; here it does not,
+    as a weight that lost its value to come back as zero would be neither dropped nor kept.)
+
+    Args:
+        weights: As for `set_update`.
+        mask: What is kept now.
+        gradients: The gradient of the loss for every weight, kept or not, of the mask's shape and one of the
+            four dtypes. What they are where the mask is True does not matter.
+        fraction: In [0, 1]; see `drop_fraction`.
+
+    Returns:
+        A new mask with as many kept.
+
+    Raises:
+        ValueError: As for `set_update`; a gradient of a weight that is not kept is NaN.
+        TypeError: As for `set_update`.
+    """
+    keep, candidates, k = _moves(weights, mask, fraction)
+    sizes = _magnitudes("gradients", gradients, mask, ~mask.to_array())[candidates]
+    return _updated(keep, candidates[np.argsort(-sizes, kind="stable")[:k]], mask)
+
+
+def drop_fraction(step: int, end: int, initial: float = 0.3) -> float:
+    """The fraction to drop at a training step: initial / 2 * (1 + cos(pi step / end)), 0 from `end` on.
+
+    Args:
+        step: The training step, at least 0.
+        end: The step from which on masks stay as they are (RigL: three quarters of the training), at least 1.
+        initial: The fraction at step 0, in [0, 1].
+
+    Raises:
+        ValueError: One of them is something else.
+    """
+    if integer("step", step) < 0:
+        raise ValueError(expected("step", step, "an integer of at least 0"))
+    if step >= positive("end", end):
+        return 0.0
+    return check_sparsity("initial", initial) / 2 * (1 + math.cos(math.pi * step / end))
+
+
+def _moves(
+    weights: ArrayLike, mask: Mask, fraction: float
+) -> tuple[NDArray[np.bool_], NDArray[np.intp], int]:
+    """What is kept after the drop, flat; the flat indices that may grow; how many go and come."""
+    if not isinstance(mask, Mask):
+        msg = f"mask: expected a Mask; got {mask!r}; pack a boolean array with Mask.from_array"
+        raise TypeError(msg)
+    kept = mask.to_array()
+    keep = kept.reshape(-1).copy()
+    sizes = _magnitudes("weights", weights, mask, kept)
+    active, candidates = np.flatnonzero(keep), np.flatnonzero(~keep)
+    k = min(round(check_sparsity("fraction", fraction) * active.size), candidates.size)
+    descending = active[np.argsort(-sizes[active], kind="stable")]
+    keep[descending[active.size - k :]] = False
+    return keep, candidates, k
+
+
+def _magnitudes(what: str, values: ArrayLike, mask: Mask, relevant: NDArray[np.bool_]) -> NDArray[Any]:
+    """Absolute values, flat; where they are not relevant, 0."""
+    array = np.asarray(values)
+    if not is_weight_dtype(array.dtype):
+        msg = f"{what} have dtype {array.dtype}: expected float16, bfloat16, float32 or float64"
+        raise TypeError(msg)
+    if array.shape != mask.shape:
+        msg = f"{what} have shape {array.shape}: the mask has {mask.shape}"
+        raise ValueError(msg)
+    sizes = np.where(relevant, np.abs(array.astype(np.float64)), 0.0)
+    _refuse_nan([sizes], [what])
+    return sizes.reshape(-1)
+
+
+def _updated(keep: NDArray[np.bool_], grown: NDArray[np.intp], mask: Mask) -> Mask:
+    keep[grown] = True
+    return Mask.from_array(keep.reshape(mask.shape))

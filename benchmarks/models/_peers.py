@@ -45,7 +45,8 @@ class Elsewhere(Peer):
     def __init__(self, python: str, model: Path, inputs: Mapping[str, Tensor], threads: int) -> None:
         super().__init__(lambda: self._output)
         folder = model.parent
-        np.savez(folder / "inputs.npz", **{name: tensor.numpy() for name, tensor in inputs.items()})
+        arrays: dict[str, Any] = {name: tensor.numpy() for name, tensor in inputs.items()}
+        np.savez(folder / "inputs.npz", **arrays)
         command = [python, str(WORKER), str(model), str(folder), str(threads)]
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         self._read()
@@ -95,7 +96,7 @@ def start(
     for name, make in makers.items():
         try:
             peers[name] = make()
-        except Exception as error:  # noqa: BLE001 - whatever keeps it from running is the result
+        except Exception as error:  # whatever keeps it from running is the result
             missing[name] = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
     return peers, missing
 

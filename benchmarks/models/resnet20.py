@@ -2,15 +2,16 @@
 
     python benchmarks/models/resnet20.py --data DIR
 
-DIR holds resnet20-12fca82f.th of github.com/akamaster/pytorch_resnet_cifar10 and cifar10_test_first1000.npz: X,
-uint8 images (n, 32, 32, 3), and Y, their classes, from CIFAR-10. Convolutions are pruned by magnitude, each to the
-sparsity; nothing is trained afterwards, the accuracy shows that both compute the same.
+DIR holds resnet20-12fca82f.th of github.com/akamaster/pytorch_resnet_cifar10 and cifar10_test_first1000.npz:
+X, uint8 images (n, 32, 32, 3), and Y, their classes, from CIFAR-10. Convolutions are pruned by magnitude,
+each to the sparsity; nothing is trained afterwards, the accuracy shows that both compute the same.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -71,7 +72,9 @@ def read(folder: Path) -> tuple[nn.Module, Tensor, Tensor]:
 
 def main() -> None:
     """Prints the tables."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--data", type=Path, required=True, metavar="DIR")
     parser.add_argument("--sparsity", type=float, nargs="+", default=[0.5, 0.8, 0.9])
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 32])
@@ -96,7 +99,8 @@ def main() -> None:
                 apart = float((found - expected).abs().max() / expected.abs().max())
                 assert apart <= TOLERANCE, apart
                 right = [int((logits.argmax(1) == classes).sum()) for logits in (expected, found)]
-                times = in_turn({"dense": lambda: dense(x), "ours": lambda: model(x)}, seconds=options.seconds)  # noqa: B023
+                runs = {"dense": partial(dense, x), "ours": partial(model, x)}
+                times = in_turn(runs, seconds=options.seconds)
                 before, after = times["dense"][0], times["ours"][0]
                 rows.append(
                     (
@@ -125,7 +129,15 @@ def main() -> None:
                     for what, one in (("torch", dense), ("accelerated", model)):
                         title = f"{what}, {sparsity:.0%} zeros, batch {batch}"
                         profiles.append((title, operators(one, lambda: one(x))))  # noqa: B023
-    header = ("zeros", "batch", "swapped", "torch ms", "accelerated ms", "speed-up", "accuracy torch / accelerated")
+    header = (
+        "zeros",
+        "batch",
+        "swapped",
+        "torch ms",
+        "accelerated ms",
+        "speed-up",
+        "accuracy torch / accelerated",
+    )
     print_table(header, rows)
     print_table(("zeros", "batch", "left dense", "shape", "dense / sparse ms", "why"), layers)
     for title, times_of in profiles:

@@ -4,9 +4,10 @@
     pip install gguf transformers accelerate
     python benchmarks/models/smollm2.py --profile
 
-Batch 1, a cache of keys and values, greedy. The linear layers of the blocks are pruned by magnitude, each to the
-sparsity; the output layer shares its weight with the embedding and stays dense. Beside tokens per second there is
-what all block layers together take per token. Both models go through the same tokens, logits compared.
+Batch 1, a cache of keys and values, greedy. The linear layers of the blocks are pruned by magnitude, each to
+the sparsity; the output layer shares its weight with the embedding and stays dense. Beside tokens per second
+there is what all block layers together take per token. Both models go through the same tokens, and their
+logits are compared.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import time
 from collections.abc import Mapping
 from importlib.metadata import files
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from _shared import accelerate, describe, layer_ms, named, operators, print_operators, print_table, prune
@@ -41,8 +42,7 @@ def read() -> nn.Module:
     model = AutoModelForCausalLM.from_pretrained(
         folder, gguf_file=FILE, dtype=torch.float32, local_files_only=True
     )
-    found: nn.Module = model.eval()
-    return found
+    return cast("nn.Module", model).eval()
 
 
 def blocks(model: Any) -> dict[str, nn.Module]:
@@ -97,9 +97,13 @@ def decode(
 
 def main() -> None:
     """Prints the tables."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--sparsity", type=float, nargs="+", default=[0.0, 0.5, 0.7])
-    parser.add_argument("--dtype", nargs="+", choices=["float32", "bfloat16"], default=["float32", "bfloat16"])
+    parser.add_argument(
+        "--dtype", nargs="+", choices=["float32", "bfloat16"], default=["float32", "bfloat16"]
+    )
     parser.add_argument("--tokens", type=int, default=100)
     parser.add_argument("--profile", action="store_true", help="where the time goes, by operator")
     parser.add_argument("--report", action="store_true", help="print what accelerate prints")
@@ -107,8 +111,9 @@ def main() -> None:
     options = parser.parse_args()
 
     torch.set_num_threads(options.threads)
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    quiet: Any = logging  # not typed
+    quiet.set_verbosity_error()
+    quiet.disable_progress_bar()
     print(describe("transformers"))
     original = read()
     prompt = torch.randint(1000, 30_000, (1, PROMPT), generator=torch.Generator().manual_seed(0))

@@ -1,10 +1,10 @@
-"""3x3 convolutions of 256 and 512 channels, pruned at random weights, beside torch's convolution, as Markdown.
+"""3x3 convolutions of 256 and 512 channels with pruned random weights, beside torch's, as Markdown.
 
     python benchmarks/models/vgg.py
 
-One table per layer (image sizes 32, 16, 14 and 8; batches 1 and 8), `SparseConv2d` beside torch's convolution in
-its default memory format and in channels_last, and one for a stack of six with ReLU and pooling, through
-`accelerate`. Times are taken in turn, results compared.
+One table of single layers (images of 32, 16, 14 and 8; batches 1 and 8): `SparseConv2d` beside torch's
+convolution in its default memory format and in channels_last; speed-ups are over both, in this order. One of
+a stack of six with ReLU and pooling, through `accelerate`. Times are taken in turn, results compared.
 """
 
 from __future__ import annotations
@@ -34,7 +34,8 @@ def layer(channels: int, image: int, batch: int, sparsity: float, seconds: float
     """Median milliseconds of one layer, by what computes it."""
     conv = nn.Conv2d(channels, channels, 3, padding=1)
     prune({"conv": conv}, sparsity)
-    sparse, last = SparseConv2d(conv), copy.deepcopy(conv).to(memory_format=torch.channels_last)
+    sparse, copied = SparseConv2d(conv), copy.deepcopy(conv)
+    last = copied.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     x = torch.randn(batch, channels, image, image)
     x_last = x.to(memory_format=torch.channels_last)
     runs: dict[str, Callable[[], Tensor]] = {
@@ -75,7 +76,9 @@ def whole(sparsity: float, batch: int, options: argparse.Namespace) -> tuple[obj
 
 def main() -> None:
     """Prints the tables."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--sparsity", type=float, nargs="+", default=[0.8, 0.9])
     parser.add_argument("--channels", type=int, nargs="+", default=[256, 512])
     parser.add_argument("--images", type=int, nargs="+", default=[32, 16, 14, 8])

@@ -42,7 +42,9 @@ def side(size: int, power: int) -> int:
     return size
 
 
-def run(benchmark: BenchmarkFixture, group: str, call: Callable[[], Any], expected: Any, **options: int) -> None:
+def run(
+    benchmark: BenchmarkFixture, group: str, call: Callable[[], Any], expected: Any, **options: int
+) -> None:
     benchmark.group = group
     benchmark.extra_info.update(machine=bench.machine(), torch_threads=torch.get_num_threads())
     pedantic: Callable[..., Any] = benchmark.pedantic

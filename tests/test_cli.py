@@ -371,7 +371,7 @@ def test_help_names_every_command(
 ) -> None:
     monkeypatch.setenv("COLUMNS", "200")
     out = run(capsys, "--help")
-    for command in ("demo", "inspect", "prune", "bench", "info"):
+    for command in ("demo", "inspect", "prune", "sensitivity", "search", "bench", "info"):
         assert command in out
     options = run(capsys, "prune", "--help")
     for text in ("--override", "what N:M implies", "slices:AXIS[:SIZE]"):

@@ -38,6 +38,11 @@ def test_an_unknown_model(capsys: pytest.CaptureFixture[str]) -> None:
     assert "minilm" in error
 
 
+def test_it_makes_no_page(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["demo", "--model", "minilm", "--html", "page.html"]) == 2
+    assert "--html: expected --model digits" in capsys.readouterr().err
+
+
 def test_the_command_prints_the_result(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -85,6 +85,14 @@ def test_a_layer_for_which_only_dense_was_chosen_is_left(monkeypatch: pytest.Mon
     assert [r.reason for r in report.layers] == ["no kernel beats dense"] * 2
 
 
+def test_a_choice_of_dense_is_made_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen = iter(["dense", "panels", "panels"])
+    monkeypatch.setattr(PackedWeight, "_fastest", lambda *_: next(chosen))
+    report = accelerate(mlp(), torch.randn(5, 24))
+    assert [r.kernel for r in report.layers] == ["panels", "panels"]
+    assert next(chosen, None) is None
+
+
 def test_layers_with_few_zeros_are_left() -> None:
     model = nn.Sequential(nn.Linear(40, 50), nn.Linear(50, 20))
     with torch.no_grad():

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import json
 from typing import Any
 
@@ -9,7 +10,7 @@ from torch import nn
 
 from sparsam.torch import SparseLinear, accelerate, restore, timing
 from sparsam.torch.session import difference
-from torch_cases import Clock, mlp, state
+from torch_cases import Clock, mlp, packed, state
 
 pytestmark = pytest.mark.usefixtures("clock", "one_thread")
 
@@ -33,6 +34,28 @@ def test_report(capsys: pytest.CaptureFixture[str]) -> None:
     assert content["layers"][0]["gain"] == 2
     assert content["layers"][2]["gain"] is None
     assert list(content)[:3] == ["layers", "swapped", "speedup"]
+
+
+def test_sizes() -> None:
+    model = mlp()
+    report = accelerate(model, torch.randn(5, 24))
+    assert [r.dense_bytes for r in report.layers] == [4 * 24 * 32, 4 * 32 * 16]
+    assert [r.packed_bytes for r in report.layers] == [
+        packed(model, name).packed.nbytes for name in ("0", "2")
+    ]
+    assert report.weights_after == sum(r.packed_bytes or 0 for r in report.layers) + 4 * (32 + 16)
+
+
+def test_a_disturbed_measurement_is_said_to_be_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    count = itertools.count(step=1000)
+    monkeypatch.setattr(timing, "_switches", lambda: next(count))
+    report = accelerate(mlp(), torch.randn(5, 24))
+    assert report.disturbed
+    assert "times    may mislead" in str(report)
+    monkeypatch.setattr(timing, "_switches", lambda: 5)
+    report = accelerate(mlp(), torch.randn(5, 24))
+    assert not report.disturbed
+    assert "may mislead" not in str(report)
 
 
 def test_report_of_a_model_without_layers() -> None:

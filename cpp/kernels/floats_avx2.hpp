@@ -1,4 +1,4 @@
-// Floats over 256-bit registers.
+// Floats and Doubles over 256-bit registers.
 #pragma once
 #include <immintrin.h>
 
@@ -107,6 +107,24 @@ struct Floats {
     const Reg lanes = _mm256_castsi256_ps(_mm256_cmpeq_epi32(set, lane_bit));
     const Reg w = _mm256_permutevar8x32_ps(load_values(p), order);
     return _mm256_fmadd_ps(_mm256_and_ps(w, lanes), _mm256_and_ps(x, lanes), sum);
+  }
+};
+
+struct Doubles {
+  static constexpr std::size_t kLanes = 4;
+  static constexpr std::size_t kSums = 8;  // registers for sums, in Floats as well: half of them
+  using Reg = __m256d;
+
+  static Reg set1(double x) { return _mm256_set1_pd(x); }
+  static Reg zero() { return _mm256_setzero_pd(); }
+  static Reg load(const double* p) { return _mm256_loadu_pd(p); }
+  static void store(double* p, Reg r) { _mm256_storeu_pd(p, r); }
+  static Reg sub(Reg a, Reg b) { return _mm256_sub_pd(a, b); }
+  static Reg mul(Reg a, Reg b) { return _mm256_mul_pd(a, b); }
+  static Reg fma(Reg a, Reg b, Reg c) { return _mm256_fmadd_pd(a, b, c); }
+  static double sum(Reg r) {
+    const __m128d two = _mm_add_pd(_mm256_castpd256_pd128(r), _mm256_extractf128_pd(r, 1));
+    return _mm_cvtsd_f64(_mm_add_sd(two, _mm_unpackhi_pd(two, two)));
   }
 };
 

@@ -1,4 +1,4 @@
-// Floats over 512-bit registers, with nothing newer than Skylake-X's instructions.
+// Floats and Doubles over 512-bit registers, with nothing newer than Skylake-X's instructions.
 #pragma once
 #include <immintrin.h>
 
@@ -92,6 +92,25 @@ struct Floats {
     keep_in_register(w);
     w = _mm512_mask_expand_ps(w, lanes, load_values(p));
     return _mm512_mask3_fmadd_ps(w, x, sum, lanes);
+  }
+};
+
+struct Doubles {
+  static constexpr std::size_t kLanes = 8;
+  static constexpr std::size_t kSums = 16;  // registers for sums, in Floats as well: half of them
+  using Reg = __m512d;
+
+  static Reg set1(double x) { return _mm512_set1_pd(x); }
+  static Reg zero() { return _mm512_setzero_pd(); }
+  static Reg load(const double* p) { return _mm512_loadu_pd(p); }
+  static void store(double* p, Reg r) { _mm512_storeu_pd(p, r); }
+  static Reg sub(Reg a, Reg b) { return _mm512_sub_pd(a, b); }
+  static Reg mul(Reg a, Reg b) { return _mm512_mul_pd(a, b); }
+  static Reg fma(Reg a, Reg b, Reg c) { return _mm512_fmadd_pd(a, b, c); }
+  static double sum(Reg r) {
+    const __m256d four = _mm256_add_pd(_mm512_castpd512_pd256(r), _mm512_extractf64x4_pd(r, 1));
+    const __m128d two = _mm_add_pd(_mm256_castpd256_pd128(four), _mm256_extractf128_pd(four, 1));
+    return _mm_cvtsd_f64(_mm_add_sd(two, _mm_unpackhi_pd(two, two)));
   }
 };
 

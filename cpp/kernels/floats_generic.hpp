@@ -1,4 +1,4 @@
-// Floats for any machine: eight lanes in an array.
+// Floats and Doubles for any machine: lanes in an array.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -97,6 +97,23 @@ struct Floats {
       if ((bits >> i & 1) != 0) sum.lane[i] += to_float(*p++) * x.lane[i];
     return sum;
   }
+};
+
+// Two lanes in the vectors of the compiler: every machine has registers of 16 bytes, and a structure of lanes
+// does not reliably end up in them.
+struct Doubles {
+  static constexpr std::size_t kLanes = 2;
+  static constexpr std::size_t kSums = 8;  // registers for sums, in Floats as well: half of them
+  using Reg = double __attribute__((vector_size(16)));
+
+  static Reg set1(double x) { return Reg{x, x}; }
+  static Reg zero() { return set1(0.0); }
+  static Reg load(const double* p) { return Reg{p[0], p[1]}; }
+  static void store(double* p, Reg r) { __builtin_memcpy(p, &r, sizeof r); }
+  static Reg sub(Reg a, Reg b) { return a - b; }
+  static Reg mul(Reg a, Reg b) { return a * b; }
+  static Reg fma(Reg a, Reg b, Reg c) { return a * b + c; }
+  static double sum(Reg r) { return r[0] + r[1]; }
 };
 
 }  // namespace

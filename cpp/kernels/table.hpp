@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "matmul.hpp"
+#include "reconstruction.hpp"
 
 namespace sparsam {
 
@@ -56,6 +57,7 @@ struct KernelTable {
   WidthKernels<std::uint32_t> w32;
   WidthKernels<std::uint64_t> w64;
   MatmulKernels matmul;
+  ReconstructionKernels reconstruction;
 };
 
 template <class Bits>

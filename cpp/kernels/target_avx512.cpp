@@ -5,6 +5,7 @@
 #include "vec_avx512.hpp"
 
 #include "matmul-inl.hpp"
+#include "reconstruction-inl.hpp"
 #include "selection-inl.hpp"
 
 namespace sparsam::SPARSAM_TARGET {
@@ -18,6 +19,7 @@ const KernelTable table = {
     kSelectionKernels<std::uint32_t>,
     kSelectionKernels<std::uint64_t>,
     kMatmulKernels,
+    kReconstructionKernels,
 };
 
 }  // namespace sparsam::SPARSAM_TARGET

@@ -10,56 +10,58 @@ from __future__ import annotations
 
 from sparsam import checkpoint
 from sparsam._core import __version__
+from sparsam.allocation import allocate
 from sparsam.config import PruningConfig
-from sparsam.iterative import HistoryRow, IterativePruner, IterativeResult
+from sparsam.iterative import IterativePruner
+from sparsam.lottery import find_ticket
 from sparsam.masks import Mask
 from sparsam.matrix import SparseMatrix
-from sparsam.patterns import NM, Block, Slices, Unstructured
+from sparsam.patterns import NM, Block, Slices, Tied, Unstructured
 from sparsam.pruner import MagnitudePruner, PruningResult, prune
-from sparsam.report import LayerStats, Report
-from sparsam.runtime import (
-    BuildInfo,
-    available_isas,
-    build_info,
-    isa,
-    num_threads,
-    set_num_threads,
-    use_isa,
-)
-from sparsam.schedules import Polynomial
+from sparsam.reconstruction import admm, obs, refit
+from sparsam.report import LayerStats
+from sparsam.runtime import available_isas, build_info, isa, num_threads, set_num_threads, use_isa
 from sparsam.scores import Magnitude, Random
-from sparsam.selection import Threshold, select, select_many, threshold
+from sparsam.search import find_smallest
+from sparsam.selection import select, select_many, threshold
+from sparsam.sensitivity import sensitivity
+from sparsam.shrinking import shrink
+from sparsam.statistics import InputStatistics
 
 __all__ = [
     "NM",
     "Block",
-    "BuildInfo",
-    "HistoryRow",
+    "InputStatistics",
     "IterativePruner",
-    "IterativeResult",
     "LayerStats",
     "Magnitude",
     "MagnitudePruner",
     "Mask",
-    "Polynomial",
     "PruningConfig",
     "PruningResult",
     "Random",
-    "Report",
     "Slices",
     "SparseMatrix",
-    "Threshold",
+    "Tied",
     "Unstructured",
     "__version__",
+    "admm",
+    "allocate",
     "available_isas",
     "build_info",
     "checkpoint",
+    "find_smallest",
+    "find_ticket",
     "isa",
     "num_threads",
+    "obs",
     "prune",
+    "refit",
     "select",
     "select_many",
+    "sensitivity",
     "set_num_threads",
+    "shrink",
     "threshold",
     "use_isa",
 ]

@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+import importlib
 import re
+import sys
+import traceback
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from operator import attrgetter
+from pathlib import Path
+from typing import Any
 
 from sparsam.config import Override, Scorer
 from sparsam.patterns import NM, Block, Pattern, Slices, Unstructured
@@ -86,3 +93,69 @@ def parse_sparsities(texts: Sequence[str]) -> list[float]:
             msg = f"sparsity: expected numbers from 0 to 1, as 0.5,0.8, got {text!r}"
             raise ValueError(msg) from None
     return sparsities
+
+
+def parse_groups(texts: Sequence[str]) -> dict[str, list[str]]:
+    """Returns name -> tensor patterns of `NAME=PAT,PAT`, several times; else ValueError."""
+    groups: dict[str, list[str]] = {}
+    for text in texts:
+        name, _, patterns = text.partition("=")
+        if not name or not all(patterns.split(",")) or name in groups:
+            msg = f"group: expected NAME=PATTERN,..., each name once, got {text!r}"
+            raise ValueError(msg)
+        groups[name] = patterns.split(",")
+    return groups
+
+
+@dataclass(frozen=True)
+class EvalFunction:
+    """A function of the user's, whose errors become ValueErrors of one line that say where."""
+
+    text: str
+    function: Callable[[Any], float]
+
+    def __call__(self, weights: Any) -> float:
+        try:
+            return self.function(weights)
+        except Exception as error:
+            msg = f"eval {self.text}: {_located(error)}"
+            raise ValueError(msg) from error
+
+
+def parse_eval(text: str) -> EvalFunction:
+    """Imports the function of `package.module:function`, the working directory being on the path.
+
+    Raises:
+        ValueError: The text has another form, the import fails, or there is no such function.
+    """
+    module_name, _, name = text.partition(":")
+    if not re.fullmatch(r"\w+(\.\w+)*:\w+(\.\w+)*", text):
+        msg = f"eval: expected package.module:function, got {text!r}"
+        raise ValueError(msg)
+    here = str(Path.cwd())
+    if here not in sys.path:
+        sys.path.insert(0, here)
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        msg = f"eval: {error}; the working directory {here} is on the path"
+        raise ValueError(msg) from error
+    except Exception as error:
+        msg = f"eval: importing {module_name} failed: {_located(error)}"
+        raise ValueError(msg) from error
+    try:
+        function = attrgetter(name)(module)
+    except AttributeError as error:
+        msg = f"eval: {error}; expected a function of {module.__file__ or module_name}"
+        raise ValueError(msg) from error
+    if not callable(function):
+        msg = f"eval: {text} is {function!r}: expected a function from weights to a score"
+        raise ValueError(msg)
+    return EvalFunction(text, function)
+
+
+def _located(error: BaseException) -> str:
+    """The error in one line, with the place that raised it."""
+    frames = traceback.extract_tb(error.__traceback__)
+    place = f" ({frames[-1].filename}, line {frames[-1].lineno})" if frames else ""
+    return f"{type(error).__name__}: {error}{place}"

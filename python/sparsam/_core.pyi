@@ -1,12 +1,13 @@
 """The C++ core. Arrays are float16, bfloat16, float32 or float64 of any strides unless said otherwise."""
 
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 _Weights: TypeAlias = NDArray[Any]
 _Words: TypeAlias = NDArray[np.uint64]  # C order, 64 mask bits each
+_Real = TypeVar("_Real", np.float32, np.float64)
 
 __version__: str
 compiler: str
@@ -31,6 +32,32 @@ def tile_scores(
 def count_bits(words: _Words) -> int: ...
 def apply_mask(array: _Weights, words: _Words, out: _Weights) -> None: ...
 def expand_tiles(tile_words: _Words, rows: int, cols: int, tile_rows: int, tile_cols: int) -> _Words: ...
+def carry(
+    w: NDArray[_Real],
+    u: NDArray[_Real],
+    keep: NDArray[np.bool_],
+    errors: NDArray[_Real],
+    first: int,
+    cols: int,
+) -> None: ...
+def sweep(
+    w: NDArray[_Real],
+    u: NDArray[_Real],
+    keep: NDArray[np.bool_],
+    errors: NDArray[_Real],
+    first: int,
+    cols: int,
+    n: int,
+    m: int,
+) -> None: ...
+def solve_on_support(
+    h: NDArray[np.float64],
+    keep: NDArray[np.bool_],
+    sides: NDArray[np.float64],
+    order: NDArray[np.int64],
+    starts: NDArray[np.int64],
+    tolerance: float,
+) -> None: ...
 
 class Packed:
     """A matrix (rows, cols): one bit per weight, and the nonzero values in row-major order."""

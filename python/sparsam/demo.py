@@ -2,7 +2,9 @@
 
 The same dense weights are pruned in two ways at the same sparsities. *Iteratively*: each step prunes a little
 more and training goes on under the masks. *One shot*: straight to the sparsity, with no training after it.
-Then the pruned layers are multiplied with, and a matrix of a transformer's size at the sparsity reached.
+Which layers mind is measured one layer at a time, and the smallest network that is about as good as the dense
+one is searched for, both with the training images, so that the test images say how good the choice was. Then
+the pruned layers are multiplied with, and a matrix of a transformer's size at the sparsity reached.
 Everything is computed when `run` is called; nothing is stored but the settings below.
 """
 
@@ -26,15 +28,19 @@ from sparsam.iterative import IterativePruner
 from sparsam.masks import Mask
 from sparsam.pruner import prune
 from sparsam.report import Report
+from sparsam.search import find_smallest
 from sparsam.selection import select_many, threshold
+from sparsam.sensitivity import SensitivityReport, sensitivity
 
-__all__ = ["DemoResult", "Step", "run"]
+__all__ = ["DemoResult", "Found", "Step", "run"]
 
 HIDDEN = (512, 256)
 TRAINING_PASSES = 40
 RECOVERY_PASSES = 8
 STEPS = 8
 INITIAL_SPARSITY, FINAL_SPARSITY = 0.5, 0.95
+ALLOWED_LOSS = 0.01  # of the accuracy on the training images, in the search for the smallest network
+SEARCH_PASSES = 4
 FEED_FORWARD = (3072, 768)  # of a transformer: random weights, since no image of 8 x 8 needs it
 FEED_FORWARD_BATCHES = (1, 128)
 
@@ -49,6 +55,25 @@ class Step:
     sparsity: float
     iterative: float
     one_shot: float
+
+
+@dataclass(frozen=True)
+class Found:
+    """The smallest network of one search.
+
+    Attributes:
+        how: How weights were chosen, and what happened to the others.
+        sparsity: Of the matrices.
+        train_accuracy: What the search went by: at least the dense one less ALLOWED_LOSS.
+        test_accuracy: What became of the test images.
+        evaluations: How many networks were tried.
+    """
+
+    how: str
+    sparsity: float
+    train_accuracy: float
+    test_accuracy: float
+    evaluations: int
 
 
 @dataclass(frozen=True)
@@ -79,6 +104,8 @@ class DemoResult:
         longer_accuracy: Test accuracy of a dense network that was trained on for as many passes as the
             iterative run: what training alone would have changed.
         steps: One row per sparsity.
+        sensitivity: Accuracy on the training images with one matrix pruned at a time, the others dense.
+        found: The smallest networks whose accuracy on the training images is nearly the dense one.
         report: The tensors of the final, iteratively pruned network.
         selection_seconds: Choosing what to keep of the dense weights, once for each sparsity.
         partition_seconds: `np.partition` on the magnitudes of the same arrays for the same thresholds.
@@ -95,6 +122,8 @@ class DemoResult:
     dense_accuracy: float
     longer_accuracy: float
     steps: tuple[Step, ...]
+    sensitivity: SensitivityReport
+    found: tuple[Found, ...]
     report: Report
     selection_seconds: float
     partition_seconds: float
@@ -104,9 +133,9 @@ class DemoResult:
     def to_dict(self) -> dict[str, Any]:
         """Plain data, in the order of the attributes."""
         plain = dict(vars(self))
-        for name in ("steps", "products"):
+        for name in ("steps", "found", "products"):
             plain[name] = [asdict(item) for item in plain[name]]
-        return plain | {"report": self.report.to_dict()}
+        return plain | {"report": self.report.to_dict(), "sensitivity": self.sensitivity.to_dict()}
 
 
 def run(seed: int = 0, progress: Callable[[str, int, int], None] = lambda *_: None) -> DemoResult:
@@ -117,7 +146,7 @@ def run(seed: int = 0, progress: Callable[[str, int, int], None] = lambda *_: No
         progress: Called with what is being done, and how many of how many parts are finished.
     """
     start = time.perf_counter()
-    parts = STEPS + 4
+    parts = STEPS + 6
     digits = _Digits(seed)
     progress("training", 0, parts)
     digits.train(TRAINING_PASSES)
@@ -132,11 +161,7 @@ def run(seed: int = 0, progress: Callable[[str, int, int], None] = lambda *_: No
     def recover(weights: Weights, masks: Mapping[str, Mask], iteration: int) -> Weights:
         progress("pruning iteratively", 1 + iteration, parts)
         digits.assign(weights)
-        for _ in range(RECOVERY_PASSES):
-            digits.train(1)
-            trained = digits.weights()
-            digits.assign(trained | {name: mask.apply(trained[name]) for name, mask in masks.items()})
-        return digits.weights()
+        return digits.train_under(masks, RECOVERY_PASSES)
 
     result = pruner.run(dense, digits.accuracy, recover)
     progress("pruning in one shot", 2 + STEPS, parts)
@@ -144,7 +169,11 @@ def run(seed: int = 0, progress: Callable[[str, int, int], None] = lambda *_: No
     one_shot = [digits.accuracy(prune(dense, config, target_sparsity=s).weights) for s in sparsities]
     matrices = {name: array for name, array in dense.items() if array.ndim > 1}
     selection_seconds, partition_seconds = _selection_cost(matrices, sparsities)
-    progress("multiplying", 3 + STEPS, parts)
+    progress("measuring sensitivity", 3 + STEPS, parts)
+    report = sensitivity(dense, digits.train_accuracy)
+    progress("searching for the smallest network", 4 + STEPS, parts)
+    found = _smallest(digits, dense, report)
+    progress("multiplying", 5 + STEPS, parts)
     products = _products(result.weights, len(digits.test_labels))
     progress("done", parts, parts)
     return DemoResult(
@@ -160,6 +189,8 @@ def run(seed: int = 0, progress: Callable[[str, int, int], None] = lambda *_: No
             Step(row.iteration, row.sparsity, row.score, accuracy)
             for row, accuracy in zip(result.history, one_shot, strict=True)
         ),
+        sensitivity=report,
+        found=found,
         report=result.report,
         selection_seconds=selection_seconds,
         partition_seconds=partition_seconds,
@@ -186,6 +217,13 @@ class _Digits:
         for _ in range(passes):
             self.network.partial_fit(self.train_images, self.train_labels, classes=range(10))
 
+    def train_under(self, masks: Mapping[str, Mask], passes: int) -> dict[str, NDArray[Any]]:
+        for _ in range(passes):
+            self.train(1)
+            trained = self.weights()
+            self.assign(trained | {name: mask.apply(trained[name]) for name, mask in masks.items()})
+        return self.weights()
+
     def _parameters(self) -> Iterator[tuple[NDArray[Any], NDArray[Any]]]:
         return zip(self.network.coefs_, self.network.intercepts_, strict=True)
 
@@ -205,6 +243,34 @@ class _Digits:
     def accuracy(self, weights: Weights) -> float:
         self.assign(weights)
         return float(self.network.score(self.test_images, self.test_labels))
+
+    def train_accuracy(self, weights: Weights) -> float:
+        self.assign(weights)
+        return float(self.network.score(self.train_images, self.train_labels))
+
+
+def _smallest(digits: _Digits, dense: Weights, report: SensitivityReport) -> tuple[Found, ...]:
+    """The smallest networks, by three ways of pruning."""
+
+    def recover(weights: Weights, masks: Mapping[str, Mask]) -> Weights:
+        digits.assign(weights)
+        return digits.train_under(masks, SEARCH_PASSES)
+
+    least = report.dense_score - ALLOWED_LOSS
+    ways: dict[str, dict[str, Any]] = {
+        "one shot, one threshold for all": {"config": PruningConfig(scope="global")},
+        "one shot, shared out by sensitivity": {"allocation": report},
+        f"one threshold, {SEARCH_PASSES} passes of training": {
+            "config": PruningConfig(scope="global"),
+            "recover_fn": recover,
+        },
+    }
+    found = []
+    for how, arguments in ways.items():
+        result = find_smallest(dense, digits.train_accuracy, least, tolerance=0.02, **arguments)
+        accuracy = digits.accuracy(result.weights)
+        found.append(Found(how, result.sparsity, result.score, accuracy, result.evaluations))
+    return tuple(found)
 
 
 def _selection_cost(weights: Weights, sparsities: list[float]) -> tuple[float, float]:

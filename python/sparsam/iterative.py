@@ -12,12 +12,13 @@ from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from os import PathLike
 from pathlib import Path
-from typing import Any, Generic, TypeAlias, TypeVar, overload
+from typing import Any, Generic, TypeVar, overload
 
-import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from sparsam import schedules, scores
+from sparsam._callbacks import Arrays, Masks, accept, sparsity_of
+from sparsam._callbacks import evaluate as score_of
 from sparsam._checks import check_sparsity
 from sparsam._state import HistoryRow, Limits, Progress, StateDir, identify
 from sparsam.config import Override, PruningConfig, Schedule, ScheduleLike
@@ -25,15 +26,11 @@ from sparsam.masks import Mask
 from sparsam.patterns import NM, Pattern
 from sparsam.pruner import SINGLE, Pool, check_patterns, configured, describe, plan, prune_pools, to_arrays
 from sparsam.report import Report
-from sparsam.selection import _refuse_nan
 
 __all__ = ["HistoryRow", "IterativePruner", "IterativeResult"]
 
 WeightsT = TypeVar("WeightsT")
 MasksT = TypeVar("MasksT")
-
-Arrays: TypeAlias = dict[str, NDArray[Any]]
-Masks: TypeAlias = dict[str, Mask]
 
 
 @dataclass(frozen=True)
@@ -232,7 +229,7 @@ class IterativePruner:
         pruned = [name for pool in pools for name in pool.names]
         progress = store.load(dense, pruned) if store else None
         if progress is None:
-            progress = Progress(_score(evaluate, dense))
+            progress = Progress(score_of(evaluate, dense))
             if store:
                 store.save(progress)
         progress = limits.applied(progress)
@@ -244,8 +241,8 @@ class IterativePruner:
             arrays, masks = self._pruned(progress, dense, steps[iteration - 1], min_rank)
             if recover is not None:
                 arrays = _recovered(recover, arrays, masks, iteration)
-            score = _score(evaluate, arrays)
-            row = HistoryRow(iteration, _sparsity(masks), score, time.perf_counter() - start)
+            score = score_of(evaluate, arrays)
+            row = HistoryRow(iteration, sparsity_of(masks), score, time.perf_counter() - start)
             if limits.fails(score, progress.dense_score):
                 progress = replace(progress, failed=row)
             else:
@@ -315,45 +312,13 @@ def _scaled(value: Override, share: float) -> Override:
     return value * share
 
 
-def _score(evaluate: Callable[[Arrays], float], arrays: Arrays) -> float:
-    score = evaluate({name: array.copy() for name, array in arrays.items()})
-    try:
-        return float(score)
-    except (TypeError, ValueError) as error:
-        msg = f"eval_fn: expected a number; got {score!r}"
-        raise TypeError(msg) from error
-
-
 def _recovered(
     recover: Callable[[Arrays, Masks, int], Any], arrays: Arrays, masks: Masks, iteration: int
 ) -> Arrays:
-    """What recovery made of the weights: names, shapes and dtypes as before, masked, in arrays of our own."""
+    """What recovery made of the weights."""
     given = dict(arrays)
     returned = recover(given, dict(masks), iteration)
-    source = given if returned is None else returned
-    if not isinstance(source, Mapping):
-        msg = f"recover_fn: expected a mapping from names to arrays, or None; got {source!r}"
-        raise TypeError(msg)
-    unknown = [name for name in source if name not in arrays]
-    if unknown:
-        msg = f"recover_fn returned the tensors {unknown!r}; expected only {list(arrays)!r}"
-        raise ValueError(msg)
-    recovered = {}
-    for name, array in arrays.items():
-        value = np.asarray(source.get(name, array))
-        if value.shape != array.shape:
-            msg = f"recover_fn returned tensor {name!r} of shape {value.shape}; expected {array.shape}"
-            raise ValueError(msg)
-        recovered[name] = value.astype(array.dtype, copy=value is not array)
-        if name in masks:
-            masks[name].apply(recovered[name], out=recovered[name])
-    _refuse_nan([recovered[name] for name in masks], list(masks), by=f"recover_fn, iteration {iteration}: ")
-    return recovered
-
-
-def _sparsity(masks: Masks) -> float:
-    size = sum(mask.size for mask in masks.values())
-    return (size - sum(mask.count for mask in masks.values())) / size if size else 0.0
+    return accept("recover_fn", given, returned, arrays, masks, f", iteration {iteration}")
 
 
 def _result(dense: Arrays, progress: Progress, pools: list[Pool]) -> IterativeResult[Arrays, Masks]:

@@ -39,6 +39,9 @@ class LayerRow:
         density: The share of nonzero weights.
         pattern: The pattern recognised in them; "" for a layer that was not packed.
         inputs: (shape of the input, number of calls) for each shape that the example inputs produced.
+        dense_bytes: The size of the dense weight.
+        packed_bytes: That of the packed one with what kernels derived from it; None where there is none.
+            Layers whose weights are tied share it.
         kernel: What multiplies now: "panels", "bitmask", "dense", or several where that depends on the input.
         dense_ms: Milliseconds that the dense layer takes for all example inputs, or, where there were none,
             the geometric mean over `inputs`; None where not timed.
@@ -54,6 +57,8 @@ class LayerRow:
     density: float | None = None
     pattern: str = ""
     inputs: tuple[tuple[tuple[int, ...], int], ...] = ()
+    dense_bytes: int = 0
+    packed_bytes: int | None = None
     kernel: str = ""
     dense_ms: float | None = None
     sparse_ms: float | None = None

@@ -50,10 +50,17 @@ class Candidate:
         """The name of its class."""
         return _kind(self.layer).__name__
 
-    def row(self, reason: str = "", **more: Any) -> LayerRow:
+    def row(self, reason: str = "") -> LayerRow:
         """What the report says of it."""
-        shape = tuple(self.layer.weight.shape)  # type: ignore[arg-type]
-        return LayerRow(self.name, self.kind, shape, self.density, reason=reason, **more)
+        weight: Any = self.layer.weight
+        return LayerRow(
+            self.name,
+            self.kind,
+            tuple(weight.shape),
+            self.density,
+            dense_bytes=weight.nbytes,
+            reason=reason,
+        )
 
 
 def candidates(model: nn.Module) -> tuple[list[Candidate], dict[str, LayerRow]]:

@@ -20,6 +20,7 @@ from sparsam.torch.session import Session, difference
 
 __all__ = ["Trial"]
 
+_DENSE = ("dense",)
 _ROWS = (1, 16, 128)  # batches that a linear layer is timed with where there are no examples
 # How far outputs may be from those of the dense model, relative to the largest: by fusing activations, which
 # changes the order of roundings only, and by all of it; with float32 values, and with narrower ones.
@@ -91,6 +92,7 @@ class Trial:
         self._pack()
         if self.exchange.layers:
             self._drop_strays(session)
+            self._choose_again(session)
         if self.exchange.layers:
             self.times = timing.layer_times(self.model, session, self.exchange)
         self._decide()
@@ -115,9 +117,9 @@ class Trial:
             layer.training = layer.original.training
         for fused in self.exchange.fusions:
             fused.replacement.training = fused.replacement.original.training
-        release(self.model, list(swapped.values()))
         for name, layer in swapped.items():
             self.rows[name] = self._row(name, layer)
+        release(self.model, list(swapped.values()))
         summary = self.summary or (
             f"{len(swapped)} of {len(self.rows)} layers swapped"
             if swapped
@@ -145,9 +147,16 @@ class Trial:
             if calls:
                 self._leave(name, "also called through a reference outside the tree of modules")
 
+    def _choose_again(self, session: Session) -> None:
+        """Lets layers for which dense was chosen choose once more: other work may have disturbed them."""
+        if again := [layer for layer in self.exchange.layers.values() if layer.packed.kernels == _DENSE]:
+            for layer in again:
+                layer.packed.forget()
+            session.outputs()
+
     def _decide(self) -> None:
         for name, (dense, sparse) in self.times.items():
-            if self.exchange.layers[name].packed.kernels == ("dense",):
+            if self.exchange.layers[name].packed.kernels == _DENSE:
                 self._leave(name, "no kernel beats dense")
             elif dense < self.min_gain * sparse:
                 self._leave(name, f"gain under {self.min_gain:g}")
@@ -203,9 +212,9 @@ class Trial:
         dense, sparse = self.times.get(name, (None, None))
         return dataclasses.replace(
             candidate.row(),
-            shape=layer.packed.shape,
             pattern=str(layer.packed.pattern),
             inputs=self._shapes(name),
+            packed_bytes=layer.packed.nbytes,
             kernel="/".join(layer.packed.kernels),
             dense_ms=None if dense is None else 1e3 * dense,
             sparse_ms=None if sparse is None else 1e3 * sparse,

@@ -159,6 +159,12 @@ class PackedWeight:
         """The kernels that were chosen so far, in the order of first use."""
         return tuple(dict.fromkeys(self._kernels.values()))
 
+    def forget(self) -> None:
+        """Drops all choices, and the dense copy made for them: the next product chooses anew."""
+        with self._lock:
+            self._kernels.clear()
+            self._dense.clear()
+
     def kernel(self, key: Hashable) -> str | None:
         """What was chosen for a key before."""
         return self._kernels.get(key)

@@ -1,0 +1,99 @@
+#include "arrays.hpp"
+#include "sparsam/reconstruction.hpp"
+
+namespace sparsam {
+namespace {
+
+template <class T>
+using Matrix = py::array_t<T, py::array::c_style>;
+using Keep = Matrix<bool>;
+using Indices = Matrix<std::int64_t>;
+
+void check_matrix(const char* name, const py::array& a, py::ssize_t rows, py::ssize_t cols, bool written) {
+  if (a.ndim() != 2 || a.shape(0) != rows || a.shape(1) != cols)
+    throw py::value_error(std::string(name) + ": expected shape (" + std::to_string(rows) + ", " +
+                          std::to_string(cols) + ")");
+  if (written && !a.writeable()) throw py::value_error(std::string(name) + " is read-only");
+}
+
+template <class T>
+Sweep<T> checked_sweep(Matrix<T>& w, const Matrix<T>& u, Keep& keep, Matrix<T>& errors, std::size_t first,
+                       std::size_t cols) {
+  if (w.ndim() != 2) throw py::value_error("w: expected a matrix");
+  check_matrix("w", w, w.shape(0), w.shape(1), true);
+  check_matrix("u", u, w.shape(1), w.shape(1), false);
+  check_matrix("keep", keep, w.shape(0), w.shape(1), true);
+  check_matrix("errors", errors, w.shape(0), w.shape(1), true);
+  const auto rows = static_cast<std::size_t>(w.shape(0)), stride = static_cast<std::size_t>(w.shape(1));
+  if (cols < 1 || cols > kSweepColumns || first > stride || cols > stride - first)
+    throw py::value_error("expected 1 to 256 columns that the matrix has");
+  return {w.mutable_data(),
+          reinterpret_cast<std::uint8_t*>(keep.mutable_data()),
+          errors.mutable_data(),
+          u.data(),
+          rows,
+          stride};
+}
+
+template <class T>
+void carry(Matrix<T> w, const Matrix<T>& u, Keep keep, Matrix<T> errors, std::size_t first,
+           std::size_t cols) {
+  const Sweep<T> matrix = checked_sweep(w, u, keep, errors, first, cols);
+  py::gil_scoped_release release;
+  matrix.carry(first, cols);
+}
+
+template <class T>
+void sweep(Matrix<T> w, const Matrix<T>& u, Keep keep, Matrix<T> errors, std::size_t first, std::size_t cols,
+           std::size_t n, std::size_t m) {
+  const Sweep<T> matrix = checked_sweep(w, u, keep, errors, first, cols);
+  if (m != 0 && (n > m || cols % m != 0)) throw py::value_error("expected n <= m, and m to divide cols");
+  py::gil_scoped_release release;
+  matrix.sweep(first, cols, n, m);
+}
+
+void solve(const Matrix<double>& h, const Keep& keep, Matrix<double> sides, const Indices& order,
+           const Indices& starts, double tolerance) {
+  if (h.ndim() != 2) throw py::value_error("h: expected a matrix");
+  check_matrix("h", h, h.shape(1), h.shape(1), false);
+  const py::ssize_t rows = keep.ndim() == 2 ? keep.shape(0) : 0, groups = starts.size() - 1;
+  check_matrix("keep", keep, rows, h.shape(1), false);
+  check_matrix("sides", sides, rows, h.shape(1), true);
+  if (groups < 0 || starts.data()[0] != 0 || starts.data()[groups] != order.size())
+    throw py::value_error("starts: expected 0, ..., the length of order");
+  for (py::ssize_t g = 0; g < groups; ++g)
+    if (starts.data()[g] >= starts.data()[g + 1])
+      throw py::value_error("starts: expected increasing numbers");
+  for (py::ssize_t i = 0; i < order.size(); ++i)
+    if (order.data()[i] < 0 || order.data()[i] >= rows) throw py::value_error("order: expected row numbers");
+  const SupportSystems systems{h.data(),
+                               reinterpret_cast<const std::uint8_t*>(keep.data()),
+                               sides.mutable_data(),
+                               static_cast<std::size_t>(h.shape(1)),
+                               order.data(),
+                               starts.data(),
+                               static_cast<std::size_t>(groups),
+                               tolerance};
+  py::gil_scoped_release release;
+  systems.solve();
+}
+
+template <class T>
+void register_sweep(py::module_& m) {
+  m.def("carry", &carry<T>, py::arg("w").noconvert(), py::arg("u").noconvert(), py::arg("keep").noconvert(),
+        py::arg("errors").noconvert(), py::arg("first"), py::arg("cols"));
+  m.def("sweep", &sweep<T>, py::arg("w").noconvert(), py::arg("u").noconvert(), py::arg("keep").noconvert(),
+        py::arg("errors").noconvert(), py::arg("first"), py::arg("cols"), py::arg("n"), py::arg("m"));
+}
+
+}  // namespace
+
+void register_reconstruction(py::module_& m) {
+  register_sweep<float>(m);
+  register_sweep<double>(m);
+  m.def("solve_on_support", &solve, py::arg("h").noconvert(), py::arg("keep").noconvert(),
+        py::arg("sides").noconvert(), py::arg("order").noconvert(), py::arg("starts").noconvert(),
+        py::arg("tolerance"));
+}
+
+}  // namespace sparsam

@@ -1,0 +1,50 @@
+// Weights that make up for pruned ones: the column sweep of optimal brain surgery, and least squares on a
+// support.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+
+namespace sparsam {
+
+constexpr std::size_t kSweepColumns = 256;
+
+// A rows x stride matrix of weights, in place, one block of columns [first, first + cols) after the other, at
+// most kSweepColumns each; see kernels/reconstruction.hpp. w, keep and errors are whole matrices of that
+// shape, u is upper triangular, stride x stride with zeros below the diagonal and a positive diagonal. With
+// m > 0, which divides cols, the sweep keeps n of every m and writes keep.
+template <class T>
+struct Sweep {
+  T* w;
+  std::uint8_t* keep;
+  T* errors;
+  const T* u;
+  std::size_t rows, stride;
+
+  void carry(std::size_t first, std::size_t cols) const { run(first, cols, 0, 0, true); }
+  void sweep(std::size_t first, std::size_t cols, std::size_t n, std::size_t m) const {
+    run(first, cols, n, m, false);
+  }
+
+ private:
+  void run(std::size_t first, std::size_t cols, std::size_t n, std::size_t m, bool carry) const;
+};
+
+// For every row r in `order`, once each: x with H_SS x = b_S, where S are the columns with keep[r] set and b
+// is row r of `sides`; replaces b by x, 0 outside S. h is cols x cols, symmetric positive semidefinite; a
+// column of S whose pivot is at most tolerance times its diagonal depends on those before it and gets 0.
+// Group g are the rows order[starts[g]], ..., order[starts[g + 1] - 1], all with the same S; one
+// factorisation serves a group.
+struct SupportSystems {
+  const double* h;
+  const std::uint8_t* keep;
+  double* sides;
+  std::size_t cols;
+  const std::int64_t* order;
+  const std::int64_t* starts;
+  std::size_t groups;
+  double tolerance;
+
+  void solve() const;
+};
+
+}  // namespace sparsam

@@ -1,0 +1,60 @@
+// What the reconstruction kernels see, and their row of the table. Plain data; no STL.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+
+namespace sparsam {
+
+// The most columns that one sweep takes: rows of them stay in the L1 cache, as does what they are reduced by.
+constexpr std::size_t kSweepMost = 256;
+// Rows that are swept together, and columns that the panel of a block is cut into.
+constexpr std::size_t kSweepRows = 8, kSweepTile = 32;
+
+// Triangles are worked on in tiles of this many columns; strides of theirs are multiples of it.
+constexpr std::size_t kTriangleTile = 16;
+// Rows of a triangle that are eliminated together.
+constexpr std::size_t kTrianglePanel = 32;
+
+// The columns [first, first + cols) of a matrix: w, keep and errors point to column `first` of row 0, and
+// their rows are `stride` apart.
+template <class T>
+struct SweepBlock {
+  T* w;
+  std::uint8_t* keep;  // 1 where a weight is kept, 0 where it is pruned
+  T* errors;
+  std::size_t stride, first, cols;
+  // The block's triangle U, cols rows of u_stride numbers: zeros below the diagonal and past the columns;
+  // u_stride is a multiple of kSweepTile.
+  const T* u;
+  std::size_t u_stride;
+  const T* panel;  // U above the triangle: [tile of columns][row < first][kSweepTile], zeros past the columns
+  std::size_t n, m;  // keep the n largest |w| / U_jj of every m columns, which divides cols; m = 0: obey keep
+};
+
+// Rows [begin, end). Finite weights; no overlaps.
+template <class T>
+struct SweepKernels {
+  // What the columns before the block owe to it: w -= (errors before the block) * panel.
+  void (*carry)(const SweepBlock<T>& block, std::size_t begin, std::size_t end);
+  // Optimal brain surgery column by column: a pruned weight becomes 0, and what that costs is made up for by
+  // the columns after it in the block: e = w_j / U_jj, w_i -= e U_ji for i > j. Writes e to errors, 0 where
+  // kept. With m > 0 it chooses, group by group, from the weights as they have become, ties to the lower
+  // index, and writes keep.
+  void (*sweep)(const SweepBlock<T>& block, std::size_t begin, std::size_t end);
+};
+
+struct ReconstructionKernels {
+  SweepKernels<float> f32;
+  SweepKernels<double> f64;
+  // a holds, row by row with that stride, the upper triangle of a symmetric positive semidefinite matrix A of
+  // n columns, and `count` right-hand sides in the columns after it; zeros below the diagonal in its tile and
+  // in the rows up to the next multiple of kTriangleTile. On return right-hand side k is replaced by a
+  // solution of A x = b in solutions[k * stride + i], i < n; a is overwritten. A column whose pivot is at
+  // most tolerance times its diagonal (n numbers: those of A) depends on those before it: its x is 0. panel:
+  // room for kTrianglePanel
+  // * stride numbers; the stride is a multiple of kTriangleTile, at least n + count. No overlaps.
+  void (*solve)(double* a, std::size_t n, std::size_t count, std::size_t stride, const double* diagonal,
+                double tolerance, double* panel, double* solutions);
+};
+
+}  // namespace sparsam

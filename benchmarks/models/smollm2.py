@@ -4,19 +4,21 @@
     pip install gguf transformers accelerate
     python benchmarks/models/smollm2.py --profile
 
-Batch 1, a cache of keys and values, greedy. The linear layers of the blocks are pruned by magnitude, each to
-the sparsity; the output layer shares its weight with the embedding and stays dense. Beside tokens per second
-there is what all block layers together take per token. Both models go through the same tokens, and their
-logits are compared.
+Batch 1, a cache of keys and values. The linear layers of the blocks are pruned by magnitude, each to the
+sparsity; the output layer shares its weight with the embedding and stays dense. Beside tokens per second
+there is what all block layers together take per token. Both models go through the same random tokens in turn,
+and their logits are compared.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import itertools
 import statistics
 import time
 from collections.abc import Mapping
+from functools import partial
 from importlib.metadata import files
 from pathlib import Path
 from typing import Any, cast
@@ -30,8 +32,9 @@ from transformers.utils import logging
 from sparsam.torch import SparseLinear
 
 FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
-TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2}  # of the largest logit
-PROMPT = 16
+TOLERANCE = 1e-4  # of the largest logit
+PROMPT = 16  # tokens
+DENSE, OURS = "torch", "sparsam accelerate"
 
 
 def read() -> nn.Module:
@@ -51,48 +54,56 @@ def blocks(model: Any) -> dict[str, nn.Module]:
 
 
 class Decoding:
-    """A model that was given a prompt."""
+    """A model that goes through tokens one by one, with a cache of keys and values.
+
+    Attributes:
+        logits: For each token.
+    """
 
     def __init__(self, model: nn.Module, prompt: Tensor) -> None:
         self._model = model
-        output = model(input_ids=prompt, use_cache=True)
-        self._cache = output.past_key_values
-        self.logits: Tensor = output.logits[:, -1]
+        self._cache = model(input_ids=prompt, use_cache=True).past_key_values
+        self.logits: list[Tensor] = []
 
     def step(self, token: Tensor) -> None:
         """One more token."""
         output = self._model(input_ids=token, past_key_values=self._cache, use_cache=True)
-        self.logits = output.logits[:, -1]
+        self.logits.append(output.logits[0, -1].float())
 
 
-def decode(
-    models: Mapping[str, nn.Module], prompt: Tensor, count: int, tolerance: float
-) -> dict[str, tuple[float, float, float]]:
-    """{name: median ms per token, median ms of the block layers per token, difference of the logits}.
+def decode(models: Mapping[str, nn.Module], tokens: Tensor) -> dict[str, tuple[float, float]]:
+    """{name: (median ms per token, median ms of the block layers per token)}, measured in turn.
 
-    The models take turns; each gets the token that the first prefers.
+    Logits are compared with those of float32: with float32 values they agree to roundings, with narrower ones
+    the packed model is about as far off as the dense one.
     """
+    reference = models[DENSE]
+    narrow = next(reference.parameters()).dtype != torch.float32
+    prompt, rest = tokens[:, :PROMPT], torch.split(tokens[:, PROMPT:], 1, dim=1)
     runs = {name: Decoding(model, prompt) for name, model in models.items()}
-    first = next(iter(runs.values()))
     taken: dict[str, list[float]] = {name: [] for name in runs}
     layers: dict[str, list[float]] = {name: [] for name in runs}
-    apart = dict.fromkeys(runs, 0.0)
-    for i in range(count):
-        token = first.logits.argmax(-1, keepdim=True)
+    for i, token in enumerate(rest):
         for name, run in runs.items():
             if i % 2:
-                layers[name].append(layer_ms(blocks(models[name]), lambda: run.step(token)))  # noqa: B023
+                layers[name].append(layer_ms(blocks(models[name]), partial(run.step, token)))
             else:
                 start = time.perf_counter()
                 run.step(token)
                 taken[name].append(1e3 * (time.perf_counter() - start))
-        largest = float(first.logits.abs().max())
-        for name, run in runs.items():
-            apart[name] = max(apart[name], float((run.logits - first.logits).abs().max()) / largest)
-            assert apart[name] <= tolerance, (name, i, apart[name])
-    return {
-        name: (statistics.median(taken[name]), statistics.median(layers[name]), apart[name]) for name in runs
+    expected = Decoding(copy.deepcopy(reference).float(), prompt) if narrow else runs[DENSE]
+    if narrow:
+        for token in rest:
+            expected.step(token)
+    off = {
+        name: max(
+            float((a - b).abs().max() / b.abs().max())
+            for a, b in zip(run.logits, expected.logits, strict=True)
+        )
+        for name, run in runs.items()
     }
+    assert off[OURS] <= (1.5 * off[DENSE] if narrow else TOLERANCE), off
+    return {name: (statistics.median(taken[name]), statistics.median(layers[name])) for name in runs}
 
 
 def main() -> None:
@@ -116,42 +127,39 @@ def main() -> None:
     quiet.disable_progress_bar()
     print(describe("transformers"))
     original = read()
-    prompt = torch.randint(1000, 30_000, (1, PROMPT), generator=torch.Generator().manual_seed(0))
+    size = (1, PROMPT + options.tokens)
+    tokens = torch.randint(1000, 30_000, size, generator=torch.Generator().manual_seed(0))
     rows, profiles = [], []
     with torch.inference_mode():
-        for name in options.dtype:
-            dtype = getattr(torch, name)
-            for sparsity in options.sparsity:
-                dense = copy.deepcopy(original)
-                prune(blocks(dense), sparsity)
-                dense = dense.to(dtype)
-                model = copy.deepcopy(dense)
-                report = accelerate(model, {"input_ids": prompt[:, :1]}, show=options.report)
-                found = decode({"torch": dense, "ours": model}, prompt, options.tokens, TOLERANCE[dtype])
-                (before, slow, _), (after, fast, apart) = found["torch"], found["ours"]
-                rows.append(
-                    (
-                        name,
-                        f"{sparsity:.0%}",
-                        f"{report.swapped} of {len(report.layers)}",
-                        f"{1e3 / before:.1f}",
-                        f"{1e3 / after:.1f}",
-                        f"{before / after:.2f}x",
-                        f"{slow:.2f} / {fast:.2f}",
-                        f"{slow / fast:.2f}x",
-                        f"{report.weights_before / 2**20:.0f} / {report.weights_after / 2**20:.0f}",
-                        f"{apart:.0e}",
-                    )
+        for name, sparsity in itertools.product(options.dtype, options.sparsity):
+            dense = copy.deepcopy(original)
+            prune(blocks(dense), sparsity)
+            dense = dense.to(getattr(torch, name))
+            model = copy.deepcopy(dense)
+            report = accelerate(model, {"input_ids": tokens[:, :1]}, show=options.report)
+            found = decode({DENSE: dense, OURS: model}, tokens)
+            (before, slow), (after, fast) = found[DENSE], found[OURS]
+            rows.append(
+                (
+                    name,
+                    f"{sparsity:.0%}",
+                    f"{report.swapped} of {len(report.layers)}",
+                    f"{1e3 / before:.1f}",
+                    f"{1e3 / after:.1f}",
+                    f"{before / after:.2f}x",
+                    f"{slow:.2f} / {fast:.2f}",
+                    f"{slow / fast:.2f}x",
+                    f"{report.weights_before / 2**20:.0f} / {report.weights_after / 2**20:.0f}",
                 )
-                if options.profile:
-                    token = prompt[:, :1]
-                    for what, one in (("torch", dense), ("accelerated", model)):
-                        run = Decoding(one, prompt)
-                        times = operators(one, lambda: run.step(token), runs=10)  # noqa: B023
-                        profiles.append((f"{what}, {name}, {sparsity:.0%} zeros", times))
+            )
+            if options.profile:
+                for what, one in ((DENSE, dense), (OURS, model)):
+                    run = Decoding(one, tokens[:, :PROMPT])
+                    times = operators(one, partial(run.step, tokens[:, :1]), runs=10)
+                    profiles.append((f"{what}, {name}, {sparsity:.0%} zeros", times))
     header = (
         *("values", "zeros", "swapped", "torch tokens/s", "accelerated tokens/s", "speed-up"),
-        *("block layers ms per token", "their speed-up", "MiB before / after", "logits differ by"),
+        *("block layers ms per token", "their speed-up", "MiB before / after"),
     )
     print_table(header, rows)
     for title, times_of in profiles:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+import resource
 import statistics
 import sys
 import time
@@ -21,24 +22,86 @@ import sparsam.torch
 from sparsam import bench
 
 __all__ = [
+    "Stopwatch",
     "accelerate",
     "describe",
+    "examples",
     "in_turn",
-    "layer_ms",
     "named",
     "operators",
+    "print_disturbed",
+    "print_operators",
     "print_table",
     "prune",
 ]
 
 Runs = Mapping[str, Callable[[], object]]
 
+ENOUGH, PATIENCE = 6, 6
+_disturbed: list[Stopwatch] = []
+
+
+class Stopwatch:
+    """Takes times, and knows those during which the system took a CPU away from this process."""
+
+    def __init__(self) -> None:
+        self.clean: list[float] = []
+        self.every: list[float] = []
+
+    def take(self, run: Callable[[], object]) -> None:
+        """Times a call."""
+        switches, start = _switches(), time.perf_counter()
+        run()
+        self.add(1e3 * (time.perf_counter() - start), clean=_switches() == switches)
+
+    def take_layers(self, layers: Mapping[str, nn.Module], run: Callable[[], object]) -> None:
+        """Times what those layers take during a call, summed."""
+        total, started = 0.0, 0.0
+
+        def before(*_: object) -> None:
+            nonlocal started
+            started = time.perf_counter()
+
+        def after(*_: object) -> None:
+            nonlocal total
+            total += time.perf_counter() - started
+
+        with contextlib.ExitStack() as stack:
+            for layer in layers.values():
+                for handle in (layer.register_forward_pre_hook(before), layer.register_forward_hook(after)):
+                    stack.callback(handle.remove)
+            switches = _switches()
+            run()
+            self.add(1e3 * total, clean=_switches() == switches)
+
+    def add(self, ms: float, *, clean: bool) -> None:
+        """Notes milliseconds taken."""
+        self.every.append(ms)
+        if clean:
+            self.clean.append(ms)
+
+    @property
+    def enough(self) -> bool:
+        """Whether there are undisturbed times to go by."""
+        return len(self.clean) >= ENOUGH
+
+    @property
+    def times(self) -> list[float]:
+        """The undisturbed times; all of them where those are too few."""
+        if not self.enough:
+            _disturbed.append(self)
+        return self.clean if self.enough else self.every
+
+
+def _switches() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw
+
 
 def in_turn(runs: Runs, *, seconds: float = 3.0, block: float = 0.1) -> dict[str, tuple[float, float]]:
     """Milliseconds that each call takes: (median, least).
 
     Blocks of calls of each in turn, the first call of a block untimed: threads of what ran before may still
-    spin, and its data is in the cache.
+    spin, and its data is in the cache. Where other work disturbs, up to PATIENCE times as long.
 
     Args:
         runs: Name -> what to time. A callable with an attribute `block_ms` is asked for a block: it takes the
@@ -46,24 +109,33 @@ def in_turn(runs: Runs, *, seconds: float = 3.0, block: float = 0.1) -> dict[str
         seconds: For all together; every one has at least three blocks.
         block: Seconds of a block; it has at least two calls.
     """
-    times: dict[str, list[float]] = {name: [] for name in runs}
-    end, rounds = time.perf_counter() + seconds, 0
-    while rounds < 3 or time.perf_counter() < end:
+    watches = {name: Stopwatch() for name in runs}
+    begin, rounds = time.perf_counter(), 0
+    while (
+        rounds < 3
+        or (left := begin + seconds - time.perf_counter()) > 0
+        or (left > -(PATIENCE - 1) * seconds and not all(watch.enough for watch in watches.values()))
+    ):
         rounds += 1
         for name, run in runs.items():
             elsewhere: Callable[[float], list[float]] | None = getattr(run, "block_ms", None)
-            times[name] += elsewhere(block) if elsewhere else _block(run, block)
-    return {name: (statistics.median(taken), min(taken)) for name, taken in times.items()}
+            if elsewhere is not None:
+                for ms in elsewhere(block):
+                    watches[name].add(ms, clean=True)
+                continue
+            run()
+            end, calls = time.perf_counter() + block, 0
+            while calls < 2 or time.perf_counter() < end:
+                calls += 1
+                watches[name].take(run)
+    taken = {name: watch.times for name, watch in watches.items()}
+    return {name: (statistics.median(times), min(times)) for name, times in taken.items()}
 
 
-def _block(run: Callable[[], object], seconds: float) -> list[float]:
-    run()
-    taken: list[float] = []
-    while len(taken) < 2 or sum(taken) < 1e3 * seconds:
-        start = time.perf_counter()
-        run()
-        taken.append(1e3 * (time.perf_counter() - start))
-    return taken
+def print_disturbed() -> None:
+    """Says whether other work on the machine disturbed."""
+    if _disturbed:
+        print(f"\n{len(_disturbed)} of the times may mislead: other work kept the CPUs busy throughout")
 
 
 def named(model: nn.Module, *kinds: type[nn.Module]) -> dict[str, nn.Module]:
@@ -82,26 +154,6 @@ def accelerate(model: nn.Module, examples: Any, *, show: bool = False) -> sparsa
     """`sparsam.torch.accelerate`, its report printed only on request."""
     with contextlib.nullcontext() if show else contextlib.redirect_stdout(io.StringIO()):
         return sparsam.torch.accelerate(model, examples)
-
-
-def layer_ms(layers: Mapping[str, nn.Module], run: Callable[[], object]) -> float:
-    """Milliseconds spent in those layers during one run, summed."""
-    total, started = 0.0, 0.0
-
-    def before(*_: object) -> None:
-        nonlocal started
-        started = time.perf_counter()
-
-    def after(*_: object) -> None:
-        nonlocal total
-        total += time.perf_counter() - started
-
-    with contextlib.ExitStack() as stack:
-        for layer in layers.values():
-            for handle in (layer.register_forward_pre_hook(before), layer.register_forward_hook(after)):
-                stack.callback(handle.remove)
-        run()
-    return 1e3 * total
 
 
 def operators(model: nn.Module, run: Callable[[], object], *, runs: int = 5) -> dict[str, float]:

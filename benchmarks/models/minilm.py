@@ -30,6 +30,7 @@ from _shared import (
     in_turn,
     named,
     operators,
+    print_disturbed,
     print_operators,
     print_table,
     prune,
@@ -157,6 +158,7 @@ def main() -> None:
         print(f"\n{name}: not run, {reason}")
     for title, times_of in profiles:
         print_operators(title, times_of)
+    print_disturbed()
 
 
 def rows(sparsity: float, found: list[dict[str, tuple[float, float, float]]]) -> Iterator[tuple[object, ...]]:

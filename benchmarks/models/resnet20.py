@@ -16,7 +16,17 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from _shared import accelerate, describe, in_turn, named, operators, print_operators, print_table, prune
+from _shared import (
+    accelerate,
+    describe,
+    in_turn,
+    named,
+    operators,
+    print_disturbed,
+    print_operators,
+    print_table,
+    prune,
+)
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -142,6 +152,7 @@ def main() -> None:
     print_table(("zeros", "batch", "left dense", "shape", "dense / sparse ms", "why"), layers)
     for title, times_of in profiles:
         print_operators(title, times_of)
+    print_disturbed()
 
 
 if __name__ == "__main__":

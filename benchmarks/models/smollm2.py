@@ -16,7 +16,6 @@ import argparse
 import copy
 import itertools
 import statistics
-import time
 from collections.abc import Mapping
 from functools import partial
 from importlib.metadata import files
@@ -24,7 +23,17 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from _shared import accelerate, describe, layer_ms, named, operators, print_operators, print_table, prune
+from _shared import (
+    Stopwatch,
+    accelerate,
+    describe,
+    named,
+    operators,
+    print_disturbed,
+    print_operators,
+    print_table,
+    prune,
+)
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging
@@ -81,17 +90,14 @@ def decode(models: Mapping[str, nn.Module], tokens: Tensor) -> dict[str, tuple[f
     narrow = next(reference.parameters()).dtype != torch.float32
     prompt, rest = tokens[:, :PROMPT], torch.split(tokens[:, PROMPT:], 1, dim=1)
     runs = {name: Decoding(model, prompt) for name, model in models.items()}
-    taken: dict[str, list[float]] = {name: [] for name in runs}
-    layers: dict[str, list[float]] = {name: [] for name in runs}
+    taken, layers = ({name: Stopwatch() for name in runs} for _ in range(2))
     for i, token in enumerate(rest):
         for name, run in runs.items():
             if i % 2:
-                layers[name].append(layer_ms(blocks(models[name]), partial(run.step, token)))
+                layers[name].take_layers(blocks(models[name]), partial(run.step, token))
             else:
-                start = time.perf_counter()
-                run.step(token)
-                taken[name].append(1e3 * (time.perf_counter() - start))
-    expected = Decoding(copy.deepcopy(reference).float(), prompt) if narrow else runs[DENSE]
+                taken[name].take(partial(run.step, token))
+    expected = Decoding(copy.deepcopy(reference).to(torch.float32), prompt) if narrow else runs[DENSE]
     if narrow:
         for token in rest:
             expected.step(token)
@@ -103,7 +109,9 @@ def decode(models: Mapping[str, nn.Module], tokens: Tensor) -> dict[str, tuple[f
         for name, run in runs.items()
     }
     assert off[OURS] <= (1.5 * off[DENSE] if narrow else TOLERANCE), off
-    return {name: (statistics.median(taken[name]), statistics.median(layers[name])) for name in runs}
+    return {
+        name: (statistics.median(taken[name].times), statistics.median(layers[name].times)) for name in runs
+    }
 
 
 def main() -> None:
@@ -164,6 +172,7 @@ def main() -> None:
     print_table(header, rows)
     for title, times_of in profiles:
         print_operators(title, times_of)
+    print_disturbed()
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ import itertools
 from collections.abc import Callable
 
 import torch
-from _shared import accelerate, describe, in_turn, named, print_table, prune
+from _shared import accelerate, describe, in_turn, named, print_disturbed, print_table, prune
 from torch import Tensor, nn
 
 from sparsam.torch import SparseConv2d
@@ -107,6 +107,7 @@ def main() -> None:
         print_table(("channels", "image", "batch", f"{DENSE} ms", f"{LAST} ms", *zeros), rows)
         header = ("zeros", "batch", "swapped", "torch ms", "accelerated ms", "speed-up", "MiB before / after")
         print_table(header, (whole(s, n, options) for s in options.sparsity for n in options.batches))
+    print_disturbed()
 
 
 def row(channels: int, image: object, batch: int, every: dict[float, dict[str, float]]) -> tuple[object, ...]:

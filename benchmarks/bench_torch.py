@@ -1,0 +1,175 @@
+"""Packed torch layers: calls, threads shared with torch, convolutions: `pytest benchmarks/bench_torch.py`.
+
+*Call*: a layer so small that its product takes next to nothing, by the kernel alone, by `SparseLinear`, by
+the registered operator (what torch.compile and autograd see), and by `torch.nn.Linear`. *Turns*: dense torch
+and sparse products in turn, beside both alone, in processes that import torch before sparsam and after it;
+extra_info has the milliseconds of each and `turns_over_alone`, 1.0 where taking turns costs nothing.
+*Convolutions*: beside torch's.
+Every benchmark asserts its result. SPARSAM_BENCH_MAX caps the number of weights, for CI.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from pytest_benchmark.fixture import BenchmarkFixture
+
+import sparsam
+import sparsam.torch
+from sparsam import bench
+from sparsam.torch import SparseConv2d, SparseLinear
+
+LIMIT = int(os.environ.get("SPARSAM_BENCH_MAX", "100_000_000"))
+
+
+def pruned(layer: Any, sparsity: float) -> Any:
+    """The layer, the smallest of its weights zeroed."""
+    sparsam.prune({"weight": layer.weight.detach().numpy()}, target_sparsity=sparsity, inplace=True)
+    return layer
+
+
+def side(size: int, power: int) -> int:
+    """The size, halved until size ** power weights are few enough."""
+    while size**power > LIMIT and size > 1:
+        size //= 2
+    return size
+
+
+def run(
+    benchmark: BenchmarkFixture, group: str, call: Callable[[], Any], expected: Any, **options: int
+) -> None:
+    benchmark.group = group
+    benchmark.extra_info.update(machine=bench.machine(), torch_threads=torch.get_num_threads())
+    pedantic: Callable[..., Any] = benchmark.pedantic
+    with torch.inference_mode():
+        result = pedantic(call, warmup_rounds=5, **options)
+    assert torch.allclose(result, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("what", ["kernel", "SparseLinear", "operator", "Linear"])
+@pytest.mark.parametrize("batch", [1, 16])
+def test_call(benchmark: BenchmarkFixture, batch: int, what: str) -> None:
+    """What the layer adds to the kernel; one thread, lest waking another be what is measured."""
+    linear = pruned(torch.nn.Linear(side(64, 2), side(32, 2)), 0.8)
+    layer = SparseLinear(linear)
+    x, threads = torch.randn(batch, linear.in_features), torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with torch.inference_mode():
+            expected = linear(x)
+            layer(x)
+        kernel = layer.packed.kernel((batch, False)) or ""
+        name = "bitmask" if kernel == "dense" else kernel
+        out, part, bias = torch.empty_like(expected), layer.packed.parts[0], layer.bias
+        assert bias is not None
+
+        def alone() -> Any:
+            part.linear_at(name, x.data_ptr(), False, batch, bias.data_ptr(), "", out.data_ptr())
+            return out
+
+        operator, handle = torch.ops.sparsam.linear, layer.packed.handle
+        calls = {
+            "kernel": alone,
+            "SparseLinear": lambda: layer(x),
+            "operator": lambda: operator(x, handle, bias, ""),
+            "Linear": lambda: linear(x),
+        }
+        benchmark.extra_info["kernel"] = kernel
+        run(benchmark, f"call, batch {batch}", calls[what], expected, rounds=200, iterations=50)
+    finally:
+        torch.set_num_threads(threads)
+
+
+TURNS = """
+import json, statistics, sys, time
+if sys.argv[1] == "first":
+    import torch
+import sparsam
+import numpy as np
+w = np.random.default_rng(0).standard_normal((int(sys.argv[2]),) * 2, dtype=np.float32)
+w = sparsam.prune(w, target_sparsity=0.8).weights
+sparsam.SparseMatrix.from_dense(w).linear(w[:8])  # the core runs before torch is there
+import torch
+import sparsam.torch
+torch.set_num_threads(2)
+linear = torch.nn.Linear(w.shape[1], w.shape[0])
+with torch.inference_mode():
+    linear.weight.copy_(torch.from_numpy(w))
+layer, x = sparsam.torch.SparseLinear(linear), torch.randn(int(sys.argv[3]), w.shape[1])
+calls = 20
+
+def dense():
+    for _ in range(calls):
+        linear(x)
+
+def sparse():
+    for _ in range(calls):
+        layer(x)
+
+def turns():
+    for _ in range(calls):
+        linear(x)
+        layer(x)
+
+taken = {run.__name__: [] for run in (dense, sparse, turns)}
+with torch.inference_mode():
+    assert torch.allclose(linear(x), layer(x), rtol=1e-4, atol=1e-4)
+    for _ in range(int(sys.argv[4])):
+        for run in (dense, sparse, turns):
+            run()  # what ran before may still spin
+            start = time.perf_counter()
+            run()
+            taken[run.__name__].append(time.perf_counter() - start)
+found = {name: 1e3 * statistics.median(times) / calls for name, times in taken.items()}
+found["least"] = {name: 1e3 * min(times) / calls for name, times in taken.items()}
+print(json.dumps(found | {"threads": sparsam.num_threads(), "kernel": "/".join(layer.packed.kernels)}))
+"""
+
+
+@pytest.mark.parametrize("torch_is_imported", ["first", "last"])
+@pytest.mark.parametrize("batch", [8, 128])
+def test_turns(benchmark: BenchmarkFixture, batch: int, torch_is_imported: str) -> None:
+    """One pool of threads: turns take what both take alone. Times are the process's own, in extra_info."""
+    size = side(768, 2)
+    rounds = "15" if size == 768 else "2"
+    command = [sys.executable, "-c", TURNS, torch_is_imported, str(size), str(batch), rounds]
+
+    def start() -> dict[str, Any]:
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        found: dict[str, Any] = json.loads(done.stdout)
+        return found
+
+    benchmark.group = f"turns {size}x{size} s=0.8 n={batch}, the process"
+    pedantic: Callable[..., Any] = benchmark.pedantic
+    found = pedantic(start, rounds=1)
+    assert found["threads"] == 2
+    least = found["least"]
+    benchmark.extra_info.update(
+        found,
+        machine=bench.machine(),
+        turns_over_alone=round(found["turns"] / (found["dense"] + found["sparse"]), 3),
+        least_turns_over_alone=round(least["turns"] / (least["dense"] + least["sparse"]), 3),
+    )
+
+
+@pytest.mark.parametrize("what", ["SparseConv2d", "torch", "torch channels_last"])
+@pytest.mark.parametrize("sparsity", [0.5, 0.8, 0.9])
+@pytest.mark.parametrize("batch", [1, 8])
+def test_convolution(benchmark: BenchmarkFixture, batch: int, sparsity: float, what: str) -> None:
+    channels, image = side(256, 2), 16
+    conv = pruned(torch.nn.Conv2d(channels, channels, 3, padding=1), sparsity)
+    x = torch.randn(batch, channels, image, image)
+    with torch.inference_mode():
+        expected = conv(x)
+    layer: Any = SparseConv2d(conv) if what == "SparseConv2d" else conv
+    if what == "torch channels_last":
+        layer, x = (item.to(memory_format=torch.channels_last) for item in (conv, x))
+    group = f"3x3 convolution, {channels} channels, {image}x{image} s={sparsity} n={batch}"
+    run(benchmark, group, lambda: layer(x), expected, rounds=50)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from sparsam.torch import SparseConv2d, SparseLinear, accelerate, restore
+from sparsam.torch.weight import PackedWeight
 from torch_cases import packed, pruned
 
 pytestmark = pytest.mark.usefixtures("clock", "one_thread")
@@ -221,6 +222,36 @@ def test_no_outputs() -> None:
     layer = SparseLinear(nn.Linear(5, 0))
     assert layer(torch.ones(3, 5)).shape == (3, 0)
     assert layer.weight.shape == (0, 5)
+
+
+def test_tied_layers_share_their_weight_in_another_dtype() -> None:
+    model = pruned(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)))
+    model[1].weight = model[0].weight  # type: ignore[index]
+    assert accelerate(model, torch.randn(2, 8)).swapped == 2
+    for dtype in (torch.bfloat16, torch.float32):
+        model.to(dtype)
+        assert packed(model, "0").packed is packed(model, "1").packed
+        assert packed(model, "0").packed.dtype == dtype
+
+
+def test_lazy_layers() -> None:
+    with pytest.raises(ValueError, match=r"0.weight has no shape yet: .* call it once"):
+        accelerate(nn.Sequential(nn.LazyLinear(3)))
+
+
+def test_signals_of_like_lengths_share_a_choice(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = SparseConv2d(nn.Conv1d(2, 3, 3))
+    asked = []
+
+    def choose(*args: Any) -> str:
+        asked.append(args)
+        return "panels"
+
+    monkeypatch.setattr(PackedWeight, "_fastest", choose)
+    for length in (40, 41, 60, 63, 64, 100, 50):
+        x = torch.randn(1, 2, length)
+        torch.testing.assert_close(layer(x), layer.original(x))
+    assert len(asked) == 2
 
 
 def test_a_long_signal() -> None:

@@ -59,6 +59,7 @@ class PackedWeight:
         self.handle = next(_handles)
         _living[self.handle] = self
         self._dense: dict[torch.dtype, Tensor] = {}
+        self._casts: WeakValueDictionary[torch.dtype, PackedWeight] = WeakValueDictionary()
         self._kernels: dict[Hashable, str] = {}
         self._lock = threading.RLock()
 
@@ -138,10 +139,14 @@ class PackedWeight:
         """This weight for a layer that computes in another dtype."""
         if dtype == self.dtype:
             return self
-        values = dtype if self.value_dtype == self.dtype else self.value_dtype
-        return PackedWeight.pack(
-            self.unpack().to(dtype), dtype=values, groups=self.groups, transposed=self.transposed
-        )
+        with self._lock:
+            if (known := self._casts.get(dtype)) is not None:  # for a layer whose weight is tied
+                return known
+            values = dtype if self.value_dtype == self.dtype else self.value_dtype
+            self._casts[dtype] = cast = PackedWeight.pack(
+                self.unpack().to(dtype), dtype=values, groups=self.groups, transposed=self.transposed
+            )
+            return cast
 
     def dense(self, dtype: torch.dtype) -> Tensor:
         """The unpacked weight that dense products use: (out, in, ...), kept from now on."""

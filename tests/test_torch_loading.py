@@ -12,6 +12,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.nn.utils import prune
 
 from sparsam.torch import SparseLinear, accelerate, load, save
 from torch_cases import mlp, pruned, state
@@ -143,6 +144,16 @@ def test_the_model_itself_is_no_layer_of_it(tmp_path: Path) -> None:
     rewrite(tmp_path, rename)
     with pytest.raises(ValueError, match="layer '' is missing in the model"):
         load(tmp_path, nn.Linear(9, 4))
+
+
+def test_into_a_layer_whose_weight_is_computed(tmp_path: Path) -> None:
+    model = nn.Sequential(pruned(nn.Linear(9, 4)))
+    prune.identity(model[0], "weight")  # type: ignore[no-untyped-call]
+    save(nn.Sequential(SparseLinear(model[0])), tmp_path)
+    with pytest.raises(ValueError, match=r"weight of its own, which torch.nn.utils.prune and parametrize do"):
+        load(tmp_path, model)
+    prune.remove(model[0], "weight")  # type: ignore[no-untyped-call]
+    assert load(tmp_path, model) == 1
 
 
 def test_bits_past_the_last_column(tmp_path: Path) -> None:

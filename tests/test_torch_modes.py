@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import pickle
+import subprocess
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -252,6 +254,24 @@ def test_signals_of_like_lengths_share_a_choice(monkeypatch: pytest.MonkeyPatch)
         x = torch.randn(1, 2, length)
         torch.testing.assert_close(layer(x), layer.original(x))
     assert len(asked) == 2
+
+
+FORK = """
+import os, torch, sparsam.torch
+torch.set_num_threads(2)
+layer = sparsam.torch.SparseLinear(torch.nn.Linear(512, 512))
+with torch.no_grad():
+    layer(torch.randn(64, 512))
+    child = os.fork()
+    if not child:
+        layer(torch.randn(7, 512))  # a batch for which nothing was chosen yet
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0
+"""
+
+
+def test_a_forked_child_does_not_hang() -> None:
+    subprocess.run([sys.executable, "-W", "ignore", "-c", FORK], check=True, timeout=60)
 
 
 def test_a_long_signal() -> None:

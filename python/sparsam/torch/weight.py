@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import os
 import threading
 from collections.abc import Callable, Hashable, Mapping
 from typing import Any
@@ -25,6 +26,7 @@ __all__ = ["DTYPES", "PackedWeight", "find", "from_array", "to_array"]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 _ROUNDS = 3
+_PROCESS = os.getpid()  # in a forked child, torch's own products wait for threads that are gone
 _handles = itertools.count(1)
 _living: WeakValueDictionary[int, PackedWeight] = WeakValueDictionary()
 
@@ -207,7 +209,9 @@ class PackedWeight:
             return next(iter(runs))
         had_layouts = any(part.layout_nbytes for part in self.parts)
         weight = self._dense[dtype] if dtype in self._dense else self._oriented(dtype)
-        every = {**runs, "dense": lambda: dense(weight)}
+        every = dict(runs)
+        if os.getpid() == _PROCESS or torch.get_num_threads() == 1:
+            every["dense"] = lambda: dense(weight)
         best = dict.fromkeys(every, math.inf)
         for _ in range(_ROUNDS):  # in turn, so that what disturbs one disturbs them all
             for name, run in every.items():

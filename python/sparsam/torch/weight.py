@@ -208,9 +208,9 @@ class PackedWeight:
         if self.nnz == 0:
             return next(iter(runs))
         had_layouts = any(part.layout_nbytes for part in self.parts)
-        weight = self._dense[dtype] if dtype in self._dense else self._oriented(dtype)
         every = dict(runs)
         if os.getpid() == _PROCESS or torch.get_num_threads() == 1:
+            weight = self._dense[dtype] if dtype in self._dense else self._oriented(dtype)
             every["dense"] = lambda: dense(weight)
         best = dict.fromkeys(every, math.inf)
         for _ in range(_ROUNDS):  # in turn, so that what disturbs one disturbs them all
@@ -249,6 +249,17 @@ def find(handle: int) -> PackedWeight:
     except KeyError:
         msg = f"no packed weight {handle} in this process: its layer was deleted, or compiled elsewhere"
         raise RuntimeError(msg) from None
+
+
+def _after_fork() -> None:
+    """Frees the locks in a child, and lets no product wait for torch's threads, which it has not."""
+    for weight in list(_living.values()):
+        weight._lock = threading.RLock()
+        weight._kernels = {key: kernel for key, kernel in weight._kernels.items() if kernel != "dense"}
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
 
 
 def to_array(tensor: Tensor) -> NDArray[Any]:

@@ -107,6 +107,14 @@ class Uses(nn.Module):
         y: Tensor = self.fc(x)
         if self.how == "also added":
             return self.act(y) + y
+        if self.how == "also added, hardly":
+            return self.act(y) + 1e-9 * y
+        if self.how == "also read by a method":
+            return self.act(y) + 1e-9 * y.mean().item()
+        if self.how == "only its shape is read":
+            return self.act(y)[: y.shape[0], : y.size(-1)] + (0 if y.is_floating_point() and y.ndim else 1)
+        if self.how == "changed before":
+            y[y.abs() < 1e-6] = 0
         if self.how == "also read by a module":
             return self.act(y) + 1e-9 * self.other(y)
         if self.how == "through a view":
@@ -122,6 +130,9 @@ class Uses(nn.Module):
 
 USES = (
     "also added",
+    "also added, hardly",
+    "also read by a method",
+    "changed before",
     "also read by a module",
     "through a view",
     "after a dropout",
@@ -136,7 +147,8 @@ def test_activations_that_must_not_be_fused(how: str) -> None:
     report = check_round_trip(model, torch.randn(5, 16))
     assert row(report, "fc").swapped
     assert row(report, "fc").activation is None
-    assert check_round_trip(pruned(Uses("plainly")), torch.randn(5, 16)).layers[0].activation == "relu"
+    for fine in ("plainly", "only its shape is read"):
+        assert check_round_trip(pruned(Uses(fine)), torch.randn(5, 16)).layers[0].activation == "relu"
 
 
 def test_one_bad_fusion_does_not_spoil_the_others() -> None:

@@ -12,8 +12,9 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.nn.utils import prune
 
-from sparsam.torch import accelerate, load, save
+from sparsam.torch import SparseLinear, accelerate, load, save
 from torch_cases import mlp, pruned, state
 
 pytestmark = pytest.mark.usefixtures("clock", "one_thread")
@@ -129,6 +130,30 @@ def test_refused(case: str, saved: Path) -> None:
     assert message in str(caught.value) or any(part in str(caught.value) for part in message.split("|"))
     assert "save it anew" in str(caught.value)
     assert state(model) == before
+
+
+def test_the_model_itself_is_no_layer_of_it(tmp_path: Path) -> None:
+    save(nn.Sequential(SparseLinear(pruned(nn.Linear(9, 4)))), tmp_path)
+
+    def rename(tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+        for name in list(tensors):
+            tensors[name.removeprefix("0.") if name == "0.bias" else name[1:]] = tensors.pop(name)
+        tensors["weight"] = torch.zeros(4, 9)
+        metadata["layers"] = metadata["layers"].replace('"0"', '""')
+
+    rewrite(tmp_path, rename)
+    with pytest.raises(ValueError, match="layer '' is missing in the model"):
+        load(tmp_path, nn.Linear(9, 4))
+
+
+def test_into_a_layer_whose_weight_is_computed(tmp_path: Path) -> None:
+    model = nn.Sequential(pruned(nn.Linear(9, 4)))
+    prune.identity(model[0], "weight")  # type: ignore[no-untyped-call]
+    save(nn.Sequential(SparseLinear(model[0])), tmp_path)
+    with pytest.raises(ValueError, match=r"weight of its own, which torch.nn.utils.prune and parametrize do"):
+        load(tmp_path, model)
+    prune.remove(model[0], "weight")  # type: ignore[no-untyped-call]
+    assert load(tmp_path, model) == 1
 
 
 def test_bits_past_the_last_column(tmp_path: Path) -> None:

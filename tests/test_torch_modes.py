@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import pickle
+import subprocess
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +15,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from sparsam.torch import SparseConv2d, SparseLinear, accelerate, restore
+from sparsam.torch.weight import PackedWeight
 from torch_cases import packed, pruned
 
 pytestmark = pytest.mark.usefixtures("clock", "one_thread")
@@ -221,6 +224,57 @@ def test_no_outputs() -> None:
     layer = SparseLinear(nn.Linear(5, 0))
     assert layer(torch.ones(3, 5)).shape == (3, 0)
     assert layer.weight.shape == (0, 5)
+
+
+def test_tied_layers_share_their_weight_in_another_dtype() -> None:
+    model = pruned(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)))
+    model[1].weight = model[0].weight  # type: ignore[index]
+    assert accelerate(model, torch.randn(2, 8)).swapped == 2
+    for dtype in (torch.bfloat16, torch.float32):
+        model.to(dtype)
+        assert packed(model, "0").packed is packed(model, "1").packed
+        assert packed(model, "0").packed.dtype == dtype
+
+
+def test_lazy_layers() -> None:
+    with pytest.raises(ValueError, match=r"0.weight has no shape yet: .* call it once"):
+        accelerate(nn.Sequential(nn.LazyLinear(3)))
+
+
+def test_signals_of_like_lengths_share_a_choice(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = SparseConv2d(nn.Conv1d(2, 3, 3))
+    asked = []
+
+    def choose(*args: Any) -> str:
+        asked.append(args)
+        return "panels"
+
+    monkeypatch.setattr(PackedWeight, "_fastest", choose)
+    for length in (40, 41, 60, 63, 64, 100, 50):
+        x = torch.randn(1, 2, length)
+        torch.testing.assert_close(layer(x), layer.original(x))
+    assert len(asked) == 2
+
+
+FORK = """
+import os, torch, sparsam.torch
+torch.set_num_threads(2)
+layer = sparsam.torch.SparseLinear(torch.nn.Linear(512, 512))
+layer.packed._fastest = lambda *_: "dense"
+with torch.no_grad():
+    layer(torch.randn(64, 512))
+    del layer.packed._fastest
+    child = os.fork()
+    if not child:
+        layer(torch.randn(64, 512))
+        layer(torch.randn(7, 512))  # a batch for which nothing was chosen yet
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0
+"""
+
+
+def test_a_forked_child_does_not_hang() -> None:
+    subprocess.run([sys.executable, "-W", "ignore", "-c", FORK], check=True, timeout=60)
 
 
 def test_a_long_signal() -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from sparsam.torch.acceleration_report import AccelerationReport
 from sparsam.torch.modules import SparseLayer, is_transposed
@@ -52,7 +53,8 @@ def accelerate(
 
     Raises:
         TypeError: An argument is of the wrong type; the model is a bare layer, compiled or scripted.
-        ValueError: `min_gain` or `dtype` is out of range; there are no examples in a list.
+        ValueError: `min_gain` or `dtype` is out of range; there are no examples in a list; a lazy layer has
+            no shape yet.
     """
     _check(model, dtype, min_gain)
     examples = None if example_inputs is None else as_examples(example_inputs)
@@ -88,6 +90,9 @@ def _check(model: object, dtype: object, min_gain: object) -> None:
             "torch.nn.Sequential(layer), or use SparseLinear(layer) or SparseConv2d(layer)"
         )
         raise TypeError(msg)
+    if lazy := [name for name, parameter in model.named_parameters() if is_lazy(parameter)]:
+        msg = f"{lazy[0]} has no shape yet: expected a model that ran before; call it once before"
+        raise ValueError(msg)
     if dtype is not None and dtype not in DTYPES:
         msg = f"dtype={dtype!r}: expected None or one of {', '.join(map(str, DTYPES))}"
         raise ValueError(msg)

@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
 
 from sparsam.torch.candidates import Place, has_hooks
 from sparsam.torch.modules import SparseLayer
@@ -21,6 +23,8 @@ from sparsam.torch.session import Session, removed
 __all__ = ["Fused", "Fusion", "find", "find_in_sequences", "recognise_activation"]
 
 _TOLERANCE = 1e-6
+_FUNCTION = 0  # the reader of an output that is no module
+_ABOUT = (torch.Size, torch.dtype, torch.device, torch.layout, bool, int)
 _FAR = (8.5, 10.5, 13.0, 20.5, 60.0, 200.0, 1e4)  # where clipped activations would show
 
 
@@ -125,7 +129,7 @@ def find(
     """The fusions that a run of the examples shows.
 
     An activation counts if each of its calls gets the output of a packed layer, the very tensor, and if each
-    call of that layer is followed by one of it and no other module gets the tensor.
+    call of that layer is followed by one of it and no other module, nor a function, gets the tensor.
 
     Args:
         model: The model, with the packed layers in it.
@@ -134,7 +138,7 @@ def find(
         where: The places of modules in the model, as `candidates.places` finds them.
     """
     trace = _Trace(layers)
-    with removed(trace.watch(model)):
+    with removed(trace.watch(model)), _Functions(trace):
         session.outputs()
     names = {id(layer): name for name, layer in layers.items()}
     fusions = []
@@ -158,6 +162,7 @@ class _Trace:
         self._modules: dict[int, nn.Module] = {}
         self._readers: dict[tuple[int, int], list[int]] = defaultdict(list)  # of a (layer, call)
         self._sole: Counter[int] = Counter()  # calls with an output and no other argument
+        self._depth = 0  # how many of the modules run
 
     def watch(self, model: nn.Module) -> Iterator[Any]:
         for module in model.modules():
@@ -170,7 +175,7 @@ class _Trace:
         """Modules that are called with nothing but outputs of layers, and those layers."""
         fed: dict[int, dict[int, set[int]]] = defaultdict(lambda: defaultdict(set))
         for (layer, call), readers in self._readers.items():
-            if len(readers) == 1:
+            if len(readers) == 1 and readers[0] != _FUNCTION:
                 fed[readers[0]][layer].add(call)
         for reader, layers in fed.items():
             complete = all(len(calls) == self._layer_calls[layer] for layer, calls in layers.items())
@@ -178,24 +183,51 @@ class _Trace:
             if complete and every and reader not in self._layers:
                 yield self._modules[reader], [self._layers[layer] for layer in layers]
 
+    def used(self, values: Any) -> None:
+        """Notes that a function got values; within a module, that is the module's affair."""
+        if self._depth == 0:
+            for value in pytree.tree_leaves(values):
+                self._read(value, _FUNCTION)
+
+    def _read(self, value: Any, reader: int) -> bool:
+        known = self._outputs.get(id(value))
+        if known is None or known[0]() is not value:
+            return False
+        self._readers[known[1:]].append(reader)
+        return True
+
     def _called(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         key = id(module)
         self._modules[key] = module
         self._module_calls[key] += 1
+        self._depth += 1
         for value in (*args, *kwargs.values()):
-            known = self._outputs.get(id(value))
-            if known is not None and known[0]() is value:
-                self._readers[known[1:]].append(key)
+            if self._read(value, key):
                 self._sole[key] += len(args) == 1 and not kwargs
 
     def _returned(self, module: nn.Module, _: Any, output: Any) -> None:
         key = id(module)
+        self._depth -= 1
         if key not in self._layers:  # what was computed in place is no output of a layer any more
             self._outputs.pop(id(output), None)
             return
         if isinstance(output, Tensor):
             self._outputs[id(output)] = (weakref.ref(output), key, self._layer_calls[key])
         self._layer_calls[key] += 1
+
+
+class _Functions(TorchFunctionMode):
+    """Tells a trace which tensors functions and methods get, unless these only ask for a shape or so."""
+
+    def __init__(self, trace: _Trace) -> None:
+        super().__init__()
+        self._trace = trace
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if not isinstance(result, _ABOUT):
+            self._trace.used((args, kwargs))
+        return result
 
 
 def find_in_sequences(

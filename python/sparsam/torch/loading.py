@@ -49,7 +49,8 @@ class Loaded:
             ValueError: The file is damaged, or does not fit the model.
         """
         manifest = Manifest.from_metadata(handle.metadata() or {})
-        _check_modules(manifest, dict(model.named_modules(remove_duplicate=False)))
+        within = {name: m for name, m in model.named_modules(remove_duplicate=False) if name}
+        _check_modules(manifest, within)
         state = model.state_dict()
         names = _expected(manifest, state)
         if odd := sorted(names ^ set(handle.keys())):

@@ -145,7 +145,9 @@ def conv2d(
     key = (images, *geometry)
     kernel = weight.kernel(key)
     if kernel is None:
-        kernel = weight.choose(key, (costs.bucket(images), *geometry), x.dtype, {"panels": run}, dense)
+        # Sizes of signals and images come in any number: those alike, to a power of two, share the choice.
+        alike = (costs.bucket(images), *(size.bit_length() for size in image), *geometry[1:])
+        kernel = weight.choose(key, alike, x.dtype, {"panels": run}, dense)
     if kernel == "dense":
         return dense(weight.dense(x.dtype))
     run()

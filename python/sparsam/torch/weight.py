@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import os
 import threading
 from collections.abc import Callable, Hashable, Mapping
 from typing import Any
@@ -25,6 +26,7 @@ __all__ = ["DTYPES", "PackedWeight", "find", "from_array", "to_array"]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 _ROUNDS = 3
+_PROCESS = os.getpid()  # in a forked child, torch's own products wait for threads that are gone
 _handles = itertools.count(1)
 _living: WeakValueDictionary[int, PackedWeight] = WeakValueDictionary()
 
@@ -59,6 +61,7 @@ class PackedWeight:
         self.handle = next(_handles)
         _living[self.handle] = self
         self._dense: dict[torch.dtype, Tensor] = {}
+        self._casts: WeakValueDictionary[torch.dtype, PackedWeight] = WeakValueDictionary()
         self._kernels: dict[Hashable, str] = {}
         self._lock = threading.RLock()
 
@@ -138,10 +141,14 @@ class PackedWeight:
         """This weight for a layer that computes in another dtype."""
         if dtype == self.dtype:
             return self
-        values = dtype if self.value_dtype == self.dtype else self.value_dtype
-        return PackedWeight.pack(
-            self.unpack().to(dtype), dtype=values, groups=self.groups, transposed=self.transposed
-        )
+        with self._lock:
+            if (known := self._casts.get(dtype)) is not None:  # for a layer whose weight is tied
+                return known
+            values = dtype if self.value_dtype == self.dtype else self.value_dtype
+            self._casts[dtype] = cast = PackedWeight.pack(
+                self.unpack().to(dtype), dtype=values, groups=self.groups, transposed=self.transposed
+            )
+            return cast
 
     def dense(self, dtype: torch.dtype) -> Tensor:
         """The unpacked weight that dense products use: (out, in, ...), kept from now on."""
@@ -201,8 +208,10 @@ class PackedWeight:
         if self.nnz == 0:
             return next(iter(runs))
         had_layouts = any(part.layout_nbytes for part in self.parts)
-        weight = self._dense[dtype] if dtype in self._dense else self._oriented(dtype)
-        every = {**runs, "dense": lambda: dense(weight)}
+        every = dict(runs)
+        if os.getpid() == _PROCESS or torch.get_num_threads() == 1:
+            weight = self._dense[dtype] if dtype in self._dense else self._oriented(dtype)
+            every["dense"] = lambda: dense(weight)
         best = dict.fromkeys(every, math.inf)
         for _ in range(_ROUNDS):  # in turn, so that what disturbs one disturbs them all
             for name, run in every.items():
@@ -240,6 +249,17 @@ def find(handle: int) -> PackedWeight:
     except KeyError:
         msg = f"no packed weight {handle} in this process: its layer was deleted, or compiled elsewhere"
         raise RuntimeError(msg) from None
+
+
+def _after_fork() -> None:
+    """Frees the locks in a child, and lets no product wait for torch's threads, which it has not."""
+    for weight in list(_living.values()):
+        weight._lock = threading.RLock()
+        weight._kernels = {key: kernel for key, kernel in weight._kernels.items() if kernel != "dense"}
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
 
 
 def to_array(tensor: Tensor) -> NDArray[Any]:

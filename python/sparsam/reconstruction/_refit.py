@@ -99,7 +99,7 @@ def to_cross(cross: ArrayLike, layer: Layer) -> NDArray[np.float64]:
         at = tuple(int(i) for i in np.argwhere(~np.isfinite(given))[0])
         msg = f"cross for tensor {layer.name!r} is {given[at]} at index {at}: expected finite numbers"
         raise ValueError(msg)
-    return given.astype(np.float64)
+    return given.astype(np.float64, order="C")
 
 
 def solve(

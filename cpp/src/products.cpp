@@ -36,7 +36,7 @@ float* scratch(std::size_t floats) {
   thread_local Memory memory;
   if (memory.bytes() < floats * sizeof(float)) {
     memory = Memory();  // first free, then take
-    memory = Memory(floats * sizeof(float));
+    memory = Memory::alone(floats * sizeof(float));
   }
   return memory.as<float>();
 }

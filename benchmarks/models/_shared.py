@@ -38,6 +38,7 @@ __all__ = [
 Runs = Mapping[str, Callable[[], object]]
 
 ENOUGH, PATIENCE = 6, 6
+UNNOTICED_MS = 20.0  # a switch to other work in that time, of the system itself say, is no disturbance
 _disturbed: list[Stopwatch] = []
 
 
@@ -52,7 +53,7 @@ class Stopwatch:
         """Times a call."""
         switches, start = _switches(), time.perf_counter()
         run()
-        self.add(1e3 * (time.perf_counter() - start), clean=_switches() == switches)
+        self._add(1e3 * (time.perf_counter() - start), _switches() - switches)
 
     def take_layers(self, layers: Mapping[str, nn.Module], run: Callable[[], object]) -> None:
         """Times what those layers take during a call, summed."""
@@ -72,13 +73,17 @@ class Stopwatch:
                     stack.callback(handle.remove)
             switches = _switches()
             run()
-            self.add(1e3 * total, clean=_switches() == switches)
+            self._add(1e3 * total, _switches() - switches)
 
-    def add(self, ms: float, *, clean: bool) -> None:
-        """Notes milliseconds taken."""
+    def _add(self, ms: float, switches: int) -> None:
         self.every.append(ms)
-        if clean:
+        if switches <= ms / UNNOTICED_MS:
             self.clean.append(ms)
+
+    def trust(self, times: Iterable[float]) -> None:
+        """Notes times that another process took."""
+        self.every += times
+        self.clean = self.every
 
     @property
     def enough(self) -> bool:
@@ -120,8 +125,7 @@ def in_turn(runs: Runs, *, seconds: float = 3.0, block: float = 0.1) -> dict[str
         for name, run in runs.items():
             elsewhere: Callable[[float], list[float]] | None = getattr(run, "block_ms", None)
             if elsewhere is not None:
-                for ms in elsewhere(block):
-                    watches[name].add(ms, clean=True)
+                watches[name].trust(elsewhere(block))
                 continue
             run()
             end, calls = time.perf_counter() + block, 0

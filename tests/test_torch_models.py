@@ -205,6 +205,7 @@ def test_hugging_face(build: Callable[[], nn.Module], fused: dict[str, int], swa
     assert {name: found.count(name) for name in set(found)} == fused
 
 
+@pytest.mark.filterwarnings("ignore:`past_key_values` is deprecated:FutureWarning")
 def test_hugging_face_with_a_cache_that_grows() -> None:
     model = pruned(llama())
     ids = torch.randint(0, 50, (1, 6))

@@ -288,7 +288,7 @@ def histogram(
         raise ValueError(msg)
     figure, axes = _axes(file)
     # Symmetric, with the middle bin around zero.
-    reach = max(float(np.abs(finite).max()), np.finfo(np.float32).tiny)
+    reach = max(float(np.abs(finite).max()), float(np.finfo(np.float32).tiny))
     counts, edges = np.histogram(finite, bins=_BINS, range=(-reach, reach))
     axes.stairs(counts, edges, fill=True, color=_COLOURS[0], label=f"{flat.size:,} weights")
     if found.k and math.isfinite(found.value):

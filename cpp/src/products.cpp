@@ -36,7 +36,7 @@ float* scratch(std::size_t floats) {
   thread_local Memory memory;
   if (memory.bytes() < floats * sizeof(float)) {
     memory = Memory();  // first free, then take
-    memory = Memory::alone(floats * sizeof(float));
+    memory = Memory(floats * sizeof(float));
   }
   return memory.as<float>();
 }
@@ -186,9 +186,10 @@ struct ConvProduct : PanelTiles {
   }
 };
 
-// Many tiles: each thread packs a group of its own, which stays in its L2 cache, and takes it through all row
-// blocks. Few: the threads pack all tiles together and then share the work, row block by row block. Either
-// way the weights of a block are used for several tiles while they are in the L2 cache.
+// Where there are tiles for all threads, each packs groups of its own, which stay in its L2 cache, and takes
+// them through all row blocks: where cores do not share a cache, what another thread packed is slow to read.
+// Few tiles: the threads pack them together and share the work, row block by row block. Either way the
+// weights of a block are used for all tiles of a group while they are in the L2 cache.
 constexpr std::size_t kGroupBytes = 400 << 10;
 
 template <class Product>
@@ -199,9 +200,10 @@ void run(const Product& p, bool parallel) {
     p.multiply(tile, row_block, packed, sums);
   };
   const std::size_t workers = worker_count(tiles * p.row_blocks(), parallel);
-  const std::size_t group = std::max<std::size_t>(1, kGroupBytes / (floats * sizeof(float)));
+  const std::size_t most = std::max<std::size_t>(1, kGroupBytes / (floats * sizeof(float)));
+  const std::size_t group = std::clamp<std::size_t>(tiles / (4 * workers), 1, most);
   const std::size_t groups = (tiles + group - 1) / group;
-  if (groups >= 4 * workers) {
+  if (groups >= 2 * workers) {
     float* const packed = scratch<Purpose::tiles>(workers * group * floats);
     for_each_task(groups, workers, [&](std::size_t worker, std::size_t task) {
       float* const own = packed + worker * group * floats;

@@ -1,9 +1,8 @@
-// A block of memory that is not cleared, aligned to cache lines, and on huge pages unless it is small: small
-// pages lie scattered, so that what two threads read together evicts itself from their L2 caches and each
-// fetches it from the other's; and the first touch of many small pages can take longer than packing into
-// them.
+// A block of memory that is not cleared, aligned to cache lines, and on huge pages where it is large: packed
+// weights are streamed, and the first touch of small pages can take longer than the packing itself.
 #pragma once
 #include <cstddef>
+#include <cstdlib>
 #include <memory>
 
 namespace sparsam {
@@ -11,12 +10,7 @@ namespace sparsam {
 class Memory {
  public:
   Memory() = default;
-  // Up to some MiB it shares huge pages with other blocks, which come back when the last of them is gone: for
-  // what stays as long as its neighbours, such as weights.
   explicit Memory(std::size_t bytes);
-
-  // On pages of its own.
-  static Memory alone(std::size_t bytes);
 
   // `bytes` and behind them kReadable zeros, which kernels may read and do not use.
   static constexpr std::size_t kReadable = 64;
@@ -29,7 +23,10 @@ class Memory {
   }
 
  private:
-  std::shared_ptr<char> data_;
+  struct Free {
+    void operator()(char* p) const { std::free(p); }
+  };
+  std::unique_ptr<char, Free> data_;
   std::size_t bytes_ = 0;
 };
 

@@ -154,7 +154,6 @@ def test_a_page_that_cannot_be_written_is_known_before_the_run(
 
 
 def test_time(result: demo.DemoResult) -> None:
-    assert result.seconds < 60
     assert 0 < result.selection_seconds < result.seconds
     assert 0 < result.partition_seconds < result.seconds
 

@@ -21,8 +21,8 @@ from pytest_benchmark.fixture import BenchmarkFixture
 
 import sparsam
 from sparsam import _core
-from sparsam.reconstruction import _obs, admm, obs, reconstruction_error, refit
-from sparsam.reconstruction._layer import to_layer
+from sparsam.reconstruction import admm, column_sweep, obs, reconstruction_error, refit
+from sparsam.reconstruction.layer_problem import to_layer
 
 LIMIT = int(os.environ.get("SPARSAM_BENCH_MAX", "100_000_000"))
 SIZE = min(1536, math.isqrt(LIMIT))
@@ -49,7 +49,7 @@ def magnitude_error() -> float:
 @cache
 def factor() -> Matrix:
     w, h = layer()
-    return _obs._inverse_factor(to_layer(w, h, "w"), 0.01)[0].astype(np.float32)
+    return column_sweep._inverse_factor(to_layer(w, h, "w"), 0.01)[0].astype(np.float32)
 
 
 def run(

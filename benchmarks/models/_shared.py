@@ -14,12 +14,11 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-import torch
-from torch import Tensor, nn
-
 import sparsam
 import sparsam.torch
+import torch
 from sparsam import bench
+from torch import Tensor, nn
 
 __all__ = [
     "Stopwatch",

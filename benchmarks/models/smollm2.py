@@ -22,7 +22,6 @@ from importlib.metadata import files
 from pathlib import Path
 from typing import Any, cast
 
-import torch
 from _shared import (
     Stopwatch,
     accelerate,
@@ -34,11 +33,12 @@ from _shared import (
     print_table,
     prune,
 )
-from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 
+import torch
 from sparsam.torch import SparseLinear
+from torch import Tensor, nn
 
 FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 TOLERANCE = 1e-4  # of the largest logit

@@ -14,11 +14,11 @@ import copy
 import itertools
 from collections.abc import Callable
 
-import torch
 from _shared import accelerate, describe, in_turn, named, print_disturbed, print_table, prune
-from torch import Tensor, nn
 
+import torch
 from sparsam.torch import SparseConv2d
+from torch import Tensor, nn
 
 TOLERANCE = 1e-5  # of the largest output
 DENSE, LAST, OURS = "torch", "torch, channels_last", "SparseConv2d"

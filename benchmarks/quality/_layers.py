@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 
 from sparsam import Mask, prune
 from sparsam.allocation import allocate
+from sparsam.analysis.sweep import SensitivityReport
 from sparsam.reconstruction import admm, obs, refit
-from sparsam.sensitivity import SensitivityReport
 from sparsam.statistics import InputStatistics
 
 Array = NDArray[Any]

@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch.nn.grad import conv2d_weight
 
+import torch
 from sparsam.statistics import InputStatistics
 
 Array = NDArray[Any]

@@ -33,7 +33,7 @@ from _layers import (
     refine,
     table,
 )
-from sparsam.sensitivity import SensitivityCurve, SensitivityPoint, SensitivityReport, sensitivity
+from sparsam.analysis.sweep import SensitivityCurve, SensitivityPoint, SensitivityReport, sensitivity
 from sparsam.statistics import InputStatistics
 
 SPARSITIES = (0.5, 0.6, 0.7, 0.8, 0.9)

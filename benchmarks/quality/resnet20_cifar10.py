@@ -16,9 +16,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-import torch
 import torch.nn.functional as F
 
+import torch
 from _layers import (
     IN_SEQUENCE,
     ONE_SHOT,
@@ -48,7 +48,7 @@ from _resnet import (
     shortcut,
     statistics,
 )
-from sparsam.sensitivity import SensitivityCurve, SensitivityPoint, SensitivityReport, sensitivity
+from sparsam.analysis.sweep import SensitivityCurve, SensitivityPoint, SensitivityReport, sensitivity
 
 SPARSITIES = (0.5, 0.6, 0.7, 0.8, 0.9)
 GRID = (0.3, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95, 0.99)

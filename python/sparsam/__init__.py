@@ -11,22 +11,22 @@ from __future__ import annotations
 from sparsam import checkpoint
 from sparsam._core import __version__
 from sparsam.allocation import allocate
+from sparsam.analysis.lottery import find_ticket
+from sparsam.analysis.search import find_smallest
+from sparsam.analysis.sweep import sensitivity
 from sparsam.config import PruningConfig
-from sparsam.iterative import IterativePruner
-from sparsam.lottery import find_ticket
 from sparsam.masks import Mask
-from sparsam.matrix import SparseMatrix
 from sparsam.patterns import NM, Block, Slices, Tied, Unstructured
 from sparsam.pruner import MagnitudePruner, PruningResult, prune
 from sparsam.reconstruction import admm, obs, refit
 from sparsam.report import LayerStats
 from sparsam.runtime import available_isas, build_info, isa, num_threads, set_num_threads, use_isa
 from sparsam.scores import Magnitude, Random
-from sparsam.search import find_smallest
 from sparsam.selection import select, select_many, threshold
-from sparsam.sensitivity import sensitivity
 from sparsam.shrinking import shrink
+from sparsam.sparse.matrix import SparseMatrix
 from sparsam.statistics import InputStatistics
+from sparsam.training.iterative import IterativePruner
 
 __all__ = [
     "NM",

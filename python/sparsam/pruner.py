@@ -20,11 +20,11 @@ from sparsam import scores
 from sparsam._checks import to_arrays
 from sparsam.allocation import _allocate
 from sparsam.config import Override, PruningConfig, Scorer
+from sparsam.coupling import members, select_tied, tied_patterns, tied_sparsities
 from sparsam.masks import Mask, _check_apart
 from sparsam.patterns import NM, Block, Pattern, Slices, Tied
 from sparsam.report import LayerStats, Report, measure
 from sparsam.selection import DTYPES, count_pruned, is_weight_dtype, pruned_last, score_tensor, select_many
-from sparsam.ties import members, select_tied, tied_patterns, tied_sparsities
 
 SINGLE = "weights"
 """What a tensor that came without a name is called."""

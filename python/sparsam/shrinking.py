@@ -13,9 +13,9 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from sparsam._checks import to_arrays
+from sparsam.coupling import check_ties
 from sparsam.masks import Mask
 from sparsam.patterns import Slices, Tied, as_ties
-from sparsam.ties import check_ties
 
 
 def shrink(

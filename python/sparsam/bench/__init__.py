@@ -5,7 +5,6 @@ Every time is the median of repeated runs after one warm-up. Functions return ro
 
 from __future__ import annotations
 
-from sparsam.bench._timing import median_seconds
 from sparsam.bench.matmul import (
     MatmulRow,
     Problem,
@@ -17,6 +16,7 @@ from sparsam.bench.matmul import (
     read_dlmc,
 )
 from sparsam.bench.selection import SelectRow, select
+from sparsam.bench.timing import median_seconds
 
 __all__ = [
     "MatmulRow",

@@ -11,7 +11,7 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
-from sparsam.bench._timing import median_seconds
+from sparsam.bench.timing import median_seconds
 from sparsam.masks import Mask
 from sparsam.selection import select_many, threshold
 

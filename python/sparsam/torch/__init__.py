@@ -20,11 +20,11 @@ except ImportError as error:
     raise ImportError(msg) from error
 
 from sparsam import _core
-from sparsam.torch.accelerate import accelerate
-from sparsam.torch.acceleration_report import AccelerationReport, LayerRow
-from sparsam.torch.exchange import restore
-from sparsam.torch.files import load, save
-from sparsam.torch.modules import SparseConv2d, SparseLinear
+from sparsam.torch.acceleration.layer_swap import restore
+from sparsam.torch.acceleration.report import AccelerationReport, LayerRow
+from sparsam.torch.acceleration.workflow import accelerate
+from sparsam.torch.layers.modules import SparseConv2d, SparseLinear
+from sparsam.torch.serialization.files import load, save
 
 __all__ = [
     "AccelerationReport",

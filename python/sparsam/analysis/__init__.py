@@ -1,0 +1,13 @@
+"""What pruning costs a network: sweeps, the smallest network that is good enough, lottery tickets.
+
+Tasks are spread over any `concurrent.futures.Executor`. Imports the pipeline, `checkpoint`, `training` and,
+for the pictures of a report, `plot`.
+"""
+
+from __future__ import annotations
+
+from sparsam.analysis.lottery import find_ticket
+from sparsam.analysis.search import find_smallest
+from sparsam.analysis.sweep import sensitivity
+
+__all__ = ["find_smallest", "find_ticket", "sensitivity"]

@@ -1,0 +1,234 @@
+"""One job, many small tasks, over any `concurrent.futures.Executor`.
+
+A job holds what all tasks share (the weights, the functions), and may be large; a task is a few words. Tasks
+therefore travel alone. A worker that has not got the job says so, and the task is sent again together with
+it, so that the job travels about once to each worker and not once with each task. Threads, and processes
+forked after the start, share the memory of the caller and are sent nothing.
+"""
+
+from __future__ import annotations
+
+import pickle
+import secrets
+import socket
+import threading
+import traceback
+import warnings
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Executor, Future, wait
+from dataclasses import dataclass
+from os import getpid
+from typing import Any, Generic, TypeVar
+
+TaskT = TypeVar("TaskT")
+ResultT = TypeVar("ResultT")
+
+_HEADROOM = 4
+"""How many tasks are on their way beyond two for each worker that has answered: they find the other ones."""
+
+_own: dict[str, Callable[[Any], Any]] = {}
+"""The jobs that this process started, by token."""
+
+_sent: dict[str, Callable[[Any], Any]] = {}
+"""The job that another process sent here last."""
+
+
+class TaskError(Exception):
+    """A task failed: its `task` says which, its `__cause__` why. What ran beside it was yielded before."""
+
+    def __init__(self, task: Any, reason: str) -> None:
+        super().__init__(reason)
+        self.task = task
+
+
+@dataclass(frozen=True)
+class _Answer(Generic[ResultT]):
+    """What comes back from a worker: a result, an error, or the message that the job is missing."""
+
+    worker: tuple[str, int, int]
+    result: ResultT | None = None
+    error: Exception | None = None
+    trace: str = ""
+    missing: bool = False
+
+
+class TaskRunner(Generic[TaskT, ResultT]):
+    """A job, and where its tasks are done. A context manager: the job is forgotten at the end."""
+
+    def __init__(self, job: Callable[[TaskT], ResultT], executor: Executor | None) -> None:
+        """Takes the job, called with each task, and the executor; None: here, one task after the other."""
+        self._job = job
+        self._executor = executor
+        self._token = secrets.token_hex(16)
+        self._workers: set[tuple[str, int, int]] = set()
+        self._cold: set[tuple[str, int, int]] = set()
+        self._attempts = 0
+
+    def __enter__(self) -> TaskRunner[TaskT, ResultT]:
+        _own[self._token] = self._job
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        del _own[self._token]
+
+    def run(self, tasks: Iterable[TaskT]) -> Generator[tuple[TaskT, ResultT], None, None]:
+        """Yields each task with its result: in order without an executor, else as they are finished.
+
+        Closed before its end, it cancels what has not begun.
+
+        Raises:
+            TaskError: The job raised, or the executor could not run it. No further task is begun, and those
+                that are running are waited for and yielded first. Of several failures the earliest task's is
+                reported.
+        """
+        if self._executor is None:
+            for task in tasks:
+                try:
+                    result = self._job(task)
+                except Exception as error:
+                    raise TaskError(task, _described(error)) from error
+                yield task, result
+        else:
+            yield from _Flight(self, self._executor, tasks).land()
+
+    def submit(self, executor: Executor, task: TaskT, *, with_job: bool) -> Future[_Answer[ResultT]]:
+        """Sends a task on its way."""
+        # The count makes each attempt another call: Dask answers an equal one with the result it has.
+        self._attempts += 1
+        job = self._job if with_job else None
+        with warnings.catch_warnings():
+            # Dask's advice for what is sent with every task; this is sent about once to each worker.
+            warnings.filterwarnings("ignore", "Sending large graph", UserWarning)
+            return executor.submit(_work, self._token, self._attempts, task, job)
+
+    def seen(self, worker: tuple[str, int, int], *, missing: bool) -> None:
+        """Takes note of a worker that answered, and whether it has the job."""
+        self._workers.add(worker)
+        (self._cold.add if missing else self._cold.discard)(worker)
+
+    @property
+    def without_job(self) -> int:
+        """How many workers said that they have not got the job."""
+        return len(self._cold)
+
+    @property
+    def room(self) -> int:
+        """How many tasks may be on their way at once."""
+        return 2 * len(self._workers) + _HEADROOM
+
+
+class _Flight(Generic[TaskT, ResultT]):
+    """The tasks of one run, and the futures of those that are on their way."""
+
+    def __init__(
+        self, runner: TaskRunner[TaskT, ResultT], executor: Executor, tasks: Iterable[TaskT]
+    ) -> None:
+        self._runner = runner
+        self._executor = executor
+        self._waiting = deque(enumerate(tasks))
+        self._flying: dict[Future[_Answer[ResultT]], tuple[int, TaskT, bool]] = {}
+        self._held: list[tuple[int, TaskT]] = []
+        self._failures: list[tuple[int, TaskT, Exception, str]] = []
+
+    def land(self) -> Iterator[tuple[TaskT, ResultT]]:
+        try:
+            while True:
+                while self._waiting and len(self._flying) < self._runner.room:
+                    self._submit(*self._waiting.popleft(), with_job=False)
+                if not self._flying:
+                    break
+                done, _ = wait(self._flying, return_when=FIRST_COMPLETED)
+                for future in [future for future in self._flying if future in done]:
+                    yield from self._receive(future)
+                if not self._carrying():
+                    self._waiting.extendleft(reversed(self._held))
+                    self._held.clear()
+        finally:
+            for future in self._flying:
+                future.cancel()
+        if self._failures:
+            _, task, error, reason = min(self._failures, key=lambda failure: failure[0])
+            raise TaskError(task, reason) from error
+
+    def _submit(self, place: int, task: TaskT, *, with_job: bool) -> None:
+        try:
+            future = self._runner.submit(self._executor, task, with_job=with_job)
+        except Exception as error:
+            self._fail(place, task, error, _undelivered(error))
+        else:
+            self._flying[future] = place, task, with_job
+
+    def _carrying(self) -> int:
+        """How many tasks are on their way with the job."""
+        return sum(with_job for *_, with_job in self._flying.values())
+
+    def _receive(self, future: Future[_Answer[ResultT]]) -> Iterator[tuple[TaskT, ResultT]]:
+        place, task, _ = self._flying.pop(future)
+        if future.cancelled():
+            return
+        if (broken := future.exception()) is not None:
+            if not isinstance(broken, Exception):
+                raise broken
+            self._fail(place, task, broken, _undelivered(broken))
+            return
+        answer = future.result()
+        self._runner.seen(answer.worker, missing=answer.missing)
+        if answer.missing and self._failures:
+            return
+        if answer.missing and self._carrying() < self._runner.without_job:
+            self._submit(place, task, with_job=True)
+        elif answer.missing:
+            # As many jobs are on their way as there are workers in want of it.
+            self._held.append((place, task))
+        elif answer.error is not None:
+            if answer.error.__traceback__ is None:
+                answer.error.__cause__ = RuntimeError(f"in the worker:\n{answer.trace}")
+            self._fail(place, task, answer.error, _described(answer.error))
+        else:
+            yield task, answer.result  # type: ignore[misc]
+
+    def _fail(self, place: int, task: TaskT, error: Exception, reason: str) -> None:
+        self._failures.append((place, task, error, reason))
+        self._waiting.clear()
+        self._held.clear()
+        # What could be cancelled is not waited for: not every executor says when it is done with it.
+        for future in [future for future in self._flying if future.cancel()]:
+            del self._flying[future]
+
+
+def _work(token: str, attempt: int, task: TaskT, job: Callable[[TaskT], ResultT] | None) -> _Answer[ResultT]:
+    """Runs in the worker."""
+    del attempt
+    here = (socket.gethostname(), getpid(), threading.get_ident())
+    if job is not None:
+        _sent.clear()
+        _sent[token] = job
+    found = job or _own.get(token) or _sent.get(token)
+    if found is None:
+        return _Answer(here, missing=True)
+    try:
+        return _Answer(here, result=found(task))
+    except Exception as error:
+        return _Answer(here, error=_portable(error), trace=traceback.format_exc())
+
+
+def _portable(error: Exception) -> Exception:
+    """The error, or one in its words if it would not survive the way to another process."""
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:  # whatever a class of the user's may raise
+        return RuntimeError(_described(error))
+    return error
+
+
+def _described(error: BaseException) -> str:
+    text = str(error)
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+def _undelivered(error: BaseException) -> str:
+    return (
+        f"the executor could not run it ({_described(error)}); for processes, eval_fn, the weights and the "
+        "configuration must pickle: use functions of a module, or a ThreadPoolExecutor"
+    )

@@ -1,0 +1,370 @@
+"""The smallest network that is still good enough: bisection over the total sparsity."""
+
+from __future__ import annotations
+
+import glob
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
+from numbers import Real
+from typing import Any, NamedTuple
+
+from numpy.typing import ArrayLike
+
+from sparsam._checks import check_sparsity, integer, positive, to_arrays
+from sparsam.analysis.sensitivity_report import SensitivityReport, _plain
+from sparsam.config import AllocationLike, Override, PruningConfig
+from sparsam.coupling import members
+from sparsam.masks import Mask
+from sparsam.patterns import NM, Unstructured
+from sparsam.pruner import PruningResult, configured, plan, prune
+from sparsam.report import LayerStats, Report, measure
+from sparsam.training.callbacks import Arrays, Masks, evaluate_finite, sparsity_of, validate_returned_weights
+
+__all__ = ["SearchProbe", "SearchResult", "find_smallest"]
+
+Allocate = Callable[[float], Mapping[str, float]]
+
+
+class SearchProbe(NamedTuple):
+    """One sparsity that was tried.
+
+    Attributes:
+        target: The total sparsity asked for.
+        sparsity: The sparsity reached, over the tensors that are pruned.
+        score: What `eval_fn` returned, after recovery if there is any.
+        passed: Whether that is at least `min_score`.
+    """
+
+    target: float
+    sparsity: float
+    score: float
+    passed: bool
+
+
+@dataclass(frozen=True)
+class SearchResult:
+    """What `find_smallest` found; `print` it.
+
+    Attributes:
+        sparsity: The sparsity of `weights`, over the tensors that are pruned; 0.0 if they are dense.
+        score: Their score.
+        weights: Name -> array, in new arrays where pruned.
+        masks: Name -> mask of each tensor that is pruned; all ones if `weights` are dense.
+        report: The statistics of every tensor.
+        curve: The degradation curve: all that was tried, the dense weights first, by rising target.
+        min_score: What was asked for.
+        max_sparsity: The highest total that the search could have gone to.
+        finished: Whether the search ended by itself; False if `max_evaluations` ran out.
+    """
+
+    sparsity: float
+    score: float
+    weights: dict[str, Any] = field(repr=False)
+    masks: dict[str, Mask] = field(repr=False)
+    report: Report = field(repr=False)
+    curve: tuple[SearchProbe, ...]
+    min_score: float
+    max_sparsity: float
+    finished: bool
+
+    @property
+    def dense_score(self) -> float:
+        """The score of the dense weights."""
+        return self.curve[0].score
+
+    @property
+    def evaluations(self) -> int:
+        """How many evaluations the search took, that of the dense weights included."""
+        return len(self.curve)
+
+    @property
+    def monotone(self) -> bool:
+        """Whether no score on the curve is above that of a lower sparsity."""
+        return all(later.score <= earlier.score for earlier, later in pairwise(self.curve))
+
+    @property
+    def beyond(self) -> tuple[SearchProbe, ...]:
+        """What passed although a lower sparsity failed: not trusted, and not returned."""
+        failed = [probe.target for probe in self.curve if not probe.passed]
+        return tuple(probe for probe in self.curve if failed and probe.passed and probe.target > failed[0])
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns all but the weights and the masks in plain types; infinite scores as text."""
+        return {
+            "sparsity": self.sparsity,
+            "score": _plain(self.score),
+            "dense_score": _plain(self.dense_score),
+            "min_score": _plain(self.min_score),
+            "max_sparsity": self.max_sparsity,
+            "evaluations": self.evaluations,
+            "finished": self.finished,
+            "monotone": self.monotone,
+            "curve": [{**probe._asdict(), "score": _plain(probe.score)} for probe in self.curve],
+            "report": self.report.to_dict(),
+        }
+
+    def __str__(self) -> str:
+        scores = f"score {self.score:.6g}, dense {self.dense_score:.6g}, asked for {self.min_score:.6g}"
+        end = "" if self.finished else "; they ran out before the search ended"
+        lines = [
+            f"{self.sparsity:.2%} of the weights pruned: {scores}",
+            f"{self.evaluations} evaluations{end}",
+            "",
+            f"{'sparsity':>9}  {'score':>10}",
+        ]
+        lines += [
+            f"{probe.sparsity:>9.2%}  {probe.score:>10.6g}" + ("" if probe.passed else "  too low")
+            for probe in self.curve
+        ]
+        if not self.monotone:
+            lines += ["", "The score does not only fall with sparsity: what was not tried may differ."]
+        if self.beyond:
+            lines.append("What passed beyond a sparsity that failed is not trusted.")
+        return "\n".join(lines)
+
+
+def find_smallest(
+    weights: Mapping[str, ArrayLike],
+    eval_fn: Callable[[Arrays], float],
+    min_score: float,
+    *,
+    config: PruningConfig | None = None,
+    allocation: AllocationLike | SensitivityReport | Allocate | None = None,
+    recover_fn: Callable[[Arrays, Masks], Mapping[str, ArrayLike] | None] | None = None,
+    max_evaluations: int = 20,
+    tolerance: float = 0.01,
+    checks: int = 2,
+    callback: Callable[[SearchProbe], object] | None = None,
+) -> SearchResult:
+    """Finds the highest total sparsity whose score is at least `min_score`.
+
+    Bisection: the interval between the highest sparsity that passed and the lowest that failed is halved
+    until it is at most `tolerance` wide. Every probe prunes the dense weights anew. The highest sparsity
+    possible is tried only when all below it passed.
+
+    That is right if the score falls with sparsity. Since it need not, up to `checks` probes are then spent in
+    the middle of the widest gaps below the sparsity found; if one fails, the search goes on below that. What
+    is returned is the safe side: everything that was tried at or below its sparsity passed. `curve`,
+    `monotone` and `beyond` of the result show what else was seen.
+
+    Args:
+        weights: Name -> array, as for `sparsam.prune`. Not modified.
+        eval_fn: Weights -> score; the larger, the better. It is given a copy.
+        min_score: The lowest score that is good enough.
+        config: What is pruned, and how, as for `sparsam.prune`; the target sparsity is what is searched for,
+            overrides keep theirs.
+        allocation: How a total is shared out: what the `allocation` of the configuration takes (but fixed
+            sparsities), or a `SensitivityReport`, or a function from a total sparsity to {tensor: sparsity}.
+            Tensors that the last two do not name stay dense, unless overridden. Left out: as `config` says.
+        recover_fn: (weights, masks) -> the recovered weights, or None where it changed the given ones;
+            pruned weights are zeroed again. Called in every probe.
+        max_evaluations: How many times `eval_fn` may be called.
+        tolerance: How exactly the total is found.
+        checks: How many probes look for failures below what was found; 0 trusts that the score falls.
+        callback: Called with each probe, the dense weights being the first.
+
+    Returns:
+        The weights found, and how; the dense ones with sparsity 0 if every probe failed.
+
+    Raises:
+        ValueError: The dense weights miss `min_score`; `eval_fn` returned NaN; an N:M pattern, which has one
+            sparsity, is the configuration's; an argument is out of range; as for `sparsam.prune`.
+        TypeError: `weights` is no mapping; a callback returned something of another type.
+    """
+    arrays = to_arrays(weights)
+    if isinstance(min_score, bool) or not isinstance(min_score, Real) or math.isnan(min_score):
+        msg = f"min_score: expected a number; got {min_score!r}"
+        raise ValueError(msg)
+    if integer("checks", checks) < 0:
+        msg = f"checks: expected an integer of at least 0; got {checks}"
+        raise ValueError(msg)
+    if not check_sparsity("tolerance", tolerance) > 0:
+        msg = "tolerance: expected a number above 0; got 0"
+        raise ValueError(msg)
+    settings = configured(config, {})
+    if isinstance(settings.pattern, NM):
+        msg = f"pattern {settings.pattern} has one sparsity, {settings.pattern.sparsity}: nothing to search"
+        raise ValueError(msg)
+    search = _Search(arrays, eval_fn, float(min_score), recover_fn, _pruner(arrays, settings, allocation))
+    search.run(
+        positive("max_evaluations", max_evaluations),
+        tolerance,
+        checks,
+        allocation.max_sparsity if isinstance(allocation, SensitivityReport) else 1.0,
+        callback,
+    )
+    return search.result()
+
+
+class _Search:
+    """The probes of one search, and the recovered weights of those that may be returned."""
+
+    def __init__(
+        self,
+        arrays: Arrays,
+        eval_fn: Callable[[Arrays], float],
+        min_score: float,
+        recover_fn: Callable[[Arrays, Masks], Any] | None,
+        pruned: Callable[[float], PruningResult[Arrays, Masks]],
+    ) -> None:
+        self._arrays = arrays
+        self._eval_fn = eval_fn
+        self._min_score = min_score
+        self._recover_fn = recover_fn
+        self._pruned = pruned
+        self._probes: dict[float, SearchProbe] = {}
+        self._kept: dict[float, tuple[Arrays, Masks, tuple[LayerStats, ...]]] = {}
+        self._end = 1.0
+        self._finished = False
+
+    def run(
+        self,
+        max_evaluations: int,
+        tolerance: float,
+        checks: int,
+        end: float,
+        callback: Callable[[SearchProbe], object] | None,
+    ) -> None:
+        self._end = end
+        score = evaluate_finite(self._eval_fn, self._arrays, "the dense weights")
+        if score < self._min_score:
+            msg = f"min_score: expected at most {score}, what the dense weights score; got {self._min_score}"
+            raise ValueError(msg)
+        self._note(SearchProbe(0.0, 0.0, score, passed=True), callback)
+        while not self._finished:
+            target = self._next(tolerance)
+            if target is None and checks:
+                target = self._gap(tolerance)
+                checks -= 1
+            if target is None:
+                self._finished = True
+            elif len(self._probes) == max_evaluations:
+                break
+            else:
+                self._note(self._probe(target), callback)
+
+    def result(self) -> SearchResult:
+        best = self._bounds()[0]
+        if best in self._kept:
+            weights, masks, layers = self._kept[best]
+        else:
+            found = self._pruned(best)
+            weights, masks, layers = found.weights, found.masks, found.report.layers
+        if best == 0:
+            # Overrides prune even at a total of 0; what was evaluated is dense.
+            masks = {name: Mask.ones(mask.shape) for name, mask in masks.items()}
+            weights = {name: array.copy() for name, array in self._arrays.items()}
+            layers = tuple(replace(row, pruned_params=0, pattern="dense") for row in layers)
+        return SearchResult(
+            sparsity=self._probes[best].sparsity,
+            score=self._probes[best].score,
+            weights=weights,
+            masks=masks,
+            report=Report(
+                measure(row.name, weights[row.name], pruned=row.pruned_params, pattern=row.pattern)
+                for row in layers
+            ),
+            curve=tuple(sorted(self._probes.values())),
+            min_score=self._min_score,
+            max_sparsity=self._end,
+            finished=self._finished,
+        )
+
+    def _bounds(self) -> tuple[float, float | None]:
+        """The safe side: the highest target that passed below the lowest that failed; and that one."""
+        failed = min((at for at, probe in self._probes.items() if not probe.passed), default=None)
+        passed = max(
+            at for at, probe in self._probes.items() if probe.passed and (failed is None or at < failed)
+        )
+        return passed, failed
+
+    def _next(self, tolerance: float) -> float | None:
+        """Where bisection goes next; None where it ends."""
+        low, high = self._bounds()
+        if high is None and self._end - low <= tolerance:
+            return self._end if low < self._end else None
+        high = self._end if high is None else high
+        return (low + high) / 2 if high - low > tolerance else None
+
+    def _gap(self, tolerance: float) -> float | None:
+        """The middle of the widest gap below the target found; None if none is wider than the tolerance."""
+        passed = sorted(at for at in self._probes if at <= self._bounds()[0])
+        gaps = [(high - low, (low + high) / 2) for low, high in pairwise(passed) if high - low > tolerance]
+        return max(gaps)[1] if gaps else None
+
+    def _probe(self, target: float) -> SearchProbe:
+        result = self._pruned(target)
+        weights = result.weights
+        if self._recover_fn is not None:
+            given = {name: array.copy() for name, array in weights.items()}
+            returned = self._recover_fn(given, dict(result.masks))
+            where = f" at sparsity {target:g}"
+            weights = validate_returned_weights("recover_fn", given, returned, weights, result.masks, where)
+        score = evaluate_finite(self._eval_fn, weights, f"sparsity {target:g}")
+        passed = score >= self._min_score
+        if passed and self._recover_fn is not None:
+            self._kept[target] = weights, result.masks, result.report.layers
+        return SearchProbe(target, sparsity_of(result.masks), score, passed)
+
+    def _note(self, probe: SearchProbe, callback: Callable[[SearchProbe], object] | None) -> None:
+        self._probes[probe.target] = probe
+        best = self._bounds()
+        for target in [at for at in self._kept if best[1] is not None and at > best[1]]:
+            del self._kept[target]
+        if callback is not None:
+            callback(probe)
+
+
+def _pruner(
+    arrays: Arrays, config: PruningConfig, allocation: AllocationLike | SensitivityReport | Allocate | None
+) -> Callable[[float], PruningResult[Arrays, Masks]]:
+    """Total sparsity -> what `prune` makes of that."""
+    changes: dict[str, Any] = {"schedule": None, "num_iterations": None, "target_sparsity": 0.0}
+    allocate: Allocate | None = None
+    if isinstance(allocation, SensitivityReport):
+        allocate = allocation.allocate
+    elif allocation is not None and not isinstance(allocation, str) and callable(allocation):
+        allocate = allocation
+    if allocate is not None:
+        changes["allocation"] = "uniform"
+    elif allocation is not None:
+        changes["allocation"] = allocation
+    config = replace(config, **changes)
+    if isinstance(config.allocation, Mapping):
+        msg = (
+            "allocation: expected what shares out any total; got fixed sparsities, which leave no room; "
+            "pass a function from a total to sparsities, or put fixed ones in overrides"
+        )
+        raise ValueError(msg)
+
+    def pruned(target: float) -> PruningResult[Arrays, Masks]:
+        if allocate is None:
+            return prune(arrays, config, target_sparsity=target)
+        return prune(arrays, config, overrides=_explicit(arrays, config, allocate(target)))
+
+    return pruned
+
+
+def _explicit(arrays: Arrays, config: PruningConfig, sparsities: Mapping[str, float]) -> dict[str, Override]:
+    """The overrides of the configuration, and after them one for each tensor with a sparsity of its own."""
+    if not isinstance(sparsities, Mapping):
+        msg = f"allocation: expected a function that returns {{tensor: sparsity}}; got {sparsities!r} from it"
+        raise TypeError(msg)
+    patterns = {name: pool.pattern for pool in plan(arrays, config) for name in pool.names}
+    if unknown := [name for name in sparsities if name not in patterns]:
+        msg = (
+            f"allocation: it names {unknown[0]!r}, which the configuration does not prune; expected some of "
+            f"{list(patterns)!r}"
+        )
+        raise ValueError(msg)
+    tied = members(config.ties)
+    own: dict[str, Override] = {}
+    for name, sparsity in sparsities.items():
+        share = check_sparsity(f"allocation of {name!r}", sparsity)
+        # N:M has no sparsity 0 of its own, and a tie takes nothing but a sparsity.
+        pattern = patterns[name] if share else Unstructured()
+        own[glob.escape(name)] = share if name in tied else (share, pattern)
+    kept = {pattern: value for pattern, value in config.overrides.items() if pattern not in own}
+    return {**kept, **own}

@@ -1,0 +1,346 @@
+"""How much each tensor minds being pruned: one at a time, all others dense, the score recorded.
+
+The sweep is many independent evaluations, so an executor may spread them over threads, processes or machines.
+What is measured is decided in rounds that depend on scores only: the result is the same wherever it ran.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import Executor
+from contextlib import closing
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+from numpy.typing import ArrayLike, NDArray
+
+from sparsam._checks import check_sparsity, expected, positive, to_arrays
+from sparsam.analysis.executor import TaskError, TaskRunner
+from sparsam.analysis.sensitivity_report import SensitivityCurve, SensitivityPoint, SensitivityReport
+from sparsam.analysis.sweep_plan import DENSE, Task, rounds
+from sparsam.analysis.sweep_store import SweepStore
+from sparsam.config import Override, PruningConfig
+from sparsam.coupling import members
+from sparsam.patterns import NM, Pattern, Tied, Unstructured
+from sparsam.pruner import check_patterns, configured, plan, prune
+from sparsam.scores import resolve
+from sparsam.training.callbacks import Arrays, evaluate_finite
+from sparsam.training.saved_run import _described, identify
+
+__all__ = [
+    "EvaluationError",
+    "SensitivityCurve",
+    "SensitivityPoint",
+    "SensitivityReport",
+    "sensitivity",
+]
+
+SPARSITIES = (0.3, 0.5, 0.7, 0.8, 0.9)
+
+
+class EvaluationError(ValueError):
+    """An evaluation failed; the exception behind it is its `__cause__`.
+
+    Attributes:
+        name: The tensor or group that was pruned; "" for the dense weights.
+        sparsity: How far it was pruned.
+        report: What was measured before and beside it; None if the dense weights were not.
+    """
+
+    def __init__(self, message: str, name: str, sparsity: float, report: SensitivityReport | None) -> None:
+        super().__init__(message)
+        self.name = name
+        self.sparsity = sparsity
+        self.report = report
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return EvaluationError, (str(self), self.name, self.sparsity, self.report)
+
+
+@dataclass(frozen=True)
+class _Curve:
+    """What is swept: the tensors that are pruned together, and the sparsities that they can have."""
+
+    tensors: tuple[str, ...]
+    grid: tuple[float, ...]
+    whole_steps: bool
+    ties: tuple[Tied, ...]
+
+
+def sensitivity(
+    weights: Mapping[str, ArrayLike],
+    eval_fn: Callable[[Arrays], float],
+    sparsities: Sequence[float] = SPARSITIES,
+    *,
+    config: PruningConfig | None = None,
+    groups: Mapping[str, str | Sequence[str]] | None = None,
+    max_evaluations: int | None = None,
+    callback: Callable[[int, int, SensitivityPoint], object] | None = None,
+    state: str | PathLike[str] | None = None,
+    executor: Executor | None = None,
+) -> SensitivityReport:
+    """Prunes each tensor, or each group of tensors, alone at each sparsity and records the score.
+
+    The dense weights are evaluated exactly once. With `max_evaluations` every curve is measured at its
+    highest sparsity first; then, in rounds of a quarter of what is left of the budget, the intervals between
+    two measurements where the curve may differ most from a straight line are halved: those with the largest
+    `|score difference| * max(t, 1 - t)`, t being the place of the new measurement within the interval, as
+    for a monotone curve the score there lies between those of the ends. Of equals the wider interval comes
+    first, then the earlier tensor, then the lower sparsity.
+
+    Args:
+        weights: Name -> array, as for `sparsam.prune`. Not modified.
+        eval_fn: Weights -> score; the larger, the better (return the negative of a loss). It is given a copy
+            of all weights. For processes and Dask it must pickle.
+        sparsities: What to measure; order, repeats and 0 do not matter. Tensors with an N:M pattern are
+            measured at its own sparsity alone.
+        config: Its method and patterns are used, and `exclude`; of `overrides` the patterns (and which
+            vectors they name); the scope within a group. Its sparsities, allocation and schedule are not.
+        groups: Group -> the names of its tensors, or shell-style patterns; only these are swept then. Left
+            out: each tensor that the configuration prunes by itself, and each of its `ties`, under the names
+            of its tensors.
+        max_evaluations: How many evaluations may be spent, the dense one included; what `state` holds
+            counts too.
+        callback: Called in the caller's thread after each evaluation, once `state` has it, with how many of
+            how many are done, and the point.
+        state: A file, replaced after each evaluation. If it exists, what it holds is not evaluated again; it
+            must be of the same weights, method, patterns and groups. What `eval_fn` does is its own
+            business. One run at a time may use a file.
+        executor: Any `concurrent.futures.Executor`: a pool of threads or processes, or Dask's
+            `client.get_executor()`. Weights and functions travel about once to each process, and not with
+            each evaluation. The results are those without one.
+
+    Returns:
+        The report.
+
+    Raises:
+        EvaluationError: `eval_fn` raised, or returned NaN or no number, or the executor failed: with the
+            tensor, the sparsity, and the report of all that was measured. What was running was waited for.
+        ValueError: As for `sparsam.prune`; a group matches nothing or shares a tensor with another; the
+            budget is less than one evaluation for each curve and the dense one; `state` is of another run.
+        TypeError: `weights` is no mapping; as for `sparsam.prune`.
+    """
+    arrays = to_arrays(weights)
+    settings = configured(config, {})
+    check_patterns(settings, arrays, stacklevel=2)
+    unset: dict[str, Any] = {"target_sparsity": None, "schedule": None, "num_iterations": None}
+    settings = replace(settings, allocation="uniform", **unset)
+    curves = _curves(arrays, settings, _grid(sparsities), groups)
+    total = 1 + sum(len(curve.grid) for curve in curves.values())
+    if max_evaluations is not None:
+        if positive("max_evaluations", max_evaluations) < 1 + len(curves):
+            msg = (
+                f"max_evaluations: expected at least {1 + len(curves)}, the dense weights and each of "
+                f"{len(curves)} tensors or groups once; got {max_evaluations}"
+            )
+            raise ValueError(msg)
+        total = min(total, max_evaluations)
+
+    store = None if state is None else SweepStore(Path(state), _identity(settings, arrays, curves))
+    known = {Task(p.name, p.sparsity): p for p in store.load()} if store else {}
+    wanted: list[Task] = []
+    job = _Job(arrays, eval_fn, settings, curves)
+
+    def report() -> SensitivityReport | None:
+        return _report(arrays, settings, curves, {task: known[task] for task in wanted if task in known})
+
+    with TaskRunner(job, executor) as spread:
+        for tasks in rounds({name: curve.grid for name, curve in curves.items()}, known, total):
+            wanted += tasks
+            try:
+                with closing(spread.run([task for task in tasks if task not in known])) as results:
+                    for task, point in results:
+                        known[task] = point
+                        if store:
+                            store.save(known.values())
+                        if callback is not None:
+                            callback(sum(task in known for task in wanted), total, point)
+            except TaskError as error:
+                name, sparsity = error.task
+                where = f"tensor or group {name!r} at sparsity {sparsity:g}" if name else "the dense weights"
+                kept = f"; what was measured is in {state}" if store and known else ""
+                msg = f"{where}: {error}{kept}"
+                raise EvaluationError(msg, name, sparsity, report()) from error.__cause__
+    found = report()
+    assert found is not None
+    return found
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What one evaluation needs, apart from its task; it travels to the workers."""
+
+    weights: Arrays
+    eval_fn: Callable[[Arrays], float]
+    config: PruningConfig
+    curves: Mapping[str, _Curve]
+
+    def __call__(self, task: Task) -> SensitivityPoint:
+        if task == DENSE:
+            score = evaluate_finite(self.eval_fn, self.weights, "the dense weights")
+            if math.isinf(score):
+                msg = (
+                    f"eval_fn returned {score} for the dense weights: expected a finite score to compare with"
+                )
+                raise ValueError(msg)
+            return SensitivityPoint("", 0.0, 0, score)
+        name, sparsity = task
+        curve = self.curves[name]
+        tensors = {tensor: self.weights[tensor] for tensor in curve.tensors}
+        result = prune(tensors, _alone(self.config, curve, sparsity))
+        pruned = sum(mask.size - mask.count for mask in result.masks.values())
+        score = evaluate_finite(
+            self.eval_fn, {**self.weights, **result.weights}, f"{name!r} at sparsity {sparsity:g}"
+        )
+        return SensitivityPoint(name, sparsity, pruned, score)
+
+
+def _alone(config: PruningConfig, curve: _Curve, sparsity: float) -> PruningConfig:
+    """The configuration that prunes these tensors and no others, all of them to one sparsity."""
+    overrides = {
+        pattern: _at(value, sparsity)
+        for pattern, value in config.overrides.items()
+        if any(fnmatchcase(name, pattern) for name in curve.tensors)
+    }
+    # Nothing but ties: an N:M pattern would hold them to its own sparsity.
+    alone = set(curve.tensors) <= set(members(curve.ties))
+    pattern = Unstructured() if alone else config.pattern
+    target = pattern.sparsity if isinstance(pattern, NM) else sparsity
+    return replace(
+        config, target_sparsity=target, pattern=pattern, exclude=(), overrides=overrides, ties=curve.ties
+    )
+
+
+def _at(value: Override, sparsity: float) -> Override:
+    """An override at another sparsity; N:M has but one."""
+    if isinstance(value, Pattern):
+        return value
+    if isinstance(value, tuple):
+        return value if isinstance(value[1], NM) else (sparsity, value[1])
+    return sparsity
+
+
+def _grid(sparsities: Sequence[float]) -> tuple[float, ...]:
+    values = sparsities if isinstance(sparsities, Iterable) else ()
+    grid = tuple(sorted({check_sparsity("sparsities", value) for value in values} - {0.0}))
+    if not grid:
+        msg = f"sparsities: expected a sequence with at least one above 0; got {sparsities!r}"
+        raise ValueError(msg)
+    return grid
+
+
+def _curves(
+    arrays: Arrays,
+    config: PruningConfig,
+    grid: tuple[float, ...],
+    groups: Mapping[str, str | Sequence[str]] | None,
+) -> dict[str, _Curve]:
+    """What is swept, in the order of the weights or of the groups."""
+    if groups is not None and (not isinstance(groups, Mapping) or not groups):
+        raise ValueError(expected("groups", groups, "a mapping from groups to the names of their tensors"))
+    patterns = {name: pool.pattern for pool in plan(arrays, config) for name in pool.names}
+    tied = members(config.ties)
+    patterns |= dict.fromkeys(tied, Unstructured())
+    prunable = [name for name, array in arrays.items() if name in patterns and array.size]
+    if groups is None:
+        curves = {name: _curve(name, (name,), patterns, grid) for name in prunable if name not in tied}
+        for tie in config.ties:
+            name = " + ".join(tie.members)
+            curves[name] = _Curve(tuple(tie.members), grid, whole_steps=False, ties=(tie,))
+    else:
+        curves = {
+            name: _curve(name, _members(name, names, prunable), patterns, grid, config.ties)
+            for name, names in groups.items()
+        }
+    if not curves or "" in curves:
+        msg = (
+            "weights: expected tensors to prune, with names; the configuration leaves all of "
+            f"{list(arrays)!r} dense"
+            if not curves
+            else "weights, groups: expected names that are not empty"
+        )
+        raise ValueError(msg)
+    owners: dict[str, str] = {}
+    for group in groups or ():
+        for name in curves[group].tensors:
+            if owners.setdefault(name, group) != group:
+                msg = f"groups: tensor {name!r} is in {owners[name]!r} and in {group!r}; expected one of them"
+                raise ValueError(msg)
+    return curves
+
+
+def _members(group: str, patterns: str | Sequence[str], prunable: Sequence[str]) -> tuple[str, ...]:
+    if not isinstance(patterns, Iterable):
+        raise ValueError(expected(f"groups[{group!r}]", patterns, "a name or pattern, or several"))
+    wanted = (patterns,) if isinstance(patterns, str) else tuple(patterns)
+    for pattern in wanted:
+        if not any(fnmatchcase(name, pattern) or name == pattern for name in prunable):
+            close = difflib.get_close_matches(pattern, prunable, n=3, cutoff=0.0)
+            msg = (
+                f"groups[{group!r}]: {pattern!r} matches no tensor that the configuration prunes; "
+                f"the closest names are {', '.join(map(repr, close)) or 'none'}"
+            )
+            raise ValueError(msg)
+    if not wanted:
+        msg = f"groups[{group!r}]: expected at least one name or pattern"
+        raise ValueError(msg)
+    return tuple(name for name in prunable if any(fnmatchcase(name, p) or name == p for p in wanted))
+
+
+def _curve(
+    group: str,
+    names: tuple[str, ...],
+    patterns: Mapping[str, Pattern],
+    grid: tuple[float, ...],
+    ties: Sequence[Tied] = (),
+) -> _Curve:
+    for tie in ties:
+        if (inside := set(tie.members) & set(names)) and inside != set(tie.members):
+            wanted = f"expected all or none of the tied {list(tie.members)!r}"
+            msg = f"groups[{group!r}]: {wanted}; got {sorted(inside)!r}"
+            raise ValueError(msg)
+    own = tuple(tie for tie in ties if set(tie.members) <= set(names))
+    fixed = {pattern.sparsity for name in names if isinstance(pattern := patterns[name], NM)}
+    free = any(not isinstance(patterns[name], NM) for name in names)
+    if len(fixed) + free > 1:
+        found = ", ".join(f"{name!r}: {patterns[name]}" for name in names)
+        msg = f"groups[{group!r}]: an N:M pattern has one sparsity, expected it for all tensors; got {found}"
+        raise ValueError(msg)
+    return _Curve(names, tuple(fixed - {0.0}) if fixed else grid, bool(fixed), own)
+
+
+def _identity(config: PruningConfig, arrays: Arrays, curves: Mapping[str, _Curve]) -> dict[str, Any]:
+    """What makes a sweep the same."""
+    return identify(config, (), arrays) | {
+        "groups": {name: list(curve.tensors) for name, curve in curves.items()}
+    }
+
+
+def _report(
+    arrays: Mapping[str, NDArray[Any]],
+    config: PruningConfig,
+    curves: Mapping[str, _Curve],
+    points: Mapping[Task, SensitivityPoint],
+) -> SensitivityReport | None:
+    if DENSE not in points:
+        return None
+    measured = sorted(points.values(), key=lambda point: point.sparsity)
+    return SensitivityReport(
+        points[DENSE].score,
+        tuple(
+            SensitivityCurve(
+                name,
+                tuple((tensor, arrays[tensor].size) for tensor in curve.tensors),
+                tuple(point for point in measured if point.name == name),
+                curve.whole_steps,
+            )
+            for name, curve in curves.items()
+        ),
+        _described(resolve(config.method)),
+        str(config.pattern),
+    )

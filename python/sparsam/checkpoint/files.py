@@ -1,0 +1,250 @@
+"""Checkpoints on disk: one safetensors file, or several of them under an index.
+
+The `safetensors` library parses and validates every header before a byte of data is read. Added here: shards,
+files that are replaced whole or not at all, and errors that say what a file is when it is not a checkpoint.
+bfloat16 comes and goes as `ml_dtypes.bfloat16`. docs/formats.md describes the bytes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any, TypeAlias
+
+from numpy.typing import NDArray
+
+from sparsam.checkpoint import safetensors_format
+from sparsam.checkpoint.atomic import publish
+
+__all__ = ["FILE_NAME", "INDEX_NAME", "Checkpoint", "Shards", "load", "overwrites", "save", "stream"]
+
+FILE_NAME = "model.safetensors"
+INDEX_NAME = "model.safetensors.index.json"
+
+StrPath: TypeAlias = "str | os.PathLike[str]"
+
+
+@dataclass(frozen=True)
+class Shards:
+    """How a checkpoint is cut into files, as its index says.
+
+    Attributes:
+        index_name: File name of the index.
+        index_metadata: The index's own metadata; `save` computes `total_size` in it anew.
+        weight_map: Tensor name -> file name of the shard that holds it.
+        metadata: File name of a shard -> that shard's metadata, in the order of the file names.
+    """
+
+    index_name: str
+    index_metadata: dict[str, Any]
+    weight_map: dict[str, str]
+    metadata: dict[str, dict[str, str]]
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """The content of a checkpoint.
+
+    Attributes:
+        weights: Tensor name -> array, sorted by name. The arrays are the caller's to change.
+        metadata: The text that the file carries beside its tensors; of several shards, the union.
+        shards: How the checkpoint was cut into files; None where it was one file.
+    """
+
+    weights: dict[str, NDArray[Any]]
+    metadata: dict[str, str]
+    shards: Shards | None = None
+
+
+def load(path: StrPath) -> Checkpoint:
+    """Reads a whole checkpoint; memory holds each tensor once.
+
+    Args:
+        path: A safetensors file, the index of a sharded checkpoint (`*.json`), or a directory that holds
+            `model.safetensors` or `model.safetensors.index.json`.
+
+    Returns:
+        Every tensor as it is stored: float16, bfloat16, float32, float64, integers and bools.
+
+    Raises:
+        ValueError: A file is truncated, hostile or of another kind, or the index and its shards disagree.
+        OSError: A file cannot be read.
+    """
+    file, shards = _resolve(path)
+    if shards is None:
+        with safetensors_format.open_file(file) as handle:
+            metadata = dict(handle.metadata() or {})
+    else:
+        metadata = {key: text for own in shards.metadata.values() for key, text in own.items()}
+    return Checkpoint(dict(sorted(_tensors(file, shards))), metadata, shards)
+
+
+def stream(path: StrPath) -> Iterator[tuple[str, NDArray[Any]]]:
+    """Yields (name, array) for each tensor of a checkpoint; memory holds only the one at hand.
+
+    Args:
+        path: As for `load`, with the same errors. Tensors come sorted by name, shard by shard.
+    """
+    yield from _tensors(*_resolve(path))
+
+
+def save(
+    path: StrPath,
+    weights: Mapping[str, NDArray[Any]],
+    metadata: Mapping[str, str] | None = None,
+    *,
+    like: Checkpoint | None = None,
+) -> None:
+    """Writes a checkpoint, whole or not at all.
+
+    Every file is written beside its target, flushed to the disk and then renamed, the index of a sharded
+    checkpoint last. After a failure the new files are gone and what stood at `path` still stands there.
+
+    Args:
+        path: The file to write, or a directory that takes a `model.safetensors`. Where `like` is sharded: the
+            directory, which is made if it is missing, or the index in it.
+        weights: Tensor name -> array of any shape and strides, of a dtype that `load` returns.
+        metadata: Text to carry along. None takes that of `like`, shard by shard.
+        like: A checkpoint whose metadata and cut into files are taken over. Its weights are not looked at.
+
+    Raises:
+        TypeError: A dtype that the format lacks; names or metadata that are not text.
+        ValueError: `weights` and a sharded `like` name different tensors; a file to replace is a folder, pipe
+            or device.
+        OSError: The files cannot be written.
+    """
+    arrays = {name: safetensors_format.storable(name, array) for name, array in weights.items()}
+    shards = None if like is None else like.shards
+    *files, last = _targets(path, shards)
+    if shards is None:
+        if metadata is None:
+            metadata = {} if like is None else like.metadata
+        publish({last: partial(safetensors_format.write, arrays=arrays, metadata=metadata)})
+        return
+
+    if odd := sorted(arrays.keys() ^ shards.weight_map.keys()):
+        msg = f"expected weights for exactly the tensors of `like`, got others: {_listed(odd)}; align them"
+        raise ValueError(msg)
+    parts: dict[str, dict[str, NDArray[Any]]] = defaultdict(dict)
+    for name, array in arrays.items():
+        parts[shards.weight_map[name]][name] = array
+    texts = shards.metadata if metadata is None else dict.fromkeys(parts, metadata)
+    writers = {
+        f: partial(safetensors_format.write, arrays=parts[f.name], metadata=texts[f.name]) for f in files
+    }
+    total_size = sum(array.nbytes for array in arrays.values())
+    index = {"metadata": shards.index_metadata | {"total_size": total_size}, "weight_map": shards.weight_map}
+    content = json.dumps(index, indent=2, sort_keys=True) + "\n"
+    with _directory(last.parent):
+        publish({**writers, last: lambda file: file.write_text(content, encoding="utf-8")})
+
+
+def overwrites(path: StrPath, source: StrPath) -> bool:
+    """Whether `save(path, ..., like=load(source))` replaces a file of `source`, by whatever name or link."""
+    file, shards = _resolve(source)
+    sources = [file] if shards is None else [file, *(file.parent / shard for shard in shards.metadata)]
+    targets = [target for target in _targets(path, shards) if target.exists()]
+    return any(target.samefile(other) for target in targets for other in sources)
+
+
+def _resolve(path: StrPath) -> tuple[Path, Shards | None]:
+    """The file or the index that `path` means, and what the index says."""
+    file = Path(path)
+    if file.is_dir():
+        found = [file / name for name in (FILE_NAME, INDEX_NAME) if (file / name).exists()]
+        if len(found) != 1:
+            came = "both; name the one to read" if found else "neither; name the checkpoint itself"
+            msg = f"{file}: expected a directory with {FILE_NAME} or {INDEX_NAME}, got {came}"
+            raise ValueError(msg)
+        file = found[0]
+    return file, _read_index(file) if file.suffix == ".json" else None
+
+
+def _targets(path: StrPath, shards: Shards | None) -> list[Path]:
+    """The files that `save` writes, the index last."""
+    file = Path(path)
+    if shards is None:
+        return [file / FILE_NAME if file.is_dir() else file]
+    index = file if file.suffix == ".json" and not file.is_dir() else file / shards.index_name
+    return [*(index.parent / shard for shard in shards.metadata), index]
+
+
+def _tensors(file: Path, shards: Shards | None) -> Iterator[tuple[str, NDArray[Any]]]:
+    for part in [file] if shards is None else [file.parent / shard for shard in shards.metadata]:
+        yield from safetensors_format.tensors(part)
+
+
+def _read_index(file: Path) -> Shards:
+    """Parses an index and compares it with the header of every shard that it names."""
+    expected = f'{file}: expected an index of shards, {{"metadata": {{...}}, "weight_map": {{tensor: file}}}}'
+    try:
+        index = json.loads(file.read_bytes(), object_pairs_hook=_unique)
+    except (ValueError, RecursionError) as error:
+        msg = f"{expected}, got no such JSON ({error}); get it again"
+        raise ValueError(msg) from error
+    fields = index if isinstance(index, dict) else {}
+    metadata, weight_map = fields.get("metadata", {}), fields.get("weight_map")
+    if not isinstance(metadata, dict) or not isinstance(weight_map, dict):
+        msg = f"{expected}, got other JSON; name the index of a sharded checkpoint"
+        raise ValueError(msg)
+    placed: dict[str, set[str]] = defaultdict(set)
+    for name, shard in weight_map.items():
+        if not isinstance(shard, str) or {PurePosixPath(shard).name, PureWindowsPath(shard).name} != {shard}:
+            msg = f"{file}: expected shards to be names of files beside it, got {shard!r}; do not trust it"
+            raise ValueError(msg)
+        placed[shard].add(name)
+    texts = {shard: _read_shard(file, shard, placed[shard]) for shard in sorted(placed)}
+    return Shards(file.name, metadata, weight_map, texts)
+
+
+def _read_shard(index: Path, shard: str, placed: set[str]) -> dict[str, str]:
+    """The metadata of a shard, which must hold the tensors that the index places in it and no others."""
+    file = index.parent / shard
+    if not file.is_file():
+        msg = f"{index}: expected the shard {shard!r} beside it, got no such file; get the shard"
+        raise ValueError(msg)
+    with safetensors_format.open_file(file) as handle:
+        held, metadata = set(handle.keys()), dict(handle.metadata() or {})
+    if held != placed:
+        lacks, extra = sorted(placed - held), sorted(held - placed)
+        came = f"a shard without {_listed(lacks)}" if lacks else f"one that also holds {_listed(extra)}"
+        msg = (
+            f"{file}: expected exactly the tensors that {index.name} places there, got {came}; "
+            "get the index and its shards from one and the same version"
+        )
+        raise ValueError(msg)
+    return metadata
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    content: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in content:
+            msg = f"{key!r} stands there twice"
+            raise ValueError(msg)
+        content[key] = value
+    return content
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(map(repr, names[:3])) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+@contextmanager
+def _directory(folder: Path) -> Iterator[None]:
+    """A folder for the time of the block, and for good where the block succeeds."""
+    made = not folder.exists()
+    folder.mkdir(exist_ok=True)
+    try:
+        yield
+    except BaseException:
+        if made:
+            with suppress(OSError):
+                folder.rmdir()
+        raise

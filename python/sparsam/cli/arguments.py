@@ -1,0 +1,162 @@
+"""What the command line's strings mean: only here do strings become patterns, methods and overrides."""
+
+from __future__ import annotations
+
+import importlib
+import re
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from operator import attrgetter
+from pathlib import Path
+from typing import Any
+
+from sparsam.config import Override, Scorer
+from sparsam.patterns import NM, Block, Pattern, Slices, Unstructured
+from sparsam.scores import Magnitude, Random
+
+_FORMS: tuple[tuple[str, Callable[..., Pattern]], ...] = (
+    ("unstructured", Unstructured),
+    (r"(\d+):(\d+)", NM),
+    (r"block:(\d+)x(\d+)", Block),
+    (r"slices:(-?\d+)(?::(\d+))?", Slices),
+)
+PATTERNS = "unstructured, N:M (keep N of every M), block:ROWSxCOLS or slices:AXIS[:SIZE]"
+
+
+def parse_pattern(text: str) -> Pattern:
+    """Returns the pattern that `PATTERNS` describes; ValueError for any other text."""
+    for form, make in _FORMS:
+        if found := re.fullmatch(form, text):
+            return make(*(int(number) for number in found.groups() if number is not None))
+    msg = f"pattern: expected {PATTERNS}, got {text!r}"
+    raise ValueError(msg)
+
+
+def parse_method(method: str, norm: int | None, seed: int | None) -> str | Scorer:
+    """Returns the method, as an object if an option sets it up; ValueError for the other method's option."""
+    for option, value, owner in (("--norm", norm, "magnitude"), ("--seed", seed, "random")):
+        if value is not None and method != owner:
+            msg = f"{option} belongs to --method {owner}, got {method}; leave one of them out"
+            raise ValueError(msg)
+    if norm is not None:
+        return Magnitude(norm)
+    return method if seed is None else Random(seed)
+
+
+def parse_override(text: str) -> tuple[str, Override]:
+    """Returns the names and the value of `PAT=0.5`, `PAT=2:4` or `PAT=0.5,block:4x1`; else ValueError."""
+    names, _, value = text.rpartition("=")
+    sparsity, *rest = value.split(",")
+    if not names or len(rest) > 1:
+        msg = f"override: expected PAT=SPARSITY, PAT=PATTERN or PAT=SPARSITY,PATTERN, got {text!r}"
+        raise ValueError(msg)
+    if not rest and re.fullmatch(r"[a-z]+(:.*)?|\d+:\d+", value):
+        return names, parse_pattern(value)
+    try:
+        number = float(sparsity)
+    except ValueError:
+        msg = f"override: expected a number from 0 to 1 or a pattern ({PATTERNS}), got {value!r}"
+        raise ValueError(msg) from None
+    return names, (number, parse_pattern(rest[0])) if rest else number
+
+
+def parse_shapes(texts: Sequence[str]) -> list[tuple[int, int]]:
+    """Returns the shapes of `3072x768` or `3072x768,768x3072`, several times; else ValueError."""
+    shapes = []
+    for text in (part for whole in texts for part in whole.split(",")):
+        found = re.fullmatch(r"(\d+)x(\d+)", text)
+        if not found or "0" in found.groups():
+            msg = f"shape: expected OUTxIN, as 3072x768, got {text!r}"
+            raise ValueError(msg)
+        shapes.append((int(found[1]), int(found[2])))
+    return shapes
+
+
+def parse_batches(texts: Sequence[str]) -> list[int]:
+    """Returns the numbers of `1,8,128`, several times; ValueError for others than whole ones from 1 on."""
+    parts = [part for whole in texts for part in whole.split(",")]
+    if bad := [part for part in parts if not re.fullmatch(r"[0-9]*[1-9][0-9]*", part)]:
+        msg = f"batch: expected whole numbers from 1 on, as 1,8,128, got {bad[0]!r}"
+        raise ValueError(msg)
+    return [int(part) for part in parts]
+
+
+def parse_sparsities(texts: Sequence[str]) -> list[float]:
+    """Returns the numbers of `0.5,0.8`, several times; ValueError for what is no number from 0 to 1."""
+    sparsities = []
+    for text in (part for whole in texts for part in whole.split(",")):
+        try:
+            sparsities.append(float(text))
+        except ValueError:
+            msg = f"sparsity: expected numbers from 0 to 1, as 0.5,0.8, got {text!r}"
+            raise ValueError(msg) from None
+    return sparsities
+
+
+def parse_groups(texts: Sequence[str]) -> dict[str, list[str]]:
+    """Returns name -> tensor patterns of `NAME=PAT,PAT`, several times; else ValueError."""
+    groups: dict[str, list[str]] = {}
+    for text in texts:
+        name, _, patterns = text.partition("=")
+        if not name or not all(patterns.split(",")) or name in groups:
+            msg = f"group: expected NAME=PATTERN,..., each name once, got {text!r}"
+            raise ValueError(msg)
+        groups[name] = patterns.split(",")
+    return groups
+
+
+@dataclass(frozen=True)
+class EvalFunction:
+    """A function of the user's, whose errors become ValueErrors of one line that say where."""
+
+    text: str
+    function: Callable[[Any], float]
+
+    def __call__(self, weights: Any) -> float:
+        """The score of the weights."""
+        try:
+            return self.function(weights)
+        except Exception as error:
+            msg = f"eval {self.text}: {_located(error)}"
+            raise ValueError(msg) from error
+
+
+def parse_eval(text: str) -> EvalFunction:
+    """Imports the function of `package.module:function`, the working directory being on the path.
+
+    Raises:
+        ValueError: The text has another form, the import fails, or there is no such function.
+    """
+    module_name, _, name = text.partition(":")
+    if not re.fullmatch(r"\w+(\.\w+)*:\w+(\.\w+)*", text):
+        msg = f"eval: expected package.module:function, got {text!r}"
+        raise ValueError(msg)
+    here = str(Path.cwd())
+    if here not in sys.path:
+        sys.path.insert(0, here)
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        msg = f"eval: {error}; the working directory {here} is on the path"
+        raise ValueError(msg) from error
+    except Exception as error:
+        msg = f"eval: importing {module_name} failed: {_located(error)}"
+        raise ValueError(msg) from error
+    try:
+        function = attrgetter(name)(module)
+    except AttributeError as error:
+        msg = f"eval: {error}; expected a function of {module.__file__ or module_name}"
+        raise ValueError(msg) from error
+    if not callable(function):
+        msg = f"eval: {text} is {function!r}: expected a function from weights to a score"
+        raise ValueError(msg)
+    return EvalFunction(text, function)
+
+
+def _located(error: BaseException) -> str:
+    """The error in one line, with the place that raised it."""
+    frames = traceback.extract_tb(error.__traceback__)
+    place = f" ({frames[-1].filename}, line {frames[-1].lineno})" if frames else ""
+    return f"{type(error).__name__}: {error}{place}"

@@ -1,0 +1,4 @@
+"""`sparsam demo`: the whole path on real input, and the page that shows it.
+
+Needs extras; only the command line imports it.
+"""

@@ -1,0 +1,313 @@
+"""The main job on real data: train a network on scikit-learn's digits, prune it, and see what that costs.
+
+The same dense weights are pruned in two ways at the same sparsities. *Iteratively*: each step prunes a little
+more and training goes on under the masks. *One shot*: straight to the sparsity, with no training after it.
+Which layers mind is measured one layer at a time, and the smallest network that is about as good as the dense
+one is searched for, both with the training images, so that the test images say how good the choice was. Then
+the pruned layers are multiplied with, and a matrix of a transformer's size at the sparsity reached.
+Everything is computed when `run` is called; nothing is stored but the settings below.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from sklearn.datasets import load_digits
+from sklearn.model_selection import train_test_split
+from sklearn.neural_network import MLPClassifier
+
+from sparsam.analysis.search import find_smallest
+from sparsam.analysis.sweep import SensitivityReport, sensitivity
+from sparsam.bench import MatmulRow, Problem, break_even, median_seconds, multiply, random_problems
+from sparsam.config import PruningConfig
+from sparsam.masks import Mask
+from sparsam.pruner import prune
+from sparsam.report import Report
+from sparsam.selection import select_many, threshold
+from sparsam.training.iterative import IterativePruner
+
+__all__ = ["DemoResult", "Found", "Step", "run"]
+
+HIDDEN = (512, 256)
+TRAINING_PASSES = 40
+RECOVERY_PASSES = 8
+STEPS = 8
+INITIAL_SPARSITY, FINAL_SPARSITY = 0.5, 0.95
+ALLOWED_LOSS = 0.01  # of the accuracy on the training images, in the search for the smallest network
+SEARCH_PASSES = 4
+FEED_FORWARD = (3072, 768)  # of a transformer: random weights, since no image of 8 x 8 needs it
+FEED_FORWARD_BATCHES = (1, 128)
+
+Weights = Mapping[str, NDArray[Any]]
+
+
+@dataclass(frozen=True)
+class Step:
+    """Test accuracy at one sparsity, with recovery and without."""
+
+    iteration: int
+    sparsity: float
+    iterative: float
+    one_shot: float
+
+
+@dataclass(frozen=True)
+class Found:
+    """The smallest network of one search.
+
+    Attributes:
+        how: How weights were chosen, and what happened to the others.
+        sparsity: Of the matrices.
+        train_accuracy: What the search went by: at least the dense one less ALLOWED_LOSS.
+        test_accuracy: What became of the test images.
+        evaluations: How many networks were tried.
+    """
+
+    how: str
+    sparsity: float
+    train_accuracy: float
+    test_accuracy: float
+    evaluations: int
+
+
+@dataclass(frozen=True)
+class Products:
+    """Multiplying with one matrix.
+
+    Attributes:
+        row: The times at the sparsity reached.
+        break_even: The sparsity from which on sparse is faster than dense; None if it is not at any.
+    """
+
+    row: MatmulRow
+    break_even: float | None
+
+
+@dataclass(frozen=True)
+class DemoResult:
+    """What a run measured.
+
+    Attributes:
+        seed: Of the split, the initial weights and the order of the batches.
+        layers: Widths, from the input to the output.
+        train_images: How many images were trained on, never one of the test images.
+        test_images: How many images every accuracy is measured on.
+        training_passes: Passes over the training images before pruning.
+        recovery_passes: Passes after each step of the iterative run.
+        dense_accuracy: Test accuracy before pruning.
+        longer_accuracy: Test accuracy of a dense network that was trained on for as many passes as the
+            iterative run: what training alone would have changed.
+        steps: One row per sparsity.
+        sensitivity: Accuracy on the training images with one matrix pruned at a time, the others dense.
+        found: The smallest networks whose accuracy on the training images is nearly the dense one.
+        report: The tensors of the final, iteratively pruned network.
+        selection_seconds: Choosing what to keep of the dense weights, once for each sparsity.
+        partition_seconds: `np.partition` on the magnitudes of the same arrays for the same thresholds.
+        products: Of the pruned layers with all test images, and of FEED_FORWARD at the same sparsity.
+        seconds: The whole run.
+    """
+
+    seed: int
+    layers: tuple[int, ...]
+    train_images: int
+    test_images: int
+    training_passes: int
+    recovery_passes: int
+    dense_accuracy: float
+    longer_accuracy: float
+    steps: tuple[Step, ...]
+    sensitivity: SensitivityReport
+    found: tuple[Found, ...]
+    report: Report
+    selection_seconds: float
+    partition_seconds: float
+    products: tuple[Products, ...]
+    seconds: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, in the order of the attributes."""
+        plain = dict(vars(self))
+        for name in ("steps", "found", "products"):
+            plain[name] = [asdict(item) for item in plain[name]]
+        return plain | {"report": self.report.to_dict(), "sensitivity": self.sensitivity.to_dict()}
+
+
+def run(seed: int = 0, progress: Callable[[str, int, int], None] = lambda *_: None) -> DemoResult:
+    """Trains, prunes in both ways and measures; a few seconds on two cores.
+
+    Args:
+        seed: At least 0. The same seed gives the same accuracies on the same machine.
+        progress: Called with what is being done, and how many of how many parts are finished.
+    """
+    start = time.perf_counter()
+    parts = STEPS + 6
+    digits = _Digits(seed)
+    progress("training", 0, parts)
+    digits.train(TRAINING_PASSES)
+    dense = digits.weights()
+    progress("training on, dense", 1, parts)
+    longer = copy.deepcopy(digits)
+    longer.train(STEPS * RECOVERY_PASSES)
+
+    config = PruningConfig(scope="global")
+    pruner = IterativePruner(INITIAL_SPARSITY, FINAL_SPARSITY, STEPS, "cubic", config)
+
+    def recover(weights: Weights, masks: Mapping[str, Mask], iteration: int) -> Weights:
+        progress("pruning iteratively", 1 + iteration, parts)
+        digits.assign(weights)
+        return digits.train_under(masks, RECOVERY_PASSES)
+
+    result = pruner.run(dense, digits.accuracy, recover)
+    progress("pruning in one shot", 2 + STEPS, parts)
+    sparsities = [row.sparsity for row in result.history]
+    one_shot = [digits.accuracy(prune(dense, config, target_sparsity=s).weights) for s in sparsities]
+    matrices = {name: array for name, array in dense.items() if array.ndim > 1}
+    selection_seconds, partition_seconds = _selection_cost(matrices, sparsities)
+    progress("measuring sensitivity", 3 + STEPS, parts)
+    report = sensitivity(dense, digits.train_accuracy)
+    progress("searching for the smallest network", 4 + STEPS, parts)
+    found = _smallest(digits, dense, report)
+    progress("multiplying", 5 + STEPS, parts)
+    products = _products(result.weights, len(digits.test_labels))
+    progress("done", parts, parts)
+    return DemoResult(
+        seed=seed,
+        layers=digits.widths,
+        train_images=len(digits.train_labels),
+        test_images=len(digits.test_labels),
+        training_passes=TRAINING_PASSES,
+        recovery_passes=RECOVERY_PASSES,
+        dense_accuracy=result.dense_score,
+        longer_accuracy=longer.accuracy(longer.weights()),
+        steps=tuple(
+            Step(row.iteration, row.sparsity, row.score, accuracy)
+            for row, accuracy in zip(result.history, one_shot, strict=True)
+        ),
+        sensitivity=report,
+        found=found,
+        report=result.report,
+        selection_seconds=selection_seconds,
+        partition_seconds=partition_seconds,
+        products=products,
+        seconds=time.perf_counter() - start,
+    )
+
+
+class _Digits:
+    """8 x 8 images of handwritten digits, split for training and testing, and a network that learns them."""
+
+    def __init__(self, seed: int) -> None:
+        images, labels = load_digits(return_X_y=True)
+        split = train_test_split(
+            (images / 16).astype(np.float32), labels, test_size=0.25, stratify=labels, random_state=seed
+        )
+        self.train_images, self.test_images, self.train_labels, self.test_labels = split
+        # A generator, not the seed: with a seed every pass would shuffle the images alike.
+        generator = np.random.RandomState(seed)
+        self.network = MLPClassifier(HIDDEN, random_state=generator)
+        self.widths = (images.shape[1], *HIDDEN, 10)
+
+    def train(self, passes: int) -> None:
+        for _ in range(passes):
+            self.network.partial_fit(self.train_images, self.train_labels, classes=range(10))
+
+    def train_under(self, masks: Mapping[str, Mask], passes: int) -> dict[str, NDArray[Any]]:
+        for _ in range(passes):
+            self.train(1)
+            trained = self.weights()
+            self.assign(trained | {name: mask.apply(trained[name]) for name, mask in masks.items()})
+        return self.weights()
+
+    def _parameters(self) -> Iterator[tuple[NDArray[Any], NDArray[Any]]]:
+        return zip(self.network.coefs_, self.network.intercepts_, strict=True)
+
+    def weights(self) -> dict[str, NDArray[Any]]:
+        """Copies under torch's names and shapes; scikit-learn keeps (in, out), torch (out, in)."""
+        named: dict[str, NDArray[Any]] = {}
+        for i, (coefficients, bias) in enumerate(self._parameters()):
+            named[f"layers.{i}.weight"] = np.array(coefficients.T, order="C")
+            named[f"layers.{i}.bias"] = bias.copy()
+        return named
+
+    def assign(self, weights: Weights) -> None:
+        for i, (coefficients, bias) in enumerate(self._parameters()):
+            coefficients[...] = weights[f"layers.{i}.weight"].T
+            bias[...] = weights[f"layers.{i}.bias"]
+
+    def accuracy(self, weights: Weights) -> float:
+        self.assign(weights)
+        return float(self.network.score(self.test_images, self.test_labels))
+
+    def train_accuracy(self, weights: Weights) -> float:
+        self.assign(weights)
+        return float(self.network.score(self.train_images, self.train_labels))
+
+
+def _smallest(digits: _Digits, dense: Weights, report: SensitivityReport) -> tuple[Found, ...]:
+    """The smallest networks, by three ways of pruning."""
+
+    def recover(weights: Weights, masks: Mapping[str, Mask]) -> Weights:
+        digits.assign(weights)
+        return digits.train_under(masks, SEARCH_PASSES)
+
+    least = report.dense_score - ALLOWED_LOSS
+    ways: dict[str, dict[str, Any]] = {
+        "one shot, one threshold for all": {"config": PruningConfig(scope="global")},
+        "one shot, shared out by sensitivity": {"allocation": report},
+        f"one threshold, {SEARCH_PASSES} passes of training": {
+            "config": PruningConfig(scope="global"),
+            "recover_fn": recover,
+        },
+    }
+    found = []
+    for how, arguments in ways.items():
+        result = find_smallest(dense, digits.train_accuracy, least, tolerance=0.02, **arguments)
+        accuracy = digits.accuracy(result.weights)
+        found.append(Found(how, result.sparsity, result.score, accuracy, result.evaluations))
+    return tuple(found)
+
+
+def _selection_cost(weights: Weights, sparsities: list[float]) -> tuple[float, float]:
+    """Seconds for all selections among the pool `weights`, and for `np.partition` to find the thresholds."""
+    arrays = list(weights.values())
+
+    def partition(k: int) -> NDArray[Any]:
+        return np.partition(np.concatenate([np.abs(array).ravel() for array in arrays]), k - 1)
+
+    ours = theirs = 0.0
+    for sparsity in sparsities:
+        found = threshold(arrays, sparsity)
+        if partition(found.k)[found.k - 1] != found.value:
+            msg = f"np.partition and sparsam disagree at sparsity {sparsity}; please report this"
+            raise RuntimeError(msg)
+        ours += median_seconds(select_many, weights, sparsity)
+        theirs += median_seconds(partition, found.k)
+    return ours, theirs
+
+
+def _products(weights: Weights, batch: int) -> tuple[Products, ...]:
+    """Times the products with the pruned matrices, and with a large one that is as sparse as all of them."""
+    matrices = {name: array for name, array in weights.items() if array.ndim > 1}
+    zeros = sum(array.size - np.count_nonzero(array) for array in matrices.values())
+    sparsity = float(zeros / sum(array.size for array in matrices.values()))
+    layers = [_layer(name, array) for name, array in matrices.items()]
+    large = random_problems([FEED_FORWARD], [sparsity])
+    measured = [*multiply(layers, [batch]), *multiply(large, FEED_FORWARD_BATCHES)]
+    # The break-even of random patterns of the same shapes, between measurements without zeros and with many.
+    steps = (0.0, 0.5, sparsity)
+    around = random_problems([layer.shape for layer in layers], steps)
+    even = break_even(
+        [*multiply(around, [batch]), *multiply(random_problems([FEED_FORWARD], steps), FEED_FORWARD_BATCHES)]
+    )
+    return tuple(Products(row, even[row.rows, row.cols, row.batch]) for row in measured)
+
+
+def _layer(name: str, weights: NDArray[Any]) -> Problem:
+    share = 1 - np.count_nonzero(weights) / weights.size
+    return Problem(name, (weights.shape[0], weights.shape[1]), float(share), lambda: weights)

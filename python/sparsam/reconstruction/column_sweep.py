@@ -1,0 +1,256 @@
+"""Optimal brain surgery by columns: pruning that makes up for each weight in those not yet visited."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from sparsam import _core
+from sparsam._checks import check_sparsity, expected, positive
+from sparsam.masks import Mask
+from sparsam.patterns import NM, Pattern, Unstructured
+from sparsam.reconstruction.layer_problem import (
+    Layer,
+    Moments,
+    Reconstruction,
+    corrected_bias,
+    mean_diagonal,
+    to_damping,
+    to_keep,
+    to_layer,
+    to_mean,
+)
+from sparsam.selection import select
+
+_MOST = 256  # columns of a block that the kernel takes
+_TRIANGLE = 64  # below this size a triangle is inverted as any matrix
+
+
+def obs(
+    w: ArrayLike,
+    h: Moments,
+    sparsity: float | None = None,
+    pattern: Pattern = Unstructured(),  # noqa: B008 - frozen
+    *,
+    mask: Mask | None = None,
+    scope: str = "layer",
+    block: int = 128,
+    damping: float = 0.01,
+    bias: ArrayLike | None = None,
+    mean: ArrayLike | None = None,
+    name: str = "weights",
+) -> Reconstruction:
+    """Prunes a layer column by column, each time updating the columns that follow (SparseGPT).
+
+    With H damped and U the upper Cholesky factor of its inverse, H^-1 = U^T U, column j is visited from left
+    to right. Where a weight is pruned:
+
+        e = w_j / U_jj,    w_i -= e U_ji for i > j,    w_j = 0
+
+    which is the exact answer of optimal brain surgery for the columns not yet visited. Pruned is what costs
+    least, by (w_j / U_jj)^2 (Frantar and Alistarh, "SparseGPT", 2023, algorithm 1).
+
+    Unstructured: each block of columns chooses before its own sweep, from the weights as updated so far, and
+    over all rows. `round(sparsity * n)` weights of the layer are pruned in all; after each block the number
+    so far is the total times the share of live columns so far, rounded half up. NM: each group chooses when
+    the sweep reaches it, from the weights as they are then. Ties keep the lower index (in a block: lower row,
+    then lower column).
+
+    Dead inputs (H_jj = 0) cost nothing: their weights go first, of too many those with the lower index are
+    kept, and what is kept stays as it was.
+
+    Args:
+        w: Weights, (out, in) or (out, in, ...), which is taken as (out, in * ...). float64 is computed in
+            float64; float16, bfloat16 and float32 in float32 with U from float64. Not modified.
+        h: The sum or mean of x x^T, (in, in), float32 or float64; or what has it as `gram`
+            (`InputStatistics`).
+        sparsity: In [0, 1]. For NM 1 - n/m or 0, and 1 - n/m if left out. Not with `mask`.
+        pattern: `Unstructured()` or `NM(n, m)`. For others choose a mask with `select` and pass it.
+        mask: Which weights are kept, of the shape of w: nothing is chosen, the sweep only updates.
+        scope: "layer", or "row": every row prunes `round(sparsity * in)` weights, shared out over blocks in
+            the same way. Unstructured only.
+        block: Columns that choose together, 1 to 256; for NM rounded down to a multiple of m, at least m.
+        damping: Added to the diagonal of H, relative to its mean over live inputs. Where the factorisation
+            fails it is tried again with ten times as much (after 0 with 1e-8) while it is at most 1; the
+            result says what was used.
+        bias: (out,); its correction `corrected_bias(bias, w, new weights, mean)` is returned.
+        mean: The mean input, (in,), for the bias; `h.mean` of statistics if left out.
+        name: What errors call the tensor.
+
+    Returns:
+        New weights of the shape and dtype of w, the mask, the corrected bias, the damping.
+
+    Raises:
+        ValueError: Shapes that do not fit together; numbers that are not finite; an h that is not symmetric
+            or not positive semidefinite; a sparsity or pattern that the weights or the method do not take.
+        TypeError: Another dtype, or a mask that is no `Mask`.
+    """
+    array = np.asarray(w)
+    layer = to_layer(array, h, name, np.float64 if array.dtype == np.float64 else np.float32)
+    inputs = layer.matrix.shape[1]
+    middle = None if bias is None else to_mean(h, mean, inputs, name)
+    if positive("block", block) > _MOST:
+        raise ValueError(expected("block", block, f"1 to {_MOST} columns"))
+    choice = _choose_from(layer, sparsity, pattern, mask, scope)
+    upper, used = _inverse_factor(layer, to_damping(damping))
+    matrix = _sweep(layer, upper.astype(layer.matrix.dtype), choice, block)
+    weights = layer.finish(matrix)
+    corrected = None if bias is None or middle is None else corrected_bias(bias, array, weights, middle)
+    return Reconstruction(weights, Mask.from_array(choice.keep.reshape(array.shape)), corrected, used)
+
+
+@dataclass
+class _Choice:
+    """What is kept, as far as it is known: `keep` (out, in) is filled in by the sweep.
+
+    `pruned` is how many weights of live inputs are to be pruned, in the layer or in each row; None if nothing
+    is left to choose, or `groups` do.
+    """
+
+    keep: NDArray[np.bool_]
+    pruned: int | None = None
+    by_row: bool = False
+    groups: NM | None = None
+
+
+def _choose_from(
+    layer: Layer, sparsity: float | None, pattern: Pattern, mask: Mask | None, scope: str
+) -> _Choice:
+    if scope not in ("layer", "row"):
+        raise ValueError(expected("scope", scope, "'layer' or 'row'"))
+    if mask is not None:
+        if sparsity is not None or pattern != Unstructured() or scope != "layer":
+            msg = f"mask for tensor {layer.name!r} says what is kept: expected no sparsity, pattern or scope"
+            raise ValueError(msg)
+        return _Choice(to_keep(mask, layer))
+    keep = np.ones(layer.matrix.shape, np.bool_)
+    if isinstance(pattern, NM):
+        return _Choice(keep, groups=_groups(layer, sparsity, pattern))
+    if not isinstance(pattern, Unstructured):
+        msg = (
+            f"pattern={pattern!r} for tensor {layer.name!r}: obs chooses Unstructured() or NM(n, m); choose "
+            "with select(w, sparsity, pattern) and pass mask="
+        )
+        raise TypeError(msg)
+    if sparsity is None:
+        msg = f"obs for tensor {layer.name!r}: expected a sparsity or a mask"
+        raise ValueError(msg)
+    share, by_row = check_sparsity("sparsity", sparsity), scope == "row"
+    rows = keep[:1] if by_row else keep
+    pruned, dead = round(share * rows.size), rows[:, ~layer.live]
+    gone = min(pruned, dead.size)
+    dead = np.arange(dead.size).reshape(dead.shape) < dead.size - gone
+    keep[:, ~layer.live] = dead
+    return _Choice(keep, pruned - gone, by_row)
+
+
+def _groups(layer: Layer, sparsity: float | None, pattern: NM) -> NM | None:
+    share = pattern.sparsity if sparsity is None else check_sparsity("sparsity", sparsity)
+    if share == 0:
+        return None
+    if not math.isclose(share, pattern.sparsity, rel_tol=1e-9):
+        msg = (
+            f"sparsity={sparsity!r} for tensor {layer.name!r}: {pattern!r} keeps {pattern.n} of every "
+            f"{pattern.m}, so expected {pattern.sparsity:g} (or 0)"
+        )
+        raise ValueError(msg)
+    columns = layer.matrix.shape[1]
+    if columns % pattern.m:
+        msg = (
+            f"tensor {layer.name!r} has shape {layer.weights.shape}: {pattern!r} needs rows (here of "
+            f"{columns}) that are a multiple of {pattern.m}; exclude the tensor, or use another pattern"
+        )
+        raise ValueError(msg)
+    return pattern
+
+
+def _sweep(layer: Layer, upper: NDArray[Any], choice: _Choice, block: int) -> NDArray[Any]:
+    """The blocks from left to right; `choice.keep` is complete afterwards."""
+    w, original = layer.matrix, layer.matrix[:, ~layer.live]
+    w[:, ~layer.live] = 0
+    rows, columns = w.shape
+    n, m = (choice.groups.n, choice.groups.m) if choice.groups is not None else (0, 0)
+    step = max(block // m, 1) * m if m else block
+    errors = np.zeros_like(w)
+    with np.errstate(over="ignore", invalid="ignore"):
+        for start in range(0, columns, step) if rows else ():
+            stop = min(start + step, columns)
+            _core.carry(w, upper, choice.keep, errors, start, stop - start)
+            if choice.pruned is not None:
+                _choose_block(layer, upper.diagonal(), choice, start, stop)
+            _core.sweep(w, upper, choice.keep, errors, start, stop - start, n, m)
+    w[:, ~layer.live] = np.where(choice.keep[:, ~layer.live], original, 0)
+    return w
+
+
+def _choose_block(layer: Layer, diagonal: NDArray[Any], choice: _Choice, start: int, stop: int) -> None:
+    assert choice.pruned is not None
+    seen = np.cumsum(layer.live)
+    live = int(seen[-1])
+    before = int(seen[start - 1]) if start else 0
+    counts = [(2 * choice.pruned * seen_live + live) // (2 * live) if live else 0
+              for seen_live in (before, int(seen[stop - 1]))]  # fmt: skip
+    columns: slice | NDArray[np.int64] = slice(start, stop)
+    if not layer.live[columns].all():
+        columns = np.flatnonzero(layer.live[start:stop]) + start
+    count = counts[1] - counts[0]
+    if not count:
+        return
+    scores = layer.matrix[:, columns] / diagonal[columns]
+    if not np.isfinite(scores).all():
+        layer.finish(scores)
+    if choice.by_row:
+        words = _core.keep_of_group(scores, scores.shape[1] - count, scores.shape[1])
+        assert words is not None
+        kept = Mask(words, scores.shape)
+    else:
+        kept = select(scores, count / scores.size, name=layer.name)
+    choice.keep[:, columns] = kept.to_array()
+
+
+def _inverse_factor(layer: Layer, damping: float) -> tuple[NDArray[np.float64], float]:
+    """U, upper triangular with U^T U = (H / c + damping I)^-1, c the mean of H's diagonal; the damping used.
+
+    A scale of H changes neither what is pruned nor the updates.
+    """
+    gram = layer.gram / mean_diagonal(layer)
+    diagonal = np.where(layer.live, gram.diagonal(), 1.0)
+    gram[~layer.live] = 0
+    gram[:, ~layer.live] = 0
+    while True:
+        gram.flat[:: len(gram) + 1] = diagonal + damping
+        try:
+            return _factor(gram), damping
+        except np.linalg.LinAlgError:
+            damping = max(10 * damping, 1e-8)
+            if damping > 1:
+                msg = (
+                    f"h for tensor {layer.name!r} is not positive definite even with its mean diagonal "
+                    "added: expected the sum or mean of x x^T"
+                )
+                raise ValueError(msg) from None
+
+
+def _factor(gram: NDArray[np.float64]) -> NDArray[np.float64]:
+    """U for a positive definite matrix, by halves, so that nearly all work is in products.
+
+    With gram = R R^T, R upper triangular, U is the inverse of R. [[A, B], [B^T, C]] has R22 from C, then
+    R12 = B U22^T, then R11 from A - R12 R12^T; and U12 = -U11 R12 U22.
+    """
+    n = len(gram)
+    if n <= _TRIANGLE:
+        upper = np.linalg.cholesky(gram[::-1, ::-1])[::-1, ::-1]
+        return np.triu(np.linalg.inv(upper))
+    half = n // 2
+    right = _factor(gram[half:, half:])
+    link = gram[:half, half:] @ right.T
+    left = _factor(gram[:half, :half] - link @ link.T)
+    inverse = np.zeros_like(gram)
+    inverse[:half, :half] = left
+    inverse[half:, half:] = right
+    inverse[:half, half:] = -(left @ link) @ right
+    return inverse

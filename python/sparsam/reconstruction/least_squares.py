@@ -1,0 +1,145 @@
+"""Least squares on a support: the best weights that a mask allows."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from sparsam import _core
+from sparsam.masks import Mask
+from sparsam.reconstruction.layer_problem import (
+    Layer,
+    Moments,
+    mean_diagonal,
+    to_damping,
+    to_keep,
+    to_layer,
+    tolerance,
+)
+
+# Rows of one support that share a factorisation: a bound, so that threads find tasks.
+_SHARED = 64
+
+
+def refit(
+    w: ArrayLike,
+    h: Moments,
+    mask: Mask,
+    *,
+    cross: ArrayLike | None = None,
+    damping: float = 0.0,
+    name: str = "weights",
+) -> NDArray[Any]:
+    """The kept weights that minimise tr((W - W') H (W - W')^T), row by row.
+
+    With S the columns that a row keeps and P those that it prunes:
+
+        W'_S = W_S + W_P H_PS (H_SS)^-1,    W'_P = 0
+
+    by a Cholesky factorisation per row, of rows with equal supports one for up to 64 of them, all in float64.
+    With `damping` 0 no other weights on the same mask have a smaller error, up to rounding. W must be the
+    weights before pruning: of weights that are pruned already, W_P is 0 and nothing changes.
+
+    An input that depends linearly on kept inputs before it (its pivot is less than 4 sqrt(in) eps of its
+    diagonal, eps that of the dtype of h) keeps its weight, as do dead inputs (H_jj = 0): the minimum is
+    reached without it, so an H without full rank needs no damping. It may ask for large weights that fit the
+    calibration inputs only; `damping` draws the weights back to W.
+
+    With `cross` = C, the sum of y x^T over inputs x and wanted outputs y, the kept weights minimise the sum
+    of (y - W' x)^2 instead:
+
+        W'_S = C_S (H_SS)^-1,    W'_P = 0
+
+    That is how a layer makes up for the layers before it: x from the pruned network, y from the dense one.
+    C = W H gives what leaving it out gives. On a mask that keeps everything the result is the optimum W* of
+    plain least squares, and the sum differs from tr((W* - W') H (W* - W')^T) by a constant: `obs` and `admm`
+    choose for given outputs when they are called with W*.
+
+    Args:
+        w: Dense weights, (out, in) or (out, in, ...), which is taken as (out, in * ...); float16, bfloat16,
+            float32 or float64. Not modified.
+        h: The sum or mean of x x^T, (in, in), float32 or float64; or what has it as `gram`
+            (`InputStatistics`).
+        mask: Which weights are kept, of the shape of w.
+        cross: The sum of y x^T, (out, in), float32 or float64, over the same inputs as h (or the mean, if h
+            is the mean).
+        damping: Add c tr(D D^T) to what is minimised, with D = W - W' and c damping times the mean of H's
+            diagonal over live inputs.
+        name: What errors call the tensor.
+
+    Returns:
+        New weights, of the shape and dtype of w, 0 where pruned.
+
+    Raises:
+        ValueError: Shapes that do not fit together; numbers that are not finite; an h that is not symmetric
+            or has a negative diagonal; new weights beyond the dtype.
+        TypeError: Another dtype, or a mask that is no `Mask`.
+    """
+    layer = to_layer(w, h, name)
+    keep = to_keep(mask, layer)
+    wanted = None if cross is None else to_cross(cross, layer)
+    return layer.finish(solve(layer, keep, to_damping(damping), tolerance(h, len(layer.gram)), wanted))
+
+
+def to_cross(cross: ArrayLike, layer: Layer) -> NDArray[np.float64]:
+    """The cross moments as float64, checked: shape and finite."""
+    given = np.asarray(cross)
+    if given.dtype not in (np.float32, np.float64):
+        msg = f"cross for tensor {layer.name!r} has dtype {given.dtype}: expected float32 or float64"
+        raise TypeError(msg)
+    if given.shape != layer.matrix.shape:
+        msg = (
+            f"cross for tensor {layer.name!r} has shape {given.shape}: expected {layer.matrix.shape}, the "
+            "sum of y x^T over outputs y and inputs x"
+        )
+        raise ValueError(msg)
+    if not np.isfinite(given).all():
+        at = tuple(int(i) for i in np.argwhere(~np.isfinite(given))[0])
+        msg = f"cross for tensor {layer.name!r} is {given[at]} at index {at}: expected finite numbers"
+        raise ValueError(msg)
+    return given.astype(np.float64, order="C")
+
+
+def solve(
+    layer: Layer,
+    keep: NDArray[np.bool_],
+    damping: float,
+    bound: float,
+    cross: NDArray[np.float64] | None = None,
+) -> NDArray[np.float64]:
+    """The new weights as a matrix."""
+    gram = layer.gram
+    kept: NDArray[np.float64] = np.where(keep, layer.matrix, 0.0)
+    # What is minimised is -2 tr(changes^T D) + tr(D H D^T) in the change D of the kept weights; the term of
+    # the damping starts at its minimum for them, so it only adds to H.
+    changes = (layer.matrix - kept) @ gram if cross is None else cross - kept @ gram
+    if damping:
+        gram = gram.copy()
+        gram.flat[:: len(gram) + 1] += np.where(layer.live, damping * mean_diagonal(layer), 0.0)
+    order, starts = _groups(keep, settled=cross is None)
+    idle = np.ones(len(keep), np.bool_)
+    idle[order] = False
+    changes[idle] = 0
+    _core.solve_on_support(gram, keep, changes, order, starts, bound)
+    kept += changes
+    return kept
+
+
+def _groups(keep: NDArray[np.bool_], *, settled: bool = True) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Rows with something to solve for, in runs of equal supports, and where each run starts.
+
+    A row that keeps nothing has none, and a row that prunes nothing has none if that is `settled`.
+    """
+    rows = np.flatnonzero(keep.any(axis=1) & ~(keep.all(axis=1) & settled))
+    if not rows.size:
+        return np.zeros(0, np.int64), np.zeros(1, np.int64)
+    _, support = np.unique(np.packbits(keep[rows], axis=1), axis=0, return_inverse=True)
+    support = support.reshape(-1)
+    order = np.argsort(support, kind="stable")
+    sizes = np.bincount(support)
+    first = np.concatenate([[0], np.cumsum(sizes)[:-1]])
+    starts = [range(a, a + n, _SHARED) for a, n in zip(first.tolist(), sizes.tolist(), strict=True)]
+    flat = [start for run in starts for start in run]
+    return rows[order].astype(np.int64), np.array([*flat, rows.size], np.int64)

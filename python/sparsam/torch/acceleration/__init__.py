@@ -1,0 +1,4 @@
+"""`accelerate` and `restore`: which layers run faster packed, measured, swapped in and verified.
+
+Imports `torch.layers`.
+"""

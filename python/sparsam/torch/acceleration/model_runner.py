@@ -1,0 +1,246 @@
+"""Runs of a model that leave no trace in it, and what they show: inputs of layers, seconds, outputs."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import math
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, NamedTuple
+
+from torch.nn.utils import parametrize
+from torch.utils import _pytree as pytree
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["Example", "ModelRunner", "as_examples", "difference"]
+
+_PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
+_PIECE = 1 << 22
+
+
+class Example(NamedTuple):
+    """The arguments of one call of the model."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    def fresh(self) -> Example:
+        """A copy for one run, that the model may change: tensors cloned, caches and the like deep-copied."""
+        args, kwargs = pytree.tree_map(_fresh, (self.args, self.kwargs))
+        return Example(args, kwargs)
+
+
+def as_examples(example_inputs: Any) -> list[Example]:
+    """The calls that example inputs stand for: a tensor, a tuple, a mapping, or a list of these.
+
+    Raises:
+        TypeError: Something else.
+        ValueError: An empty list.
+    """
+    several = example_inputs if isinstance(example_inputs, list) else [example_inputs]
+    if not several:
+        msg = "example_inputs is an empty list: expected at least one example; pass None for none"
+        raise ValueError(msg)
+    return [_as_example(value) for value in several]
+
+
+def _as_example(value: Any) -> Example:
+    if isinstance(value, Tensor):
+        return Example((value,), {})
+    if isinstance(value, tuple):
+        return Example(value, {})
+    if isinstance(value, Mapping):
+        return Example((), dict(value))
+    msg = (
+        f"example_inputs holds a {type(value).__name__}: expected a tensor, a tuple of arguments, a mapping "
+        "of keyword arguments, or a list of such examples; wrap a single argument in a tuple"
+    )
+    raise TypeError(msg)
+
+
+def _fresh(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.detach().clone()
+    if isinstance(value, _PLAIN):
+        return value
+    try:
+        return copy.deepcopy(value)
+    except RuntimeError as error:
+        msg = (
+            f"example_inputs holds a {type(value).__name__} that cannot be copied for each run "
+            f"({error!s:.80}); make it under torch.no_grad()"
+        )
+        raise ValueError(msg) from error
+
+
+class ModelRunner(AbstractContextManager["ModelRunner"]):
+    """A model and examples, for runs without gradients and in eval mode, each from the same random state.
+
+    A context manager: on leaving it, the modules have their training flags again. Buffers that a run changes
+    in place or replaces are put back after each.
+    """
+
+    def __init__(self, model: nn.Module, examples: Sequence[Example]) -> None:
+        self._model = model
+        self._examples = examples
+        self._flags = [(module, module.training) for module in model.modules()]
+
+    def __enter__(self) -> ModelRunner:  # noqa: PYI034 - Self is younger than Python 3.10
+        for module, _ in self._flags:
+            module.training = False
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for module, training in self._flags:
+            module.training = training
+
+    def outputs(self) -> list[Any]:
+        """What the model returns for each example."""
+        return [output for output, _ in self._runs()]
+
+    def seconds(self) -> list[float]:
+        """What each example takes."""
+        return [seconds for _, seconds in self._runs()]
+
+    def layer_seconds(self, layers: Mapping[str, nn.Module]) -> list[dict[str, float]]:
+        """What layers take within the model: for each example the sums over their calls, by name."""
+        found: list[dict[str, float]] = []
+        clock = time.perf_counter
+        began: dict[str, float] = {}
+        total: dict[str, float] = {}
+
+        def watch(name: str, layer: nn.Module) -> list[Any]:
+            def before(*_: Any) -> None:
+                began[name] = clock()
+
+            def after(*_: Any) -> None:
+                total[name] = total.get(name, 0.0) + clock() - began[name]
+
+            return [layer.register_forward_pre_hook(before), layer.register_forward_hook(after)]
+
+        # A weight that torch.nn.utils.parametrize computes is computed before the clock runs.
+        computed = [layer for layer in layers.values() if parametrize.is_parametrized(layer, "weight")]
+        hooks = (hook for name, layer in layers.items() for hook in watch(name, layer))
+        with removed(hooks), parametrize.cached():
+            with torch.no_grad():
+                for layer in computed:
+                    _ = layer.weight
+            for _ in self._runs():
+                found.append(dict(total))
+                total.clear()
+        return found
+
+    def inputs(self, layers: Mapping[str, nn.Module]) -> dict[str, Counter[Any]]:
+        """How often layers are called with a shape, by name.
+
+        The shape is None for a call with anything but one plain tensor, named `input` if at all.
+        """
+        seen: dict[str, Counter[Any]] = {name: Counter() for name in layers}
+
+        def watch(name: str, layer: nn.Module) -> Any:
+            def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+                x = args[0] if args else kwargs.get("input")
+                plain = len(args) + len(kwargs) == 1 and type(x) is Tensor and not x.is_nested
+                seen[name][tuple(x.shape) if plain and x is not None else None] += 1
+
+            return layer.register_forward_pre_hook(before, with_kwargs=True)
+
+        with removed(watch(name, layer) for name, layer in layers.items()):
+            self.outputs()
+        return seen
+
+    def _runs(self) -> Iterator[tuple[Any, float]]:
+        """Runs the examples one after the other: (output, seconds)."""
+        for example in self._examples:
+            args, kwargs = example.fresh()
+            buffers = _Buffers(self._model)
+            with torch.no_grad(), torch.random.fork_rng(devices=[]):
+                start = time.perf_counter()
+                output = self._model(*args, **kwargs)
+                seconds = time.perf_counter() - start
+            buffers.put_back()
+            yield output, seconds
+
+
+class _Buffers:
+    """The buffers of a model as they were."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._before = [
+            (module, name, buffer, buffer.detach().clone(), _version(buffer))
+            for module in model.modules()
+            for name, buffer in module._buffers.items()
+            if buffer is not None
+        ]
+
+    def put_back(self) -> None:
+        for module, name, buffer, content, version in self._before:
+            if _version(buffer) != version:
+                with torch.no_grad():
+                    buffer.copy_(content)
+            module._buffers[name] = buffer
+
+
+def _version(tensor: Tensor) -> int:
+    """How often the tensor was changed in place; inference tensors do not count."""
+    return -1 if tensor.is_inference() else tensor._version
+
+
+@contextmanager
+def removed(hooks: Iterator[Any]) -> Iterator[None]:
+    """Registers hooks, for the time of the block."""
+    registered: list[Any] = []
+    try:
+        registered.extend(hooks)
+        yield
+    finally:
+        for hook in registered:
+            hook.remove()
+
+
+def difference(outputs: Any, reference: Any) -> float | None:
+    """The largest difference of two runs' outputs, relative to the largest finite number of the reference.
+
+    Infinite where shapes or infinities differ; None where there are no tensors of floats to compare.
+    """
+    ours, theirs = _floats(outputs), _floats(reference)
+    if len(ours) != len(theirs) or any(a.shape != b.shape for a, b in zip(ours, theirs, strict=True)):
+        return math.inf
+    worst = largest = 0.0
+    for ours_all, theirs_all in zip(ours, theirs, strict=True):
+        for a, b in zip(_pieces(ours_all), _pieces(theirs_all), strict=True):
+            same = (a == b) | (a.isnan() & b.isnan())
+            apart = torch.where(same, 0.0, (a - b).abs()).nan_to_num(math.inf, math.inf)
+            worst = max(worst, float(apart.max()))
+            largest = max(largest, float(b.nan_to_num(0.0, 0.0, 0.0).abs().max()))
+    if not ours:
+        return None
+    if worst == 0:
+        return 0.0
+    return worst / largest if largest else math.inf
+
+
+def _pieces(tensor: Tensor) -> list[Tensor]:
+    """The elements in pieces, for that a comparison takes little memory."""
+    tensor = tensor.detach().reshape(-1)
+    wide = tensor if tensor.dtype == torch.float64 else tensor.float()
+    return list(torch.split(wide, _PIECE)) if wide.numel() else []
+
+
+def _floats(outputs: Any) -> list[Tensor]:
+    """The tensors of floats in outputs, in mappings and dataclasses too."""
+    found: list[Tensor] = []
+    for leaf in pytree.tree_leaves(outputs):
+        if isinstance(leaf, Tensor):
+            if leaf.is_floating_point() and not leaf.is_nested:
+                found.append(leaf)
+        elif isinstance(leaf, Mapping):
+            found += _floats(list(leaf.values()))
+        elif dataclasses.is_dataclass(leaf) and not isinstance(leaf, type):
+            found += _floats([getattr(leaf, field.name) for field in dataclasses.fields(leaf)])
+    return found

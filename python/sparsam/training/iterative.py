@@ -1,0 +1,338 @@
+"""Iterative pruning: prune a little, let the model recover, evaluate, and go on while it pays.
+
+Pruning is irreversible, so the dense weights are never touched, each iteration works on a copy of the last
+good one, and with a `state_dir` every finished iteration outlives the process.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from os import PathLike
+from pathlib import Path
+from typing import Any, Generic, TypeVar, overload
+
+from numpy.typing import ArrayLike, NDArray
+
+from sparsam import schedules, scores
+from sparsam._checks import check_sparsity, to_arrays
+from sparsam.config import Override, PruningConfig, Schedule, ScheduleLike
+from sparsam.masks import Mask
+from sparsam.patterns import NM, Pattern
+from sparsam.pruner import SINGLE, Pool, check_patterns, configured, describe, plan, prune_pools
+from sparsam.report import Report
+from sparsam.training.callbacks import Arrays, Masks, sparsity_of, validate_returned_weights
+from sparsam.training.callbacks import evaluate as score_of
+from sparsam.training.saved_run import HistoryRow, Limits, Progress, StateDir, identify
+
+__all__ = ["HistoryRow", "IterativePruner", "IterativeResult"]
+
+WeightsT = TypeVar("WeightsT")
+MasksT = TypeVar("MasksT")
+
+
+@dataclass(frozen=True)
+class IterativeResult(Generic[WeightsT, MasksT]):
+    """What `IterativePruner.run` returns; where one array was given, weights and masks are one of each.
+
+    Attributes:
+        history: One row per iteration, the one that stopped the run included.
+        final_sparsity: The sparsity of `weights`, as in the row that they come from; 0.0 if they are dense.
+        weights: Name -> the last good weights, in new arrays.
+        masks: Name -> the mask of each tensor that is being pruned; all ones if `weights` are dense.
+        report: The statistics of every tensor.
+        dense_weights: Name -> the weights as they came; the caller's arrays.
+        dense_score: What `eval_fn` returned for them.
+        stopped_early: Whether a score failed `min_score` or `max_drop`.
+    """
+
+    history: list[HistoryRow]
+    final_sparsity: float
+    weights: WeightsT
+    masks: MasksT
+    report: Report
+    dense_weights: WeightsT
+    dense_score: float
+    stopped_early: bool
+
+
+class IterativePruner:
+    """Prunes along a schedule, with recovery in between.
+
+    Attributes:
+        initial_sparsity: Where the schedule starts; "one_shot", a list and a function have no use for it.
+        final_sparsity: Where it ends.
+        num_iterations: In how many steps.
+        schedule: What was given, or the configuration's.
+        config: The configuration, with final_sparsity, num_iterations and schedule set in it.
+        history: The rows of the latest run: while it goes on, and also if it breaks off.
+    """
+
+    def __init__(
+        self,
+        initial_sparsity: float = 0.2,
+        final_sparsity: float | None = None,
+        num_iterations: int | None = None,
+        schedule: ScheduleLike | None = None,
+        config: PruningConfig | None = None,
+    ) -> None:
+        """Settles the schedule.
+
+        Args:
+            initial_sparsity: The sparsity of the first iteration.
+            final_sparsity: The sparsity of the last. Left out: the end of an explicit schedule or the
+                sparsity of an N:M pattern, else the target that was set in `config`, else 0.8.
+            num_iterations: Left out: the length of an explicit list, else what was set in `config`, else 4.
+            schedule: A name, an object of `sparsam.schedules`, a list of sparsities or a function of
+                progress. Left out: what was set in `config`, else "linear" ("one_shot" for an N:M pattern).
+            config: What is pruned, and how.
+
+        Raises:
+            ValueError: A value is out of range, values contradict each other, the schedule shrinks, or it
+                asks an N:M pattern for another sparsity than its own.
+        """
+        changes: dict[str, Any] = {}
+        if schedule is not None:
+            changes["schedule"] = schedule
+            if not isinstance(schedule, (str, Schedule)):
+                changes["target_sparsity"] = None
+                if not callable(schedule):
+                    changes["num_iterations"] = None
+        if final_sparsity is not None:
+            changes["target_sparsity"] = final_sparsity
+        if num_iterations is not None:
+            changes["num_iterations"] = num_iterations
+        settings = configured(config, changes)
+        self.config = settings.with_defaults(target_sparsity=0.8, schedule="linear", num_iterations=4)
+        self.initial_sparsity = check_sparsity("initial_sparsity", initial_sparsity)
+        self.final_sparsity = self.config.target_sparsity
+        self.num_iterations = self.config.num_iterations
+        self.schedule = self.config.schedule
+        self.history: list[HistoryRow] = []
+        pattern, sparsities = self.config.pattern, self.get_schedule()
+        if isinstance(pattern, NM) and set(sparsities) != {pattern.sparsity}:
+            msg = f"pattern {pattern} has one sparsity: expected schedule 'one_shot'; got {self.schedule!r}"
+            raise ValueError(msg)
+
+    def get_schedule(self) -> list[float]:
+        """Returns the sparsity of each iteration."""
+        return schedules.sample(
+            self.schedule,
+            num_iterations=self.num_iterations,
+            initial=self.initial_sparsity,
+            final=self.final_sparsity,
+        )
+
+    @overload
+    def run(
+        self,
+        weights: Mapping[str, ArrayLike],
+        eval_fn: Callable[[Arrays], float],
+        recover_fn: Callable[[Arrays, Masks, int], Mapping[str, ArrayLike] | None] | None = ...,
+        *,
+        min_score: float | None = ...,
+        max_drop: float | None = ...,
+        on_iteration: Callable[[HistoryRow], object] | None = ...,
+        state_dir: str | PathLike[str] | None = ...,
+    ) -> IterativeResult[Arrays, Masks]: ...
+    @overload
+    def run(
+        self,
+        weights: ArrayLike,
+        eval_fn: Callable[[NDArray[Any]], float],
+        recover_fn: Callable[[NDArray[Any], Mask, int], ArrayLike | None] | None = ...,
+        *,
+        min_score: float | None = ...,
+        max_drop: float | None = ...,
+        on_iteration: Callable[[HistoryRow], object] | None = ...,
+        state_dir: str | PathLike[str] | None = ...,
+    ) -> IterativeResult[NDArray[Any], Mask]: ...
+    def run(
+        self,
+        weights: Mapping[str, ArrayLike] | ArrayLike,
+        eval_fn: Callable[[Any], float],
+        recover_fn: Callable[[Any, Any, int], Any] | None = None,
+        *,
+        min_score: float | None = None,
+        max_drop: float | None = None,
+        on_iteration: Callable[[HistoryRow], object] | None = None,
+        state_dir: str | PathLike[str] | None = None,
+    ) -> IterativeResult[Any, Any]:
+        """Prunes, recovers, evaluates and records, once for each sparsity of the schedule.
+
+        What is pruned stays pruned: masks only grow, and what recovery revived is zeroed again before it is
+        evaluated. The sparsity of an override grows in proportion to the schedule, as do those of an
+        allocation that is a mapping; an N:M override is in full force from the first iteration on.
+
+        An allocation is made anew in each iteration, from the recovered weights. Where it asks for less of a
+        tensor than is pruned already, that stays, and the gains of the others shrink in proportion, so that
+        the total holds.
+
+        Args:
+            weights: As for `sparsam.prune`. Never modified.
+            eval_fn: Weights -> score; the larger, the better (return the negative of a loss). It is given a
+                copy.
+            recover_fn: (weights, masks, iteration) -> the recovered weights, or None where it changed the
+                given ones, which it is free to do. Tensors missing from what it returns stay as they were.
+            min_score: Stop at a score that is not at least this.
+            max_drop: Stop at a score that is more than this below the dense score.
+            on_iteration: Called with each new row of the history, once `state_dir` has it.
+            state_dir: A folder, made if needed, for the state of the run after each iteration. If it holds
+                one, the run goes on from there and only the iteration that was interrupted is done again;
+                the limits of now hold for the iterations of before. One run at a time may use a folder.
+                State that `recover_fn` keeps to itself is its own business.
+
+        Returns:
+            The last good weights (the dense ones if the first iteration fails), and how they came about.
+
+        Raises:
+            ValueError: As for `sparsam.prune`; `recover_fn` returned an unknown name, another shape or a NaN;
+                `state_dir` belongs to a run with other weights, configuration or schedule, is in use or
+                damaged, or an iteration in it fails the limits and the weights of the one before are gone.
+            TypeError: As for `sparsam.prune`; a callback returned something of another type.
+        """
+        limits = Limits(min_score, max_drop)
+        if isinstance(weights, Mapping):
+            dense, min_rank, evaluate, recover = to_arrays(weights), 2, eval_fn, recover_fn
+        else:
+            dense, min_rank, evaluate = to_arrays({SINGLE: weights}), 0, _alone_eval(eval_fn)
+            recover = None if recover_fn is None else _alone_recover(recover_fn)
+        check_patterns(self.config, dense, stacklevel=2)
+        steps = self._steps()
+        pools = plan(dense, steps[-1], min_rank=min_rank)
+        identity = identify(self.config, self.get_schedule(), dense) if state_dir is not None else {}
+        with nullcontext() if state_dir is None else StateDir(Path(state_dir), identity) as store:
+            progress = self._advance(
+                dense, steps, pools, min_rank, evaluate, recover, limits, on_iteration, store
+            )
+        result: IterativeResult[Any, Any] = _result(dense, progress, pools)
+        if isinstance(weights, Mapping):
+            return result
+        mask = result.masks.get(SINGLE, Mask.ones(dense[SINGLE].shape))
+        return replace(result, weights=result.weights[SINGLE], masks=mask, dense_weights=dense[SINGLE])
+
+    def _advance(
+        self,
+        dense: Arrays,
+        steps: list[PruningConfig],
+        pools: list[Pool],
+        min_rank: int,
+        evaluate: Callable[[Arrays], float],
+        recover: Callable[[Arrays, Masks, int], Any] | None,
+        limits: Limits,
+        on_iteration: Callable[[HistoryRow], object] | None,
+        store: StateDir | None,
+    ) -> Progress:
+        """From the start, or from what is stored, to the end of the schedule or the first bad score."""
+        pruned = [name for pool in pools for name in pool.names]
+        progress = store.load(dense, pruned) if store else None
+        if progress is None:
+            progress = Progress(score_of(evaluate, dense))
+            if store:
+                store.save(progress)
+        progress = limits.applied(progress)
+        self.history = progress.rows()
+
+        while not progress.failed and len(progress.history) < len(steps):
+            start = time.perf_counter()
+            iteration = len(progress.history) + 1
+            arrays, masks = self._pruned(progress, dense, steps[iteration - 1], min_rank)
+            if recover is not None:
+                arrays = _recovered(recover, arrays, masks, iteration)
+            score = score_of(evaluate, arrays)
+            row = HistoryRow(iteration, sparsity_of(masks), score, time.perf_counter() - start)
+            if limits.fails(score, progress.dense_score):
+                progress = replace(progress, failed=row)
+            else:
+                progress = Progress(progress.dense_score, (*progress.history, row), None, arrays, masks)
+            if store:
+                store.save(progress)
+            self.history.append(row)
+            if on_iteration is not None:
+                on_iteration(row)
+        return progress
+
+    def _steps(self) -> list[PruningConfig]:
+        """How far each iteration prunes what."""
+        schedule = self.get_schedule()
+        steps = []
+        for sparsity in schedule:
+            share = sparsity / schedule[-1] if schedule[-1] else 1.0
+            overrides = {name: _scaled(value, share) for name, value in self.config.overrides.items()}
+            allocation = self.config.allocation
+            if isinstance(allocation, Mapping):
+                allocation = {name: value * share for name, value in allocation.items()}
+            config = replace(
+                self.config,
+                allocation=allocation,
+                target_sparsity=sparsity,
+                schedule="one_shot",
+                num_iterations=1,
+                overrides=overrides,
+            )
+            steps.append(config)
+        return steps
+
+    def _pruned(
+        self, progress: Progress, dense: Arrays, step: PruningConfig, min_rank: int
+    ) -> tuple[Arrays, Masks]:
+        """The last good weights pruned further, in new arrays."""
+        weights = dense if progress.weights is None else progress.weights
+        arrays = {name: array.copy() for name, array in weights.items()}
+        pools = plan(arrays, step, min_rank=min_rank, previous=progress.masks)
+        method = scores.resolve(self.config.method)
+        return arrays, prune_pools(arrays, pools, method, arrays, previous=progress.masks)
+
+
+def _alone_eval(eval_fn: Callable[[Any], float]) -> Callable[[Arrays], float]:
+    """An `eval_fn` of one array as one of a mapping."""
+    return lambda arrays: eval_fn(arrays[SINGLE])
+
+
+def _alone_recover(recover_fn: Callable[[Any, Any, int], Any]) -> Callable[[Arrays, Masks, int], Any]:
+    """A `recover_fn` of one array as one of a mapping."""
+
+    def recover(arrays: Arrays, masks: Masks, iteration: int) -> Mapping[str, ArrayLike] | None:
+        array = arrays[SINGLE]
+        returned = recover_fn(array, masks.get(SINGLE, Mask.ones(array.shape)), iteration)
+        return None if returned is None else {SINGLE: returned}
+
+    return recover
+
+
+def _scaled(value: Override, share: float) -> Override:
+    """An override at a share of its sparsity; N:M has but one."""
+    if isinstance(value, Pattern):
+        return value
+    if isinstance(value, tuple):
+        sparsity, pattern = value
+        return value if isinstance(pattern, NM) else (sparsity * share, pattern)
+    return value * share
+
+
+def _recovered(
+    recover: Callable[[Arrays, Masks, int], Any], arrays: Arrays, masks: Masks, iteration: int
+) -> Arrays:
+    """What recovery made of the weights."""
+    given = dict(arrays)
+    returned = recover(given, dict(masks), iteration)
+    return validate_returned_weights("recover_fn", given, returned, arrays, masks, f", iteration {iteration}")
+
+
+def _result(dense: Arrays, progress: Progress, pools: list[Pool]) -> IterativeResult[Arrays, Masks]:
+    weights, masks = progress.weights, progress.masks
+    if weights is None or masks is None:
+        weights = {name: array.copy() for name, array in dense.items()}
+        masks = {name: Mask.ones(dense[name].shape) for pool in pools for name in pool.names}
+    return IterativeResult(
+        history=progress.rows(),
+        final_sparsity=progress.history[-1].sparsity if progress.history else 0.0,
+        weights=weights,
+        masks=masks,
+        report=describe(weights, masks, pools),
+        dense_weights=dense,
+        dense_score=progress.dense_score,
+        stopped_early=progress.failed is not None,
+    )

@@ -1,0 +1,456 @@
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from sparsam import checkpoint
+from sparsam.cli.app import main
+from sparsam.cli.arguments import parse_method, parse_override, parse_pattern
+from sparsam.config import PruningConfig
+from sparsam.patterns import NM, Block, Slices, Unstructured
+from sparsam.pruner import prune
+from sparsam.runtime import build_info
+from sparsam.scores import Magnitude, Random
+
+
+def sample() -> dict[str, Any]:
+    rng = np.random.default_rng(7)
+    return {
+        "head.weight": rng.standard_normal((8, 16), dtype=np.float32),
+        "mlp.bias": rng.standard_normal(16, dtype=np.float32),
+        "mlp.weight": rng.standard_normal((16, 32)).astype(ml_dtypes.bfloat16),
+        "positions": np.arange(12).reshape(3, 4),
+    }
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    checkpoint.save(tmp_path / "model.safetensors", sample(), {"format": "pt"})
+    return tmp_path / "model.safetensors"
+
+
+@pytest.fixture
+def output(tmp_path: Path) -> Path:
+    return tmp_path / "pruned.safetensors"
+
+
+def read(path: Path) -> dict[str, Any]:
+    return checkpoint.load(path).weights
+
+
+def assert_equal(left: dict[str, Any], right: dict[str, Any]) -> None:
+    assert left.keys() == right.keys()
+    for name, array in left.items():
+        assert array.dtype == right[name].dtype, name
+        assert array.tobytes() == right[name].tobytes(), name
+
+
+def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
+    """Standard output, less colours, of a command that must succeed in silence."""
+    assert main([str(argument) for argument in arguments]) == 0
+    captured = capsys.readouterr()
+    assert captured.err == ""
+    return re.sub(r"\x1b\[[0-9;]*m", "", captured.out)
+
+
+def fail(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
+    """The one line on standard error of a command that must fail."""
+    assert main([str(argument) for argument in arguments]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("sparsam: ")
+    assert captured.err.count("\n") == 1
+    return captured.err
+
+
+# Strings
+
+
+@pytest.mark.parametrize(
+    ("text", "pattern"),
+    [
+        ("unstructured", Unstructured()),
+        ("2:4", NM(2, 4)),
+        ("16:32", NM(16, 32)),
+        ("block:4x1", Block(4, 1)),
+        ("slices:0", Slices(0)),
+        ("slices:-1", Slices(-1)),
+        ("slices:1:64", Slices(1, 64)),
+    ],
+)
+def test_patterns(text: str, pattern: Any) -> None:
+    assert parse_pattern(text) == pattern
+
+
+@pytest.mark.parametrize(
+    "text", ["", "2:", "2:4:8", "Block:2x2", "block:2", "block:2x2x2", "slices", "slices:a", "2:4 "]
+)
+def test_texts_that_are_no_pattern(text: str) -> None:
+    with pytest.raises(ValueError, match=r"pattern: expected unstructured, N:M .*, got"):
+        parse_pattern(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("a=0.5", ("a", 0.5)),
+        ("*.k=1", ("*.k", 1.0)),
+        ("a=1e-1", ("a", 0.1)),
+        ("a=b=0", ("a=b", 0.0)),
+        ("[ab].*=2:4", ("[ab].*", NM(2, 4))),
+        ("a=slices:0:8", ("a", Slices(0, 8))),
+        ("a=0.75,block:4x1", ("a", (0.75, Block(4, 1)))),
+    ],
+)
+def test_overrides(text: str, value: Any) -> None:
+    assert parse_override(text) == value
+
+
+@pytest.mark.parametrize(
+    "text", ["", "a", "=0.5", "a=", "a=x", "a=0.5,0.6", "a=2:4,0.5", "a=0.5,2:4,2:4", "a=1:2:3"]
+)
+def test_texts_that_are_no_override(text: str) -> None:
+    with pytest.raises(ValueError, match="expected"):
+        parse_override(text)
+
+
+def test_methods() -> None:
+    assert parse_method("magnitude", None, None) == "magnitude"
+    assert parse_method("magnitude", 2, None) == Magnitude(2)
+    assert parse_method("random", None, 3) == Random(3)
+    with pytest.raises(ValueError, match="--norm belongs to --method magnitude, got random"):
+        parse_method("random", 2, None)
+    with pytest.raises(ValueError, match="--seed belongs to --method random, got magnitude"):
+        parse_method("magnitude", None, 0)
+
+
+# inspect
+
+
+def test_inspect(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    weights = sample()
+    weights["mlp.weight"][:8] = 0
+    checkpoint.save(model, weights)
+    lines = [line.split() for line in run(capsys, "inspect", model).splitlines() if line.strip()]
+    assert lines[0] == [
+        "tensor",
+        "shape",
+        "dtype",
+        "pattern",
+        "params",
+        "pruned",
+        "sparsity",
+        "dense",
+        "packed",
+    ]
+    assert ["mlp.weight", "16x32", "bfloat16", "512", "256", "50.00", "%", "1.0", "KiB", "576", "B"] in lines
+    assert ["mlp.bias", "16", "float32", "16", "0", "0.00", "%", "64", "B", "64", "B"] in lines
+    assert ["positions", "3x4", "int64", "12", "1", "8.33", "%", "96", "B", "90", "B"] in lines
+    assert lines[-1][:3] == ["total", "668", "257"]
+
+
+def test_inspect_json(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    content = json.loads(run(capsys, "inspect", model, "--json"))
+    assert [layer["name"] for layer in content["layers"]] == sorted(sample())
+    assert content["layers"][0] == {
+        "name": "head.weight",
+        "total_params": 128,
+        "pruned_params": 0,
+        "sparsity": 0.0,
+        "shape": [8, 16],
+        "dtype": "float32",
+        "pattern": "",
+        "dense_bytes": 512,
+        "packed_bytes": 512,
+    }
+    assert content["total"]["total_params"] == 668
+
+
+def test_inspect_and_prune_agree(model: Path, output: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    weights = sample()
+    weights["mlp.bias"][:9] = 0
+    weights["mlp.weight"][:, :30] = 0
+    checkpoint.save(model, weights)
+    pruned = json.loads(run(capsys, "prune", model, "-o", output, "--pattern", "2:4", "--json"))
+    inspected = json.loads(run(capsys, "inspect", output, "--json"))
+    for said, seen in zip(pruned["layers"], inspected["layers"], strict=True):
+        assert said.keys() == seen.keys()
+        assert [said[key] for key in ("name", "dense_bytes", "packed_bytes")] == [
+            seen[key] for key in ("name", "dense_bytes", "packed_bytes")
+        ]
+    assert pruned["total"]["packed_bytes"] == inspected["total"]["packed_bytes"]
+
+
+@pytest.mark.parametrize("name", ["enc:key:weight", "a\x1b[2Jb", "x\ty\nz", "[red]r[/red]", "\u202ename"])
+def test_names_come_out_as_they_are_or_escaped(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checkpoint.save(file := tmp_path / "w", {name: np.ones((1, 4), np.float32), "n": np.array([[np.nan]])})
+    escaped = json.dumps(name)[1:-1].replace("\\u001b", "\\x1b")
+    content = json.loads(run(capsys, "inspect", file, "--json"))
+    assert name in [layer["name"] for layer in content["layers"]]
+    assert f"\n{escaped} " in run(capsys, "inspect", file)
+    assert main(["prune", str(file), "-o", str(tmp_path / "out"), "--exclude", "n"]) == 0
+    assert f"\n{escaped} " in capsys.readouterr().out
+    message = fail(capsys, "prune", file, "-o", tmp_path / "out", "--override", f"no{name}=0.5")
+    assert "\x1b" not in message
+    assert "\u202e" not in message
+    assert ":key:" in message or ":key:" not in name
+
+
+def test_long_names_are_never_cut(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    name = "model.[red]layers.0[/red]." + "x" * 200
+    checkpoint.save(tmp_path / "w", {name: np.zeros((0, 3), np.float16)})
+    assert name in run(capsys, "inspect", tmp_path / "w")
+
+
+# prune
+
+
+@pytest.mark.parametrize(
+    ("arguments", "changes"),
+    [
+        ([], {}),
+        (["--sparsity", "0.8"], {"target_sparsity": 0.8}),
+        (["--sparsity", "0.8", "--scope", "global"], {"target_sparsity": 0.8, "scope": "global"}),
+        (["--scope", "row", "--method", "lamp"], {"scope": "row", "method": "lamp"}),
+        (["--allocation", "erk"], {"allocation": "erk"}),
+        (["--allocation", "lamp", "--pattern", "slices:0"], {"allocation": "lamp", "pattern": Slices(0)}),
+        (["--pattern", "2:4"], {"pattern": NM(2, 4)}),
+        (["--pattern", "1:4", "--sparsity", "0.75"], {"pattern": NM(1, 4)}),
+        (["--pattern", "block:4x2", "--norm", "2"], {"pattern": Block(4, 2), "method": Magnitude(2)}),
+        (["--pattern", "slices:0:2"], {"pattern": Slices(0, 2)}),
+        (["--method", "random", "--seed", "5"], {"method": Random(5)}),
+        (
+            ["--exclude", "head*", "--exclude", "x*", "--sparsity", "1"],
+            {"exclude": ["head*"], "target_sparsity": 1},
+        ),
+        (
+            ["--override", "head*=0.25", "--override", "mlp.bias=2:4"],
+            {"overrides": {"head*": 0.25, "mlp.bias": NM(2, 4)}},
+        ),
+    ],
+)
+def test_prune_is_the_library(
+    model: Path,
+    output: Path,
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    changes: dict[str, Any],
+) -> None:
+    assert main(["prune", str(model), "-o", str(output), *arguments]) == 0
+    captured = capsys.readouterr()
+    assert captured.err == (
+        "sparsam: warning: exclude: 'x*' matches no tensor\n" if "x*" in arguments else ""
+    )
+    changes = {**changes, "exclude": [*changes.get("exclude", ()), "positions"]}
+    expected = prune(sample(), PruningConfig(**changes))
+    assert_equal(read(output), expected.weights)
+    assert captured.out == f"{expected.report}\n"
+    assert checkpoint.load(output).metadata == {"format": "pt"}
+    assert_equal(read(model), sample())
+
+
+def test_prune_json(model: Path, output: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    content = json.loads(run(capsys, "prune", model, "-o", output, "--sparsity", 0.9, "--json"))
+    assert content == prune(sample(), target_sparsity=0.9, exclude=["positions"]).report.to_dict()
+
+
+def test_prune_refuses_its_input(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = model.read_bytes()
+    (tmp_path / "soft").symlink_to(model)
+    (tmp_path / "hard").hardlink_to(model)
+    same = [
+        model,
+        tmp_path,
+        tmp_path / "soft",
+        tmp_path / "hard",
+        tmp_path / ".." / tmp_path.name / model.name,
+    ]
+    for path in same:
+        assert "pass --force" in fail(capsys, "prune", model, "-o", path)
+    assert "pass --force" in fail(capsys, "prune", tmp_path / "soft", "-o", model)
+    assert model.read_bytes() == before
+
+    run(capsys, "prune", model, "-o", tmp_path / "soft", "--sparsity", 0.75, "--force")
+    assert np.count_nonzero(read(model)["head.weight"]) == 32
+    assert (tmp_path / "soft").is_symlink()
+
+
+def test_prune_shards_into_a_new_directory(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    weights = sample()
+    files = dict(
+        zip(weights, ("b.safetensors", "b.safetensors", "a.safetensors", "a.safetensors"), strict=True)
+    )
+    shards = checkpoint.Shards(checkpoint.INDEX_NAME, {}, files, {"a.safetensors": {}, "b.safetensors": {}})
+    checkpoint.save(tmp_path / "in", weights, like=checkpoint.Checkpoint({}, {}, shards))
+    whole, parts = tmp_path / "whole", tmp_path / "out"
+    options = ["--sparsity", "0.8", "--scope", "global"]
+    assert run(capsys, "prune", model, "-o", whole, *options) == run(
+        capsys, "prune", tmp_path / "in", "-o", parts, *options
+    )
+    assert_equal(read(whole), read(parts))
+    assert {file.name for file in parts.iterdir()} == {
+        checkpoint.INDEX_NAME,
+        "a.safetensors",
+        "b.safetensors",
+    }
+    assert "pass --force" in fail(capsys, "prune", tmp_path / "in", "-o", tmp_path / "in")
+    assert json.loads(run(capsys, "inspect", parts, "--json")) == json.loads(
+        run(capsys, "inspect", whole, "--json")
+    )
+
+
+def test_a_failed_prune_leaves_no_output(
+    model: Path, output: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    weights = sample()
+    weights["mlp.weight"][3, 5] = np.nan
+    checkpoint.save(model, weights)
+    message = fail(capsys, "prune", model, "-o", output)
+    assert "'mlp.weight'" in message
+    assert "(3, 5)" in message
+    assert [file.name for file in output.parent.iterdir()] == [model.name]
+
+
+# What a user can get wrong
+
+
+def test_errors_are_one_line_and_exit_code_2(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "text").write_text("no model\nat all\n")
+    prune_model = ["prune", model, "-o", tmp_path / "out"]
+    cases: list[tuple[list[object], str]] = [
+        ([], "Missing command; see sparsam --help"),
+        (["nope"], "No such command 'nope'"),
+        (["inspect"], "see sparsam inspect --help"),
+        (["inspect", tmp_path / "missing"], "No such file or directory"),
+        (["inspect", tmp_path / "text"], "text: expected a safetensors file, got"),
+        (["inspect", model, "--nope"], "No such option: --nope"),
+        (["prune", model], "see sparsam prune --help"),
+        ([*prune_model, "--sparsity", "x"], "--sparsity"),
+        ([*prune_model, "--sparsity", "1.5"], "1.5"),
+        ([*prune_model, "--sparsity", "nan"], "nan"),
+        ([*prune_model, "--scope", "all"], "scope"),
+        ([*prune_model, "--allocation", "er"], "allocation: expected 'uniform'"),
+        ([*prune_model, "--allocation", "erk", "--scope", "global"], "scope 'global'"),
+        ([*prune_model, "--method", "wanda"], "needs input statistics"),
+        ([*prune_model, "--method", "best"], "method"),
+        ([*prune_model, "--norm", "3"], "norm"),
+        ([*prune_model, "--seed", "1"], "--seed belongs to --method random"),
+        ([*prune_model, "--pattern", "9:4"], "9"),
+        ([*prune_model, "--pattern", "1:5"], "multiple of 5"),
+        ([*prune_model, "--pattern", "2:4", "--sparsity", "0.6"], "0.5"),
+        ([*prune_model, "--override", "mlp.wieght=0.1"], "'mlp.weight'"),
+        ([*prune_model, "--override", "mlp"], "override: expected PAT=SPARSITY"),
+        (["prune", model, "-o", tmp_path / "no" / "folder"], "no such directory"),
+        (["bench", "select", "--n", "0"], "--n"),
+        (["bench", "select", "--dtype", "int8"], "dtype: expected one of float16"),
+        (["bench", "select", "--sparsity", "0"], "sparsity: expected"),
+        (["demo", "--seed", "-1"], "--seed"),
+    ]
+    for arguments, message in cases:
+        assert message in fail(capsys, *arguments), arguments
+    assert {file.name for file in tmp_path.iterdir()} == {"model.safetensors", "text"}
+
+
+def test_help_names_every_command(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    out = run(capsys, "--help")
+    for command in ("demo", "inspect", "prune", "sensitivity", "search", "bench", "info"):
+        assert command in out
+    options = run(capsys, "prune", "--help")
+    for text in ("--override", "what N:M implies", "slices:AXIS[:SIZE]"):
+        assert text in options
+
+
+def test_an_interrupt_is_no_traceback(
+    model: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(checkpoint, "stream", interrupt)
+    assert main(["inspect", str(model)]) == 130
+    assert capsys.readouterr().err.strip() == ""
+
+
+# info, bench, and the process around them
+
+
+def test_info(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(capsys, "info") == f"{build_info()}\n"
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
+def test_bench_select(dtype: str, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = [
+        "bench",
+        "select",
+        "--n",
+        1001,
+        "--n",
+        64,
+        "--dtype",
+        dtype,
+        "--sparsity",
+        0.5,
+        "--sparsity",
+        1,
+    ]
+    rows = json.loads(run(capsys, *arguments, "--json"))
+    assert [(row["n"], row["dtype"], row["sparsity"]) for row in rows] == [
+        (n, dtype, sparsity) for n in (1001, 64) for sparsity in (0.5, 1.0)
+    ]
+    for row in rows:
+        assert all(row[field] > 0 for field in ("read_ms", "threshold_ms", "prune_ms", "numpy_ms"))
+
+
+def test_bench_select_table(capsys: pytest.CaptureFixture[str]) -> None:
+    out = run(capsys, "bench", "select", "--n", 1000, "--sparsity", 0.9)
+    assert "np.partition" in out
+    assert "1,000" in out
+
+
+@pytest.mark.parametrize(
+    "command", [[sys.executable, "-m", "sparsam"], [str(Path(sys.executable).parent / "sparsam")]]
+)
+def test_both_entry_points(command: list[str], tmp_path: Path) -> None:
+    good = subprocess.run([*command, "info"], capture_output=True, text=True, check=False)
+    assert (good.returncode, good.stderr) == (0, "")
+    assert good.stdout.startswith("sparsam ")
+    bad = subprocess.run([*command, "inspect", tmp_path / "x"], capture_output=True, text=True, check=False)
+    assert (bad.returncode, bad.stdout) == (2, "")
+    assert bad.stderr.startswith("sparsam: ")
+    assert bad.stderr.count("\n") == 1
+
+
+def test_a_reader_that_leaves_is_no_traceback(model: Path) -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = [sys.executable, "-m", "sparsam", "inspect", str(model)]
+    run = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(writing)
+    assert "Traceback" not in run.stderr
+    assert run.returncode != 0
+
+
+def test_import_is_lean() -> None:
+    heavy = {"typer", "click", "rich", "sklearn", "torch", "pydantic"}
+    script = f"import sys, sparsam; print(sorted({heavy!r} & set(sys.modules)))"
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == "[]"

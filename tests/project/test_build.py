@@ -1,0 +1,80 @@
+"""Checks of the compiled code itself: what the ISA objects export, and that the stub matches the binary."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import sparsam
+
+ROOT = Path(__file__).parents[2]
+
+
+def run(*command: str, **environment: str) -> str:
+    result = subprocess.run(
+        command, capture_output=True, text=True, check=False, env={**os.environ, **environment}
+    )
+    assert result.returncode == 0, f"{' '.join(command)}\n{result.stdout}\n{result.stderr}"
+    return result.stdout
+
+
+@pytest.fixture(scope="module")
+def build(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The kernels compiled as for a wheel, without Python and without OpenMP."""
+    folder = tmp_path_factory.mktemp("build")
+    options = ("-DSPARSAM_PYTHON=OFF", "-DSPARSAM_OPENMP=OFF", "-DSPARSAM_WERROR=ON")
+    run("cmake", "-S", str(ROOT), "-B", str(folder), *options)
+    run("cmake", "--build", str(folder), "--parallel", "2")
+    return folder
+
+
+def test_isa_objects_export_their_row_and_nothing_else(build: Path) -> None:
+    objects = sorted(build.glob("CMakeFiles/sparsam_*.dir/cpp/kernels/*/target_*.cpp.o"))
+    assert len(objects) == len(sparsam.build_info().compiled_isas)
+    for path in objects:
+        isa = re.search(r"target_(\w+)\.cpp", path.name)[1]  # type: ignore[index]
+        row = f"sparsam::{isa}::table"
+        defined, undefined = [], []
+        for line in run("nm", "-C", str(path)).splitlines():
+            kind, name = line[17:18], line[19:]
+            if kind in "Uwv":
+                undefined.append(name)
+            elif kind.isupper() or kind in "uV":
+                defined.append(name)
+            # Lower case is local: nobody else can be given it. Anything weak (W, V, u) would be shared.
+        assert defined == [row], path
+        assert set(undefined) <= {
+            "memcpy",
+            "memset",
+            "memmove",
+            "_GLOBAL_OFFSET_TABLE_",
+            "__stack_chk_fail",
+        }, path
+
+
+def test_isa_objects_run_nothing_on_load(build: Path) -> None:
+    for path in build.glob("CMakeFiles/sparsam_*.dir/cpp/kernels/*/target_*.cpp.o"):
+        assert ".init_array" not in run("readelf", "-S", str(path))
+
+
+def test_stub_matches_the_binary() -> None:
+    pytest.importorskip("mypy")
+    allowed = ("--allowlist", str(Path(__file__).with_name("stubtest_allowlist.txt")))
+    run(sys.executable, "-m", "mypy.stubtest", "sparsam._core", *allowed, MYPYPATH=str(ROOT / "python"))
+
+
+def test_only_threads_cpp_knows_openmp() -> None:
+    for path in (ROOT / "cpp").rglob("*.[ch]pp"):
+        if path.name != "threads.cpp":
+            assert not re.search(r"omp_|#pragma omp|GOMP", path.read_text()), path
+
+
+def test_intrinsics_stay_in_their_files() -> None:
+    for path in (ROOT / "cpp").rglob("*.[ch]pp"):
+        if not path.name.startswith(("vec_", "floats_", "quads_")):
+            assert not re.search(r"_mm\d*_|immintrin", path.read_text()), path

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 import network
+from sparsam.analysis import executor as task_runner
 from sparsam.analysis.search import find_smallest
 from sparsam.analysis.sweep import EvaluationError, SensitivityPoint, SensitivityReport, sensitivity
 from sparsam.config import PruningConfig

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
+from command_line import fail, run
 
 from sparsam import checkpoint
 from sparsam.cli.app import main
@@ -52,24 +52,6 @@ def assert_equal(left: dict[str, Any], right: dict[str, Any]) -> None:
     for name, array in left.items():
         assert array.dtype == right[name].dtype, name
         assert array.tobytes() == right[name].tobytes(), name
-
-
-def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
-    """Standard output, less colours, of a command that must succeed in silence."""
-    assert main([str(argument) for argument in arguments]) == 0
-    captured = capsys.readouterr()
-    assert captured.err == ""
-    return re.sub(r"\x1b\[[0-9;]*m", "", captured.out)
-
-
-def fail(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
-    """The one line on standard error of a command that must fail."""
-    assert main([str(argument) for argument in arguments]) == 2
-    captured = capsys.readouterr()
-    assert captured.out == ""
-    assert captured.err.startswith("sparsam: ")
-    assert captured.err.count("\n") == 1
-    return captured.err
 
 
 # Strings

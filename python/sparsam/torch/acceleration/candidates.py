@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -85,7 +85,28 @@ def candidates(model: nn.Module) -> tuple[list[Candidate], dict[str, LayerRow]]:
         elif isinstance(layer, _WEIGHTY):
             kind = type(layer).__name__
             left[name] = LayerRow(name, kind, _shape(layer), reason=f"no kernel for {kind}")
+        else:
+            left |= {f"{name}.{own}": row for own, row in _stacks(name, layer)}
     return found, left
+
+
+def _stacks(name: str, module: nn.Module) -> Iterator[tuple[str, LayerRow]]:
+    """The Parameters of a module that are several matrices in one, as those of experts."""
+    for own, weight in module._parameters.items():
+        if weight is None or weight.ndim != 3 or min(weight.shape) < 2 or weight.layout is not torch.strided:
+            continue
+        density = int(torch.count_nonzero(weight)) / weight.numel()
+        yield (
+            own,
+            LayerRow(
+                f"{name}.{own}",
+                type(module).__name__,
+                tuple(weight.shape),
+                density,
+                dense_bytes=weight.nbytes,
+                reason=f"no kernel for {weight.shape[0]} matrices in one Parameter",
+            ),
+        )
 
 
 def is_convolution(layer: nn.Module) -> bool:
@@ -145,6 +166,8 @@ def _obstacle(layer: nn.Module) -> str:
         return f"its weight is a {type(weight).__name__}"
     if weight.device.type != "cpu":
         return f"its weight is on {weight.device}"
+    if weight.layout is not torch.strided:
+        return f"its weight is {str(weight.layout).removeprefix('torch.')}"
     if weight.dtype not in DTYPES:
         return f"its weight is {str(weight.dtype).removeprefix('torch.')}"
     return "" if weight.numel() else "it has no weights"

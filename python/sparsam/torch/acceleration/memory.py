@@ -24,8 +24,22 @@ def parameter_bytes(model: nn.Module) -> int:
             owners.append(module.original)
         for owner in owners:
             for parameter in owner.parameters():
-                tensors[parameter.data_ptr() or id(parameter), parameter.nbytes] = parameter.nbytes
+                tensors[_memory(parameter)] = _nbytes(parameter)
     return sum(tensors.values()) + sum(packed.values())
+
+
+def _memory(parameter: Tensor) -> tuple[int, int]:
+    """What two Parameters have in common that are one in memory."""
+    strided = parameter.layout is torch.strided
+    return (parameter.data_ptr() if strided else 0) or id(parameter), _nbytes(parameter)
+
+
+def _nbytes(parameter: Tensor) -> int:
+    """Bytes of a Parameter of any layout."""
+    if parameter.layout is torch.sparse_coo:
+        parts = (parameter._indices(), parameter._values())
+        return sum(part.nbytes for part in parts)
+    return parameter.numel() * parameter.itemsize
 
 
 def release(model: nn.Module, layers: Sequence[SparseLayer]) -> None:

@@ -40,7 +40,11 @@ class AccelerationPlan:
         self.min_gain = min_gain
         found, self.rows = candidates(model)
         self.candidates = {candidate.name: candidate for candidate in found}
-        self.order = [name for name, _ in model.named_modules()]
+        self.order = [
+            name
+            for module, m in model.named_modules()
+            for name in (module, *(f"{module}.{own}" for own in m._parameters))
+        ]
         self.where = places(model)
         self.exchange = LayerSwap(model, self.where)
         self.weights_before = parameter_bytes(model)
@@ -118,9 +122,7 @@ class AccelerationPlan:
             self.rows[name] = self._row(name, layer)
         release(self.model, list(swapped.values()))
         summary = self.summary or (
-            f"{len(swapped)} of {len(self.rows)} layers swapped"
-            if swapped
-            else f"nothing swapped: no layer is {self.min_gain:g} times faster packed"
+            f"{len(swapped)} of {len(self.rows)} layers swapped" if swapped else self._nothing()
         )
         return AccelerationReport(
             tuple(self.rows[name] for name in self.order if name in self.rows),
@@ -131,6 +133,14 @@ class AccelerationPlan:
             self.difference,
             self.interruptions.many(),
             summary,
+        )
+
+    def _nothing(self) -> str:
+        """Why nothing was swapped: the reasons in the rows, the most frequent one first."""
+        reasons = Counter(row.reason for row in self.rows.values())
+        found = [f"{why} ({n} layer{'s' * (n > 1)})" for why, n in reasons.most_common()]
+        return "nothing swapped: " + (
+            "; ".join(found) or "the model has no Linear, Conv1D, Conv1d or Conv2d layer"
         )
 
     def undo(self) -> None:

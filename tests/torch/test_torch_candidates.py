@@ -1,0 +1,73 @@
+"""Which layers are tried, and what the report says of the others."""
+
+from __future__ import annotations
+
+import pytest
+from torch_cases import Clock, check_round_trip, mlp, pruned
+
+import torch
+from sparsam.torch import restore
+from sparsam.torch.acceleration.workflow import accelerate
+from torch import Tensor, nn
+
+pytestmark = pytest.mark.usefixtures("clock", "one_thread")
+
+
+class Experts(nn.Module):
+    """Several matrices in one Parameter, and one Parameter of as many axes that is none."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.router = nn.Linear(8, 4)
+        self.experts = nn.Parameter(torch.randn(4, 8, 8))
+        self.position = nn.Parameter(torch.randn(1, 5, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        each = torch.einsum("bi,eoi->beo", x, self.experts)
+        return torch.einsum("be,beo->bo", self.router(x).softmax(1), each)
+
+
+def test_experts_in_one_parameter_are_listed() -> None:
+    report = check_round_trip(pruned(nn.Sequential(Experts())), torch.randn(5, 8))
+    assert [(r.name, r.kind, r.shape, r.swapped, r.reason) for r in report.layers] == [
+        ("0.experts", "Experts", (4, 8, 8), False, "no kernel for 4 matrices in one Parameter"),
+        ("0.router", "Linear", (4, 8), True, ""),
+    ]
+
+
+@pytest.mark.parametrize("layout", ["sparse_coo", "sparse_csr", "_mkldnn"])
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta state")
+def test_weights_of_other_layouts_are_left(layout: str) -> None:
+    model = mlp(nn.Tanh)
+    weight = model.get_parameter("0.weight").detach()
+    other = weight.to_mkldnn() if layout == "_mkldnn" else weight.to_sparse(layout=getattr(torch, layout))
+    model[0].weight = nn.Parameter(other, requires_grad=False)  # type: ignore[index]
+    report = accelerate(model)
+    assert [(r.swapped, r.reason) for r in report.layers] == [(False, f"its weight is {layout}"), (True, "")]
+    assert restore(model) == 1
+    assert model[0].weight.layout is getattr(torch, layout)  # type: ignore[index]
+
+
+@pytest.mark.parametrize(
+    ("model", "why"),
+    [
+        (nn.Sequential(nn.ReLU()), "the model has no Linear, Conv1D, Conv1d or Conv2d layer"),
+        (nn.Sequential(nn.Linear(24, 24), nn.Linear(24, 24)), "too few zeros (2 layers)"),
+        (mlp().double(), "its weight is float64 (2 layers)"),
+        (nn.Sequential(nn.LSTM(24, 24)), "no kernel for LSTM (1 layer)"),
+    ],
+)
+def test_the_closing_line_tells_why_nothing_was_swapped(model: nn.Module, why: str) -> None:
+    x = torch.randn(5, 24, dtype=next((p.dtype for p in model.parameters()), None))
+    assert accelerate(model, x).summary == f"nothing swapped: {why}"
+
+
+def test_the_closing_line_tells_that_all_is_packed() -> None:
+    model = mlp()
+    accelerate(model, torch.randn(5, 24))
+    assert accelerate(model).summary == "nothing swapped: packed already (2 layers)"
+
+
+def test_the_closing_line_tells_that_nothing_gains(clock: Clock) -> None:
+    clock.gains = {"0": 0.5, "2": 0.9}
+    assert accelerate(mlp(), torch.randn(5, 24)).summary == "nothing swapped: gain under 1.05 (2 layers)"

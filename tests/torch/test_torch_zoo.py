@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from torch_cases import state
-from zoo import TINY, ZOO, Specimen, exported, magnitude_pruned, stays
+from zoo_models import TINY, ZOO, Specimen, exported, magnitude_pruned, stays
 
 import torch
 from sparsam.torch import accelerate, load, restore, save
@@ -48,7 +48,7 @@ def test_specimen(specimen: Specimen, tmp_path: Any) -> None:
     values = {name: value.clone() for name, value in model.state_dict().items()}
 
     report = accelerate(model, example)
-    assert stays(report) == specimen.dense
+    assert stays(report.layers) == specimen.dense
     assert report.swapped == len(report.layers) - sum(specimen.dense.values()) > 0
     outputs = run(model, example)
     assert float(difference(outputs, dense) or 0) < 1e-5

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import io
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,7 +17,7 @@ from zoo_modules import Attention, ConvNet, Tagger, Tied
 
 import sparsam
 import torch
-from sparsam.torch import AccelerationReport
+from sparsam.torch import LayerRow
 from torch import Tensor, nn
 
 __all__ = ["REAL", "TINY", "ZOO", "Size", "Specimen", "exported", "magnitude_pruned", "stays"]
@@ -108,9 +108,9 @@ def magnitude_pruned(model: nn.Module, sparsity: float = 0.8) -> nn.Module:
     return model.eval()
 
 
-def stays(report: AccelerationReport) -> Counter[tuple[str, str]]:
+def stays(layers: Iterable[LayerRow]) -> Counter[tuple[str, str]]:
     """How many layers stayed dense, by kind and reason."""
-    return Counter((row.kind, row.reason) for row in report.layers if not row.swapped)
+    return Counter((row.kind, row.reason) for row in layers if not row.swapped)
 
 
 def exported(model: nn.Module, example: Any) -> nn.Module:

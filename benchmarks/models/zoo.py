@@ -1,0 +1,115 @@
+"""Many classes of models, random and pruned to one sparsity by magnitude: what `accelerate` brings each.
+
+    python benchmarks/models/zoo.py
+
+A Markdown table, a row for each specimen of tests/torch/zoo_models.py: layers swapped, the model dense and
+accelerated (timed in turn after `accelerate` is done), bytes of weights before and after, and what stayed
+dense and why. Outputs are compared with those of the dense model.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import sys
+import warnings
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from _shared import accelerate, describe, in_turn, print_disturbed, print_table
+
+import torch
+from sparsam.report import readable_size
+from sparsam.torch import LayerRow
+from sparsam.torch.acceleration.model_runner import as_examples, difference
+from torch import nn
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "tests" / "torch"))
+
+from zoo_models import REAL, ZOO, Size, Specimen, magnitude_pruned, stays
+
+CLOSE = 1e-4  # the largest difference of an output, relative to the largest
+HEADER = (
+    "model",
+    "",
+    "swapped",
+    "dense ms",
+    "sparsam ms",
+    "faster",
+    "weights before",
+    "after",
+    "stayed dense",
+)
+
+
+def row(specimen: Specimen, size: Size, sparsity: float, seconds: float) -> tuple[str, ...]:
+    """A line of the table."""
+    torch.manual_seed(0)
+    model, example = specimen.build(size)
+    dense = magnitude_pruned(model, sparsity)
+    accelerated = copy.deepcopy(dense)
+    report = accelerate(accelerated, example)
+    apart = difference(call(accelerated, example)(), call(dense, example)())
+    assert apart is not None
+    assert apart < CLOSE, (specimen.name, apart)
+    times = in_turn({"dense": call(dense, example), "ours": call(accelerated, example)}, seconds=seconds)
+    before, after = times["dense"][0], times["ours"][0]
+    return (
+        specimen.name,
+        specimen.family,
+        f"{report.swapped} of {len(report.layers)}",
+        f"{before:.1f}",
+        f"{after:.1f}",
+        f"{before / after:.2f}x",
+        readable_size(report.weights_before),
+        readable_size(report.weights_after),
+        reasons(report.layers),
+    )
+
+
+def reasons(layers: Iterable[LayerRow]) -> str:
+    """What stayed dense and why, like layers together."""
+    found = stays(layers)
+    return "; ".join(f"{count} {kind}: {reason}" for (kind, reason), count in found.most_common())
+
+
+def call(model: nn.Module, example: Any) -> Callable[[], Any]:
+    """A run of the model without gradients."""
+    (args, kwargs), *_ = as_examples(example)
+
+    def run() -> Any:
+        with torch.no_grad():
+            return model(*args, **kwargs)
+
+    return run
+
+
+def options_given() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("only", nargs="*", help="parts of names: of the models to take; all if none")
+    parser.add_argument("--sparsity", type=float, default=0.8)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--seconds", type=float, default=1.0, help="for each model, dense and accelerated")
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Prints the table."""
+    options = options_given()
+    warnings.simplefilter("ignore")  # what the libraries say of random models is no concern here
+    torch.set_num_threads(options.threads)
+    print(describe("torch", "transformers"))
+    inputs = f"{REAL.batch} x {REAL.tokens} tokens or {REAL.batch} images of {REAL.image}x{REAL.image}"
+    print(
+        f"\nwidth {REAL.width}, {REAL.layers} layers, {inputs}; {options.sparsity:.0%} pruned; {options.threads} threads"
+    )
+    wanted = [s for s in ZOO if not options.only or any(part in s.name for part in options.only)]
+    print_table(HEADER, (row(specimen, REAL, options.sparsity, options.seconds) for specimen in wanted))
+    print_disturbed()
+
+
+if __name__ == "__main__":
+    main()

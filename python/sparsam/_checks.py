@@ -60,8 +60,18 @@ def positive(what: str, value: object) -> int:
     return number
 
 
-def expected(what: str, got: object, wanted: str) -> str:
-    return f"{what}: expected {wanted}; got {got!r}"
+def expected(what: str, got: object, wanted: str, do: str | None = None) -> str:
+    """Returns the one form of an error's message: `what: expected wanted; got 'got'; do`.
+
+    Args:
+        what: The argument, tensor, option or file that is wrong, as the user knows it.
+        got: What came, shown by its repr. Where that says little (an array, a whole mapping), write the
+            message as an f-string of the same form, with the shape or the name that matters.
+        wanted: What is accepted.
+        do: What to change, as an imperative, if `wanted` does not already say it.
+    """
+    message = f"{what}: expected {wanted}; got {got!r}"
+    return message if do is None else f"{message}; {do}"
 
 
 def set_fields(instance: object, **fields: object) -> None:
@@ -75,7 +85,9 @@ def to_array(name: str, value: ArrayLike) -> NDArray[Any]:
     try:
         array = np.asarray(value)
     except (TypeError, ValueError) as error:
-        msg = f"tensor {name!r}: NumPy cannot make an array of this {type(value).__name__}: {error}"
+        msg = (
+            f"tensor {name!r}: expected what NumPy can make an array of; got {type(value).__name__} ({error})"
+        )
         raise ValueError(msg) from error
     if not hasattr(value, "__array__") and array.dtype.kind in "biu":
         return array.astype(np.float64)

@@ -340,7 +340,7 @@ def test_dtypes_that_cannot_be_pruned(value: Any, message: str) -> None:
 
 
 def test_what_is_no_array() -> None:
-    with pytest.raises(ValueError, match="tensor 'fc': NumPy cannot make an array of this list"):
+    with pytest.raises(ValueError, match="tensor 'fc': expected what NumPy can make an array of; got list"):
         prune({"fc": [[1.0, 2.0], [3.0]]})
     with pytest.raises(TypeError, match="weights: expected names as keys; got 1 of type int"):
         prune({1: np.ones((2, 2))})  # type: ignore[dict-item]

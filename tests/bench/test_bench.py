@@ -15,7 +15,7 @@ import pytest
 from sparsam import SparseMatrix, bench, plot
 from sparsam.bench import MatmulRow
 from sparsam.bench import matmul as module
-from sparsam.cli.app import main
+from sparsam.cli import main
 from sparsam.cli.arguments import parse_batches, parse_shapes, parse_sparsities
 from sparsam.sparse import cost_model
 
@@ -138,7 +138,7 @@ def test_damaged_dlmc_files(content: str, tmp_path: Path) -> None:
 
 
 def test_no_dlmc_files(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"expected a folder with \*.smtx files, got none"):
+    with pytest.raises(ValueError, match=r"expected a folder with \*.smtx files; got none"):
         bench.read_dlmc(tmp_path)
 
 
@@ -184,12 +184,12 @@ def test_table(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--shape", "3072"], "shape: expected OUTxIN, as 3072x768, got '3072'"),
+        (["--shape", "3072"], "shape: expected OUTxIN, as 3072x768; got '3072'"),
         (["--shape", "0x4"], "shape: expected"),
-        (["--batch", "1,,2"], "batch: expected whole numbers from 1 on"),
+        (["--batch", "1,,2"], "batch: expected positive integers"),
         (["--batch", "0"], "batch: expected"),
         (["--sparsity", "half"], "sparsity: expected numbers from 0 to 1"),
-        (["--sparsity", "1.5"], "expected a number in [0, 1]"),
+        (["--sparsity", "1.5"], "sparsity: expected a number from 0 to 1; got 1.5"),
         (["--dlmc", "nowhere"], "expected a folder with *.smtx files"),
         (["--plot", "picture.doc"], "expected a name that ends in one of"),
         (["--plot", "nowhere/picture.png"], "no such directory"),

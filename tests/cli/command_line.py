@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from sparsam.cli.app import main
+from sparsam.cli import main
 
 
 def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:

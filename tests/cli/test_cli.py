@@ -13,7 +13,7 @@ import pytest
 from command_line import fail, run
 
 from sparsam import checkpoint
-from sparsam.cli.app import main
+from sparsam.cli import main
 from sparsam.cli.arguments import parse_method, parse_override, parse_pattern
 from sparsam.config import PruningConfig
 from sparsam.patterns import NM, Block, Slices, Unstructured
@@ -77,7 +77,7 @@ def test_patterns(text: str, pattern: Any) -> None:
     "text", ["", "2:", "2:4:8", "Block:2x2", "block:2", "block:2x2x2", "slices", "slices:a", "2:4 "]
 )
 def test_texts_that_are_no_pattern(text: str) -> None:
-    with pytest.raises(ValueError, match=r"pattern: expected unstructured, N:M .*, got"):
+    with pytest.raises(ValueError, match=r"pattern: expected unstructured, N:M .*; got"):
         parse_pattern(text)
 
 
@@ -109,9 +109,9 @@ def test_methods() -> None:
     assert parse_method("magnitude", None, None) == "magnitude"
     assert parse_method("magnitude", 2, None) == Magnitude(2)
     assert parse_method("random", None, 3) == Random(3)
-    with pytest.raises(ValueError, match="--norm belongs to --method magnitude, got random"):
+    with pytest.raises(ValueError, match="--norm: expected --method magnitude; got random"):
         parse_method("random", 2, None)
-    with pytest.raises(ValueError, match="--seed belongs to --method random, got magnitude"):
+    with pytest.raises(ValueError, match="--seed: expected --method random; got magnitude"):
         parse_method("magnitude", None, 0)
 
 
@@ -331,7 +331,7 @@ def test_errors_are_one_line_and_exit_code_2(
         ([*prune_model, "--method", "wanda"], "needs input statistics"),
         ([*prune_model, "--method", "best"], "method"),
         ([*prune_model, "--norm", "3"], "norm"),
-        ([*prune_model, "--seed", "1"], "--seed belongs to --method random"),
+        ([*prune_model, "--seed", "1"], "--seed: expected --method random"),
         ([*prune_model, "--pattern", "9:4"], "9"),
         ([*prune_model, "--pattern", "1:5"], "multiple of 5"),
         ([*prune_model, "--pattern", "2:4", "--sparsity", "0.6"], "0.5"),
@@ -419,6 +419,27 @@ def test_both_entry_points(command: list[str], tmp_path: Path) -> None:
     assert (bad.returncode, bad.stdout) == (2, "")
     assert bad.stderr.startswith("sparsam: ")
     assert bad.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("missing", ["typer", "rich"])
+def test_without_the_extra(missing: str) -> None:
+    block = f"import runpy, sys; sys.modules[{missing!r}] = None"
+    script = f"{block}; runpy.run_module('sparsam', run_name='__main__')"
+    command = [sys.executable, "-c", script, "info"]
+    run = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (run.returncode, run.stdout) == (2, "")
+    assert run.stderr == (
+        f"sparsam: command line: expected typer and rich; got no module {missing}; "
+        "install them with: pip install 'sparsam[cli]'\n"
+    )
+
+
+def test_an_import_error_of_another_module_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "sparsam.cli.app", raising=False)
+    monkeypatch.setitem(sys.modules, "sparsam.cli.machine", None)
+    monkeypatch.delattr("sparsam.cli.machine", raising=False)
+    with pytest.raises(ImportError, match="machine"):
+        main(["info"])
 
 
 def test_a_reader_that_leaves_is_no_traceback(model: Path) -> None:

@@ -138,14 +138,20 @@ def test_functions_of_the_working_directory(model: Path, capsys: pytest.CaptureF
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("owned_module", "eval: expected package.module:function, got 'owned_module'"),
+        ("owned_module", "eval: expected package.module:function; got 'owned_module'"),
         ("owned-module:f", "eval: expected package.module:function"),
-        ("no_module:f", "eval: No module named 'no_module'; the working directory"),
-        ("owned_module.sub:f", "eval: No module named 'owned_module.sub'"),
-        ("owned_module:nothing", "has no attribute 'nothing'; expected a function of"),
-        ("owned_module:number", "eval: owned_module:number is 3: expected a function"),
-        ("broken_module:f", "importing broken_module failed: RuntimeError: not today ("),
-        ("owned_module:fails", "eval owned_module:fails: KeyError: 'nothing' ("),
+        (
+            "no_module:f",
+            "eval: expected an importable module; got No module named 'no_module'; the working directory",
+        ),
+        ("owned_module.sub:f", "eval: expected an importable module; got No module named 'owned_module.sub'"),
+        ("owned_module:nothing", "has no attribute 'nothing'"),
+        (
+            "owned_module:number",
+            "eval owned_module:number: expected a function from weights to a score; got 3",
+        ),
+        ("broken_module:f", "got from importing broken_module: RuntimeError: not today ("),
+        ("owned_module:fails", "eval owned_module:fails: expected a score; got KeyError: 'nothing' ("),
         ("owned_module:nan", "the dense weights: "),
     ],
 )
@@ -170,7 +176,10 @@ def test_errors(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
         (["sensitivity", model, *EVAL, "--jobs", 0], "--jobs"),
         (["search", model, *EVAL, "--min-score", 2], "min_score: expected at most 1.0"),
         ([*search, "-o", model], "expected an output other than the input"),
-        ([*search, "--report", "r.json", "--allocation", "uniform"], "--report and --allocation"),
+        (
+            [*search, "--report", "r.json", "--allocation", "uniform"],
+            "--report, --allocation: expected one of them",
+        ),
         ([*search, "--report", "r.json"], "No such file"),
         ([*search, "--report", "owned_module.py"], "expected the JSON of a sensitivity report"),
         ([*search, "--allocation", "best"], "allocation: expected"),
@@ -208,5 +217,5 @@ def test_where_output_cannot_go_is_found_before_anything_is_evaluated(
 def test_groups() -> None:
     assert parse_groups(["a=x,y*", "b=z=1"]) == {"a": ["x", "y*"], "b": ["z=1"]}
     for texts in (["a"], ["=x"], ["a="], ["a=x,"], ["a=x", "a=y"]):
-        with pytest.raises(ValueError, match=r"group: expected NAME=PATTERN,\.\.\., each name once, got"):
+        with pytest.raises(ValueError, match=r"group: expected NAME=PATTERN,\.\.\., each name once; got"):
             parse_groups(texts)

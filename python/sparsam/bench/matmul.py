@@ -1,4 +1,4 @@
-"""What `sparsam bench matmul` measures: products with a pruned matrix, against the dense products at hand."""
+"""What `sparsam bench matmul` measures: products with a pruned matrix, against dense NumPy and PyTorch."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from sparsam._checks import expected
 from sparsam.bench.timing import median_seconds
 from sparsam.runtime import isa, num_threads
 from sparsam.selection import select
@@ -37,7 +38,7 @@ COLD_COPIES = 8
 
 @dataclass(frozen=True)
 class Problem:
-    """A pruned matrix (rows, cols) to measure with, made when its turn comes.
+    """A pruned matrix (rows, cols) to measure with, made only when it is measured.
 
     Attributes:
         name: "random", or the file that the pattern comes from.
@@ -87,7 +88,7 @@ class MatmulRow:
 
     @property
     def speedup(self) -> float:
-        """How many times faster than that."""
+        """dense_ms / linear_ms."""
         return self.dense_ms / self.linear_ms
 
 
@@ -99,8 +100,7 @@ def random_problems(shapes: Iterable[tuple[int, int]], sparsities: Sequence[floa
     """
     for sparsity in sparsities:
         if not 0 <= sparsity <= 1:
-            msg = f"sparsity={sparsity!r}: expected a number in [0, 1]"
-            raise ValueError(msg)
+            raise ValueError(expected("sparsity", sparsity, "a number from 0 to 1"))
 
     def problem(shape: tuple[int, int], sparsity: float) -> Problem:
         def make() -> NDArray[np.float32]:
@@ -113,7 +113,7 @@ def random_problems(shapes: Iterable[tuple[int, int]], sparsities: Sequence[floa
 
 
 def read_dlmc(folder: Path) -> list[Problem]:
-    """The patterns of really pruned networks (Deep Learning Matrix Collection), with normal values.
+    """The patterns of networks pruned in practice (Deep Learning Matrix Collection), with normal values.
 
     Args:
         folder: Holds `*.smtx` files, at any depth: a line `rows, columns, nonzeros`, one of row pointers, one
@@ -125,7 +125,7 @@ def read_dlmc(folder: Path) -> list[Problem]:
     """
     files = sorted(folder.rglob("*.smtx"))
     if not files:
-        msg = f"{folder}: expected a folder with *.smtx files, got none"
+        msg = f"{folder}: expected a folder with *.smtx files; got none"
         raise ValueError(msg)
     return [_dlmc_problem(file, file.relative_to(folder).with_suffix("").as_posix()) for file in files]
 
@@ -145,7 +145,7 @@ def multiply(
         One row at a time.
 
     Raises:
-        RuntimeError: A peer came to another result.
+        RuntimeError: NumPy or PyTorch gives another result.
     """
     for problem in problems:
         weights = problem.make()
@@ -156,10 +156,10 @@ def multiply(
 
 
 def break_even(rows: Iterable[MatmulRow]) -> dict[tuple[int, int, int], float | None]:
-    """For each (rows, cols, batch), the sparsity from which on the sparse kernels beat the dense products.
+    """For each (rows, cols, batch), the sparsity from which the sparse kernels beat the dense products.
 
-    Between two measurements the difference of the times is interpolated. 0 where they win at the lowest
-    sparsity measured already and that is 0; None where they never do.
+    Between two measurements the difference of the times is interpolated. The lowest sparsity measured if they
+    win everywhere; None if they do not win at the highest.
     """
     points: dict[tuple[int, int, int], list[tuple[float, float]]] = {}
     for row in rows:
@@ -169,7 +169,7 @@ def break_even(rows: Iterable[MatmulRow]) -> dict[tuple[int, int, int], float | 
 
 
 def machine() -> str:
-    """What the times belong to: processor, instruction set, threads, versions."""
+    """The machine that the times were measured on: processor, instruction set, threads, versions."""
     versions = [f"{name} {version(name)}" for name in ("sparsam", "numpy", "torch") if find_spec(name)]
     return f"{cost_model.cpu()}, {isa()}, {num_threads()} threads; {', '.join(versions)}"
 
@@ -198,11 +198,11 @@ def _row(
     problem: Problem, copies: list[NDArray[np.float32]], matrices: list[SparseMatrix], batch: int
 ) -> MatmulRow:
     x = np.random.default_rng(1).standard_normal((batch, problem.shape[1]), dtype=np.float32)
-    expected, bound = _expected(x, copies[0])
+    reference, bound = _reference_product(x, copies[0])
     for matrix in matrices:
         matrix.prepare(batch)
     explanation = matrices[0].explain(batch)
-    _agree("SparseMatrix", matrices[0].linear(x), expected, bound)
+    _agree("SparseMatrix", matrices[0].linear(x), reference, bound)
     linear = _milliseconds([matrix.linear for matrix in matrices], x)
     sparse = linear
     if explanation.kernel == "dense":
@@ -218,7 +218,7 @@ def _row(
         linear,
         sparse,
         _milliseconds([partial(_numpy_linear, w=copy) for copy in copies], x),
-        _torch_ms(x, copies, expected, bound),
+        _torch_ms(x, copies, reference, bound),
     )
 
 
@@ -232,7 +232,7 @@ def _forced(kernel: str, copies: list[NDArray[np.float32]], x: NDArray[np.float3
 def _torch_ms(
     x: NDArray[np.float32],
     copies: list[NDArray[np.float32]],
-    expected: NDArray[np.float32],
+    reference: NDArray[np.float32],
     bound: NDArray[np.float32],
 ) -> float | None:
     if find_spec("torch") is None:
@@ -242,7 +242,7 @@ def _torch_ms(
     tensors = [torch.from_numpy(copy) for copy in copies]
     linear: Any = torch.nn.functional.linear
     with torch.inference_mode():
-        _agree("torch", linear(torch.from_numpy(x), tensors[0]).numpy(), expected, bound)
+        _agree("torch", linear(torch.from_numpy(x), tensors[0]).numpy(), reference, bound)
         return _milliseconds([partial(linear, weight=w) for w in tensors], torch.from_numpy(x))
 
 
@@ -257,14 +257,14 @@ def _milliseconds(products: Sequence[Callable[[Any], object]], x: Any) -> float:
     return 1e3 * median_seconds(lambda: next(turn)(x))
 
 
-def _expected(x: NDArray[np.float32], weights: NDArray[np.float32]) -> tuple[Any, Any]:
-    """NumPy's product, and how far another order of the additions may take a result from it."""
+def _reference_product(x: NDArray[np.float32], weights: NDArray[np.float32]) -> tuple[Any, Any]:
+    """NumPy's product, and how far from it another order of the additions may lead."""
     eps = float(np.finfo(np.float32).eps)
     return x @ weights.T, 2 * eps * max(weights.shape[1], 1) * (np.abs(x) @ np.abs(weights.T))
 
 
-def _agree(peer: str, result: Any, expected: NDArray[np.float32], bound: NDArray[np.float32]) -> None:
-    off = np.abs(result - expected)
+def _agree(peer: str, result: Any, reference: NDArray[np.float32], bound: NDArray[np.float32]) -> None:
+    off = np.abs(result - reference)
     if not (off <= bound).all():
         msg = f"{peer} and NumPy give products that differ by up to {off.max():g}; please report this"
         raise RuntimeError(msg)
@@ -276,8 +276,7 @@ def _dlmc_problem(file: Path, name: str) -> Problem:
     try:
         rows, cols, nnz = map(int, head.split(","))
     except ValueError:
-        msg = f"{file}: expected a first line `rows, columns, nonzeros`, got {head[:80]!r}"
-        raise ValueError(msg) from None
+        raise ValueError(expected(str(file), head[:80], "a first line `rows, columns, nonzeros`")) from None
 
     def make() -> NDArray[np.float32]:
         return _read_smtx(file, (rows, cols), nnz)
@@ -290,13 +289,13 @@ def _read_smtx(file: Path, shape: tuple[int, int], nnz: int) -> NDArray[np.float
     try:
         pointers, columns = (np.array(line.split(), np.int64) for line in (*lines[1:], "")[:2])
     except ValueError as error:
-        msg = f"{file}: expected whole numbers: {error}"
+        msg = f"{file}: expected integers in the second and third line; got others ({error})"
         raise ValueError(msg) from None
     weights = np.zeros(shape, np.float32)
     counts = np.diff(pointers)
     fits = len(counts) == shape[0] and (counts >= 0).all() and counts.sum() == len(columns) == nnz
     if not fits or ((columns < 0) | (columns >= shape[1])).any():
-        msg = f"{file}: expected {nnz} column numbers in {shape[0]} rows of {shape[1]}, got others"
+        msg = f"{file}: expected {nnz} column numbers in {shape[0]} rows of {shape[1]}; got others"
         raise ValueError(msg)
     values = np.random.default_rng(0).standard_normal(nnz, dtype=np.float32)
     weights[np.repeat(np.arange(shape[0]), counts), columns] = np.where(values == 0, np.float32(1), values)

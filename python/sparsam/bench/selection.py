@@ -11,6 +11,7 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
+from sparsam._checks import expected
 from sparsam.bench.timing import median_seconds
 from sparsam.masks import Mask
 from sparsam.selection import select_many, threshold
@@ -28,7 +29,7 @@ class SelectRow:
         n: Number of weights.
         dtype: Their dtype.
         sparsity: The fraction to prune.
-        read_ms: NumPy's sum over the same bytes: what reading them costs.
+        read_ms: NumPy's sum over the same bytes: the cost of reading them.
         threshold_ms: `sparsam.threshold`.
         prune_ms: Threshold, mask, and the pruned weights zeroed in place.
         numpy_ms: `np.partition(np.abs(x), k)`.
@@ -58,17 +59,16 @@ def select(n: Sequence[int], dtypes: Sequence[str], sparsities: Sequence[float])
 
     Raises:
         ValueError: An argument is out of range, raised before anything is measured.
-        RuntimeError: A peer came to another result.
+        RuntimeError: NumPy or PyTorch gives another result.
     """
     for dtype in dtypes:
         if dtype not in DTYPES:
-            msg = f"dtype: expected one of {', '.join(DTYPES)}, got {dtype!r}"
-            raise ValueError(msg)
+            raise ValueError(expected("dtype", dtype, f"one of {', '.join(DTYPES)}"))
     for size in n:
         for sparsity in sparsities:
             if not (0 < sparsity <= 1 and round(sparsity * size) >= 1):
-                msg = f"sparsity: expected at most 1, and enough for one weight, got {sparsity} of {size}"
-                raise ValueError(msg)
+                wanted = f"at most 1, and enough for one weight of {size}"
+                raise ValueError(expected("sparsity", sparsity, wanted))
     for size in n:
         values = np.random.default_rng(0).standard_normal(size, dtype=np.float32)
         for dtype in dtypes:
@@ -114,7 +114,7 @@ def _partition(weights: NDArray[Any], k: int) -> NDArray[Any]:
     return np.partition(np.abs(weights), k - 1)
 
 
-def _torch_ms(weights: NDArray[Any], dtype: str, k: int, expected: float) -> float | None:
+def _torch_ms(weights: NDArray[Any], dtype: str, k: int, reference: float) -> float | None:
     if find_spec("torch") is None:
         return None
     import torch  # noqa: PLC0415 - only here, and only where it is installed
@@ -124,11 +124,11 @@ def _torch_ms(weights: NDArray[Any], dtype: str, k: int, expected: float) -> flo
     def kth_value() -> Any:
         return torch.kthvalue(tensor.abs(), k)
 
-    _agree("torch.kthvalue", kth_value().values.item(), expected)
+    _agree("torch.kthvalue", kth_value().values.item(), reference)
     return 1e3 * median_seconds(kth_value)
 
 
-def _agree(peer: str, result: Any, expected: float) -> None:
-    if float(result) != expected:
-        msg = f"{peer} gives {result}, sparsam {expected}; please report this"
+def _agree(peer: str, result: Any, reference: float) -> None:
+    if float(result) != reference:
+        msg = f"{peer} gives {result}, sparsam {reference}; please report this"
         raise RuntimeError(msg)

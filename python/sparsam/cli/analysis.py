@@ -1,8 +1,7 @@
-"""The commands that evaluate: they call a function of the user's, and print what came of it."""
+"""The commands that evaluate pruned weights with a function of the user's: `sensitivity` and `search`."""
 
 from __future__ import annotations
 
-import glob
 import multiprocessing
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -18,7 +17,8 @@ from sparsam.analysis.sweep import SPARSITIES, SensitivityPoint, SensitivityRepo
 from sparsam.analysis.sweep import sensitivity as sweep
 from sparsam.checkpoint.atomic import check_target
 from sparsam.cli.arguments import (
-    PATTERNS,
+    check_output,
+    match_integer_tensors,
     parse_eval,
     parse_groups,
     parse_method,
@@ -27,33 +27,30 @@ from sparsam.cli.arguments import (
     parse_sparsities,
 )
 from sparsam.cli.console import print_json, print_text, progress
+from sparsam.cli.options import (
+    AllocationOrNone,
+    Exclude,
+    Force,
+    Json,
+    Method,
+    Overrides,
+    PatternText,
+    Picture,
+    Scope,
+    Source,
+)
 from sparsam.config import PruningConfig
 
 __all__ = ["register"]
 
-Source: TypeAlias = Annotated[Path, typer.Argument(metavar="IN", help="What `inspect` takes.")]
 Eval: TypeAlias = Annotated[
     str,
     typer.Option(
         "--eval",
         metavar="MODULE:FUNCTION",
-        help="Called with {name: array}, returns the score; the larger, the better.",
+        help="A function that takes {name: array} and returns a score; larger is better.",
     ),
 ]
-Scope: TypeAlias = Annotated[str, typer.Option(help="layer (each tensor by itself), row or global.")]
-PatternText: TypeAlias = Annotated[str, typer.Option("--pattern", help=f"One of {PATTERNS}.")]
-Method: TypeAlias = Annotated[str, typer.Option(help="magnitude, random or lamp.")]
-Exclude: TypeAlias = Annotated[
-    list[str] | None, typer.Option(metavar="PAT", help="Leave tensors with such names dense; repeatable.")
-]
-Overrides: TypeAlias = Annotated[
-    list[str] | None,
-    typer.Option("--override", metavar="PAT=VALUE", help="As of `prune`; repeatable."),
-]
-Picture: TypeAlias = Annotated[
-    Path | None, typer.Option("--plot", metavar="FILE", help="Draw it: .png, .svg, .pdf.")
-]
-Json: TypeAlias = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
 def register(app: typer.Typer) -> None:
@@ -66,20 +63,23 @@ def sensitivity(
     source: Source,
     evaluate: Eval,
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", metavar="FILE", help="Where the report goes, as JSON.")
+        Path | None, typer.Option("--output", "-o", metavar="FILE", help="Write the report here, as JSON.")
     ] = None,
-    sparsity: Annotated[list[str] | None, typer.Option(metavar="S,...", help="What to measure.")] = None,
+    sparsity: Annotated[
+        list[str] | None, typer.Option(metavar="S,...", help="Sparsities to measure.")
+    ] = None,
     group: Annotated[
         list[str] | None,
         typer.Option(metavar="NAME=PAT,...", help="Prune these tensors together, and no others; repeatable."),
     ] = None,
     max_evaluations: Annotated[
-        int | None, typer.Option(metavar="N", help="Spend no more, and those where curves bend.")
+        int | None, typer.Option(metavar="N", help="Evaluate at most N times, where the curves bend most.")
     ] = None,
     state: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Keep what is measured here, and go on from there.")
+        Path | None,
+        typer.Option(metavar="FILE", help="Keep what is measured here, and resume from it."),
     ] = None,
-    jobs: Annotated[int, typer.Option(min=1, help="Evaluate so many at once, each in a process.")] = 1,
+    jobs: Annotated[int, typer.Option(min=1, help="Evaluate in so many processes at once.")] = 1,
     picture: Picture = None,
     scope: Scope = "layer",
     pattern: PatternText = "unstructured",
@@ -88,7 +88,7 @@ def sensitivity(
     override: Overrides = None,
     as_json: Json = False,
 ) -> None:
-    """Prune each tensor alone, call a function with the weights each time, and show which tensors mind."""
+    """Prune each tensor alone, evaluate a function of the weights each time, show which tensors lose most."""
     if picture:
         plot.check(picture)
     if output:
@@ -128,35 +128,32 @@ def search(
     min_score: Annotated[float, typer.Option(help="The lowest score that is good enough.")],
     output: Annotated[
         Path | None,
-        typer.Option("--output", "-o", metavar="OUT", help="Where the pruned weights go; as of `prune`."),
+        typer.Option("--output", "-o", metavar="OUT", help="Write the pruned weights here, as `prune` does."),
     ] = None,
     report: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="Share each total out by this report of `sensitivity`."),
+        typer.Option(metavar="FILE", help="Share the total out by this report of `sensitivity`."),
     ] = None,
-    allocation: Annotated[
-        str | None, typer.Option(help="What each tensor gets of a total: uniform, erk, lamp or global.")
-    ] = None,
-    max_evaluations: Annotated[int, typer.Option(metavar="N", help="Spend no more.")] = 20,
-    tolerance: Annotated[float, typer.Option(help="How exactly the sparsity is found.")] = 0.01,
+    allocation: AllocationOrNone = None,
+    max_evaluations: Annotated[int, typer.Option(metavar="N", help="Evaluate at most N times.")] = 20,
+    tolerance: Annotated[float, typer.Option(help="How close to the highest sparsity to get.")] = 0.01,
     picture: Picture = None,
     scope: Scope = "layer",
     pattern: PatternText = "unstructured",
     method: Method = "magnitude",
     exclude: Exclude = None,
     override: Overrides = None,
-    force: Annotated[bool, typer.Option("--force", help="Overwrite the input.")] = False,
+    force: Force = False,
     as_json: Json = False,
 ) -> None:
     """Find the highest sparsity at which a function of the weights still scores enough."""
     if picture:
         plot.check(picture)
     if report and allocation:
-        msg = "--report and --allocation both share out the total; leave one of them out"
+        msg = "--report, --allocation: expected one of them to share out the total; got both; leave one out"
         raise ValueError(msg)
-    if output and not force and checkpoint.overwrites(output, source):
-        msg = f"{output}: expected an output other than the input; name another, or pass --force"
-        raise ValueError(msg)
+    if output:
+        check_output(output, source, force=force)
     function = parse_eval(evaluate)
     read = checkpoint.load(source)
     if output and read.shards is None:
@@ -193,11 +190,10 @@ def _config(
     override: Sequence[str] | None,
 ) -> PruningConfig:
     """The configuration that the options describe; integers stay as they are."""
-    numberless = [glob.escape(name) for name, array in weights.items() if array.dtype.kind in "biu"]
     return PruningConfig(
         method=parse_method(method, None, None),
         pattern=parse_pattern(pattern),
         scope=scope,
-        exclude=(*(exclude or ()), *numberless),
+        exclude=(*(exclude or ()), *match_integer_tensors(weights)),
         overrides=dict(map(parse_override, override or ())),
     )

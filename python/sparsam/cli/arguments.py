@@ -1,17 +1,20 @@
-"""What the command line's strings mean: only here do strings become patterns, methods and overrides."""
+"""What the strings of a command line mean: only here do they become patterns, methods and overrides."""
 
 from __future__ import annotations
 
+import glob
 import importlib
 import re
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
+from sparsam import checkpoint
+from sparsam._checks import expected
 from sparsam.config import Override, Scorer
 from sparsam.patterns import NM, Block, Pattern, Slices, Unstructured
 from sparsam.scores import Magnitude, Random
@@ -30,15 +33,14 @@ def parse_pattern(text: str) -> Pattern:
     for form, make in _FORMS:
         if found := re.fullmatch(form, text):
             return make(*(int(number) for number in found.groups() if number is not None))
-    msg = f"pattern: expected {PATTERNS}, got {text!r}"
-    raise ValueError(msg)
+    raise ValueError(expected("pattern", text, PATTERNS))
 
 
 def parse_method(method: str, norm: int | None, seed: int | None) -> str | Scorer:
-    """Returns the method, as an object if an option sets it up; ValueError for the other method's option."""
+    """Returns the method, as an object if an option belongs to it; ValueError for another method's option."""
     for option, value, owner in (("--norm", norm, "magnitude"), ("--seed", seed, "random")):
         if value is not None and method != owner:
-            msg = f"{option} belongs to --method {owner}, got {method}; leave one of them out"
+            msg = f"{option}: expected --method {owner}; got {method}; leave one of them out"
             raise ValueError(msg)
     if norm is not None:
         return Magnitude(norm)
@@ -50,15 +52,14 @@ def parse_override(text: str) -> tuple[str, Override]:
     names, _, value = text.rpartition("=")
     sparsity, *rest = value.split(",")
     if not names or len(rest) > 1:
-        msg = f"override: expected PAT=SPARSITY, PAT=PATTERN or PAT=SPARSITY,PATTERN, got {text!r}"
-        raise ValueError(msg)
+        raise ValueError(expected("override", text, "PAT=SPARSITY, PAT=PATTERN or PAT=SPARSITY,PATTERN"))
     if not rest and re.fullmatch(r"[a-z]+(:.*)?|\d+:\d+", value):
         return names, parse_pattern(value)
     try:
         number = float(sparsity)
     except ValueError:
-        msg = f"override: expected a number from 0 to 1 or a pattern ({PATTERNS}), got {value!r}"
-        raise ValueError(msg) from None
+        wanted = f"a number from 0 to 1 or a pattern ({PATTERNS})"
+        raise ValueError(expected("override", value, wanted)) from None
     return names, (number, parse_pattern(rest[0])) if rest else number
 
 
@@ -68,41 +69,37 @@ def parse_shapes(texts: Sequence[str]) -> list[tuple[int, int]]:
     for text in (part for whole in texts for part in whole.split(",")):
         found = re.fullmatch(r"(\d+)x(\d+)", text)
         if not found or "0" in found.groups():
-            msg = f"shape: expected OUTxIN, as 3072x768, got {text!r}"
-            raise ValueError(msg)
+            raise ValueError(expected("shape", text, "OUTxIN, as 3072x768"))
         shapes.append((int(found[1]), int(found[2])))
     return shapes
 
 
 def parse_batches(texts: Sequence[str]) -> list[int]:
-    """Returns the numbers of `1,8,128`, several times; ValueError for others than whole ones from 1 on."""
+    """Returns the numbers of `1,8,128`, several times; ValueError for anything but positive integers."""
     parts = [part for whole in texts for part in whole.split(",")]
     if bad := [part for part in parts if not re.fullmatch(r"[0-9]*[1-9][0-9]*", part)]:
-        msg = f"batch: expected whole numbers from 1 on, as 1,8,128, got {bad[0]!r}"
-        raise ValueError(msg)
+        raise ValueError(expected("batch", bad[0], "positive integers, as 1,8,128"))
     return [int(part) for part in parts]
 
 
 def parse_sparsities(texts: Sequence[str]) -> list[float]:
-    """Returns the numbers of `0.5,0.8`, several times; ValueError for what is no number from 0 to 1."""
+    """Returns the numbers of `0.5,0.8`, several times; ValueError for anything but numbers."""
     sparsities = []
     for text in (part for whole in texts for part in whole.split(",")):
         try:
             sparsities.append(float(text))
         except ValueError:
-            msg = f"sparsity: expected numbers from 0 to 1, as 0.5,0.8, got {text!r}"
-            raise ValueError(msg) from None
+            raise ValueError(expected("sparsity", text, "numbers from 0 to 1, as 0.5,0.8")) from None
     return sparsities
 
 
 def parse_groups(texts: Sequence[str]) -> dict[str, list[str]]:
-    """Returns name -> tensor patterns of `NAME=PAT,PAT`, several times; else ValueError."""
+    """Returns name -> tensor patterns of `NAME=PAT,PAT`, several times; ValueError for any other text."""
     groups: dict[str, list[str]] = {}
     for text in texts:
         name, _, patterns = text.partition("=")
         if not name or not all(patterns.split(",")) or name in groups:
-            msg = f"group: expected NAME=PATTERN,..., each name once, got {text!r}"
-            raise ValueError(msg)
+            raise ValueError(expected("group", text, "NAME=PATTERN,..., each name once"))
         groups[name] = patterns.split(",")
     return groups
 
@@ -119,8 +116,20 @@ class EvalFunction:
         try:
             return self.function(weights)
         except Exception as error:
-            msg = f"eval {self.text}: {_located(error)}"
+            msg = f"eval {self.text}: expected a score; got {_located(error)}"
             raise ValueError(msg) from error
+
+
+def match_integer_tensors(weights: Mapping[str, Any]) -> list[str]:
+    """Returns patterns that match the tensors of integers and booleans, which no command prunes."""
+    return [glob.escape(name) for name, array in weights.items() if array.dtype.kind in "biu"]
+
+
+def check_output(output: Path, source: Path, *, force: bool) -> None:
+    """Raises ValueError if writing `output` replaces `source`, unless `force` allows that."""
+    if not force and checkpoint.overwrites(output, source):
+        msg = f"{output}: expected an output other than the input; got the same; rename it, or pass --force"
+        raise ValueError(msg)
 
 
 def parse_eval(text: str) -> EvalFunction:
@@ -131,27 +140,25 @@ def parse_eval(text: str) -> EvalFunction:
     """
     module_name, _, name = text.partition(":")
     if not re.fullmatch(r"\w+(\.\w+)*:\w+(\.\w+)*", text):
-        msg = f"eval: expected package.module:function, got {text!r}"
-        raise ValueError(msg)
+        raise ValueError(expected("eval", text, "package.module:function"))
     here = str(Path.cwd())
     if here not in sys.path:
         sys.path.insert(0, here)
     try:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
-        msg = f"eval: {error}; the working directory {here} is on the path"
+        msg = f"eval: expected an importable module; got {error}; the working directory {here} is on the path"
         raise ValueError(msg) from error
     except Exception as error:
-        msg = f"eval: importing {module_name} failed: {_located(error)}"
+        msg = f"eval: expected an importable module; got from importing {module_name}: {_located(error)}"
         raise ValueError(msg) from error
     try:
         function = attrgetter(name)(module)
     except AttributeError as error:
-        msg = f"eval: {error}; expected a function of {module.__file__ or module_name}"
+        msg = f"eval: expected a function of {module.__file__ or module_name}; got {error}"
         raise ValueError(msg) from error
     if not callable(function):
-        msg = f"eval: {text} is {function!r}: expected a function from weights to a score"
-        raise ValueError(msg)
+        raise ValueError(expected(f"eval {text}", function, "a function from weights to a score"))
     return EvalFunction(text, function)
 
 

@@ -1,10 +1,10 @@
-"""The main job on real data: train a network on scikit-learn's digits, prune it, and see what that costs.
+"""The demo on real data: train a network on scikit-learn's digits, prune it, and see what that costs.
 
 The same dense weights are pruned in two ways at the same sparsities. *Iteratively*: each step prunes a little
 more and training goes on under the masks. *One shot*: straight to the sparsity, with no training after it.
-Which layers mind is measured one layer at a time, and the smallest network that is about as good as the dense
-one is searched for, both with the training images, so that the test images say how good the choice was. Then
-the pruned layers are multiplied with, and a matrix of a transformer's size at the sparsity reached.
+How much each layer matters is measured one layer at a time, and the smallest network that is about as good
+as the dense one is searched for. Both use only the training images, so that the accuracy on the test images is
+an honest estimate. Last, products with the pruned layers are timed, and with a matrix of a transformer's size.
 Everything is computed when `run` is called; nothing is stored but the settings below.
 """
 
@@ -32,7 +32,7 @@ from sparsam.report import Report
 from sparsam.selection import select_many, threshold
 from sparsam.training.iterative import IterativePruner
 
-__all__ = ["DemoResult", "Found", "Step", "run"]
+__all__ = ["DemoResult", "MatmulTiming", "SmallestNetwork", "Step", "run"]
 
 HIDDEN = (512, 256)
 TRAINING_PASSES = 40
@@ -58,18 +58,18 @@ class Step:
 
 
 @dataclass(frozen=True)
-class Found:
-    """The smallest network of one search.
+class SmallestNetwork:
+    """The result of one search.
 
     Attributes:
-        how: How weights were chosen, and what happened to the others.
+        method: How weights were chosen, and whether the others were trained.
         sparsity: Of the matrices.
-        train_accuracy: What the search went by: at least the dense one less ALLOWED_LOSS.
-        test_accuracy: What became of the test images.
+        train_accuracy: The score of the search: at least that of the dense network less ALLOWED_LOSS.
+        test_accuracy: On the test images, which the search did not use.
         evaluations: How many networks were tried.
     """
 
-    how: str
+    method: str
     sparsity: float
     train_accuracy: float
     test_accuracy: float
@@ -77,12 +77,12 @@ class Found:
 
 
 @dataclass(frozen=True)
-class Products:
-    """Multiplying with one matrix.
+class MatmulTiming:
+    """Multiplication with one matrix.
 
     Attributes:
         row: The times at the sparsity reached.
-        break_even: The sparsity from which on sparse is faster than dense; None if it is not at any.
+        break_even: The lowest sparsity at which sparse is faster than dense; None if there is none.
     """
 
     row: MatmulRow
@@ -105,11 +105,11 @@ class DemoResult:
             iterative run: what training alone would have changed.
         steps: One row per sparsity.
         sensitivity: Accuracy on the training images with one matrix pruned at a time, the others dense.
-        found: The smallest networks whose accuracy on the training images is nearly the dense one.
+        smallest: The smallest networks whose accuracy on the training images is nearly the dense one.
         report: The tensors of the final, iteratively pruned network.
         selection_seconds: Choosing what to keep of the dense weights, once for each sparsity.
         partition_seconds: `np.partition` on the magnitudes of the same arrays for the same thresholds.
-        products: Of the pruned layers with all test images, and of FEED_FORWARD at the same sparsity.
+        matmuls: The pruned layers times all test images, and FEED_FORWARD at the same sparsity.
         seconds: The whole run.
     """
 
@@ -123,17 +123,17 @@ class DemoResult:
     longer_accuracy: float
     steps: tuple[Step, ...]
     sensitivity: SensitivityReport
-    found: tuple[Found, ...]
+    smallest: tuple[SmallestNetwork, ...]
     report: Report
     selection_seconds: float
     partition_seconds: float
-    products: tuple[Products, ...]
+    matmuls: tuple[MatmulTiming, ...]
     seconds: float
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, in the order of the attributes."""
         plain = dict(vars(self))
-        for name in ("steps", "found", "products"):
+        for name in ("steps", "smallest", "matmuls"):
             plain[name] = [asdict(item) for item in plain[name]]
         return plain | {"report": self.report.to_dict(), "sensitivity": self.sensitivity.to_dict()}
 
@@ -172,9 +172,9 @@ def run(seed: int = 0, progress: Callable[[str, int, int], None] = lambda *_: No
     progress("measuring sensitivity", 3 + STEPS, parts)
     report = sensitivity(dense, digits.train_accuracy)
     progress("searching for the smallest network", 4 + STEPS, parts)
-    found = _smallest(digits, dense, report)
+    smallest = _smallest_networks(digits, dense, report)
     progress("multiplying", 5 + STEPS, parts)
-    products = _products(result.weights, len(digits.test_labels))
+    matmuls = _time_matmuls(result.weights, len(digits.test_labels))
     progress("done", parts, parts)
     return DemoResult(
         seed=seed,
@@ -190,11 +190,11 @@ def run(seed: int = 0, progress: Callable[[str, int, int], None] = lambda *_: No
             for row, accuracy in zip(result.history, one_shot, strict=True)
         ),
         sensitivity=report,
-        found=found,
+        smallest=smallest,
         report=result.report,
         selection_seconds=selection_seconds,
         partition_seconds=partition_seconds,
-        products=products,
+        matmuls=matmuls,
         seconds=time.perf_counter() - start,
     )
 
@@ -208,7 +208,7 @@ class _Digits:
             (images / 16).astype(np.float32), labels, test_size=0.25, stratify=labels, random_state=seed
         )
         self.train_images, self.test_images, self.train_labels, self.test_labels = split
-        # A generator, not the seed: with a seed every pass would shuffle the images alike.
+        # A generator, not the seed: with a seed every pass would shuffle the images in the same order.
         generator = np.random.RandomState(seed)
         self.network = MLPClassifier(HIDDEN, random_state=generator)
         self.widths = (images.shape[1], *HIDDEN, 10)
@@ -249,15 +249,17 @@ class _Digits:
         return float(self.network.score(self.train_images, self.train_labels))
 
 
-def _smallest(digits: _Digits, dense: Weights, report: SensitivityReport) -> tuple[Found, ...]:
-    """The smallest networks, by three ways of pruning."""
+def _smallest_networks(
+    digits: _Digits, dense: Weights, report: SensitivityReport
+) -> tuple[SmallestNetwork, ...]:
+    """The smallest networks, by three methods of pruning."""
 
     def recover(weights: Weights, masks: Mapping[str, Mask]) -> Weights:
         digits.assign(weights)
         return digits.train_under(masks, SEARCH_PASSES)
 
-    least = report.dense_score - ALLOWED_LOSS
-    ways: dict[str, dict[str, Any]] = {
+    min_score = report.dense_score - ALLOWED_LOSS
+    methods: dict[str, dict[str, Any]] = {
         "one shot, one threshold for all": {"config": PruningConfig(scope="global")},
         "one shot, shared out by sensitivity": {"allocation": report},
         f"one threshold, {SEARCH_PASSES} passes of training": {
@@ -266,15 +268,15 @@ def _smallest(digits: _Digits, dense: Weights, report: SensitivityReport) -> tup
         },
     }
     found = []
-    for how, arguments in ways.items():
-        result = find_smallest(dense, digits.train_accuracy, least, tolerance=0.02, **arguments)
+    for method, arguments in methods.items():
+        result = find_smallest(dense, digits.train_accuracy, min_score, tolerance=0.02, **arguments)
         accuracy = digits.accuracy(result.weights)
-        found.append(Found(how, result.sparsity, result.score, accuracy, result.evaluations))
+        found.append(SmallestNetwork(method, result.sparsity, result.score, accuracy, result.evaluations))
     return tuple(found)
 
 
 def _selection_cost(weights: Weights, sparsities: list[float]) -> tuple[float, float]:
-    """Seconds for all selections among the pool `weights`, and for `np.partition` to find the thresholds."""
+    """Seconds for all selections over all `weights`, and for `np.partition` to find the thresholds."""
     arrays = list(weights.values())
 
     def partition(k: int) -> NDArray[Any]:
@@ -291,23 +293,23 @@ def _selection_cost(weights: Weights, sparsities: list[float]) -> tuple[float, f
     return ours, theirs
 
 
-def _products(weights: Weights, batch: int) -> tuple[Products, ...]:
+def _time_matmuls(weights: Weights, batch: int) -> tuple[MatmulTiming, ...]:
     """Times the products with the pruned matrices, and with a large one that is as sparse as all of them."""
     matrices = {name: array for name, array in weights.items() if array.ndim > 1}
     zeros = sum(array.size - np.count_nonzero(array) for array in matrices.values())
     sparsity = float(zeros / sum(array.size for array in matrices.values()))
-    layers = [_layer(name, array) for name, array in matrices.items()]
+    layers = [_problem(name, array) for name, array in matrices.items()]
     large = random_problems([FEED_FORWARD], [sparsity])
     measured = [*multiply(layers, [batch]), *multiply(large, FEED_FORWARD_BATCHES)]
-    # The break-even of random patterns of the same shapes, between measurements without zeros and with many.
+    # The break-even comes from random patterns of the same shapes, measured without zeros and with many.
     steps = (0.0, 0.5, sparsity)
     around = random_problems([layer.shape for layer in layers], steps)
     even = break_even(
         [*multiply(around, [batch]), *multiply(random_problems([FEED_FORWARD], steps), FEED_FORWARD_BATCHES)]
     )
-    return tuple(Products(row, even[row.rows, row.cols, row.batch]) for row in measured)
+    return tuple(MatmulTiming(row, even[row.rows, row.cols, row.batch]) for row in measured)
 
 
-def _layer(name: str, weights: NDArray[Any]) -> Problem:
-    share = 1 - np.count_nonzero(weights) / weights.size
-    return Problem(name, (weights.shape[0], weights.shape[1]), float(share), lambda: weights)
+def _problem(name: str, weights: NDArray[Any]) -> Problem:
+    sparsity = 1 - np.count_nonzero(weights) / weights.size
+    return Problem(name, (weights.shape[0], weights.shape[1]), float(sparsity), lambda: weights)

@@ -1,4 +1,4 @@
-"""The demo as one page: tables and pictures of all that it measured, with nothing to load from elsewhere."""
+"""The demo as one page: tables and pictures of all that it measured, with nothing loaded from elsewhere."""
 
 from __future__ import annotations
 
@@ -28,18 +28,18 @@ img { max-width: 100%; }
 
 
 def check(file: Path) -> None:
-    """Finds out what stands in the way of the page, before anything is measured.
+    """Checks that the page can be written, before anything is measured.
 
     Raises:
-        ValueError: matplotlib is not installed; the name is that of a folder.
-        OSError: There is no such folder.
+        ValueError: matplotlib is not installed, or `file` is a folder.
+        OSError: The folder of `file` does not exist.
     """
     plot.new_figure()
     check_target(file)
 
 
 def write(result: DemoResult, file: Path) -> None:
-    """Writes the page, wholly or not at all; OSError if that cannot be."""
+    """Writes the page, completely or not at all; OSError if it cannot be written."""
     text = page(result)
     publish({file: lambda path: path.write_text(text, encoding="utf-8")})
 
@@ -94,13 +94,13 @@ def page(result: DemoResult) -> str:
             ("pruned how", "sparsity", "training", "test", "tried"),
             (
                 (
-                    f.how,
+                    f.method,
                     f"{f.sparsity:.2%}",
                     f"{f.train_accuracy:.2%}",
                     f"{f.test_accuracy:.2%}",
                     f.evaluations,
                 )
-                for f in result.found
+                for f in result.smallest
             ),
             texts=1,
         ),
@@ -116,9 +116,9 @@ def page(result: DemoResult) -> str:
             f"Selection of what to keep, {len(result.steps)} times over all matrices: "
             f"{result.selection_seconds * 1e3:.2f} ms; np.partition on the same arrays: "
             f"{result.partition_seconds * 1e3:.2f} ms. Products x W^T, medians in milliseconds; even: "
-            "from how many zeros on sparse is the faster one."
+            "the share of zeros from which sparse is faster than dense."
         ),
-        _products(result),
+        _matmuls(result),
     ]
     body = "\n".join(parts)
     return (
@@ -158,7 +158,7 @@ def _report(result: DemoResult) -> str:
     return _table(header, rows, texts=3)
 
 
-def _products(result: DemoResult) -> str:
+def _matmuls(result: DemoResult) -> str:
     header = ("matrix", "shape", "batch", "zeros", "kernel", "sparsam", "dense", "speed-up", "even")
     rows = [
         (
@@ -170,10 +170,10 @@ def _products(result: DemoResult) -> str:
             f"{row.linear_ms:.3f}",
             f"{row.dense_ms:.3f}",
             f"{row.speedup:.2f}x",
-            "-" if product.break_even is None else f"{product.break_even:.0%}",
+            "-" if timing.break_even is None else f"{timing.break_even:.0%}",
         )
-        for product in result.products
-        for row in (product.row,)
+        for timing in result.matmuls
+        for row in (timing.row,)
     ]
     return _table(header, rows, texts=2)
 

@@ -104,7 +104,8 @@ def main() -> None:
     print(describe("torch", "transformers"))
     inputs = f"{REAL.batch} x {REAL.tokens} tokens or {REAL.batch} images of {REAL.image}x{REAL.image}"
     print(
-        f"\nwidth {REAL.width}, {REAL.layers} layers, {inputs}; {options.sparsity:.0%} pruned; {options.threads} threads"
+        f"\nwidth {REAL.width}, {REAL.layers} layers, {inputs}; "
+        f"{options.sparsity:.0%} pruned; {options.threads} threads"
     )
     wanted = [s for s in ZOO if not options.only or any(part in s.name for part in options.only)]
     print_table(HEADER, (row(specimen, REAL, options.sparsity, options.seconds) for specimen in wanted))

@@ -3,8 +3,9 @@
 The same dense weights are pruned in two ways at the same sparsities. *Iteratively*: each step prunes a little
 more and training goes on under the masks. *One shot*: straight to the sparsity, with no training after it.
 How much each layer matters is measured one layer at a time, and the smallest network that is about as good
-as the dense one is searched for. Both use only the training images, so that the accuracy on the test images is
-an honest estimate. Last, products with the pruned layers are timed, and with a matrix of a transformer's size.
+as the dense one is searched for. Both use only the training images, so that the accuracy on the test images
+is an honest estimate. Last, products with the pruned layers are timed, and with a matrix of a transformer's
+size.
 Everything is computed when `run` is called; nothing is stored but the settings below.
 """
 

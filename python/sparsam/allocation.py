@@ -25,12 +25,10 @@ tensor first. So no tensor is further than one group from its share, and the tot
 
 from __future__ import annotations
 
-import difflib
 import math
 import re
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
 from numbers import Real
 from typing import Any
 
@@ -39,6 +37,8 @@ from numpy.typing import ArrayLike, NDArray
 
 from sparsam import scores
 from sparsam._checks import check_sparsity, expected, to_arrays
+from sparsam._names import NamePatterns, closest, matching
+from sparsam._orientation import Weights, as_weights
 from sparsam.config import ALLOCATIONS, Allocation, AllocationLike, Scorer
 from sparsam.patterns import NM, Block, Pattern, Slices, Unstructured
 from sparsam.selection import _check_dtype, _select_groups, count_groups, score_tensor
@@ -83,10 +83,11 @@ class ERK:
 
     def shares(self, weights: Arrays, target: float, pattern: Grouping, /) -> dict[str, float]:
         """Returns 1 - density for every tensor."""
+        weights = as_weights(weights)
         sizes = _sizes(weights, pattern)
         ratios = {}
         for name, size in sizes.items():
-            dims = weights[name].shape if weights[name].ndim > 1 else (1, weights[name].size)
+            dims = weights.outputs_first(name).shape if weights[name].ndim > 1 else (1, weights[name].size)
             dims = dims if self.include_kernel else dims[:2]
             ratios[name] = sum(dims) / math.prod(dims) if size else 0.0
         free = {name for name, size in sizes.items() if size}
@@ -123,10 +124,14 @@ class Global:
 
     def shares(self, weights: Arrays, target: float, pattern: Grouping, /) -> dict[str, float]:
         """Returns the sparsities that one threshold leads to; ValueError for a NaN, with its place."""
-        scorer = scores.resolve(self.scorer)
-        norm = scorer.norm if isinstance(scorer, scores.Magnitude) else 1
-        ranked = {name: score_tensor(scorer, name, array) for name, array in weights.items()}
-        masks = _select_groups(ranked, target, pattern, norm)
+        scorer, weights = scores.resolve(self.scorer), as_weights(weights)
+        ranked = {
+            name: score_tensor(scorer, name, array, transposed=name in weights.transposed)
+            for name, array in weights.items()
+        }
+        viewed = Weights(ranked, weights.transposed)
+        groups = {name: viewed.outputs_first(name) for name in ranked}
+        masks = _select_groups(groups, target, pattern, scores.traits(scorer).norm)
         return {name: mask.sparsity if mask.size else target for name, mask in masks.items()}
 
 
@@ -171,6 +176,7 @@ class OWL:
 
     def shares(self, weights: Arrays, target: float, pattern: Grouping, /) -> dict[str, float]:
         """Returns the sparsity of each tensor's block; ValueError where statistics or a block are missing."""
+        weights = as_weights(weights)
         members: dict[Hashable, list[str]] = {}
         for name in weights:
             members.setdefault(self._block(name), []).append(name)
@@ -196,10 +202,10 @@ class OWL:
             raise ValueError(msg)
         return self.blocks[name]
 
-    def _outliers(self, weights: Arrays, names: Sequence[str]) -> float:
+    def _outliers(self, weights: Weights, names: Sequence[str]) -> float:
         """The share of a block's Wanda scores that are above `multiple` times their mean."""
         wanda = scores.Wanda(self.statistics)
-        each = [wanda.score(name, weights[name]) for name in names]
+        each = [wanda.score(name, weights.outputs_first(name)) for name in names]
         for name, own in zip(names, each, strict=True):
             if not np.isfinite(own).all():
                 msg = f"OWL: tensor {name!r} has weights that are not finite; repair or exclude it"
@@ -234,25 +240,23 @@ class Explicit:
     def shares(self, weights: Arrays, target: float, pattern: Grouping, /) -> dict[str, float]:
         """Returns the sparsities; ValueError where a pattern matches nothing or the total cannot hold."""
         for wanted in self.sparsities:
-            if not any(fnmatchcase(name, wanted) for name in weights):
-                close = difflib.get_close_matches(wanted, weights, n=3, cutoff=0.0)
+            if not matching(wanted, weights):
                 msg = (
-                    f"allocation: {wanted!r} matches no tensor to be pruned, apart from overrides and ties, "
-                    f"which are outside the total; the closest are {close!r}"
+                    "allocation: expected names or patterns of tensors to be pruned, apart from overrides "
+                    f"and ties, which are outside the total; got {wanted!r}, which matches none; "
+                    f"{closest(wanted, weights)}"
                 )
                 raise ValueError(msg)
-        named: dict[str, float] = {}
-        for name in weights:
-            own = [value for wanted, value in self.sparsities.items() if fnmatchcase(name, wanted)]
-            if own:
-                named[name] = float(own[-1])
+        patterns = NamePatterns(self.sparsities)
+        keys = {name: key for name in weights if (key := patterns.last(name)) is not None}
+        named = {name: float(self.sparsities[key]) for name, key in keys.items()}
         sizes = _sizes(weights, pattern)
         total = sum(sizes.values())
         counts = {name: round(share * sizes[name]) for name, share in named.items()}
         others = sum(sizes[name] for name in weights if name not in named)
         left = round(target * total) - sum(counts.values())
         if not others and abs(left) <= len(named):
-            return named
+            return {name: named.get(name, target) for name in weights}
         if not 0 <= left <= others:
             low, high = sum(counts.values()), sum(counts.values()) + others
             msg = (
@@ -295,6 +299,7 @@ def allocate(
     method: AllocationLike = "uniform",
     *,
     pattern: Pattern = Unstructured(),  # noqa: B008 - frozen
+    transposed: str | Sequence[str] = (),
 ) -> dict[str, float]:
     """Shares a total sparsity out over tensors.
 
@@ -304,6 +309,7 @@ def allocate(
         target: The total, in [0, 1].
         method: A name, an object of this module, or a mapping from names or patterns to sparsities.
         pattern: What counts as one group; not N:M, which has one sparsity.
+        transposed: Names or patterns of the tensors that are stored as (in, out).
 
     Returns:
         Name -> sparsity in [0, 1], such that the sum of round(sparsity * n) is exactly round(target * N).
@@ -315,11 +321,13 @@ def allocate(
     arrays = {name: array for name, array in to_arrays(weights).items() if array.ndim > 1}
     for name, array in arrays.items():
         _check_dtype(name, array)
-    return _allocate(arrays, check_sparsity("target", target), method, pattern)
+    stored = NamePatterns((transposed,) if isinstance(transposed, str) else transposed)
+    transposed = [name for name in arrays if stored.matches(name)]
+    return allocate_groups(Weights(arrays, transposed), check_sparsity("target", target), method, pattern)
 
 
-def _allocate(
-    arrays: Arrays,
+def allocate_groups(
+    arrays: Weights,
     target: float,
     method: AllocationLike,
     pattern: Pattern,
@@ -348,8 +356,9 @@ def _allocate(
     return {name: counts[name] / size if size else target for name, size in sizes.items()}
 
 
-def _sizes(arrays: Arrays, pattern: Grouping) -> dict[str, int]:
-    return {name: count_groups(name, array.shape, pattern) for name, array in arrays.items()}
+def _sizes(weights: Arrays, pattern: Grouping) -> dict[str, int]:
+    weights = as_weights(weights)
+    return {name: count_groups(name, weights.outputs_first(name).shape, pattern) for name in weights}
 
 
 def _above(wanted: Mapping[str, float], floors: Mapping[str, int], total: int) -> dict[str, float]:

@@ -7,21 +7,20 @@ first tensor comes first.
 
 from __future__ import annotations
 
-import difflib
-import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from sparsam import _core
+from sparsam._names import NamePatterns, closest
+from sparsam._orientation import mask_as_stored, outputs_first
 from sparsam.config import PruningConfig
 from sparsam.masks import Mask
 from sparsam.patterns import Block, Pattern, Slices, Tied
-from sparsam.selection import _refuse_nan, _select_entries, _tile_sizes, _tiling
+from sparsam.selection import _refuse_nan, _select_entries, _tile_sizes, _tiling, count_groups
 
 # What a kept group scores at least, lest a tie at zero lets one back in that is pruned already.
 _LEAST = 2.0**-1074
@@ -43,9 +42,7 @@ def check_ties(ties: Iterable[Tied], arrays: Mapping[str, NDArray[Any]]) -> None
         counts = {}
         for name, slices in tied.members.items():
             if name not in arrays:
-                close = difflib.get_close_matches(name, arrays, n=3, cutoff=0.0)
-                hint = f"the closest names are {', '.join(map(repr, close))}" if close else "there are none"
-                msg = f"ties: {name!r} is no tensor; {hint}"
+                msg = f"ties: expected names of tensors as members; got {name!r}; {closest(name, arrays)}"
                 raise ValueError(msg)
             shape = arrays[name].shape
             _tiling(name, shape, slices)
@@ -74,28 +71,32 @@ def tied_sparsities(config: PruningConfig, arrays: Mapping[str, NDArray[Any]]) -
         ValueError: As `check_ties`; a member is excluded; overrides are not one sparsity for all members.
     """
     check_ties(config.ties, arrays)
-    for pattern in config.exclude:
-        for name in members(config.ties):
-            if fnmatchcase(name, pattern):
-                msg = (
-                    f"ties: tensor {name!r} is tied, but exclude has {pattern!r} for it; narrow that "
-                    "pattern, or take the tensor out of the tie"
-                )
-                raise ValueError(msg)
-    return tuple(_own_sparsity(tied, config, arrays) for tied in config.ties)
+    if not config.ties:
+        return ()
+    excluded, overridden = NamePatterns(config.exclude), NamePatterns(config.overrides)
+    for name in members(config.ties):
+        pattern = excluded.last(name)
+        if pattern is not None:
+            msg = (
+                f"ties: tensor {name!r}: expected members that are pruned; got {pattern!r} in exclude; "
+                "narrow that pattern, or take the tensor out of the tie"
+            )
+            raise ValueError(msg)
+    return tuple(_own_sparsity(tied, config, overridden, arrays) for tied in config.ties)
 
 
-def _own_sparsity(tied: Tied, config: PruningConfig, arrays: Mapping[str, NDArray[Any]]) -> float | None:
+def _own_sparsity(
+    tied: Tied, config: PruningConfig, overridden: NamePatterns, arrays: Mapping[str, NDArray[Any]]
+) -> float | None:
     """The sparsity of all members together, which is that of each to within one weight."""
-    values = {}
-    for name in tied.members:
-        own = [value for pattern, value in config.overrides.items() if fnmatchcase(name, pattern)]
-        if own:
-            values[name] = own[-1]
+    keys = {name: key for name in tied.members if (key := overridden.last(name)) is not None}
+    values = {name: config.overrides[key] for name, key in keys.items()}
     if not values:
         return None
     sizes = {name: arrays[name].size for name in tied.members}
-    numbers = {name: value for name, value in values.items() if isinstance(value, float)}
+    numbers = {
+        name: own.sparsity for name, own in values.items() if own.sparsity is not None and own.pattern is None
+    }
     if len(numbers) == len(sizes):
         if len(set(numbers.values())) == 1:
             return next(iter(numbers.values()))
@@ -103,8 +104,8 @@ def _own_sparsity(tied: Tied, config: PruningConfig, arrays: Mapping[str, NDArra
         if all(abs(value - mean) * sizes[name] < 1 + 1e-6 for name, value in numbers.items()):
             return min(mean, 1.0)
     msg = (
-        f"ties: overrides have {values!r} for the tied {list(tied.members)!r}: expected one sparsity for all "
-        "of them, or nothing; narrow the patterns, or take a tensor out of the tie"
+        f"ties: overrides of the tied {list(tied.members)!r}: expected one sparsity for all of them, or "
+        f"none; got {values!r}; narrow the patterns, or take a tensor out of the tie"
     )
     raise ValueError(msg)
 
@@ -125,11 +126,18 @@ def tied_patterns(ties: Iterable[Tied]) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class _Rival:
-    """What has groups that compete: the tilings of tied tensors, or that of one tensor by itself."""
+    """What has groups that compete: the tilings of tied tensors, or that of one tensor by itself.
+
+    A tensor by itself may be `turned`: stored as (in, out) and seen as (out, in).
+    """
 
     tilings: Mapping[str, tuple[int, int, int, int]]
     scored: Sequence[str]
     groups: int
+    turned: bool = False
+
+    def view(self, array: NDArray[Any]) -> NDArray[Any]:
+        return outputs_first(array) if self.turned else array
 
 
 def select_tied(
@@ -139,6 +147,7 @@ def select_tied(
     *,
     score: Callable[[str], NDArray[Any]],
     alone: Mapping[str, Pattern] | None = None,
+    transposed: Collection[str] = (),
     norm: int = 1,
     previous: Mapping[str, Mask] | None = None,
 ) -> dict[str, Mask]:
@@ -154,6 +163,7 @@ def select_tied(
         ties: Ties that `check_ties` has passed.
         score: Name -> scores of that tensor. Asked only for members whose scores count.
         alone: Name -> `Block` or `Slices` of the tensors that compete beside the ties; members are left out.
+        transposed: Which tensors are stored as (in, out). Ties have the axes of the tensors as stored.
         norm: 1 or 2.
         previous: Name -> mask of an earlier step; groups that it prunes are pruned first.
 
@@ -168,9 +178,10 @@ def select_tied(
     for name, pattern in (alone or {}).items():
         if any(name in tied.members for tied in ties) or not isinstance(pattern, (Block, Slices)):
             continue
-        tiling = _tiling(name, arrays[name].shape, pattern)
-        rows, cols, tall, wide = tiling
-        rivals.append(_Rival({name: tiling}, (name,), math.ceil(rows / tall) * math.ceil(cols / wide)))
+        turned = name in transposed
+        shape = outputs_first(arrays[name]).shape if turned else arrays[name].shape
+        count = count_groups(name, shape, pattern)
+        rivals.append(_Rival({name: _tiling(name, shape, pattern)}, (name,), count, turned))
     rivals.sort(key=lambda rival: min(place[name] for name in rival.tilings))
     names = sorted({name for rival in rivals for name in rival.tilings}, key=place.__getitem__)
     _refuse_nan([arrays[name] for name in names], names)
@@ -191,7 +202,8 @@ def select_tied(
             if not arrays[name].size:
                 masks[name] = Mask.ones(arrays[name].shape)
                 continue
-            mask = Mask(_core.expand_tiles(groups._words, *tiling), arrays[name].shape)
+            mask = Mask(_core.expand_tiles(groups._words, *tiling), rival.view(arrays[name]).shape)
+            mask = mask_as_stored(mask) if rival.turned else mask
             masks[name] = masks[name] & mask if name in masks else mask
     return {name: masks[name] for name in names}
 
@@ -209,7 +221,7 @@ def _sums(
     """The sum of the scores of each group, and over how many weights."""
     total, size = np.zeros(rival.groups), np.zeros(rival.groups)
     for name in scored:
-        values = score(name)
+        values = rival.view(score(name))
         if not values.size:
             continue
         _refuse_nan([values], [name], by="the score of ")
@@ -224,6 +236,6 @@ def _pruned(rival: _Rival, previous: Mapping[str, Mask]) -> NDArray[np.bool_]:
     kept = np.zeros(rival.groups)
     for name, tiling in rival.tilings.items():
         if previous[name].size:
-            keep = previous[name].to_array().astype(np.float32)
+            keep = rival.view(previous[name].to_array()).astype(np.float32)
             kept += _core.tile_scores(keep, *tiling, 1).reshape(-1)
     return np.asarray(kept == 0)

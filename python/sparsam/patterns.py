@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Literal, TypeAlias
 
 from sparsam._checks import ReadOnly, expected, integer, positive, set_fields
 
@@ -26,16 +26,28 @@ class NM:
     A tensor of any rank is seen as its matrix `(shape[0], prod(shape[1:]))`, a 1-D tensor as one row; `m`,
     at most 256, must divide the length of a row. `n` counts the weights that stay, as in jaxpruner. tfmot and
     Wanda count those that go: only 2:4 and 4:8 mean the same in both readings.
+
+    The rows of a convolution (out, in, kh, kw) thus run over inputs and kernel positions together, and groups
+    may straddle input channels. Sparse tensor cores want groups of neighbouring input channels at one kernel
+    position: `axis="channels"`, for which `m` must divide the number of input channels. Of a tensor of one or
+    two axes both mean the same.
+
+    Attributes:
+        n: How many stay, at least 1.
+        m: Of how many, at most 256.
+        axis: "flat" or "channels".
     """
 
     n: int
     m: int
+    axis: Literal["flat", "channels"] = "flat"
 
     def __post_init__(self) -> None:
         set_fields(self, n=positive("NM: n", self.n), m=positive("NM: m", self.m))
         if self.n > self.m:
-            msg = f"NM({self.n}, {self.m}): n is how many of every m weights stay; it must not exceed m"
-            raise ValueError(msg)
+            raise ValueError(expected("NM: n", self.n, f"at most m, which is {self.m}: n of every m stay"))
+        if self.axis not in ("flat", "channels"):
+            raise ValueError(expected("NM: axis", self.axis, "'flat' or 'channels'"))
         if self.m > MAX_GROUP:
             raise ValueError(expected("NM: m", self.m, f"at most {MAX_GROUP} weights in a group"))
 
@@ -45,7 +57,7 @@ class NM:
         return 1 - self.n / self.m
 
     def __str__(self) -> str:
-        return f"{self.n}:{self.m}"
+        return f"{self.n}:{self.m}" + (" channels" if self.axis == "channels" else "")
 
 
 @dataclass(frozen=True)

@@ -1,30 +1,31 @@
 """Pruning: configuration and weights in, pruned weights, masks and a report out.
 
-This is where the stages meet: a `plan` says which tensors share one selection, scores and selection turn each
-pool of them into masks, and the masks are applied.
+This is where the stages meet: tensors that share one selection make a pool, scores and selection turn each
+pool into masks, and the masks are applied.
 """
 
 from __future__ import annotations
 
-import difflib
-import warnings
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, replace
-from fnmatch import fnmatchcase
-from typing import Any, Generic, TypeVar, overload
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Generic, TypeVar, overload
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from sparsam import scores
 from sparsam._checks import to_arrays
-from sparsam.allocation import _allocate
-from sparsam.config import Override, PruningConfig, Scorer
-from sparsam.coupling import members, select_tied, tied_patterns, tied_sparsities
+from sparsam._orientation import mask_as_stored, outputs_first
+from sparsam._pools import Pool, batched, check_patterns, make_pools
+from sparsam.config import ConfigFields, PruningConfig, Scorer
+from sparsam.coupling import select_tied, tied_patterns
 from sparsam.masks import Mask, _check_apart
-from sparsam.patterns import NM, Block, Pattern, Slices, Tied
+from sparsam.patterns import Unstructured
 from sparsam.report import LayerStats, Report, measure
-from sparsam.selection import DTYPES, count_pruned, is_weight_dtype, pruned_last, score_tensor, select_many
+from sparsam.selection import _refuse_nan, pruned_last, score_tensor, select_many
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 SINGLE = "weights"
 """What a tensor that came without a name is called."""
@@ -49,38 +50,28 @@ class PruningResult(Generic[WeightsT, MasksT]):
     report: Report
 
 
-@dataclass(frozen=True)
-class Pool:
-    """Tensors that share one selection: one threshold and one exact count, or those of each row.
-
-    A name stands in two pools if it is in two ties.
-    """
-
-    names: tuple[str, ...]
-    sparsity: float
-    pattern: Pattern
-    ties: tuple[Tied, ...] = ()
-    scope: str = "global"
-
-
 @overload
 def prune(
     weights: Mapping[str, ArrayLike],
     config: PruningConfig | None = ...,
     *,
     inplace: bool = ...,
-    **changes: Any,
+    **changes: Unpack[ConfigFields],
 ) -> PruningResult[dict[str, NDArray[Any]], dict[str, Mask]]: ...
 @overload
 def prune(
-    weights: ArrayLike, config: PruningConfig | None = ..., *, inplace: bool = ..., **changes: Any
+    weights: ArrayLike,
+    config: PruningConfig | None = ...,
+    *,
+    inplace: bool = ...,
+    **changes: Unpack[ConfigFields],
 ) -> PruningResult[NDArray[Any], Mask]: ...
 def prune(
     weights: Mapping[str, ArrayLike] | ArrayLike,
     config: PruningConfig | None = None,
     *,
     inplace: bool = False,
-    **changes: Any,
+    **changes: Unpack[ConfigFields],
 ) -> PruningResult[Any, Any]:
     """Prunes weights to the target sparsity of a configuration, at once.
 
@@ -135,11 +126,12 @@ class MagnitudePruner:
 
     def __init__(self, config: PruningConfig | None = None) -> None:
         """Takes the configuration, or the default; ValueError for what is not about magnitudes in a layer."""
-        self.config = configured(config, {})
+        self.config = configured(config)
         self.stats: list[LayerStats] = []
-        if not isinstance(scores.resolve(self.config.method), scores.Magnitude):
+        if not scores.traits(scores.resolve(self.config.method)).ranks_by_magnitude:
             msg = (
-                f"MagnitudePruner: expected method 'magnitude'; got {self.config.method!r}; use sparsam.prune"
+                "MagnitudePruner: method: expected 'magnitude' or another that ranks by magnitude; got "
+                f"{self.config.method!r}; use sparsam.prune"
             )
             raise ValueError(msg)
         if self.config.scope == "global" or self.config.allocation != "uniform" or self.config.ties:
@@ -169,8 +161,9 @@ class MagnitudePruner:
         return result.weights[name], stats
 
 
-def configured(config: PruningConfig | None, changes: Mapping[str, Any]) -> PruningConfig:
-    """Returns `config`, or the default one, with the changes applied."""
+def configured(config: PruningConfig | None, changes: ConfigFields | None = None) -> PruningConfig:
+    """Returns `config`, or the default one, with the changes applied (`PruningConfig.with_changes`)."""
+    changes = changes or {}
     if config is None:
         return PruningConfig(**changes)
     if not isinstance(config, PruningConfig):
@@ -178,114 +171,7 @@ def configured(config: PruningConfig | None, changes: Mapping[str, Any]) -> Prun
             f"config: expected a PruningConfig; got {config!r}; fields go by name, as in target_sparsity=0.9"
         )
         raise TypeError(msg)
-    return replace(config, **changes) if changes else config
-
-
-def check_patterns(config: PruningConfig, names: Collection[str], *, stacklevel: int) -> None:
-    """Raises for an override that matches no name; warns of an exclude or override without effect."""
-    for pattern in config.overrides:
-        matches = [name for name in names if fnmatchcase(name, pattern)]
-        if not matches:
-            close = difflib.get_close_matches(pattern, names, n=3, cutoff=0.0)
-            hint = f"the closest names are {', '.join(map(repr, close))}" if close else "there are no tensors"
-            msg = f"overrides: {pattern!r} matches no tensor; {hint}"
-            raise ValueError(msg)
-        if all(_excluded(name, config) for name in matches):
-            msg = f"overrides: {pattern!r} matches only tensors that exclude leaves dense"
-            warnings.warn(msg, UserWarning, stacklevel=stacklevel + 1)
-    for pattern in config.exclude:
-        if not any(fnmatchcase(name, pattern) for name in names):
-            warnings.warn(f"exclude: {pattern!r} matches no tensor", UserWarning, stacklevel=stacklevel + 1)
-
-
-def _excluded(name: str, config: PruningConfig) -> bool:
-    return any(fnmatchcase(name, pattern) for pattern in config.exclude)
-
-
-def plan(
-    arrays: Mapping[str, NDArray[Any]],
-    config: PruningConfig,
-    *,
-    min_rank: int = 2,
-    previous: Mapping[str, Mask] | None = None,
-) -> list[Pool]:
-    """Returns the pools of tensors that are pruned; a tensor in none of them stays dense.
-
-    Args:
-        arrays: Name -> array.
-        config: The configuration.
-        min_rank: Tensors with fewer axes are pruned only when named in overrides.
-        previous: Masks of an earlier step: an allocation other than uniform leaves no tensor fewer pruned
-            groups than these have. What that is too much for the total is taken from what others would gain.
-
-    Raises:
-        ValueError: Ties or an allocation do not fit the tensors, or ties exclude or overrides.
-        TypeError: A tensor to be pruned has a dtype that cannot be.
-    """
-    shares = tied_sparsities(config, arrays)
-    tied = frozenset(members(config.ties))
-    pooled: list[str] = []
-    pools: list[Pool] = []
-    scope = "row" if config.scope == "row" else "global"
-    for name, array in arrays.items():
-        if _excluded(name, config):
-            continue
-        own = [value for pattern, value in config.overrides.items() if fnmatchcase(name, pattern)]
-        if own and name not in tied:
-            sparsity, pattern = _own(own[-1], config)
-            grouped = isinstance(pattern, (Block, Slices))
-            pools.append(Pool((name,), sparsity, pattern, scope="global" if grouped else scope))
-        elif array.ndim >= min_rank and name not in tied:
-            pooled.append(name)
-        elif name not in tied:
-            continue
-        if not is_weight_dtype(array.dtype):
-            msg = (
-                f"tensor {name!r} has dtype {array.dtype}: expected {', '.join(DTYPES)} in native byte "
-                "order; convert it with .astype(), or exclude the tensor"
-            )
-            raise TypeError(msg)
-    target, pattern = config.target_sparsity, config.pattern
-    ties = tuple(tie for tie, own in zip(config.ties, shares, strict=True) if own is None)
-    pools = [
-        *(
-            Pool(members((tie,)), own, pattern, (tie,))
-            for tie, own in zip(config.ties, shares, strict=True)
-            if own is not None
-        ),
-        *pools,
-    ]
-    if config.scope != "global":
-        allocated = _shares({name: arrays[name] for name in pooled}, config, previous)
-        each = [Pool((name,), allocated[name], pattern, scope=scope) for name in pooled]
-        return [*each, *(Pool(members((tie,)), target, pattern, (tie,)) for tie in ties), *pools]
-    together = isinstance(pattern, (Block, Slices))
-    groups = [(pooled, ties)] if together else [(pooled, ()), ([], ties)]
-    rivals = [(names, own) for names, own in groups if names or own]
-    return [Pool((*names, *members(own)), target, pattern, own) for names, own in rivals] + pools
-
-
-def _shares(
-    arrays: Mapping[str, NDArray[Any]], config: PruningConfig, previous: Mapping[str, Mask] | None
-) -> dict[str, float]:
-    """The sparsity of each tensor: the target itself where it is uniform, as each tensor rounds by itself."""
-    if config.allocation == "uniform":
-        return dict.fromkeys(arrays, config.target_sparsity)
-    pattern = config.pattern
-    assert not isinstance(pattern, NM)  # which PruningConfig refuses
-    floors = {name: count_pruned(name, previous[name], pattern) for name in arrays} if previous else None
-    return _allocate(arrays, config.target_sparsity, config.allocation, pattern, floors=floors)
-
-
-def _own(value: Override, config: PruningConfig) -> tuple[float, Pattern]:
-    """The sparsity and the pattern that an override stands for."""
-    if isinstance(value, tuple):
-        return value
-    if isinstance(value, NM):
-        return value.sparsity, value
-    if isinstance(value, Pattern):
-        return config.target_sparsity, value
-    return value, config.pattern
+    return config.with_changes(**changes) if changes else config
 
 
 def prune_pools(
@@ -300,7 +186,7 @@ def prune_pools(
 
     Args:
         arrays: Name -> array.
-        pools: What `plan` returned.
+        pools: What `make_pools` returned.
         method: The scorer.
         outs: Name -> where the pruned tensor goes; may be the same array.
         previous: Masks of an earlier step; what they pruned stays pruned, as long as no pool's sparsity
@@ -309,40 +195,65 @@ def prune_pools(
     Returns:
         Name -> mask of each tensor in a pool, in the order of `arrays`.
     """
+    traits = scores.traits(method)
     masks: dict[str, Mask] = {}
-    norm = method.norm if isinstance(method, scores.Magnitude) else 1
     tied: dict[str, Mask] = {}
-    for pool in pools:
-        if pool.ties:
-            for name, mask in select_tied(
-                arrays,
-                pool.sparsity,
-                pool.ties,
-                score=lambda name: score_tensor(method, name, arrays[name]),
-                alone=dict.fromkeys(pool.names, pool.pattern),
-                norm=norm,
-                previous=previous,
-            ).items():
-                tied[name] = tied[name] & mask if name in tied else mask
+    for pool in batched(pools, {name: array.size for name, array in arrays.items()}):
+        if not pool.ties:
+            masks |= _prune_pool(arrays, pool, method, outs, previous)
             continue
-        tensors = {name: arrays[name] for name in pool.names}
-        ranked = {name: score_tensor(method, name, tensor) for name, tensor in tensors.items()}
-        fused = previous is None and all(ranked[name] is tensor for name, tensor in tensors.items())
-        chosen = select_many(
-            ranked, pool.sparsity, pool.pattern, scope=pool.scope, norm=norm, out=outs if fused else None
-        )
-        if previous is not None and any((mask & ~previous[name]).count for name, mask in chosen.items()):
-            last = {name: pruned_last(ranked[name], previous[name], norm) for name in pool.names}
-            chosen = select_many(last, pool.sparsity, pool.pattern, scope=pool.scope, norm=norm)
-        if not fused:
-            for name, tensor in tensors.items():
-                chosen[name].apply(tensor, out=outs[name])
-        masks |= chosen
+        for name, mask in select_tied(
+            arrays,
+            pool.sparsity,
+            pool.ties,
+            score=lambda name, pool=pool: score_tensor(  # type: ignore[misc]
+                method, name, arrays[name], transposed=name in pool.transposed
+            ),
+            alone=dict.fromkeys(pool.names, pool.pattern),
+            transposed=pool.transposed,
+            norm=traits.norm,
+            previous=previous,
+        ).items():
+            tied[name] = tied[name] & mask if name in tied else mask
     # Only now, since a tensor in two ties is scored twice as it was.
     for name, mask in tied.items():
         mask.apply(arrays[name], out=outs[name])
     masks |= tied
     return {name: masks[name] for name in arrays if name in masks}
+
+
+def _prune_pool(
+    arrays: Mapping[str, NDArray[Any]],
+    pool: Pool,
+    method: Scorer,
+    outs: Mapping[str, NDArray[Any]],
+    previous: Mapping[str, Mask] | None,
+) -> dict[str, Mask]:
+    """`prune_pools` for one pool without ties."""
+    norm = scores.traits(method).norm
+    turned = pool.transposed if pool.scope == "row" or pool.pattern != Unstructured() else frozenset()
+    ranked = {
+        name: score_tensor(method, name, arrays[name], transposed=name in pool.transposed)
+        for name in pool.names
+    }
+    for name in turned:
+        _refuse_nan([ranked[name]], [name])  # With its place in the tensor as it is stored.
+    fused = previous is None and not turned and all(ranked[name] is arrays[name] for name in pool.names)
+
+    def select(scored: Mapping[str, NDArray[Any]]) -> dict[str, Mask]:
+        viewed = {name: outputs_first(array) if name in turned else array for name, array in scored.items()}
+        found = select_many(
+            viewed, pool.sparsity, pool.pattern, scope=pool.scope, norm=norm, out=outs if fused else None
+        )
+        return {name: mask_as_stored(mask) if name in turned else mask for name, mask in found.items()}
+
+    chosen = select(ranked)
+    if previous is not None and any((mask & ~previous[name]).count for name, mask in chosen.items()):
+        chosen = select({name: pruned_last(ranked[name], previous[name], norm) for name in pool.names})
+    if not fused:
+        for name, mask in chosen.items():
+            mask.apply(arrays[name], out=outs[name])
+    return chosen
 
 
 def describe(
@@ -366,7 +277,7 @@ def _prune(
     inplace: bool,
     min_rank: int,
 ) -> PruningResult[dict[str, Any], dict[str, Mask]]:
-    pools = plan(arrays, config, min_rank=min_rank)
+    pools = make_pools(arrays, config, min_rank=min_rank)
     names = [name for pool in pools for name in pool.names]
     if inplace:
         for name in names:

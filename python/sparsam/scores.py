@@ -42,7 +42,7 @@ import operator
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from numbers import Real
-from typing import Any, TypeVar
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -54,16 +54,36 @@ from sparsam.statistics import InputStatistics
 Value = TypeVar("Value")
 
 
+class Traits(NamedTuple):
+    """What a scorer says of itself beside its scores; the defaults are those of `sparsam.config.Scorer`."""
+
+    norm: int = 1
+    ranks_by_magnitude: bool = False
+    needs_rows_as_outputs: bool = False
+
+
+def traits(scorer: Scorer) -> Traits:
+    """Returns the optional attributes of a scorer; ValueError for a norm other than 1 and 2."""
+    values: list[Any] = [getattr(scorer, name, default) for name, default in Traits._field_defaults.items()]
+    found = Traits(*values)
+    _check_norm(type(scorer).__name__, found.norm)
+    return found
+
+
+def _check_norm(what: str, norm: object) -> None:
+    if isinstance(norm, bool) or norm not in {1, 2}:
+        raise ValueError(expected(f"{what}: norm", norm, "1 (absolute values) or 2 (squares)"))
+
+
 @dataclass(frozen=True)
 class Magnitude:
     """The absolute value of a weight; of a block or slice, the sum of abs(w)^norm over it (norm 1 or 2)."""
 
     norm: int = 1
+    ranks_by_magnitude: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        if isinstance(self.norm, bool) or self.norm not in {1, 2}:
-            msg = f"Magnitude: expected norm 1 (absolute values) or 2 (squares); got {self.norm!r}"
-            raise ValueError(msg)
+        _check_norm("Magnitude", self.norm)
 
     def score(self, name: str, weights: NDArray[Any], /) -> NDArray[Any]:  # noqa: ARG002
         """Returns `weights` as they are: selection ranks by absolute value, so no copy is needed."""
@@ -197,6 +217,7 @@ class Wanda:
     """
 
     statistics: Mapping[str, InputStatistics] = field(repr=False)
+    needs_rows_as_outputs: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         _check_mapping(self, "statistics", self.statistics, "the InputStatistics")
@@ -221,6 +242,7 @@ class RIA:
 
     statistics: Mapping[str, InputStatistics] = field(repr=False)
     power: float = 0.5
+    needs_rows_as_outputs: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         _check_mapping(self, "statistics", self.statistics, "the InputStatistics")

@@ -9,16 +9,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from sparsam import _core
 from sparsam._checks import check_sparsity, expected
-from sparsam.config import Scorer
+from sparsam._orientation import as_stored, mask_as_stored, outputs_first
+from sparsam.config import Scope, Scorer
 from sparsam.masks import Mask, _check_apart, _check_overlap
 from sparsam.patterns import NM, Block, Pattern, Slices, Unstructured
+from sparsam.scores import traits
 
 DTYPES = ("float16", "bfloat16", "float32", "float64")
 
@@ -72,8 +74,9 @@ def select(
     sparsity: float,
     pattern: Pattern = Unstructured(),  # noqa: B008 - frozen
     *,
-    scope: str = "layer",
+    scope: Literal["layer", "row"] = "layer",
     norm: int = 1,
+    transposed: bool = False,
     name: str = "scores",
 ) -> Mask:
     """Choose which entries of one array to keep: exactly `round(sparsity * n)` of its n groups are pruned.
@@ -90,6 +93,8 @@ def select(
             reach across rows and are refused.
         norm: a group's score is the sum of |score| (1) or of its square (2), accumulated in float64 in a
             fixed order.
+        transposed: the scores are (in, out), as in Hugging Face's Conv1D and Keras, or (..., in, out):
+            pattern and rows are those of (out, in). Ties go to the lower flat index of that.
         name: what errors call the array.
 
     Returns:
@@ -101,8 +106,13 @@ def select(
     """
     if scope not in ("layer", "row"):
         raise ValueError(expected("scope", scope, "'layer' (all entries compared) or 'row' (those of a row)"))
-    pooled = "row" if scope == "row" else "global"
-    return select_many({name: np.asarray(scores)}, sparsity, pattern, scope=pooled, norm=norm)[name]
+    array = np.asarray(scores)
+    if transposed:
+        _check_dtype(name, array)
+        _refuse_nan([array], [name])  # With its place in the array as it is stored.
+    viewed = outputs_first(array) if transposed else array
+    mask = select_many({name: viewed}, sparsity, pattern, scope=scope, norm=norm)[name]
+    return mask_as_stored(mask) if transposed else mask
 
 
 def select_many(
@@ -110,20 +120,21 @@ def select_many(
     sparsity: float,
     pattern: Pattern = Unstructured(),  # noqa: B008 - frozen
     *,
-    scope: str = "global",
+    scope: Scope = "global",
     norm: int = 1,
     out: Mapping[str, NDArray[Any]] | None = None,
 ) -> dict[str, Mask]:
-    """`select` over several arrays that share one threshold, the global scope, or each row its own.
+    """`select` over several arrays: with one threshold over all, one for each array, or one for each row.
 
     Groups of different tensors are compared by score per weight (the sum divided by the number of weights),
     groups of one tensor by their sum. For NM every group decides by itself, so pooling changes nothing.
 
     Args:
         scores: name -> array; ties go to the earlier name, then to the lower flat index.
-        sparsity: in [0, 1], of all groups together.
+        sparsity: in [0, 1]: of all groups together, or of each array or row.
         pattern: as in `select`.
-        scope: "global": one threshold over all arrays. "row": as in `select`, in each array by itself.
+        scope: "global": one threshold over all arrays. "layer", "row": as in `select`, in each array by
+            itself.
         norm: as in `select`.
         out: name -> array of the same shape and dtype that receives the scores with pruned entries as +0; may
             be the same arrays (in place). Apart from that, no output may share memory with another array. Of
@@ -139,8 +150,8 @@ def select_many(
     if norm not in (1, 2):
         msg = f"norm={norm!r}: expected 1 (sum of magnitudes) or 2 (sum of squares)"
         raise ValueError(msg)
-    if scope not in ("global", "row"):
-        raise ValueError(expected("scope", scope, "'global' (one threshold) or 'row' (one for each row)"))
+    if scope not in ("layer", "row", "global"):
+        raise ValueError(expected("scope", scope, "'layer', 'row' or 'global'"))
     arrays = {name: np.asarray(array) for name, array in scores.items()}
     for name, array in arrays.items():
         _check_dtype(name, array)
@@ -151,6 +162,8 @@ def select_many(
     if isinstance(pattern, Unstructured):
         if scope == "global":
             return _select_entries(arrays, sparsity, out)
+        if scope == "layer":
+            return _select_each(arrays, sparsity, out)
         masks = {name: _select_rows(name, array, sparsity) for name, array in arrays.items()}
     elif isinstance(pattern, NM):
         masks = {name: _select_nm(name, array, sparsity, pattern) for name, array in arrays.items()}
@@ -158,7 +171,10 @@ def select_many(
         if scope == "row":
             msg = f"scope 'row' compares weights within a row: expected Unstructured() or NM; got {pattern!r}"
             raise ValueError(msg)
-        masks = _select_tiles(arrays, sparsity, pattern, norm)
+        pools = [arrays] if scope == "global" else [{name: array} for name, array in arrays.items()]
+        masks = {}
+        for pool in pools:
+            masks |= _select_tiles(pool, sparsity, pattern, norm)
     else:
         msg = (
             f"pattern={pattern!r}: expected Unstructured(), NM(n, m), Block(rows, cols) or Slices(axis, size)"
@@ -195,9 +211,19 @@ def _refuse_nan(pool: Sequence[NDArray[Any]], names: Sequence[str] | None, *, by
     raise ValueError(msg)
 
 
-def score_tensor(method: Scorer, name: str, tensor: NDArray[Any]) -> NDArray[Any]:
-    """Returns the scores of a tensor, checked: its shape, a dtype that can be ranked, none below 0."""
-    ranked = np.asarray(method.score(name, tensor))
+def score_tensor(
+    method: Scorer, name: str, tensor: NDArray[Any], *, transposed: bool = False
+) -> NDArray[Any]:
+    """Returns the scores of a tensor, checked: its shape, a dtype that can be ranked, none below 0.
+
+    A `transposed` tensor is handed over as (out, in) if the method needs that, and its scores come back as it
+    is stored.
+    """
+    says = traits(method)
+    if transposed and says.needs_rows_as_outputs:
+        ranked = as_stored(np.asarray(method.score(name, outputs_first(tensor))))
+    else:
+        ranked = np.asarray(method.score(name, tensor))
     if ranked is tensor:
         return tensor
     if ranked.shape != tensor.shape or ranked.dtype.name not in DTYPES:
@@ -206,7 +232,7 @@ def score_tensor(method: Scorer, name: str, tensor: NDArray[Any]) -> NDArray[Any
             f"{', '.join(DTYPES)} from {method!r}; got shape {ranked.shape} and dtype {ranked.dtype}"
         )
         raise ValueError(msg)
-    if (ranked < 0).any():
+    if not says.ranks_by_magnitude and (ranked < 0).any():
         msg = f"tensor {name!r}: expected scores of at least 0 from {method!r}; got {ranked.min()}"
         raise ValueError(msg)
     return ranked
@@ -266,6 +292,16 @@ def _select_entries(
     return {name: Mask(w, scores[name].shape) for name, w in zip(names, words, strict=True)}
 
 
+def _select_each(
+    scores: Mapping[str, NDArray[Any]], sparsity: float, out: Mapping[str, NDArray[Any]] | None
+) -> dict[str, Mask]:
+    """`_select_entries` of each array by itself."""
+    masks: dict[str, Mask] = {}
+    for name, array in scores.items():
+        masks |= _select_entries({name: array}, sparsity, None if out is None else {name: out[name]})
+    return masks
+
+
 def _copy(array: NDArray[Any], out: NDArray[Any]) -> None:
     if out is not array:
         out[...] = array
@@ -304,18 +340,22 @@ def _select_nm(name: str, array: NDArray[Any], sparsity: float, pattern: NM) -> 
             f"so expected {pattern.sparsity:g} (or 0)"
         )
         raise ValueError(msg)
-    columns = _matrix(array.shape)[1]
+    channels = pattern.axis == "channels" and array.ndim > 2
+    columns = array.shape[1] if channels else _matrix(array.shape)[1]
     if columns % pattern.m:
+        what = "input channels" if channels else "weights in a row"
         msg = (
-            f"tensor {name!r} has shape {array.shape}: {pattern!r} needs rows (here of {columns}) that are "
-            f"a multiple of {pattern.m}; exclude the tensor, or give it another pattern in overrides"
+            f"tensor {name!r}: pattern {pattern}: expected a multiple of {pattern.m} {what}; got {columns} "
+            f"in shape {array.shape}; exclude the tensor, or give it another pattern in overrides"
         )
         raise ValueError(msg)
-    words = _core.keep_of_group(array, pattern.n, pattern.m)
+    viewed = np.moveaxis(array, 1, -1) if channels else array
+    words = _core.keep_of_group(viewed, pattern.n, pattern.m)
     if words is None:
         _refuse_nan([array], [name])
     assert words is not None
-    return Mask(words, array.shape)
+    mask = Mask(words, viewed.shape)
+    return Mask.from_array(np.moveaxis(mask.to_array(), -1, 1)) if channels else mask
 
 
 def _tiling(name: str, shape: tuple[int, ...], pattern: Block | Slices) -> tuple[int, int, int, int]:

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 import network
 from sparsam.analysis.lottery import find_ticket
-from sparsam.config import PruningConfig
+from sparsam.config import PruningConfig, Scope
 from sparsam.patterns import NM, Block, Slices, Tied
 from sparsam.training.callbacks import Arrays, Masks
 
@@ -165,7 +165,7 @@ def test_rows_and_allocations() -> None:
 
 
 @pytest.mark.parametrize("scope", ["layer", "global"])
-def test_ties_and_their_random_masks(scope: str) -> None:
+def test_ties_and_their_random_masks(scope: Scope) -> None:
     """Whole neurons of three layers; the middle one loses rows and columns."""
     rng = np.random.default_rng(2)
     weights = {

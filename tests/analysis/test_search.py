@@ -208,7 +208,7 @@ def test_by_a_function_and_by_name() -> None:
     assert {name: mask.sparsity for name, mask in result.masks.items()} == {"a[0]": 0.5, "b": 0.0, "c": 0.5}
     assert find_smallest(WEIGHTS, lambda _: 1.0, 0.5, allocation="uniform").sparsity == 1.0
     with pytest.raises(ValueError, match="allocation: expected"):
-        find_smallest(WEIGHTS, lambda _: 1.0, 0.5, allocation="best")
+        find_smallest(WEIGHTS, lambda _: 1.0, 0.5, allocation="best")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="allocation of 'b': expected a number from 0"):
         find_smallest(WEIGHTS, lambda _: 1.0, 0.5, allocation=lambda total: {"b": 2 * total + 1})
 

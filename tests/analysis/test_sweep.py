@@ -549,7 +549,11 @@ def test_arguments() -> None:
         (ValueError, {"groups": {"a": 3}}, r"groups\['a'\]: expected a name or pattern, or several; got 3"),
         (ValueError, {"sparsities": (1.5,)}, "sparsities: expected a number"),
         (ValueError, {"max_evaluations": 0}, "max_evaluations: expected an integer of at least 1"),
-        (ValueError, {"groups": {"a": "in.weihgt"}}, r"groups\['a'\]: 'in.weihgt' matches no .* 'in.weight'"),
+        (
+            ValueError,
+            {"groups": {"a": "in.weihgt"}},
+            r"groups\['a'\]: expected .*; got 'in.weihgt', .* 'in.weight'",
+        ),
         (ValueError, {"groups": {"a": "in.bias"}}, "matches no tensor that the configuration prunes"),
         (ValueError, {"groups": {"a": ()}}, "expected at least one name or pattern"),
         (ValueError, {"groups": {"a": "*.weight", "b": "in.weight"}}, "'in.weight' is in 'a' and in 'b'"),

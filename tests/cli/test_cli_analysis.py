@@ -170,7 +170,7 @@ def test_errors(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
         (["sensitivity", model, *EVAL, "--sparsity", "x"], "sparsity: expected numbers"),
         (["sensitivity", model, *EVAL, "--max-evaluations", 1], "max_evaluations: expected at least 4"),
         (["sensitivity", model, *EVAL, "--group", "a"], "group: expected NAME=PATTERN"),
-        (["sensitivity", model, *EVAL, "--group", "a=none*"], "matches no tensor"),
+        (["sensitivity", model, *EVAL, "--group", "a=none*"], "which matches none"),
         (["sensitivity", model, *EVAL, "--plot", "a.doc"], "expected a name that ends in one of"),
         (["sensitivity", model, *EVAL, "-o", "no/where.json"], "no such directory"),
         (["sensitivity", model, *EVAL, "--jobs", 0], "--jobs"),

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from sparsam import NM, Block, IterativePruner, PruningConfig, Slices, Unstructured, prune
 from sparsam.allocation import ERK, OWL, Explicit, Global, Uniform, allocate, block_of, resolve
-from sparsam.config import ALLOCATIONS, AllocationLike
+from sparsam.config import ALLOCATIONS, AllocationLike, AllocationName
 from sparsam.patterns import Pattern
 from sparsam.scores import LAMP, Magnitude, Random, Wanda
 from sparsam.selection import count_pruned
@@ -73,7 +73,7 @@ def mask_of_ones(array: NDArray[Any]) -> Any:
     st.floats(0, 1),
     st.sampled_from(["uniform", "erk", "lamp", "global"]),
 )
-def test_totals_of_any_shapes(shapes: list[tuple[int, int]], target: float, method: str) -> None:
+def test_totals_of_any_shapes(shapes: list[tuple[int, int]], target: float, method: AllocationName) -> None:
     weights = draw(0, **{f"w{i}": shape for i, shape in enumerate(shapes)})
     shares = allocate(weights, target, method)
     counts = [round(shares[name] * array.size) for name, array in weights.items()]
@@ -238,8 +238,11 @@ def test_explicit_sparsities() -> None:
     [
         ({"a": 0.0}, "allow a total from 0 to 0.5: expected one that includes 0.8"),
         ({"a": 1.0, "b": 1.0}, "allow a total from 1 to 1: expected one that includes 0.8"),
-        ({"x*": 0.5}, r"allocation: 'x\*' matches no tensor to be pruned, .* total; the closest are"),
-        ({"bias": 0.5}, "allocation: 'bias' matches no tensor to be pruned"),
+        (
+            {"x*": 0.5},
+            r"allocation: expected names .* to be pruned, .* total; got 'x\*', .*; the closest names are",
+        ),
+        ({"bias": 0.5}, "allocation: expected .*; got 'bias', which matches none"),
         ({"a": 1.5}, r"allocation\['a'\]: expected a number from 0"),
     ],
 )

@@ -3,16 +3,25 @@ from __future__ import annotations
 import copy
 import dataclasses
 import pickle
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
 
 from sparsam import allocation, scores
 from sparsam._checks import check_sparsity
-from sparsam.config import ALLOCATIONS, METHODS, SCHEDULES, PruningConfig, check_growing
+from sparsam.config import (
+    ALLOCATIONS,
+    METHODS,
+    SCHEDULES,
+    ConfigFields,
+    Override,
+    PruningConfig,
+    check_growing,
+)
 from sparsam.patterns import NM, Block, Pattern, Slices, Unstructured
 from sparsam.schedules import Cosine, Polynomial, resolve
+from sparsam.training.iterative import IterativePruner
 
 
 @pytest.mark.parametrize(
@@ -47,7 +56,7 @@ def test_patterns_take_numpy_integers_and_compare_by_value() -> None:
     ("kind", "fields", "message"),
     [
         (NM, (0, 4), "NM: n: expected an integer of at least 1; got 0"),
-        (NM, (5, 4), r"NM\(5, 4\): .* must not exceed m"),
+        (NM, (5, 4), "NM: n: expected at most m, which is 4: n of every m stay; got 5"),
         (NM, (2, 257), "NM: m: expected at most 256 weights in a group; got 257"),
         (NM, (2.0, 4), "NM: n: expected an integer; got 2.0"),
         (NM, (True, 4), "NM: n: expected an integer; got True"),
@@ -65,9 +74,8 @@ def test_patterns_refuse_nonsense(kind: Any, fields: tuple[Any, ...], message: s
 def test_defaults() -> None:
     config = PruningConfig()
     assert dataclasses.astuple(config)[:2] == (0.5, "magnitude")
-    assert config == PruningConfig(
-        0.5, "magnitude", Unstructured(), "layer", "uniform", "one_shot", 1, (), {}
-    )
+    assert (config.schedule, config.num_iterations) == (None, None)
+    assert config == PruningConfig(0.5, "magnitude", Unstructured(), "layer", "uniform", None, None, (), {})
     assert hash(config) == hash(PruningConfig())
 
 
@@ -92,23 +100,27 @@ def test_defaults() -> None:
         ("allocation", {"fc": 1.5}, r"allocation\['fc'\]: expected a number from 0 .*; got 1.5"),
         ("schedule", "cubical", "schedule: expected 'one_shot', 'linear', .*; got 'cubical'"),
         ("schedule", 0.5, "schedule: expected .* a list of sparsities, .*; got 0.5"),
-        ("schedule", [], "schedule is empty"),
-        ("schedule", [0.5, 0.4], "schedule shrinks from 0.5 to 0.4 at iteration 2"),
+        ("schedule", [], r"schedule: expected at least one sparsity; got \(\)"),
+        (
+            "schedule",
+            [0.5, 0.4],
+            "schedule, iteration 2: expected at least 0.5, since what is pruned stays pruned; got 0.4",
+        ),
         ("schedule", [0.5, 1.4], "schedule, iteration 2: expected a number from 0 .*; got 1.4"),
         ("schedule", lambda p: 2 * p, r"schedule\(1.0\): expected a number from 0 .*; got 2.0"),
         ("num_iterations", 0, "num_iterations: expected an integer of at least 1; got 0"),
         ("num_iterations", 2.5, "num_iterations: expected an integer; got 2.5"),
-        ("exclude", 3, "exclude: expected shell-style name patterns, .*; got 3"),
-        ("exclude", ["head", 3], "exclude: expected shell-style name patterns, .*; got 3"),
+        ("exclude", 3, "exclude: expected names or shell-style patterns, .*; got 3"),
+        ("exclude", ["head", 3], "exclude: expected names or shell-style patterns, .*; got 3"),
         ("overrides", [("fc", 0.5)], "overrides: expected a mapping"),
-        ("overrides", {3: 0.5}, "overrides: expected shell-style name patterns as keys; got 3"),
+        ("overrides", {3: 0.5}, "overrides: expected names or shell-style patterns as keys; got 3"),
         ("overrides", {"fc": 1.5}, r"overrides\['fc'\]: expected a number from 0 .*; got 1.5"),
         ("overrides", {"fc": "2:4"}, r"overrides\['fc'\]: expected a number from 0 .*; got '2:4'"),
         ("overrides", {"fc": (0.5, "2:4")}, r"overrides\['fc'\]: expected Unstructured\(\), .*; got '2:4'"),
         (
             "overrides",
             {"fc": (0.6, NM(2, 4))},
-            r"overrides\['fc'\] is 0.6, but pattern 2:4 has the sparsity 0.5",
+            r"overrides\['fc'\]: expected 0.5, the sparsity of pattern 2:4; got 0.6; leave",
         ),
         ("ties", 3, r"ties: expected Tied objects, such as \(Tied\(.*; got 3"),
         ("ties", [{"fc": Slices(0)}], r"ties: expected Tied objects, .*; got \[\{'fc': "),
@@ -126,10 +138,16 @@ def test_every_wrong_field_says_what_is_allowed(field: str, value: object, messa
         ({"scope": "global", "allocation": {"fc": 0.5}}, "with scope 'global'.*; got {'fc': 0.5}"),
         (
             {"pattern": NM(2, 4), "allocation": "lamp"},
-            "pattern 2:4 has one sparsity: expected 'uniform'; got",
+            "allocation: expected 'uniform' with pattern 2:4, which has one sparsity; got 'lamp'",
         ),
-        ({"pattern": Block(2, 2), "scope": "row"}, "scope 'row' .* got pattern block 2x2"),
-        ({"pattern": Slices(0), "scope": "row"}, "scope 'row' .* got pattern slices axis 0"),
+        (
+            {"pattern": Block(2, 2), "scope": "row"},
+            "pattern: expected .* with scope 'row', .*; got 'block 2x2'",
+        ),
+        (
+            {"pattern": Slices(0), "scope": "row"},
+            "pattern: expected .* with scope 'row', .*; got 'slices axis 0'",
+        ),
     ],
 )
 def test_fields_that_do_not_go_together(changes: dict[str, Any], message: str) -> None:
@@ -151,7 +169,9 @@ def test_an_allocation_is_kept_as_it_was() -> None:
 def test_nm_brings_its_own_sparsity() -> None:
     assert PruningConfig(pattern=NM(1, 4)).target_sparsity == 0.75
     assert PruningConfig(2 / 3, pattern=NM(1, 3)).target_sparsity == NM(1, 3).sparsity
-    with pytest.raises(ValueError, match=r"target_sparsity is 0.8, but pattern 2:4 has the sparsity 0.5"):
+    with pytest.raises(
+        ValueError, match=r"target_sparsity: expected 0.5, the sparsity of pattern 2:4; got 0.8; leave one"
+    ):
         PruningConfig(0.8, pattern=NM(2, 4))
 
 
@@ -161,30 +181,113 @@ def test_an_explicit_schedule_sets_target_and_length() -> None:
     assert (config.target_sparsity, config.num_iterations) == (0.7, 4)
     assert dataclasses.replace(config, scope="global").num_iterations == 4
     assert hash(config) == hash(PruningConfig(schedule=(0.1, 0.5, 0.5, 0.7)))
-    with pytest.raises(
-        ValueError, match=r"target_sparsity is 0.8, but the end of schedule has the sparsity 0.7"
-    ):
+    with pytest.raises(ValueError, match=r"target_sparsity: expected 0.7, the end of schedule; got 0.8"):
         PruningConfig(0.8, schedule=[0.1, 0.7])
     for steps in (1, 3):
-        with pytest.raises(ValueError, match=f"num_iterations is {steps}, but schedule lists 2 sparsities"):
+        with pytest.raises(
+            ValueError, match=f"num_iterations: expected 2, the number of .* in schedule; got {steps}"
+        ):
             PruningConfig(schedule=[0.1, 0.7], num_iterations=steps)
 
 
-def test_what_was_not_set_follows_the_other_fields() -> None:
-    config = dataclasses.replace(PruningConfig(scope="global"), pattern=NM(1, 4))
+def test_what_a_new_pattern_or_schedule_implies_comes_with_it() -> None:
+    config = PruningConfig(scope="global").with_changes(pattern=NM(1, 4))
     assert (config.target_sparsity, config.scope) == (0.75, "global")
-    assert dataclasses.replace(config, pattern=Unstructured()) == PruningConfig(scope="global")
-    config = dataclasses.replace(PruningConfig(schedule=[0.1, 0.5, 0.7]), schedule=[0.2, 0.3])
+    assert config.with_changes(pattern=Unstructured()) == PruningConfig(0.75, scope="global")
+    config = PruningConfig(schedule=[0.1, 0.5, 0.7]).with_changes(schedule=[0.2, 0.3])
     assert (config.target_sparsity, config.num_iterations) == (0.3, 2)
-    config = dataclasses.replace(config, schedule=None)  # type: ignore[arg-type]
-    assert (config.target_sparsity, config.schedule, config.num_iterations) == (0.5, "one_shot", 1)
-    with pytest.raises(ValueError, match=r"target_sparsity is 0\.5, but pattern 1:4"):
-        dataclasses.replace(PruningConfig(0.5), pattern=NM(1, 4))
+    config = config.with_changes(schedule=lambda p: p / 4)
+    assert (config.target_sparsity, config.num_iterations) == (0.25, 2)
+    config = config.with_changes(schedule=None, target_sparsity=None, num_iterations=None)
+    assert config == PruningConfig()
+    assert PruningConfig(0.5).with_changes(pattern=NM(1, 4)).target_sparsity == 0.75
+    for change in (PruningConfig.with_changes, dataclasses.replace):
+        with pytest.raises(ValueError, match=r"target_sparsity: expected 0\.75, .* pattern 1:4; got 0\.5"):
+            change(PruningConfig(), pattern=NM(1, 4), target_sparsity=0.5)
+    with pytest.raises(ValueError, match=r"target_sparsity: expected 0\.75, .* pattern 1:4; got 0\.5"):
+        dataclasses.replace(PruningConfig(), pattern=NM(1, 4))
+
+
+ALIKE: list[tuple[Any, Any]] = [
+    (PruningConfig(), PruningConfig(0.5)),
+    (PruningConfig(), PruningConfig(None, schedule=None, num_iterations=None)),
+    (PruningConfig(pattern=NM(1, 4)), PruningConfig(0.75, pattern=NM(1, 4))),
+    (PruningConfig(schedule=[0.1, 0.7]), PruningConfig(0.7, schedule=(0.1, 0.7), num_iterations=2)),
+    (PruningConfig(overrides={"a": NM(2, 4)}), PruningConfig(overrides={"a": (0.5, NM(2, 4))})),
+    (PruningConfig(overrides={"a": 1}), PruningConfig(overrides={"a": Override(1.0)})),
+    (PruningConfig(exclude="a", transposed="b"), PruningConfig(exclude=["a"], transposed=("b",))),
+]
+DIFFERENT: list[tuple[Any, Any]] = [
+    (PruningConfig(), PruningConfig(0.5, schedule="one_shot", num_iterations=1)),
+    (PruningConfig(), PruningConfig(num_iterations=4)),
+    (PruningConfig(), PruningConfig(schedule="linear")),
+    (PruningConfig(), PruningConfig(transposed="a")),
+    (PruningConfig(overrides={"a": 0.5}), PruningConfig(overrides={"a": (0.5, Unstructured())})),
+]
+
+
+@pytest.mark.parametrize(("a", "b"), ALIKE)
+def test_equal_configurations_do_the_same_everywhere(a: PruningConfig, b: PruningConfig) -> None:
+    for first, second in (
+        (a, b),
+        (pickle.loads(pickle.dumps(a)), b),
+        (a, copy.deepcopy(b)),
+        (dataclasses.replace(a), b),
+        (a, b.with_changes()),
+        (dataclasses.replace(a, num_iterations=2), dataclasses.replace(b, num_iterations=2)),
+        (a.with_changes(method="random"), b.with_changes(method="random")),
+    ):
+        assert first == second
+        assert hash(first) == hash(second)
+        assert repr(first) == repr(second)
+        schedules = [IterativePruner(config=config).get_schedule() for config in (first, second)]
+        assert schedules[0] == schedules[1]
+        assert IterativePruner(config=first).config == IterativePruner(config=second).config
+
+
+@pytest.mark.parametrize(("a", "b"), DIFFERENT)
+def test_what_does_not_do_the_same_is_not_equal(a: PruningConfig, b: PruningConfig) -> None:
+    assert a != b
+    assert repr(a) != repr(b)
+
+
+def test_the_keyword_arguments_are_the_fields() -> None:
+    fields = {field.name for field in dataclasses.fields(PruningConfig)}
+    assert set(ConfigFields.__annotations__) == fields
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (Override, "Override: expected a sparsity, a pattern or both"),
+        (lambda: Override(1.5), "Override: sparsity: expected a number from 0"),
+        (lambda: Override(0.5, cast(Any, "2:4")), r"Override: pattern: expected Unstructured\(\)"),
+        (lambda: Override(0.6, NM(2, 4)), "Override: sparsity: expected 0.5, .* pattern 2:4; got 0.6"),
+    ],
+)
+def test_overrides_refuse_nonsense(make: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_an_override_settles_under_a_configuration() -> None:
+    config = PruningConfig(0.75, pattern=Block(2, 2))
+    assert Override(0.5).settle(config) == (0.5, Block(2, 2))
+    assert Override(pattern=Slices(0)).settle(config) == (0.75, Slices(0))
+    assert Override(pattern=NM(2, 4)).settle(config) == (0.5, NM(2, 4))
+    assert Override(0.5, Slices(0)).at(0.25) == Override(0.25, Slices(0))
+    assert Override(0.5).scaled(0.5) == Override(0.25)
+    assert Override(pattern=Slices(0)).scaled(0.5) == Override(pattern=Slices(0))
+    assert (
+        Override(pattern=NM(2, 4)).scaled(0.5)
+        == Override(pattern=NM(2, 4)).at(0.1)
+        == Override(0.5, NM(2, 4))
+    )
 
 
 def test_a_function_sets_the_target() -> None:
     assert PruningConfig(schedule=lambda p: 0.9 * p, num_iterations=3).target_sparsity == 0.9
-    with pytest.raises(ValueError, match=r"target_sparsity is 0.5, but schedule\(1.0\) has the sparsity 0.9"):
+    with pytest.raises(ValueError, match=r"target_sparsity: expected 0.9, schedule\(1.0\); got 0.5"):
         PruningConfig(0.5, schedule=lambda p: 0.9 * p)
 
 
@@ -200,8 +303,12 @@ def test_overrides_are_kept_apart_from_the_callers() -> None:
     given: dict[str, Any] = {"fc*": np.float32(0.25), "conv": Block(2, 2), "head": (0.5, NM(2, 4))}
     config = PruningConfig(overrides=given, exclude="embed*")
     given.clear()
-    assert config.overrides == {"fc*": 0.25, "conv": Block(2, 2), "head": (0.5, NM(2, 4))}
-    assert type(config.overrides["fc*"]) is float
+    assert config.overrides == {
+        "fc*": Override(0.25),
+        "conv": Override(pattern=Block(2, 2)),
+        "head": Override(0.5, NM(2, 4)),
+    }
+    assert type(config.overrides["fc*"].sparsity) is float
     assert config.exclude == ("embed*",)
     with pytest.raises(TypeError):
         config.overrides["fc*"] = 9.0  # type: ignore[index]

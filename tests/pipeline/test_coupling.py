@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 import reference
 from cases import CASES, make
-from sparsam.config import PruningConfig, Scorer
+from sparsam.config import PruningConfig, Scope, Scorer
 from sparsam.masks import Mask
 from sparsam.patterns import NM, Block, Pattern, Slices, Tied, Unstructured
 from sparsam.pruner import MagnitudePruner, prune
@@ -36,6 +36,9 @@ class Positional:
 SCORERS: list[Scorer] = [Magnitude(), Magnitude(2), Random(7), Positional()]
 SELF_ATTENTION = Tied({"q": Slices(0, 3), "k": Slices(-2, 3), "v": Slices(0, 3), "o": Slices(1, 3)})
 MLP = Tied({"fc1": Slices(0), "fc1.bias": Slices(-1), "fc2": Slices(1)})
+
+
+SCOPES_OF_TIES: tuple[Scope, ...] = ("layer", "global")
 
 
 def block(seed: int = 0, high: int = 3) -> Arrays:
@@ -178,7 +181,7 @@ def test_a_tensor_in_two_ties_loses_what_either_prunes() -> None:
         Tied({"b": Slices(0), "c": Slices(-1, 2)}),
     ]
     shapes = {"c": (3, 8), "b": (4, 6), "a": (6, 5)}
-    for seed, scope, inplace in product(range(8), ("layer", "global"), (False, True)):
+    for seed, scope, inplace in product(range(8), SCOPES_OF_TIES, (False, True)):
         rng = np.random.default_rng(seed)
         weights = {name: rng.standard_normal(shape) for name, shape in shapes.items()}
         before = {name: array.copy() for name, array in weights.items()}
@@ -197,7 +200,7 @@ def test_a_tensor_in_two_ties_loses_what_either_prunes() -> None:
 
 @settings(deadline=None, max_examples=60)
 @given(data=st.data(), sparsity=st.floats(0, 1), scope=st.sampled_from(["layer", "global"]))
-def test_counts_are_exact_and_members_agree(data: st.DataObject, sparsity: float, scope: str) -> None:
+def test_counts_are_exact_and_members_agree(data: st.DataObject, sparsity: float, scope: Scope) -> None:
     weights: Arrays = {}
     ties = []
     for t in range(data.draw(st.integers(1, 3))):
@@ -261,7 +264,7 @@ def test_adversarial_values(case: str) -> None:
         (
             [Tied({"fc1.wieght": Slices(0)})],
             {},
-            "ties: 'fc1.wieght' is no tensor; the closest names are 'fc1",
+            "ties: expected names of tensors as members; got 'fc1.wieght'; the closest names are 'fc1",
         ),
         (
             [Tied({"q": Slices(2)})],
@@ -280,14 +283,18 @@ def test_adversarial_values(case: str) -> None:
             "tensor 'q' is in two ties across axis 0, where only one",
         ),
         ([MLP, MLP], {}, "tensor 'fc1' is in two ties across axis 0"),
-        ([MLP], {"exclude": ["fc*"]}, r"tensor 'fc1' is tied, but exclude has 'fc\*' for it; narrow that"),
+        (
+            [MLP],
+            {"exclude": ["fc*"]},
+            r"tensor 'fc1': expected members that are pruned; got 'fc\*' in exclude; narrow that",
+        ),
         (
             [MLP],
             {"overrides": {"*bias": 0.5}},
-            r"overrides have \{'fc1.bias': 0.5\} for the tied \['fc1', 'fc1.bias', 'fc2'\]: expected one",
+            r"of the tied \['fc1', 'fc1.bias', 'fc2'\]: expected .* got \{'fc1.bias': Override\(spars",
         ),
-        ([MLP], {"overrides": {"fc*": 0.5, "fc2": 0.8}}, r"overrides have .* for the tied .*: expected one"),
-        ([MLP], {"overrides": {"fc*": (0.5, Slices(0))}}, r"overrides have .* for the tied .*: expected one"),
+        ([MLP], {"overrides": {"fc*": 0.5, "fc2": 0.8}}, r"of the tied .*: expected one"),
+        ([MLP], {"overrides": {"fc*": (0.5, Slices(0))}}, r"of the tied .*: expected one"),
     ],
 )
 def test_ties_that_do_not_fit(ties: list[Tied], changes: dict[str, Any], message: str) -> None:
@@ -301,7 +308,7 @@ def test_ties_that_do_not_fit(ties: list[Tied], changes: dict[str, Any], message
 
 @pytest.mark.parametrize("scope", ["layer", "row", "global"])
 @pytest.mark.parametrize("sparsity", [0.0, 0.3, 0.75, 1.0])
-def test_a_tie_may_have_a_sparsity_of_its_own(scope: str, sparsity: float) -> None:
+def test_a_tie_may_have_a_sparsity_of_its_own(scope: Scope, sparsity: float) -> None:
     weights = block(5)
     config = PruningConfig(0.5, scope=scope, ties=[MLP, SELF_ATTENTION], overrides={"fc*": sparsity})
     result = prune(weights, config)
@@ -317,13 +324,14 @@ def test_a_tie_may_have_a_sparsity_of_its_own(scope: str, sparsity: float) -> No
 def test_an_allocation_that_names_what_is_tied_is_refused() -> None:
     weights = {name: block()[name] for name in MLP.members}
     with pytest.raises(
-        ValueError, match=r"allocation: 'fc1' matches no tensor to be pruned, apart from overrides and ties"
+        ValueError,
+        match=r"allocation: expected .* tensors to be pruned, apart from overrides and ties, .*; got 'fc1'",
     ):
         prune(weights, ties=[MLP], allocation={"fc1": 0.9})
 
 
 def test_ties_without_tensors() -> None:
-    with pytest.raises(ValueError, match="ties: 'q' is no tensor; there are none"):
+    with pytest.raises(ValueError, match=r"ties: expected names .*; got 'q'; there are no tensors"):
         prune({}, ties=[SELF_ATTENTION])
     with pytest.raises(ValueError, match=r"expected scope .layer. or .row., .* and no ties"):
         MagnitudePruner(PruningConfig(ties=[MLP]))
@@ -337,7 +345,9 @@ def test_nan_and_dtypes_are_refused_by_name() -> None:
             prune(weights, ties=[MLP, SELF_ATTENTION])
     weights = block()
     weights["fc1.bias"] = np.ones(8, np.int64)
-    with pytest.raises(TypeError, match=r"tensor 'fc1.bias' has dtype int64: expected float16"):
+    with pytest.raises(
+        TypeError, match=r"tensor 'fc1.bias': expected one of the dtypes float16, .*; got int64"
+    ):
         prune(weights, ties=[MLP])
 
     class Broken:
@@ -364,7 +374,7 @@ def test_one_array_by_itself_can_be_tied() -> None:
 @pytest.mark.parametrize(
     ("scope", "pattern"), [("layer", Unstructured()), ("global", Slices(0)), ("global", Block(2, 2))]
 )
-def test_iterations_are_nested_and_exact(method: Scorer, scope: str, pattern: Pattern) -> None:
+def test_iterations_are_nested_and_exact(method: Scorer, scope: Scope, pattern: Pattern) -> None:
     ties = [
         SELF_ATTENTION,
         Tied({"fc1": Slices(0), "fc1.bias": Slices(0), "fc2": Slices(1)}),
@@ -396,7 +406,7 @@ def test_iterations_are_nested_and_exact(method: Scorer, scope: str, pattern: Pa
 
 
 @pytest.mark.parametrize("scope", ["layer", "global"])
-def test_without_recovery_the_end_is_that_of_one_shot(scope: str) -> None:
+def test_without_recovery_the_end_is_that_of_one_shot(scope: Scope) -> None:
     config = PruningConfig(0.7, scope=scope, ties=[MLP, SELF_ATTENTION], pattern=Slices(0))
     weights = block(6, high=1000)
     result = IterativePruner(0.1, config=config, num_iterations=5, schedule="linear").run(

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sparsam.config import ScheduleLike
+from sparsam.config import ScheduleLike, ScheduleName
 from sparsam.schedules import Cosine, Exponential, OneShot, Polynomial, resolve, sample
 
 CURVES = [Polynomial(1), Polynomial(3), Polynomial(0.5), Exponential(), Cosine()]
@@ -42,7 +42,7 @@ def test_agp_differs_from_its_namesakes() -> None:
 
 
 @pytest.mark.parametrize("name", ["one_shot", "linear", "cubic", "exponential", "cosine"])
-def test_one_iteration_goes_to_the_end(name: str) -> None:
+def test_one_iteration_goes_to_the_end(name: ScheduleName) -> None:
     assert points(name, 0.2, 0.7, n=1) == [0.7]
 
 
@@ -81,14 +81,14 @@ def test_exponential_cannot_reach_one() -> None:
 @pytest.mark.parametrize(
     ("schedule", "message"),
     [
-        (lambda p: 1 - p, "schedule shrinks from 1.0 to 0.75 at iteration 2"),
+        (lambda p: 1 - p, "schedule, iteration 2: expected at least 1.0, .*; got 0.75"),
         (lambda p: 1.2 * p, "schedule, iteration 5: expected a number from 0 .*; got 1.2"),
         (lambda p: p - 0.5, "schedule, iteration 1: expected a number from 0 .*; got -0.5"),
         (lambda _: math.nan, "schedule, iteration 1: .*; got nan"),
         (lambda _: "half", "schedule, iteration 1: .*; got 'half'"),
-        ([0.5, 0.2, 0.6, 0.7, 0.8], "schedule shrinks from 0.5 to 0.2 at iteration 2"),
+        ([0.5, 0.2, 0.6, 0.7, 0.8], "schedule, iteration 2: expected at least 0.5, .*; got 0.2"),
         ([0.5, 0.6], "schedule lists 2 sparsities, but there are 5 iterations"),
-        ([], "schedule is empty"),
+        ([], "schedule: expected at least one sparsity"),
         ("agp", "schedule: expected one of 'one_shot', .*; got 'agp'"),
     ],
 )
@@ -98,7 +98,7 @@ def test_bad_schedules(schedule: ScheduleLike, message: str) -> None:
 
 
 def test_ends_in_the_wrong_order_shrink() -> None:
-    with pytest.raises(ValueError, match=r"schedule shrinks from 0.5 to 0.2 at iteration 2"):
+    with pytest.raises(ValueError, match=r"schedule, iteration 2: expected at least 0.5, .*; got 0.2"):
         points("linear", 0.5, 0.2)
     assert points("one_shot", 0.5, 0.2) == [0.2] * 5
 

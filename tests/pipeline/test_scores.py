@@ -74,7 +74,7 @@ def test_random_seeds(seed: Any) -> None:
 
 @pytest.mark.parametrize("norm", [0, 3, True, "1"])
 def test_norms(norm: Any) -> None:
-    with pytest.raises(ValueError, match=r"Magnitude: expected norm 1 .* or 2"):
+    with pytest.raises(ValueError, match=r"Magnitude: norm: expected 1 .* or 2"):
         Magnitude(norm)
 
 

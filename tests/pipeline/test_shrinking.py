@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from sparsam.config import PruningConfig
+from sparsam.config import PruningConfig, Scope
 from sparsam.masks import Mask
 from sparsam.patterns import Slices, Tied
 from sparsam.pruner import prune
@@ -45,7 +45,7 @@ def run_mlp(w: Arrays, x: NDArray[Any]) -> NDArray[Any]:
 
 @pytest.mark.parametrize("scope", ["layer", "global"])
 @pytest.mark.parametrize("sparsity", [0.0, 0.25, 0.5, 0.7, 0.8, 0.85, 0.9, 0.95, 1.0])
-def test_mlp(scope: str, sparsity: float) -> None:
+def test_mlp(scope: Scope, sparsity: float) -> None:
     """Sums of integers are exact in any order, so the outputs are equal and not only close."""
     weights = mlp()
     x = np.random.default_rng(1).integers(-9, 10, (7, 6)).astype(np.float64)
@@ -252,7 +252,7 @@ def test_nan_and_infinity_are_not_zero() -> None:
 @settings(deadline=None, max_examples=60)
 @given(data=st.data(), sparsity=st.floats(0, 1), scope=st.sampled_from(["layer", "global"]))
 def test_putting_the_slices_back_gives_the_masked_weights(
-    data: st.DataObject, sparsity: float, scope: str
+    data: st.DataObject, sparsity: float, scope: Scope
 ) -> None:
     groups = data.draw(st.integers(1, 6))
     weights, members = {}, {}
@@ -317,7 +317,12 @@ def test_slices_that_are_gone_in_one_member_only() -> None:
             "masks: expected a Mask for 'fc1.bias'; got ndarray",
         ),
         (Mask.ones((2,)), (), TypeError, "masks: expected a mapping from names to masks; got Mask"),
-        ({}, Tied({"fc9": Slices(0)}), ValueError, "ties: 'fc9' is no tensor; the closest names are"),
+        (
+            {},
+            Tied({"fc9": Slices(0)}),
+            ValueError,
+            "ties: expected names of tensors as members; got 'fc9'; the closest names are",
+        ),
         (
             {},
             Tied({"fc1.bias": Slices(1)}),

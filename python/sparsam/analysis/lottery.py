@@ -16,11 +16,12 @@ from numpy.typing import ArrayLike, NDArray
 
 from sparsam import scores
 from sparsam._checks import check_sparsity, expected, integer, positive, to_arrays
+from sparsam._pools import Pool, check_patterns, make_pools
 from sparsam.analysis.random_masks import count_groups, draw_masks, generator
 from sparsam.config import PruningConfig
 from sparsam.masks import Mask
 from sparsam.patterns import NM
-from sparsam.pruner import Pool, check_patterns, configured, describe, plan, prune_pools
+from sparsam.pruner import configured, describe, prune_pools
 from sparsam.report import Report
 from sparsam.training.callbacks import Arrays, Masks, evaluate_finite, sparsity_of, validate_returned_weights
 
@@ -190,7 +191,7 @@ def find_ticket(
         TypeError: As for `sparsam.prune`; a callback returned something of another type.
     """
     initial = to_arrays(init_weights, "init_weights")
-    settings = configured(config, {})
+    settings = configured(config)
     check_patterns(settings, initial, stacklevel=2)
     pools = _pools(initial, settings, check_sparsity("fraction", fraction))
     start = initial if rewind is None else _like("rewind", rewind, initial)
@@ -265,7 +266,7 @@ def _pools(arrays: Arrays, config: PruningConfig, fraction: float) -> list[tuple
         raise ValueError(msg)
     unset: dict[str, Any] = {"schedule": None, "num_iterations": None}
     pools = []
-    for pool in plan(arrays, replace(config, target_sparsity=fraction, **unset)):
+    for pool in make_pools(arrays, replace(config, target_sparsity=fraction, **unset)):
         if isinstance(pool.pattern, NM) and not pool.ties:
             msg = (
                 f"overrides: tensor {pool.names[0]!r} has pattern {pool.pattern}, which leaves no rounds: "

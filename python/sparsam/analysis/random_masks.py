@@ -10,10 +10,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from sparsam._orientation import Weights, mask_as_stored, mask_outputs_first
+from sparsam._pools import Pool
 from sparsam.coupling import _pruned, _tied_rival
 from sparsam.masks import Mask
 from sparsam.patterns import NM, Pattern, Tied, Unstructured
-from sparsam.pruner import Pool
 from sparsam.selection import _tiling
 
 _Arrays = Mapping[str, NDArray[Any]]
@@ -30,7 +31,10 @@ def count_groups(pool: Pool, arrays: _Arrays) -> int:
     """How many groups of the pattern compete in a pool."""
     tied = sum(_tied_rival(tie, arrays).groups for tie in pool.ties)
     alone = (name for name in pool.names if not any(name in tie.members for tie in pool.ties))
-    return tied + sum(math.prod(_tiles(name, arrays[name].shape, pool.pattern)[2]) for name in alone)
+    weights = Weights(arrays, pool.transposed)
+    return tied + sum(
+        math.prod(_tiles(name, weights.outputs_first(name).shape, pool.pattern)[2]) for name in alone
+    )
 
 
 def draw_masks(
@@ -41,6 +45,7 @@ def draw_masks(
     Tied tensors are drawn together, group by group; what each tie of a tensor prunes is pruned of it.
     """
     patterns = {name: pool.pattern for pool in pools for name in pool.names}
+    transposed = frozenset().union(*(pool.transposed for pool in pools))
     ties = {id(tie): tie for pool in pools for tie in pool.ties}.values()
     drawn: dict[str, Mask] = {}
     for tie in ties:
@@ -48,7 +53,10 @@ def draw_masks(
             drawn[name] = drawn[name] & mask if name in drawn else mask
     for name, mask in masks.items():
         if name not in drawn:
-            drawn[name] = _drawn(name, mask, patterns[name], seed)
+            if name in transposed:
+                drawn[name] = mask_as_stored(_drawn(name, mask_outputs_first(mask), patterns[name], seed))
+            else:
+                drawn[name] = _drawn(name, mask, patterns[name], seed)
     return {name: drawn[name] for name in masks}
 
 

@@ -13,12 +13,13 @@ from typing import Any, NamedTuple
 from numpy.typing import ArrayLike
 
 from sparsam._checks import check_sparsity, integer, positive, to_arrays
+from sparsam._pools import make_pools
 from sparsam.analysis.sensitivity_report import SensitivityReport, _plain
 from sparsam.config import AllocationLike, Override, PruningConfig
 from sparsam.coupling import members
 from sparsam.masks import Mask
 from sparsam.patterns import NM, Unstructured
-from sparsam.pruner import PruningResult, configured, plan, prune
+from sparsam.pruner import PruningResult, configured, prune
 from sparsam.report import LayerStats, Report, measure
 from sparsam.training.callbacks import Arrays, Masks, evaluate_finite, sparsity_of, validate_returned_weights
 
@@ -183,7 +184,7 @@ def find_smallest(
     if not check_sparsity("tolerance", tolerance) > 0:
         msg = "tolerance: expected a number above 0; got 0"
         raise ValueError(msg)
-    settings = configured(config, {})
+    settings = configured(config)
     if isinstance(settings.pattern, NM):
         msg = f"pattern {settings.pattern} has one sparsity, {settings.pattern.sparsity}: nothing to search"
         raise ValueError(msg)
@@ -352,7 +353,7 @@ def _explicit(arrays: Arrays, config: PruningConfig, sparsities: Mapping[str, fl
     if not isinstance(sparsities, Mapping):
         msg = f"allocation: expected a function that returns {{tensor: sparsity}}; got {sparsities!r} from it"
         raise TypeError(msg)
-    patterns = {name: pool.pattern for pool in plan(arrays, config) for name in pool.names}
+    patterns = {name: pool.pattern for pool in make_pools(arrays, config) for name in pool.names}
     if unknown := [name for name in sparsities if name not in patterns]:
         msg = (
             f"allocation: it names {unknown[0]!r}, which the configuration does not prune; expected some of "
@@ -365,6 +366,6 @@ def _explicit(arrays: Arrays, config: PruningConfig, sparsities: Mapping[str, fl
         share = check_sparsity(f"allocation of {name!r}", sparsity)
         # N:M has no sparsity 0 of its own, and a tie takes nothing but a sparsity.
         pattern = patterns[name] if share else Unstructured()
-        own[glob.escape(name)] = share if name in tied else (share, pattern)
+        own[glob.escape(name)] = Override(share, None if name in tied else pattern)
     kept = {pattern: value for pattern, value in config.overrides.items() if pattern not in own}
     return {**kept, **own}

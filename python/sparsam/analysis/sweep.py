@@ -6,13 +6,11 @@ What is measured is decided in rounds that depend on scores only: the result is 
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Executor
 from contextlib import closing
 from dataclasses import dataclass, replace
-from fnmatch import fnmatchcase
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -20,14 +18,16 @@ from typing import Any
 from numpy.typing import ArrayLike, NDArray
 
 from sparsam._checks import check_sparsity, expected, positive, to_arrays
+from sparsam._names import NamePatterns, closest, matching
+from sparsam._pools import check_patterns, make_pools
 from sparsam.analysis.executor import TaskError, TaskRunner
 from sparsam.analysis.sensitivity_report import SensitivityCurve, SensitivityPoint, SensitivityReport
 from sparsam.analysis.sweep_plan import DENSE, Task, rounds
 from sparsam.analysis.sweep_store import SweepStore
-from sparsam.config import Override, PruningConfig
+from sparsam.config import PruningConfig
 from sparsam.coupling import members
 from sparsam.patterns import NM, Pattern, Tied, Unstructured
-from sparsam.pruner import check_patterns, configured, plan, prune
+from sparsam.pruner import configured, prune
 from sparsam.scores import resolve
 from sparsam.training.callbacks import Arrays, evaluate_finite
 from sparsam.training.saved_run import _described, identify
@@ -126,7 +126,7 @@ def sensitivity(
         TypeError: `weights` is no mapping; as for `sparsam.prune`.
     """
     arrays = to_arrays(weights)
-    settings = configured(config, {})
+    settings = configured(config)
     check_patterns(settings, arrays, stacklevel=2)
     unset: dict[str, Any] = {"target_sparsity": None, "schedule": None, "num_iterations": None}
     settings = replace(settings, allocation="uniform", **unset)
@@ -203,9 +203,9 @@ class _Job:
 def _alone(config: PruningConfig, curve: _Curve, sparsity: float) -> PruningConfig:
     """The configuration that prunes these tensors and no others, all of them to one sparsity."""
     overrides = {
-        pattern: _at(value, sparsity)
-        for pattern, value in config.overrides.items()
-        if any(fnmatchcase(name, pattern) for name in curve.tensors)
+        pattern: own.at(sparsity)
+        for pattern, own in config.overrides.items()
+        if matching(pattern, curve.tensors)
     }
     # Nothing but ties: an N:M pattern would hold them to its own sparsity.
     alone = set(curve.tensors) <= set(members(curve.ties))
@@ -214,15 +214,6 @@ def _alone(config: PruningConfig, curve: _Curve, sparsity: float) -> PruningConf
     return replace(
         config, target_sparsity=target, pattern=pattern, exclude=(), overrides=overrides, ties=curve.ties
     )
-
-
-def _at(value: Override, sparsity: float) -> Override:
-    """An override at another sparsity; N:M has but one."""
-    if isinstance(value, Pattern):
-        return value
-    if isinstance(value, tuple):
-        return value if isinstance(value[1], NM) else (sparsity, value[1])
-    return sparsity
 
 
 def _grid(sparsities: Sequence[float]) -> tuple[float, ...]:
@@ -243,7 +234,7 @@ def _curves(
     """What is swept, in the order of the weights or of the groups."""
     if groups is not None and (not isinstance(groups, Mapping) or not groups):
         raise ValueError(expected("groups", groups, "a mapping from groups to the names of their tensors"))
-    patterns = {name: pool.pattern for pool in plan(arrays, config) for name in pool.names}
+    patterns = {name: pool.pattern for pool in make_pools(arrays, config) for name in pool.names}
     tied = members(config.ties)
     patterns |= dict.fromkeys(tied, Unstructured())
     prunable = [name for name, array in arrays.items() if name in patterns and array.size]
@@ -274,22 +265,22 @@ def _curves(
     return curves
 
 
-def _members(group: str, patterns: str | Sequence[str], prunable: Sequence[str]) -> tuple[str, ...]:
-    if not isinstance(patterns, Iterable):
-        raise ValueError(expected(f"groups[{group!r}]", patterns, "a name or pattern, or several"))
-    wanted = (patterns,) if isinstance(patterns, str) else tuple(patterns)
+def _members(group: str, names: str | Sequence[str], prunable: Sequence[str]) -> tuple[str, ...]:
+    if not isinstance(names, Iterable):
+        raise ValueError(expected(f"groups[{group!r}]", names, "a name or pattern, or several"))
+    wanted = (names,) if isinstance(names, str) else tuple(names)
     for pattern in wanted:
-        if not any(fnmatchcase(name, pattern) or name == pattern for name in prunable):
-            close = difflib.get_close_matches(pattern, prunable, n=3, cutoff=0.0)
+        if not matching(pattern, prunable):
             msg = (
-                f"groups[{group!r}]: {pattern!r} matches no tensor that the configuration prunes; "
-                f"the closest names are {', '.join(map(repr, close)) or 'none'}"
+                f"groups[{group!r}]: expected names or patterns of tensors that the configuration prunes; "
+                f"got {pattern!r}, which matches none; {closest(pattern, prunable)}"
             )
             raise ValueError(msg)
     if not wanted:
         msg = f"groups[{group!r}]: expected at least one name or pattern"
         raise ValueError(msg)
-    return tuple(name for name in prunable if any(fnmatchcase(name, p) or name == p for p in wanted))
+    patterns = NamePatterns(wanted)
+    return tuple(name for name in prunable if patterns.matches(name))
 
 
 def _curve(

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import multiprocessing
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Annotated, Any, TypeAlias
+from typing import Annotated, Any, TypeAlias, cast
 
 import typer
 
@@ -18,7 +18,6 @@ from sparsam.analysis.sweep import sensitivity as sweep
 from sparsam.checkpoint.atomic import check_target
 from sparsam.cli.arguments import (
     check_output,
-    match_integer_tensors,
     parse_eval,
     parse_groups,
     parse_method,
@@ -95,7 +94,7 @@ def sensitivity(
         check_target(output)
     function = parse_eval(evaluate)
     weights = checkpoint.load(source).weights
-    config = _config(weights, scope, pattern, method, exclude, override)
+    config = _config(scope, pattern, method, exclude, override)
     spawn = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(jobs, mp_context=spawn) if jobs > 1 else nullcontext()
     with pool as executor, progress() as bar:
@@ -164,8 +163,8 @@ def search(
             read.weights,
             function,
             min_score,
-            config=_config(read.weights, scope, pattern, method, exclude, override),
-            allocation=SensitivityReport.from_json(report.read_bytes()) if report else allocation,
+            config=_config(scope, pattern, method, exclude, override),
+            allocation=SensitivityReport.from_json(report.read_bytes()) if report else cast(Any, allocation),
             max_evaluations=max_evaluations,
             tolerance=tolerance,
             callback=lambda _: bar.advance(task),
@@ -182,18 +181,17 @@ def search(
 
 
 def _config(
-    weights: Mapping[str, Any],
     scope: str,
     pattern: str,
     method: str,
     exclude: Sequence[str] | None,
     override: Sequence[str] | None,
 ) -> PruningConfig:
-    """The configuration that the options describe; integers stay as they are."""
+    """The configuration that the options describe."""
     return PruningConfig(
         method=parse_method(method, None, None),
         pattern=parse_pattern(pattern),
-        scope=scope,
-        exclude=(*(exclude or ()), *match_integer_tensors(weights)),
+        scope=cast(Any, scope),
+        exclude=exclude or (),
         overrides=dict(map(parse_override, override or ())),
     )

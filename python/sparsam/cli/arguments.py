@@ -2,41 +2,41 @@
 
 from __future__ import annotations
 
-import glob
 import importlib
 import re
 import sys
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from sparsam import checkpoint
 from sparsam._checks import expected
-from sparsam.config import Override, Scorer
+from sparsam.config import MethodLike, OverrideLike
 from sparsam.patterns import NM, Block, Pattern, Slices, Unstructured
 from sparsam.scores import Magnitude, Random
 
 _FORMS: tuple[tuple[str, Callable[..., Pattern]], ...] = (
     ("unstructured", Unstructured),
-    (r"(\d+):(\d+)", NM),
+    (r"(\d+):(\d+)(?::(channels))?", NM),
     (r"block:(\d+)x(\d+)", Block),
     (r"slices:(-?\d+)(?::(\d+))?", Slices),
 )
-PATTERNS = "unstructured, N:M (keep N of every M), block:ROWSxCOLS or slices:AXIS[:SIZE]"
+PATTERNS = "unstructured, N:M or N:M:channels (keep N of every M), block:ROWSxCOLS or slices:AXIS[:SIZE]"
 
 
 def parse_pattern(text: str) -> Pattern:
     """Returns the pattern that `PATTERNS` describes; ValueError for any other text."""
     for form, make in _FORMS:
         if found := re.fullmatch(form, text):
-            return make(*(int(number) for number in found.groups() if number is not None))
+            groups = (group for group in found.groups() if group is not None)
+            return make(*(group if group.isalpha() else int(group) for group in groups))
     raise ValueError(expected("pattern", text, PATTERNS))
 
 
-def parse_method(method: str, norm: int | None, seed: int | None) -> str | Scorer:
+def parse_method(method: str, norm: int | None, seed: int | None) -> MethodLike:
     """Returns the method, as an object if an option belongs to it; ValueError for another method's option."""
     for option, value, owner in (("--norm", norm, "magnitude"), ("--seed", seed, "random")):
         if value is not None and method != owner:
@@ -44,16 +44,16 @@ def parse_method(method: str, norm: int | None, seed: int | None) -> str | Score
             raise ValueError(msg)
     if norm is not None:
         return Magnitude(norm)
-    return method if seed is None else Random(seed)
+    return cast(MethodLike, method) if seed is None else Random(seed)
 
 
-def parse_override(text: str) -> tuple[str, Override]:
+def parse_override(text: str) -> tuple[str, OverrideLike]:
     """Returns the names and the value of `PAT=0.5`, `PAT=2:4` or `PAT=0.5,block:4x1`; else ValueError."""
     names, _, value = text.rpartition("=")
     sparsity, *rest = value.split(",")
     if not names or len(rest) > 1:
         raise ValueError(expected("override", text, "PAT=SPARSITY, PAT=PATTERN or PAT=SPARSITY,PATTERN"))
-    if not rest and re.fullmatch(r"[a-z]+(:.*)?|\d+:\d+", value):
+    if not rest and re.fullmatch(r"[a-z]+(:.*)?|\d+:\d+(:channels)?", value):
         return names, parse_pattern(value)
     try:
         number = float(sparsity)
@@ -118,11 +118,6 @@ class EvalFunction:
         except Exception as error:
             msg = f"eval {self.text}: expected a score; got {_located(error)}"
             raise ValueError(msg) from error
-
-
-def match_integer_tensors(weights: Mapping[str, Any]) -> list[str]:
-    """Returns patterns that match the tensors of integers and booleans, which no command prunes."""
-    return [glob.escape(name) for name, array in weights.items() if array.dtype.kind in "biu"]
 
 
 def check_output(output: Path, source: Path, *, force: bool) -> None:

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, cast
 
 import typer
 
 from sparsam import checkpoint
 from sparsam.cli.arguments import (
     check_output,
-    match_integer_tensors,
     parse_method,
     parse_override,
     parse_pattern,
@@ -70,22 +68,28 @@ def prune(
     seed: Annotated[int | None, typer.Option(help="The seed of --method random; 0 by default.")] = None,
     exclude: Exclude = None,
     override: Overrides = None,
+    transposed: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="PAT", help="PAT matches tensors stored as (in, out); repeatable."
+        ),
+    ] = None,
     force: Force = False,
     as_json: Json = False,
 ) -> None:
     """Prune a checkpoint and print the report. Names match shell-style patterns; vectors stay dense."""
     config = PruningConfig(
-        target_sparsity=sparsity,  # type: ignore[arg-type]
+        target_sparsity=sparsity,
         method=parse_method(method, norm, seed),
         pattern=parse_pattern(pattern),
-        scope=scope,
-        allocation=allocation,
+        scope=cast(Any, scope),
+        allocation=cast(Any, allocation),
         exclude=exclude or (),
         overrides=dict(map(parse_override, override or ())),
+        transposed=transposed or (),
     )
     check_output(output, source, force=force)
     read = checkpoint.load(source)
-    config = replace(config, exclude=(*config.exclude, *match_integer_tensors(read.weights)))
     result = prune_weights(read.weights, config, inplace=True)
     checkpoint.save(output, result.weights, like=read)
     print_text(result.report.to_json() if as_json else str(result.report))

@@ -17,11 +17,12 @@ from typing import Any, Generic, TypeVar, overload
 from numpy.typing import ArrayLike, NDArray
 
 from sparsam import schedules, scores
-from sparsam._checks import check_sparsity, to_arrays
-from sparsam.config import Override, PruningConfig, Schedule, ScheduleLike
+from sparsam._checks import check_sparsity, expected, to_arrays
+from sparsam._pools import Pool, check_patterns, make_pools
+from sparsam.config import ConfigFields, PruningConfig, ScheduleLike, ScheduleName, is_explicit
 from sparsam.masks import Mask
-from sparsam.patterns import NM, Pattern
-from sparsam.pruner import SINGLE, Pool, check_patterns, configured, describe, plan, prune_pools
+from sparsam.patterns import NM
+from sparsam.pruner import SINGLE, configured, describe, prune_pools
 from sparsam.report import Report
 from sparsam.training.callbacks import Arrays, Masks, sparsity_of, validate_returned_weights
 from sparsam.training.callbacks import evaluate as score_of
@@ -82,39 +83,40 @@ class IterativePruner:
 
         Args:
             initial_sparsity: The sparsity of the first iteration.
-            final_sparsity: The sparsity of the last. Left out: the end of an explicit schedule or the
-                sparsity of an N:M pattern, else the target that was set in `config`, else 0.8.
-            num_iterations: Left out: the length of an explicit list, else what was set in `config`, else 4.
+            final_sparsity: The sparsity of the last. Left out: the end of an explicit schedule, else the
+                target of `config`; 0.8 without a `config`.
+            num_iterations: Left out: the length of an explicit list, else that of `config`, else 4.
             schedule: A name, an object of `sparsam.schedules`, a list of sparsities or a function of
-                progress. Left out: what was set in `config`, else "linear" ("one_shot" for an N:M pattern).
+                progress. Left out: that of `config`, else "linear" ("one_shot" for an N:M pattern).
             config: What is pruned, and how.
 
         Raises:
             ValueError: A value is out of range, values contradict each other, the schedule shrinks, or it
                 asks an N:M pattern for another sparsity than its own.
         """
-        changes: dict[str, Any] = {}
+        changes: ConfigFields = {}
+        if config is None:
+            changes["target_sparsity"] = 0.8
         if schedule is not None:
             changes["schedule"] = schedule
-            if not isinstance(schedule, (str, Schedule)):
+            if is_explicit(schedule):
                 changes["target_sparsity"] = None
-                if not callable(schedule):
-                    changes["num_iterations"] = None
         if final_sparsity is not None:
             changes["target_sparsity"] = final_sparsity
         if num_iterations is not None:
             changes["num_iterations"] = num_iterations
         settings = configured(config, changes)
-        self.config = settings.with_defaults(target_sparsity=0.8, schedule="linear", num_iterations=4)
+        default: ScheduleName = "one_shot" if isinstance(settings.pattern, NM) else "linear"
+        self.schedule: ScheduleLike = default if settings.schedule is None else settings.schedule
+        self.num_iterations: int = 4 if settings.num_iterations is None else settings.num_iterations
+        self.config = replace(settings, schedule=self.schedule, num_iterations=self.num_iterations)
         self.initial_sparsity = check_sparsity("initial_sparsity", initial_sparsity)
         self.final_sparsity = self.config.target_sparsity
-        self.num_iterations = self.config.num_iterations
-        self.schedule = self.config.schedule
         self.history: list[HistoryRow] = []
         pattern, sparsities = self.config.pattern, self.get_schedule()
         if isinstance(pattern, NM) and set(sparsities) != {pattern.sparsity}:
-            msg = f"pattern {pattern} has one sparsity: expected schedule 'one_shot'; got {self.schedule!r}"
-            raise ValueError(msg)
+            wanted = f"'one_shot' with pattern {pattern}, which has one sparsity"
+            raise ValueError(expected("schedule", self.schedule, wanted))
 
     def get_schedule(self) -> list[float]:
         """Returns the sparsity of each iteration."""
@@ -201,7 +203,7 @@ class IterativePruner:
             recover = None if recover_fn is None else _alone_recover(recover_fn)
         check_patterns(self.config, dense, stacklevel=2)
         steps = self._steps()
-        pools = plan(dense, steps[-1], min_rank=min_rank)
+        pools = make_pools(dense, steps[-1], min_rank=min_rank)
         identity = identify(self.config, self.get_schedule(), dense) if state_dir is not None else {}
         with nullcontext() if state_dir is None else StateDir(Path(state_dir), identity) as store:
             progress = self._advance(
@@ -260,7 +262,7 @@ class IterativePruner:
         steps = []
         for sparsity in schedule:
             share = sparsity / schedule[-1] if schedule[-1] else 1.0
-            overrides = {name: _scaled(value, share) for name, value in self.config.overrides.items()}
+            overrides = {name: own.scaled(share) for name, own in self.config.overrides.items()}
             allocation = self.config.allocation
             if isinstance(allocation, Mapping):
                 allocation = {name: value * share for name, value in allocation.items()}
@@ -268,8 +270,8 @@ class IterativePruner:
                 self.config,
                 allocation=allocation,
                 target_sparsity=sparsity,
-                schedule="one_shot",
-                num_iterations=1,
+                schedule=None,
+                num_iterations=None,
                 overrides=overrides,
             )
             steps.append(config)
@@ -281,7 +283,7 @@ class IterativePruner:
         """The last good weights pruned further, in new arrays."""
         weights = dense if progress.weights is None else progress.weights
         arrays = {name: array.copy() for name, array in weights.items()}
-        pools = plan(arrays, step, min_rank=min_rank, previous=progress.masks)
+        pools = make_pools(arrays, step, min_rank=min_rank, previous=progress.masks)
         method = scores.resolve(self.config.method)
         return arrays, prune_pools(arrays, pools, method, arrays, previous=progress.masks)
 
@@ -300,16 +302,6 @@ def _alone_recover(recover_fn: Callable[[Any, Any, int], Any]) -> Callable[[Arra
         return None if returned is None else {SINGLE: returned}
 
     return recover
-
-
-def _scaled(value: Override, share: float) -> Override:
-    """An override at a share of its sparsity; N:M has but one."""
-    if isinstance(value, Pattern):
-        return value
-    if isinstance(value, tuple):
-        sparsity, pattern = value
-        return value if isinstance(pattern, NM) else (sparsity * share, pattern)
-    return value * share
 
 
 def _recovered(

@@ -1,0 +1,188 @@
+"""Which tensors are pruned, and which of them share one selection."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from numpy.typing import NDArray
+
+from sparsam._names import NamePatterns, closest, matching
+from sparsam._orientation import Weights, mask_outputs_first
+from sparsam.allocation import allocate_groups
+from sparsam.config import PruningConfig, Scope
+from sparsam.coupling import members, tied_sparsities
+from sparsam.masks import Mask
+from sparsam.patterns import NM, Block, Pattern, Slices, Tied
+from sparsam.selection import DTYPES, count_pruned, is_weight_dtype
+
+# Tensors up to this size are handed to selection in batches, which are no larger than that.
+_SMALL = 1 << 16
+_BATCH = 1 << 22
+
+
+@dataclass(frozen=True)
+class Pool:
+    """Tensors that share one selection: one threshold and one exact count.
+
+    A name stands in two pools if it is in two ties.
+
+    Attributes:
+        names: The tensors.
+        sparsity: Of all their groups together; in scope "layer" and "row" of each tensor or row.
+        pattern: What is a group, but for tied tensors.
+        ties: The ties among them.
+        scope: What is compared.
+        transposed: Which tensors are stored as (in, out).
+    """
+
+    names: tuple[str, ...]
+    sparsity: float
+    pattern: Pattern
+    ties: tuple[Tied, ...] = ()
+    scope: Scope = "global"
+    transposed: frozenset[str] = frozenset()
+
+
+def check_patterns(config: PruningConfig, names: Collection[str], *, stacklevel: int) -> None:
+    """Raises for an override that matches no name; warns of other name patterns without effect."""
+    excluded = NamePatterns(config.exclude)
+    names = dict.fromkeys(names)
+    for pattern in config.overrides:
+        found = matching(pattern, names)
+        if not found:
+            msg = (
+                f"overrides: expected names or patterns of tensors; got {pattern!r}, which matches none; "
+                f"{closest(pattern, names)}"
+            )
+            raise ValueError(msg)
+        if all(map(excluded.matches, found)):
+            msg = f"overrides: {pattern!r} matches only tensors that exclude leaves dense"
+            warnings.warn(msg, UserWarning, stacklevel=stacklevel + 1)
+    for what, patterns in (("exclude", config.exclude), ("transposed", config.transposed)):
+        for pattern in patterns:
+            if not matching(pattern, names):
+                msg = f"{what}: {pattern!r} matches no tensor"
+                warnings.warn(msg, UserWarning, stacklevel=stacklevel + 1)
+
+
+def make_pools(
+    arrays: Mapping[str, NDArray[Any]],
+    config: PruningConfig,
+    *,
+    min_rank: int = 2,
+    previous: Mapping[str, Mask] | None = None,
+) -> list[Pool]:
+    """Returns the pools of tensors that are pruned; a tensor in none of them stays dense.
+
+    Args:
+        arrays: Name -> array.
+        config: The configuration.
+        min_rank: Tensors with fewer axes are pruned only when named in overrides. If it is above 0, so are
+            integers and booleans, which are no weights.
+        previous: Masks of an earlier step: an allocation other than uniform leaves no tensor fewer pruned
+            groups than these have. What that is too much for the total is taken from what others would gain.
+
+    Raises:
+        ValueError: Ties or an allocation do not fit the tensors, or ties exclude or overrides.
+        TypeError: A tensor to be pruned has a dtype that cannot be.
+    """
+    own_sparsities = tied_sparsities(config, arrays)
+    tied = frozenset(members(config.ties))
+    excluded, overridden = NamePatterns(config.exclude), NamePatterns(config.overrides)
+    stored = NamePatterns(config.transposed)
+    transposed = (
+        frozenset(name for name in arrays if stored.matches(name)) if config.transposed else frozenset()
+    )
+    alone: Scope = "row" if config.scope == "row" else "layer"
+    pooled: list[str] = []
+    overrides: list[Pool] = []
+    for name, array in arrays.items():
+        if excluded.matches(name):
+            continue
+        if name not in tied:
+            key = overridden.last(name)
+            if key is not None:
+                sparsity, pattern = config.overrides[key].settle(config)
+                scope: Scope = "layer" if isinstance(pattern, (Block, Slices)) else alone
+                overrides.append(Pool((name,), sparsity, pattern, (), scope, transposed & {name}))
+            elif array.ndim < min_rank or (min_rank and array.dtype.kind in "biu"):
+                continue
+            else:
+                pooled.append(name)
+        _check_dtype(name, array)
+    target, pattern = config.target_sparsity, config.pattern
+    free = tuple(tie for tie, own in zip(config.ties, own_sparsities, strict=True) if own is None)
+    pools = [
+        *(
+            Pool(members((tie,)), own, pattern, (tie,), transposed=transposed)
+            for tie, own in zip(config.ties, own_sparsities, strict=True)
+            if own is not None
+        ),
+        *overrides,
+    ]
+    if config.scope != "global":
+        shares = _shares(Weights({name: arrays[name] for name in pooled}, transposed), config, previous)
+        each = [Pool((name,), shares[name], pattern, (), alone, transposed & {name}) for name in pooled]
+        tie_pools = [Pool(members((tie,)), target, pattern, (tie,), transposed=transposed) for tie in free]
+        return [*each, *tie_pools, *pools]
+    # A weight by itself is no rival of a head.
+    rivals = [(pooled, free)] if isinstance(pattern, (Block, Slices)) else [(pooled, ()), ([], free)]
+    together = [
+        Pool((*names, *members(ties)), target, pattern, ties, transposed=transposed)
+        for names, ties in rivals
+        if names or ties
+    ]
+    return together + pools
+
+
+def batched(pools: Iterable[Pool], sizes: Mapping[str, int]) -> list[Pool]:
+    """Returns the pools, small tensors that are decided alike, each by itself, handed over together."""
+    batches: list[Pool] = []
+    open_: dict[tuple[float, Pattern, Scope], tuple[list[Pool], int]] = {}
+    for pool in pools:
+        size = sizes[pool.names[0]] if len(pool.names) == 1 else _SMALL + 1
+        if pool.ties or pool.scope == "global" or size > _SMALL:
+            batches.append(pool)
+            continue
+        key = (pool.sparsity, pool.pattern, pool.scope)
+        alike, total = open_.get(key, ([], 0))
+        alike.append(pool)
+        open_[key] = (alike, total + size)
+        if total + size >= _BATCH:
+            batches.append(_merged(open_.pop(key)[0]))
+    return batches + [_merged(alike) for alike, _ in open_.values()]
+
+
+def _merged(pools: list[Pool]) -> Pool:
+    first = pools[0]
+    names = tuple(name for pool in pools for name in pool.names)
+    transposed = frozenset().union(*(pool.transposed for pool in pools))
+    return Pool(names, first.sparsity, first.pattern, (), first.scope, transposed)
+
+
+def _shares(weights: Weights, config: PruningConfig, previous: Mapping[str, Mask] | None) -> dict[str, float]:
+    """The sparsity of each tensor: the target itself where it is uniform, as each tensor rounds by itself."""
+    if config.allocation == "uniform":
+        return dict.fromkeys(weights, config.target_sparsity)
+    pattern = config.pattern
+    assert not isinstance(pattern, NM)  # which PruningConfig refuses
+    floors = None
+    if previous:
+        masks = {
+            name: mask_outputs_first(previous[name]) if name in weights.transposed else previous[name]
+            for name in weights
+        }
+        floors = {name: count_pruned(name, mask, pattern) for name, mask in masks.items()}
+    return allocate_groups(weights, config.target_sparsity, config.allocation, pattern, floors=floors)
+
+
+def _check_dtype(name: str, array: NDArray[Any]) -> None:
+    if not is_weight_dtype(array.dtype):
+        msg = (
+            f"tensor {name!r}: expected one of the dtypes {', '.join(DTYPES)} in native byte order; got "
+            f"{array.dtype}; convert it with .astype(), or exclude the tensor"
+        )
+        raise TypeError(msg)

@@ -554,7 +554,7 @@ def test_arguments() -> None:
             {"groups": {"a": "in.weihgt"}},
             r"groups\['a'\]: expected .*; got 'in.weihgt', .* 'in.weight'",
         ),
-        (ValueError, {"groups": {"a": "in.bias"}}, "matches no tensor that the configuration prunes"),
+        (ValueError, {"groups": {"a": "in.bias"}}, "that the configuration prunes; got 'in.bias'"),
         (ValueError, {"groups": {"a": ()}}, "expected at least one name or pattern"),
         (ValueError, {"groups": {"a": "*.weight", "b": "in.weight"}}, "'in.weight' is in 'a' and in 'b'"),
         (ValueError, {"config": PruningConfig(exclude="*")}, "expected tensors to prune"),

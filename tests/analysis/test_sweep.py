@@ -115,7 +115,7 @@ def test_nm_has_one_sparsity() -> None:
     report = sensitivity(weights, network.accuracy, GRID, config=config)
     grids = {curve.name: [point.sparsity for point in curve.points] for curve in report.curves}
     assert grids == {"in.weight": [0.5], "mid.weight": [0.75], "out.weight": [0.5]}
-    assert all(curve.whole_steps for curve in report.curves)
+    assert all(curve.all_or_nothing for curve in report.curves)
     # 192 * 0.5 is needed: in.weight has exactly that, and nothing can be given back.
     steps = report.allocate(96 / 360)
     assert set(steps.values()) <= {0.0, 0.5, 0.75}
@@ -214,7 +214,7 @@ def test_a_tensor_in_two_ties_has_no_sparsity_of_its_own() -> None:
     ties = (Tied({"a": Slices(0), "b": Slices(1)}), Tied({"b": Slices(0), "c": Slices(1)}))
     report = sensitivity(weights, lambda _: 1.0, (0.5,), config=PruningConfig(ties=ties))
     assert [curve.points[0].pruned for curve in report.curves] == [14, 12]
-    with pytest.raises(ValueError, match="allocate: tensor 'b' is in two ties"):
+    with pytest.raises(ValueError, match="curves: expected each tensor in one; got 'b' in two"):
         report.allocate(0.2)
 
 
@@ -510,9 +510,19 @@ def test_states_of_other_sweeps_are_refused(tmp_path: Path) -> None:
             sensitivity(tensors, network.accuracy, (0.5,), state=state, **changes)
     assert state.read_bytes() == before
     for text, message in [
-        ("{}", "is not the state of a sensitivity sweep"),
-        ('{"sparsam_sweep": 2, "identity": {}}', "has version 2, not 1"),
-        (before.decode().replace('"mid.weight",\n   0.5', '"mid.weight",\n   "x"'), "is damaged"),
+        ("{}", "sweep.json: expected the state of a sensitivity sweep; got JSON without"),
+        (
+            '{"sparsam_sweep": 1, "identity": {}}',
+            "sweep.json: expected version 2 of .*; got 1; .* another file",
+        ),
+        (
+            before.decode().replace('"mid.weight",\n   0.5', '"mid.weight",\n   "x"'),
+            r"sweep.json: field points\[\d\]\[1\]: expected float; got 'x'; delete it",
+        ),
+        (
+            before.decode().replace('"mid.weight",\n   0.5', '"mid.weight",\n   -1e25'),
+            r"sweep.json: field points\[\d\]\[1\]: expected float >= 0.0; got -1e\+25; delete it",
+        ),
     ]:
         state.write_text(text)
         with pytest.raises(ValueError, match=message):
@@ -591,11 +601,22 @@ def test_json_round_trip(tmp_path: Path) -> None:
     assert awkward.curves[1].points[-1].score == -np.inf
     text = REPORT.to_json()
     for bad, message in [
-        ("", "expected the JSON of a sensitivity report"),
-        ("[]", "expected the JSON of a sensitivity report"),
-        (text.replace('"sparsam_sensitivity": 1', '"sparsam_sensitivity": 7'), "version 7: expected 1"),
-        (text.replace('"pruned"', '"gone"'), "is damaged: KeyError: 'pruned'"),
-        (text.replace('"sparsity": 0.25', '"sparsity": 0.5'), "damaged: .*expected rising sparsities"),
+        ("", "sensitivity report: expected a sensitivity report; got no valid JSON"),
+        ("[]", "expected a sensitivity report; got JSON without the field 'sparsam_sensitivity'"),
+        (text.replace('"sparsam_sensitivity": 2', '"sparsam_sensitivity": 7'), "expected version 2 .* got 7"),
+        (text.replace('"pruned"', '"gone"'), r"field curves\[0\].points\[0\].gone: expected no such field"),
+        (
+            text.replace('"sparsity": 0.25', '"sparsity": 0.5'),
+            r"points\[1\].sparsity: expected rising .* 0.5",
+        ),
+        (text.replace('"pruned": 48', '"pruned": -1'), r"pruned: expected int >= 0; got -1"),
+        (text.replace('"pruned": 48', f'"pruned": {2**63}'), rf"pruned: expected int <= {2**53 - 1}; got 9"),
+        (text.replace('"pruned": 48', '"pruned": 1e300'), r"pruned: expected int; got 1e\+300"),
+        (
+            text.replace('"in.weight": ', '"in.weight": -'),
+            r"curves\[0\].tensors\[...\]: expected int >= 0; got",
+        ),
+        (text.replace('"in.weight": ', f'"in.weight": {2**62}'), r"tensors\[...\]: expected int <= .*; got"),
     ]:
         with pytest.raises(ValueError, match=message):
             SensitivityReport.from_json(bad)
@@ -604,7 +625,7 @@ def test_json_round_trip(tmp_path: Path) -> None:
 def made(dense: float, curves: dict[str, tuple[int, dict[float, float]]]) -> SensitivityReport:
     """A report of scores that are made up: name -> size and sparsity -> score."""
     content = {
-        "sparsam_sensitivity": 1,
+        "sparsam_sensitivity": 2,
         "dense_score": dense,
         "method": "m",
         "pattern": "p",
@@ -612,7 +633,7 @@ def made(dense: float, curves: dict[str, tuple[int, dict[float, float]]]) -> Sen
             {
                 "name": name,
                 "tensors": {name: size},
-                "whole_steps": False,
+                "all_or_nothing": False,
                 "points": [
                     {"sparsity": s, "pruned": round(s * size), "score": score} for s, score in scores.items()
                 ],

@@ -301,7 +301,7 @@ def test_paths_without_a_checkpoint(tmp_path: Path, sharded: Path) -> None:
     with pytest.raises(FileNotFoundError):
         checkpoint.load(tmp_path / "missing.index.json")
     with pytest.raises(
-        ValueError, match=r"expected a directory with model\.safetensors or .*, got neither; name"
+        ValueError, match=r"expected a directory with model\.safetensors or .*; got neither; name"
     ):
         checkpoint.load(tmp_path)
     checkpoint.save(sharded / checkpoint.FILE_NAME, {"w": np.ones(1)})
@@ -494,7 +494,7 @@ def test_torch_reads_saved_shards(sharded: Path, tmp_path: Path) -> None:
 def test_sharded_save_needs_the_same_tensors(sharded: Path, tmp_path: Path) -> None:
     read = checkpoint.load(sharded)
     for weights in ({**read.weights, "new": np.ones(1)}, {"z": read.weights["z"]}):
-        with pytest.raises(ValueError, match=r"exactly the tensors of `like`, got others: '"):
+        with pytest.raises(ValueError, match=r"exactly the tensors of `like`; got others: '"):
             checkpoint.save(tmp_path / "new", weights, like=read)
     assert not (tmp_path / "new").exists()
 
@@ -538,7 +538,9 @@ def test_shards_outside_the_folder_are_refused(sharded: Path, shard: Any) -> Non
     save_file({"x.weight": np.ones(1)}, sharded.parent / "evil.safetensors")
     edit_index(sharded, weight_map={"x.weight": shard})
     with pytest.raises(
-        ValueError, match=r"index\.json: expected (shards to be names of files|the shard '.*') beside"
+        ValueError,
+        match=r"index\.json: (expected (shards to be names of files|the shard '.*') beside"
+        r"|field weight_map\[\.\.\.\]: expected str; got )",
     ):
         checkpoint.load(sharded)
 
@@ -552,7 +554,7 @@ def test_index_and_shards_must_agree(sharded: Path) -> None:
         ({"x.weight": first, "z": second}, f"{second}: .* got one that also holds 'a.weight'"),
         (
             places | {"more": "model-3.safetensors"},
-            "expected the shard 'model-3.safetensors' beside it, got no such",
+            "expected the shard 'model-3.safetensors' beside it; got no such",
         ),
         (places | {"more": checkpoint.INDEX_NAME}, r"index\.json: expected a safetensors file"),
     ]
@@ -598,9 +600,7 @@ def test_a_truncated_shard_is_refused(sharded: Path) -> None:
 )
 def test_a_broken_index_is_refused(sharded: Path, content: str) -> None:
     (sharded / checkpoint.INDEX_NAME).write_bytes(content.encode("utf-8", "surrogateescape"))
-    with pytest.raises(
-        ValueError, match=r"index\.json: expected an index of shards, .*; (get it again|name the)"
-    ):
+    with pytest.raises(ValueError, match=r"index\.json: .*expected .*; got .*; get it again"):
         checkpoint.load(sharded)
 
 

@@ -181,7 +181,10 @@ def test_errors(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
             "--report, --allocation: expected one of them",
         ),
         ([*search, "--report", "r.json"], "No such file"),
-        ([*search, "--report", "owned_module.py"], "expected the JSON of a sensitivity report"),
+        (
+            [*search, "--report", "owned_module.py"],
+            "owned_module.py: expected a sensitivity report; got no valid JSON",
+        ),
         ([*search, "--allocation", "best"], "allocation: expected"),
         ([*search, "--pattern", "2:4"], "2:4 has one sparsity"),
         ([*search, "--plot", "a.doc"], "expected a name that ends in one of"),

@@ -30,7 +30,7 @@ def many(n: int) -> SensitivityReport:
         {
             "name": f"model.decoder.layers.{i}.self_attn.query_key_value_projection.weight",
             "tensors": {f"t{i}": 100},
-            "whole_steps": False,
+            "all_or_nothing": False,
             "points": [
                 {"sparsity": s / 10, "pruned": 10 * s, "score": 1 - i * s / (10 * n) if i else "-inf"}
                 for s in range(1 + i % 2, 10, 1 + i % 2)
@@ -40,7 +40,7 @@ def many(n: int) -> SensitivityReport:
     ]
     return SensitivityReport.from_json(
         json.dumps(
-            {"sparsam_sensitivity": 1, "dense_score": 1.0, "method": "", "pattern": "", "curves": curves}
+            {"sparsam_sensitivity": 2, "dense_score": 1.0, "method": "", "pattern": "", "curves": curves}
         )
     )
 

@@ -24,11 +24,8 @@ UNREVISED = {
     "allocation.py",
     "analysis/lottery.py",
     "analysis/search.py",
-    "analysis/sensitivity_report.py",
     "analysis/sweep.py",
-    "analysis/sweep_store.py",
     "checkpoint/atomic.py",
-    "checkpoint/files.py",
     "checkpoint/safetensors_format.py",
     "config.py",
     "coupling.py",
@@ -54,10 +51,8 @@ UNREVISED = {
     "torch/layers/packed_weight.py",
     "torch/serialization/files.py",
     "torch/serialization/loading.py",
-    "torch/serialization/manifest.py",
     "training/callbacks.py",
     "training/regrowth.py",
-    "training/saved_run.py",
 }
 
 

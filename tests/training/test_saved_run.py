@@ -116,7 +116,7 @@ def test_another_run_is_refused(
     base: dict[str, Any] = {"target_sparsity": 0.8, "schedule": "linear", "num_iterations": 4}
     IterativePruner(config=PruningConfig(**base)).run(model(), kept, state_dir=tmp_path)
     before = (tmp_path / "state.json").read_bytes()
-    with pytest.raises(ValueError, match="holds another run.*" + message):
+    with pytest.raises(ValueError, match="expected the state of this run; got another run's: .*" + message):
         IterativePruner(config=PruningConfig(**base | changes)).run(weights, kept, state_dir=tmp_path)
     assert (tmp_path / "state.json").read_bytes() == before
 
@@ -141,10 +141,14 @@ def test_functions_and_layouts_do_not_make_another_run(tmp_path: Path) -> None:
 @pytest.mark.parametrize("text", ["", "{}", "[]", "null", '{"sparsam_state": 1, "identity": 3}', "\x00"])
 def test_a_foreign_state_is_refused(tmp_path: Path, text: str) -> None:
     (tmp_path / "state.json").write_text(text)
-    with pytest.raises(ValueError, match=r"state.json is not the state of an iterative run"):
+    with pytest.raises(
+        ValueError, match=r"state\.json: .*expected .*; got .*; delete it .*name another state_dir"
+    ):
         IterativePruner().run(model(), kept, state_dir=tmp_path)
     (tmp_path / "state.json").write_text('{"sparsam_state": 99, "identity": {}}')
-    with pytest.raises(ValueError, match=r"state.json has version 99, not 1"):
+    with pytest.raises(
+        ValueError, match=r"state\.json: expected version 1 of the state of an iterative run; got 99"
+    ):
         IterativePruner().run(model(), kept, state_dir=tmp_path)
 
 
@@ -208,7 +212,10 @@ def test_what_is_not_ours_stays(tmp_path: Path) -> None:
 
 def test_two_runs_in_one_folder(tmp_path: Path) -> None:
     def nested(arrays: Arrays) -> float:
-        with pytest.raises(ValueError, match=r"is in use by another run; .* name another state_dir"):
+        with pytest.raises(
+            ValueError,
+            match=r": expected a free folder; got one in use by another run; .* name another state_dir",
+        ):
             IterativePruner().run(model(), kept, state_dir=tmp_path)
         return kept(arrays)
 
@@ -228,17 +235,23 @@ def finished(folder: Path) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"history": None}, "it lacks 'history'"),
-        ({"dense_score": None}, "it lacks 'dense_score'"),
-        ({"failed": None}, "it lacks 'failed'"),
-        ({"history": 3}, "not iterable"),
-        ({"history": [[1, 0.2]]}, "not enough values"),
-        ({"history": [[1, 0.2, "a", 0.1]]}, "could not convert"),
-        ({"history": [[2, 0.2, 0.3, 0.1]]}, "iteration 2 stands in the place of 1"),
-        ({"history": [["../x", 0.2, 0.3, 0.1]]}, "iteration '../x' stands"),
-        ({"history": [[1, 0.2, 0.3, 0.1]]}, "No such file"),
-        ({"failed": [1, 2]}, "not enough values"),
-        ({"dense_score": [1]}, "float"),
+        ({"history": None}, "state.json: field history: expected a value; got none"),
+        ({"dense_score": None}, "state.json: field dense_score: expected a value; got none"),
+        ({"failed": None}, "state.json: field failed: expected a value; got none"),
+        ({"history": 3}, "state.json: field history: expected array; got 3"),
+        ({"history": [[1, 0.2]]}, r"field history\[0\]: expected array of length 4; got \[1, 0.2\]"),
+        ({"history": [[1, 0.2, "a", 0.1]]}, r"field history\[0\]\[2\]: expected one of .*; got 'a'"),
+        ({"history": [[1, -1e25, 0.3, 0.1]]}, r"field history\[0\]\[1\]: expected float >= 0.0; got -1e\+25"),
+        ({"history": [[1, float("inf"), 0.3, 0.1]]}, r"history\[0\]\[1\]: expected float <= 1.0; got inf"),
+        ({"history": [[1, 0.2, 0.3, float("inf")]]}, r"history\[0\]\[3\]: expected float <= .*; got inf"),
+        ({"history": [[2, 0.2, 0.3, 0.1]]}, r"field history\[0\]\[0\]: expected iteration 1; got 2"),
+        ({"history": [["../x", 0.2, 0.3, 0.1]]}, r"field history\[0\]\[0\]: expected int; got '../x'"),
+        ({"history": [[1, 0.2, 0.3, 0.1]]}, "sparsam-0001: expected the weights and masks .*No such file"),
+        ({"failed": [1, 2]}, r"field failed: expected array of length 4; got \[1, 2\]"),
+        ({"failed": [3, 0.1, 0.1, 0.1]}, r"field failed\[0\]: expected iteration 4; got 3"),
+        ({"dense_score": [1]}, r"field dense_score: expected float \| str; got \[1\]"),
+        ({"identity": {"weights": []}}, r"field identity\.weights: expected object; got \[\]"),
+        ({"more": 1}, "field more: expected no such field; got one"),
     ],
 )
 def test_a_damaged_state_is_refused_and_left_alone(
@@ -253,7 +266,7 @@ def test_a_damaged_state_is_refused_and_left_alone(
     (tmp_path / "state.json").write_text(json.dumps(state))
     (tmp_path / "sparsam-0009").mkdir()
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
-    with pytest.raises(ValueError, match=rf"state\.json is damaged; delete it .*{message}"):
+    with pytest.raises(ValueError, match=rf"{message}.*; delete it to start anew, or name"):
         IterativePruner(num_iterations=3).run(model(), kept, state_dir=tmp_path)
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
     assert (tmp_path / "sparsam-0009").exists()
@@ -266,8 +279,8 @@ def test_files_that_are_gone_or_others(tmp_path: Path) -> None:
     cases: list[tuple[Path, Arrays | None, str]] = [
         (weights, None, "No such file"),
         (masks, None, "No such file"),
-        (weights, {"fc1.weight": np.ones((20, 16))}, "weights.safetensors holds other tensors"),
-        (masks, {}, "masks.safetensors holds other masks"),
+        (weights, {"fc1.weight": np.ones((20, 16))}, "weights.safetensors: expected the tensors of the run"),
+        (masks, {}, "masks.safetensors: expected the masks of the run"),
         (masks, {"fc1.weight": np.zeros(9, np.uint8)}, "expected a mask"),
     ]
     for file, arrays, message in cases:
@@ -275,7 +288,7 @@ def test_files_that_are_gone_or_others(tmp_path: Path) -> None:
             file.unlink()
         else:
             checkpoint.save(file, arrays)
-        with pytest.raises(ValueError, match=f"is damaged; .*{message}"):
+        with pytest.raises(ValueError, match=f"{message}.*; delete it to start anew"):
             IterativePruner(num_iterations=3).run(model(), kept, state_dir=tmp_path)
         file.write_bytes(content[file])
     assert len(IterativePruner(num_iterations=3).run(model(), kept, state_dir=tmp_path).history) == 3
@@ -291,7 +304,7 @@ def test_stricter_limits_hold_for_what_is_done_already(tmp_path: Path) -> None:
     ]
     for limit in limits:
         with pytest.raises(
-            ValueError, match=r"iteration 2 of 4 has the score .* are gone; loosen the limits"
+            ValueError, match=r"got 0.\d+ in iteration 2 of 4, .* are gone; loosen the limits"
         ):
             pruner.run(model(), kept, state_dir=tmp_path, **limit)
     dense = pruner.run(model(), kept, state_dir=tmp_path, min_score=scores[0] + 0.01)
@@ -360,9 +373,13 @@ def test_data_and_allocations_tell_runs_apart(tmp_path: Path) -> None:
 
     run("a")
     run("a")
-    with pytest.raises(ValueError, match=r"another run.*method was Saliency\(gradients={'w': \w+}\), now"):
+    with pytest.raises(
+        ValueError, match=r"another run's: .*method was Saliency\(gradients={'w': \w+}\), now"
+    ):
         run("a", scale=2)
-    with pytest.raises(ValueError, match=r"another run.*allocation was ERK\(power=1.0.*, now ERK\(power=2.0"):
+    with pytest.raises(
+        ValueError, match=r"another run's: .*allocation was ERK\(power=1.0.*, now ERK\(power=2.0"
+    ):
         run("a", power=2.0)
     statistics = InputStatistics(8).update(np.ones((2, 8)))
     for allocation in (OWL({"w": statistics}), {"w": 0.5}):

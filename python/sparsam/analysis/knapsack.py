@@ -75,13 +75,13 @@ def choose(items: Sequence[Sequence[Level]], needed: int) -> list[int] | None:
 
 
 def give_back(
-    items: Sequence[Sequence[Level]], choice: Sequence[int], needed: int, whole_steps: Sequence[bool]
+    items: Sequence[Sequence[Level]], choice: Sequence[int], needed: int, all_or_nothing: Sequence[bool]
 ) -> list[int]:
     """Returns how many weights each item prunes once what `choice` prunes beyond `needed` is given back.
 
     It goes to the item whose last step, from the level below the chosen one, costs most per weight, of
-    equals the earlier one: the largest saving, costs being linear in between. An item of whole steps takes
-    only what is as large as its step.
+    equals the earlier one: the largest saving, costs being linear in between. An item that is all or
+    nothing takes only what is as large as its step.
     """
     chosen = list(choice)
     counts = [levels[i].pruned for levels, i in zip(items, chosen, strict=True)]
@@ -93,7 +93,7 @@ def give_back(
 
     while surplus > 0:
         steps = {i: counts[i] - items[i][level - 1].pruned for i, level in enumerate(chosen) if level > 0}
-        able = [i for i, step in steps.items() if step <= surplus or not whole_steps[i]]
+        able = [i for i, step in steps.items() if step <= surplus or not all_or_nothing[i]]
         if not able:
             break
         best = max(able, key=lambda i: (saving(i), -i))

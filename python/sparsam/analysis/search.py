@@ -14,7 +14,8 @@ from numpy.typing import ArrayLike
 
 from sparsam._checks import check_sparsity, integer, positive, to_arrays
 from sparsam._pools import make_pools
-from sparsam.analysis.sensitivity_report import SensitivityReport, _plain
+from sparsam.analysis.sensitivity_report import SensitivityReport
+from sparsam.checkpoint.json_state import to_number
 from sparsam.config import AllocationLike, Override, PruningConfig
 from sparsam.coupling import members
 from sparsam.masks import Mask
@@ -95,14 +96,14 @@ class SearchResult:
         """Returns all but the weights and the masks in plain types; infinite scores as text."""
         return {
             "sparsity": self.sparsity,
-            "score": _plain(self.score),
-            "dense_score": _plain(self.dense_score),
-            "min_score": _plain(self.min_score),
+            "score": to_number(self.score),
+            "dense_score": to_number(self.dense_score),
+            "min_score": to_number(self.min_score),
             "max_sparsity": self.max_sparsity,
             "evaluations": self.evaluations,
             "finished": self.finished,
             "monotone": self.monotone,
-            "curve": [{**probe._asdict(), "score": _plain(probe.score)} for probe in self.curve],
+            "curve": [{**probe._asdict(), "score": to_number(probe.score)} for probe in self.curve],
             "report": self.report.to_dict(),
         }
 

@@ -2,73 +2,27 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from os import PathLike
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from sparsam._checks import check_sparsity
 from sparsam.analysis.knapsack import Level, choose, give_back, share
+from sparsam.analysis.report_document import REMEDY, ReportDocument, restored, stored
+from sparsam.analysis.sensitivity_curve import SensitivityCurve
 from sparsam.checkpoint.atomic import publish
+from sparsam.checkpoint.json_state import from_number, read, to_number
 from sparsam.report import printable
 
-__all__ = ["SensitivityCurve", "SensitivityPoint", "SensitivityReport"]
+__all__ = ["SensitivityReport"]
 
-_VERSION = 1
 _TOLERANCE = 0.01
-
-
-class SensitivityPoint(NamedTuple):
-    """One measurement.
-
-    Attributes:
-        name: The tensor or group that was pruned, everything else being dense; "" for the dense weights.
-        sparsity: The sparsity asked for.
-        pruned: How many weights were pruned.
-        score: What `eval_fn` returned.
-    """
-
-    name: str
-    sparsity: float
-    pruned: int
-    score: float
-
-
-@dataclass(frozen=True)
-class SensitivityCurve:
-    """The measurements of one tensor or group.
-
-    Attributes:
-        name: The name of the tensor, or of the group.
-        tensors: The names of its tensors and how many weights each has.
-        points: The measurements, in rising order of sparsity; the dense weights are not among them.
-        whole_steps: Whether the sparsities measured are the only ones possible, as for N:M.
-    """
-
-    name: str
-    tensors: tuple[tuple[str, int], ...]
-    points: tuple[SensitivityPoint, ...]
-    whole_steps: bool = False
-
-    @property
-    def params(self) -> int:
-        """How many weights its tensors have."""
-        return sum(size for _, size in self.tensors)
-
-    def score(self, sparsity: float) -> float | None:
-        """The score measured at exactly this sparsity; None where it was not measured."""
-        return next((point.score for point in self.points if point.sparsity == sparsity), None)
-
-    def losses(self, dense_score: float) -> list[float]:
-        """At each point the largest drop of the score below `dense_score` up to there, at least 0."""
-        drops = [0.0, *(dense_score - point.score for point in self.points)]
-        return [float(drop) for drop in np.maximum.accumulate(drops)][1:]
 
 
 @dataclass(frozen=True)
@@ -171,7 +125,7 @@ class SensitivityReport:
         needed = round(check_sparsity("target", target) * self.params)
         names = [name for curve in self.curves for name, _ in curve.tensors]
         if twice := [name for name in names if names.count(name) > 1]:
-            msg = f"allocate: tensor {twice[0]!r} is in two ties; expected each tensor in one curve"
+            msg = f"curves: expected each tensor in one; got {twice[0]!r} in two, as of two ties"
             raise ValueError(msg)
         levels = [self._levels(curve) for curve in self.curves]
         choice = choose(levels, needed)
@@ -181,7 +135,7 @@ class SensitivityReport:
                 f"measured sparsity; got {target}; measure higher sparsities"
             )
             raise ValueError(msg)
-        counts = give_back(levels, choice, needed, [curve.whole_steps for curve in self.curves])
+        counts = give_back(levels, choice, needed, [curve.all_or_nothing for curve in self.curves])
         return {
             name: count / size if size else 0.0
             for curve, pruned in zip(self.curves, counts, strict=True)
@@ -233,55 +187,31 @@ class SensitivityReport:
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the report in plain types; infinite scores as text."""
-        return {
-            "sparsam_sensitivity": _VERSION,
-            "dense_score": _plain(self.dense_score),
-            "method": self.method,
-            "pattern": self.pattern,
-            "curves": [
-                {
-                    "name": curve.name,
-                    "tensors": dict(curve.tensors),
-                    "whole_steps": curve.whole_steps,
-                    "points": [
-                        {"sparsity": point.sparsity, "pruned": point.pruned, "score": _plain(point.score)}
-                        for point in curve.points
-                    ],
-                }
-                for curve in self.curves
-            ],
-        }
+        return self._document().to_dict()
 
     def to_json(self, *, indent: int | None = 2) -> str:
         """Returns `to_dict` as JSON, from which `from_json` makes an equal report."""
-        return json.dumps(self.to_dict(), indent=indent)
+        return self._document().to_json(indent=indent)
 
     @classmethod
-    def from_json(cls, text: str | bytes) -> SensitivityReport:
+    def from_json(cls, text: str | bytes, *, source: str = "sensitivity report") -> SensitivityReport:
         """Reads what `to_json` wrote.
 
+        Args:
+            text: The JSON.
+            source: What errors call it.
+
         Raises:
-            ValueError: It is no sensitivity report, or of another version, or damaged.
+            ValueError: It is no sensitivity report, or of another version, or damaged; names the field.
         """
-        try:
-            content = json.loads(text)
-            version = content["sparsam_sensitivity"]
-        except (ValueError, TypeError, KeyError, RecursionError) as error:
-            msg = "expected the JSON of a sensitivity report, as SensitivityReport.to_json writes it"
-            raise ValueError(msg) from error
-        if version != _VERSION:
-            msg = f"the sensitivity report has version {version!r}: expected {_VERSION}"
-            raise ValueError(msg)
-        try:
-            return cls(
-                float(content["dense_score"]),
-                tuple(map(_curve, content["curves"])),
-                str(content["method"]),
-                str(content["pattern"]),
-            )
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
-            msg = f"the sensitivity report is damaged: {type(error).__name__}: {error}"
-            raise ValueError(msg) from error
+        document = ReportDocument.from_json(text, source, REMEDY)
+        curves = restored(document.curves, source)
+        return cls(from_number(document.dense_score), curves, document.method, document.pattern)
+
+    @classmethod
+    def load(cls, file: str | PathLike[str]) -> SensitivityReport:
+        """Reads what `save` wrote; ValueError as `from_json`, OSError if the file cannot be read."""
+        return cls.from_json(read(Path(file), REMEDY), source=str(file))
 
     def save(self, file: str | PathLike[str]) -> None:
         """Writes `to_json` to a file, wholly or not at all."""
@@ -328,6 +258,10 @@ class SensitivityReport:
             f"do not: {', '.join(map(printable, bad)) or 'none'}",
         ]
 
+    def _document(self) -> ReportDocument:
+        dense = to_number(self.dense_score)
+        return ReportDocument(dense, self.method, self.pattern, list(map(stored, self.curves)))
+
     def _max_drop(self, max_drop: float | None) -> float:
         if max_drop is None:
             return _TOLERANCE * abs(self.dense_score)
@@ -351,24 +285,6 @@ class SensitivityReport:
             if point.pruned > levels[-1].pruned and math.isfinite(loss):
                 levels.append(Level(point.pruned, loss))
         return levels
-
-
-def _curve(content: Mapping[str, Any]) -> SensitivityCurve:
-    name = str(content["name"])
-    points = [
-        SensitivityPoint(name, float(p["sparsity"]), int(p["pruned"]), float(p["score"]))
-        for p in content["points"]
-    ]
-    tensors = tuple((str(tensor), int(size)) for tensor, size in content["tensors"].items())
-    sparsities = [check_sparsity(f"{name!r}: sparsity", point.sparsity) for point in points]
-    if sparsities != sorted(set(sparsities)) or any(math.isnan(point.score) for point in points):
-        msg = f"{name!r}: expected rising sparsities with scores"
-        raise ValueError(msg)
-    return SensitivityCurve(name, tensors, tuple(points), bool(content["whole_steps"]))
-
-
-def _plain(number: float) -> float | str:
-    return number if math.isfinite(number) else repr(number)
 
 
 def _percent(sparsity: float) -> str:

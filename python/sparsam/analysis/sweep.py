@@ -21,7 +21,8 @@ from sparsam._checks import check_sparsity, expected, positive, to_arrays
 from sparsam._names import NamePatterns, closest, matching
 from sparsam._pools import check_patterns, make_pools
 from sparsam.analysis.executor import TaskError, TaskRunner
-from sparsam.analysis.sensitivity_report import SensitivityCurve, SensitivityPoint, SensitivityReport
+from sparsam.analysis.sensitivity_curve import SensitivityCurve, SensitivityPoint
+from sparsam.analysis.sensitivity_report import SensitivityReport
 from sparsam.analysis.sweep_plan import DENSE, Task, rounds
 from sparsam.analysis.sweep_store import SweepStore
 from sparsam.config import PruningConfig
@@ -30,7 +31,7 @@ from sparsam.patterns import NM, Pattern, Tied, Unstructured
 from sparsam.pruner import configured, prune
 from sparsam.scores import resolve
 from sparsam.training.callbacks import Arrays, evaluate_finite
-from sparsam.training.saved_run import _described, identify
+from sparsam.training.run_identity import RunIdentity, describe
 
 __all__ = [
     "EvaluationError",
@@ -68,7 +69,7 @@ class _Curve:
 
     tensors: tuple[str, ...]
     grid: tuple[float, ...]
-    whole_steps: bool
+    all_or_nothing: bool
     ties: tuple[Tied, ...]
 
 
@@ -141,7 +142,10 @@ def sensitivity(
             raise ValueError(msg)
         total = min(total, max_evaluations)
 
-    store = None if state is None else SweepStore(Path(state), _identity(settings, arrays, curves))
+    store = None
+    if state is not None:
+        tensors = {name: curve.tensors for name, curve in curves.items()}
+        store = SweepStore(Path(state), RunIdentity.of(settings, (), arrays, tensors))
     known = {Task(p.name, p.sparsity): p for p in store.load()} if store else {}
     wanted: list[Task] = []
     job = _Job(arrays, eval_fn, settings, curves)
@@ -242,7 +246,7 @@ def _curves(
         curves = {name: _curve(name, (name,), patterns, grid) for name in prunable if name not in tied}
         for tie in config.ties:
             name = " + ".join(tie.members)
-            curves[name] = _Curve(tuple(tie.members), grid, whole_steps=False, ties=(tie,))
+            curves[name] = _Curve(tuple(tie.members), grid, all_or_nothing=False, ties=(tie,))
     else:
         curves = {
             name: _curve(name, _members(name, names, prunable), patterns, grid, config.ties)
@@ -305,13 +309,6 @@ def _curve(
     return _Curve(names, tuple(fixed - {0.0}) if fixed else grid, bool(fixed), own)
 
 
-def _identity(config: PruningConfig, arrays: Arrays, curves: Mapping[str, _Curve]) -> dict[str, Any]:
-    """What makes a sweep the same."""
-    return identify(config, (), arrays) | {
-        "groups": {name: list(curve.tensors) for name, curve in curves.items()}
-    }
-
-
 def _report(
     arrays: Mapping[str, NDArray[Any]],
     config: PruningConfig,
@@ -328,10 +325,10 @@ def _report(
                 name,
                 tuple((tensor, arrays[tensor].size) for tensor in curve.tensors),
                 tuple(point for point in measured if point.name == name),
-                curve.whole_steps,
+                curve.all_or_nothing,
             )
             for name, curve in curves.items()
         ),
-        _described(resolve(config.method)),
+        describe(resolve(config.method)),
         str(config.pattern),
     )

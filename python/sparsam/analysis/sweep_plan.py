@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
-from sparsam.analysis.sensitivity_report import SensitivityPoint
+from sparsam.analysis.sensitivity_curve import SensitivityPoint
 
 _ROUND = 4
 """Each round of a sweep on a budget spends a quarter of what is left of it."""

@@ -2,22 +2,33 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import ClassVar
 
-from sparsam.analysis.sensitivity_report import SensitivityPoint
+from sparsam.analysis.sensitivity_curve import SensitivityPoint
 from sparsam.checkpoint.atomic import check_target, publish
-from sparsam.training.saved_run import _differences
+from sparsam.checkpoint.json_state import Count, Document, Number, Share, from_number, read, to_number
+from sparsam.training.run_identity import RunIdentity
 
-_VERSION = 1
+_REMEDY = "delete it to start anew, or name another file"
+
+
+class _State(Document, frozen=True):
+    """The content of the file: each point as [name, sparsity, pruned, score]."""
+
+    WHAT: ClassVar[str] = "the state of a sensitivity sweep"
+    MARK: ClassVar[str] = "sparsam_sweep"
+    VERSION: ClassVar[int] = 2
+
+    identity: RunIdentity
+    points: list[tuple[str, Share, Count, Number]]
 
 
 class SweepStore:
     """The file that holds the points of one sweep."""
 
-    def __init__(self, path: Path, identity: Mapping[str, Any]) -> None:
+    def __init__(self, path: Path, identity: RunIdentity) -> None:
         """Takes the file and what the sweep is: weights, configuration, groups."""
         self._path = path
         self._identity = identity
@@ -32,26 +43,17 @@ class SweepStore:
         check_target(self._path)
         if not self._path.exists():
             return []
-        try:
-            content = json.loads(self._path.read_bytes())
-            version, identity = content["sparsam_sweep"], dict(content["identity"])
-        except (ValueError, TypeError, KeyError, RecursionError) as error:
-            msg = f"{self._path} is not the state of a sensitivity sweep; name another file"
-            raise ValueError(msg) from error
-        if version != _VERSION:
-            msg = f"{self._path} has version {version!r}, not {_VERSION}; name another file"
+        state = _State.from_json(read(self._path, _REMEDY), str(self._path), _REMEDY)
+        if differences := self._identity.differences(state.identity):
+            listed = "; ".join(differences)
+            msg = (
+                f"{self._path}: expected the state of this sweep; got another's: {listed}; name another file"
+            )
             raise ValueError(msg)
-        if differences := _differences(identity, self._identity):
-            msg = f"{self._path} holds another sweep, name another file: {'; '.join(differences)}"
-            raise ValueError(msg)
-        try:
-            return [SensitivityPoint(str(n), float(s), int(p), float(v)) for n, s, p, v in content["points"]]
-        except (ValueError, TypeError, KeyError) as error:
-            msg = f"{self._path} is damaged; delete it to start anew, or name another file: {error}"
-            raise ValueError(msg) from error
+        return [SensitivityPoint(name, s, pruned, from_number(v)) for name, s, pruned, v in state.points]
 
     def save(self, points: Iterable[SensitivityPoint]) -> None:
         """Puts the points in the place of what the file holds, wholly or not at all."""
-        rows = [[*point[:3], repr(point.score)] for point in points]
-        text = json.dumps({"sparsam_sweep": _VERSION, "identity": self._identity, "points": rows}, indent=1)
+        rows = [(p.name, p.sparsity, p.pruned, to_number(p.score)) for p in points]
+        text = _State(identity=self._identity, points=rows).to_json()
         publish({self._path: lambda path: path.write_text(text, encoding="utf-8")})

@@ -1,6 +1,6 @@
 """Checkpoints on disk: safetensors files, sharded or not, read and replaced whole or not at all.
 
-Imports nothing of this package but its checks.
+`json_state` decodes the JSON that other folders keep on disk. Imports nothing of this package but its checks.
 """
 
 from __future__ import annotations

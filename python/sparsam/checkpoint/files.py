@@ -17,10 +17,12 @@ from functools import partial
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any, TypeAlias
 
+import msgspec
 from numpy.typing import NDArray
 
 from sparsam.checkpoint import safetensors_format
 from sparsam.checkpoint.atomic import publish
+from sparsam.checkpoint.json_state import decode
 
 __all__ = ["FILE_NAME", "INDEX_NAME", "Checkpoint", "Shards", "load", "overwrites", "save", "stream"]
 
@@ -28,6 +30,13 @@ FILE_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
 
 StrPath: TypeAlias = "str | os.PathLike[str]"
+
+
+class _Index(msgspec.Struct):
+    """The JSON of an index. Other fields, and what the metadata holds, are other tools' business."""
+
+    weight_map: dict[str, str]
+    metadata: dict[str, Any] = {}
 
 
 @dataclass(frozen=True)
@@ -129,7 +138,7 @@ def save(
         return
 
     if odd := sorted(arrays.keys() ^ shards.weight_map.keys()):
-        msg = f"expected weights for exactly the tensors of `like`, got others: {_listed(odd)}; align them"
+        msg = f"weights: expected exactly the tensors of `like`; got others: {_listed(odd)}; align them"
         raise ValueError(msg)
     parts: dict[str, dict[str, NDArray[Any]]] = defaultdict(dict)
     for name, array in arrays.items():
@@ -160,7 +169,7 @@ def _resolve(path: StrPath) -> tuple[Path, Shards | None]:
         found = [file / name for name in (FILE_NAME, INDEX_NAME) if (file / name).exists()]
         if len(found) != 1:
             came = "both; name the one to read" if found else "neither; name the checkpoint itself"
-            msg = f"{file}: expected a directory with {FILE_NAME} or {INDEX_NAME}, got {came}"
+            msg = f"{file}: expected a directory with {FILE_NAME} or {INDEX_NAME}; got {came}"
             raise ValueError(msg)
         file = found[0]
     return file, _read_index(file) if file.suffix == ".json" else None
@@ -182,32 +191,22 @@ def _tensors(file: Path, shards: Shards | None) -> Iterator[tuple[str, NDArray[A
 
 def _read_index(file: Path) -> Shards:
     """Parses an index and compares it with the header of every shard that it names."""
-    expected = f'{file}: expected an index of shards, {{"metadata": {{...}}, "weight_map": {{tensor: file}}}}'
-    try:
-        index = json.loads(file.read_bytes(), object_pairs_hook=_unique)
-    except (ValueError, RecursionError) as error:
-        msg = f"{expected}, got no such JSON ({error}); get it again"
-        raise ValueError(msg) from error
-    fields = index if isinstance(index, dict) else {}
-    metadata, weight_map = fields.get("metadata", {}), fields.get("weight_map")
-    if not isinstance(metadata, dict) or not isinstance(weight_map, dict):
-        msg = f"{expected}, got other JSON; name the index of a sharded checkpoint"
-        raise ValueError(msg)
+    index = decode(file.read_bytes(), _Index, str(file), "get it again", what="an index of shards")
     placed: dict[str, set[str]] = defaultdict(set)
-    for name, shard in weight_map.items():
-        if not isinstance(shard, str) or {PurePosixPath(shard).name, PureWindowsPath(shard).name} != {shard}:
-            msg = f"{file}: expected shards to be names of files beside it, got {shard!r}; do not trust it"
+    for name, shard in index.weight_map.items():
+        if {PurePosixPath(shard).name, PureWindowsPath(shard).name} != {shard}:
+            msg = f"{file}: expected shards to be names of files beside it; got {shard!r}; do not trust it"
             raise ValueError(msg)
         placed[shard].add(name)
     texts = {shard: _read_shard(file, shard, placed[shard]) for shard in sorted(placed)}
-    return Shards(file.name, metadata, weight_map, texts)
+    return Shards(file.name, index.metadata, index.weight_map, texts)
 
 
 def _read_shard(index: Path, shard: str, placed: set[str]) -> dict[str, str]:
     """The metadata of a shard, which must hold the tensors that the index places in it and no others."""
     file = index.parent / shard
     if not file.is_file():
-        msg = f"{index}: expected the shard {shard!r} beside it, got no such file; get the shard"
+        msg = f"{index}: expected the shard {shard!r} beside it; got no such file; get the shard"
         raise ValueError(msg)
     with safetensors_format.open_file(file) as handle:
         held, metadata = set(handle.keys()), dict(handle.metadata() or {})
@@ -215,21 +214,11 @@ def _read_shard(index: Path, shard: str, placed: set[str]) -> dict[str, str]:
         lacks, extra = sorted(placed - held), sorted(held - placed)
         came = f"a shard without {_listed(lacks)}" if lacks else f"one that also holds {_listed(extra)}"
         msg = (
-            f"{file}: expected exactly the tensors that {index.name} places there, got {came}; "
+            f"{file}: expected exactly the tensors that {index.name} places there; got {came}; "
             "get the index and its shards from one and the same version"
         )
         raise ValueError(msg)
     return metadata
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    content: dict[str, Any] = {}
-    for key, value in pairs:
-        if key in content:
-            msg = f"{key!r} stands there twice"
-            raise ValueError(msg)
-        content[key] = value
-    return content
 
 
 def _listed(names: list[str]) -> str:

@@ -164,7 +164,7 @@ def search(
             function,
             min_score,
             config=_config(scope, pattern, method, exclude, override),
-            allocation=SensitivityReport.from_json(report.read_bytes()) if report else cast(Any, allocation),
+            allocation=SensitivityReport.load(report) if report else cast(Any, allocation),
             max_evaluations=max_evaluations,
             tolerance=tolerance,
             callback=lambda _: bar.advance(task),

@@ -26,7 +26,8 @@ from sparsam.pruner import SINGLE, configured, describe, prune_pools
 from sparsam.report import Report
 from sparsam.training.callbacks import Arrays, Masks, sparsity_of, validate_returned_weights
 from sparsam.training.callbacks import evaluate as score_of
-from sparsam.training.saved_run import HistoryRow, Limits, Progress, StateDir, identify
+from sparsam.training.run_identity import RunIdentity
+from sparsam.training.saved_run import HistoryRow, Limits, Progress, StateDir
 
 __all__ = ["HistoryRow", "IterativePruner", "IterativeResult"]
 
@@ -204,8 +205,7 @@ class IterativePruner:
         check_patterns(self.config, dense, stacklevel=2)
         steps = self._steps()
         pools = make_pools(dense, steps[-1], min_rank=min_rank)
-        identity = identify(self.config, self.get_schedule(), dense) if state_dir is not None else {}
-        with nullcontext() if state_dir is None else StateDir(Path(state_dir), identity) as store:
+        with nullcontext() if state_dir is None else self._state_dir(state_dir, dense) as store:
             progress = self._advance(
                 dense, steps, pools, min_rank, evaluate, recover, limits, on_iteration, store
             )
@@ -214,6 +214,9 @@ class IterativePruner:
             return result
         mask = result.masks.get(SINGLE, Mask.ones(dense[SINGLE].shape))
         return replace(result, weights=result.weights[SINGLE], masks=mask, dense_weights=dense[SINGLE])
+
+    def _state_dir(self, path: str | PathLike[str], dense: Arrays) -> StateDir:
+        return StateDir(Path(path), RunIdentity.of(self.config, self.get_schedule(), dense))
 
     def _advance(
         self,

@@ -8,33 +8,38 @@ what `state.json` speaks of is always whole. docs/formats.md describes the files
 from __future__ import annotations
 
 import fcntl
-import hashlib
-import json
 import math
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from contextlib import AbstractContextManager, suppress
-from dataclasses import dataclass, fields, is_dataclass, replace
+from dataclasses import dataclass, replace
 from numbers import Real
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
-from sparsam import checkpoint, scores
+from sparsam import checkpoint
 from sparsam.checkpoint.atomic import publish
-from sparsam.config import PruningConfig
+from sparsam.checkpoint.json_state import (
+    Count,
+    Document,
+    Number,
+    Seconds,
+    Share,
+    from_number,
+    read,
+    to_number,
+)
 from sparsam.masks import Mask
-from sparsam.patterns import Tied
-from sparsam.statistics import InputStatistics
+from sparsam.training.run_identity import RunIdentity
 
-_VERSION = 1
-_CHUNK = 1 << 18
 _WEIGHTS = "weights.safetensors"
 _MASKS = "masks.safetensors"
-_FIELDS = ("sparsam_state", "identity", "dense_score", "history", "failed")
+_ANOTHER = "name another state_dir"
+_REMEDY = f"delete it to start anew, or {_ANOTHER}"
 _FOLDER = re.compile(r"sparsam-\d{4,}")
 # What a folder holds: the two files, and what a killed process may leave of them.
 _OURS = re.compile(r"(weights|masks)\.safetensors|\.(weights|masks)\.safetensors\.\w{8}\.tmp|\.tmp\w{6}")
@@ -111,18 +116,34 @@ class Limits:
         if bad is rows[0]:
             return Progress(progress.dense_score, failed=bad)
         msg = (
-            f"state_dir: iteration {bad.iteration} of {len(rows)} has the score {bad.score}, which fails "
-            f"min_score={self.min_score} or max_drop={self.max_drop}, but the weights before it are gone; "
-            "loosen the limits, or name another state_dir"
+            f"state_dir: expected scores within min_score={self.min_score} and max_drop={self.max_drop}; got "
+            f"{bad.score} in iteration {bad.iteration} of {len(rows)}, and the weights before it are gone; "
+            f"loosen the limits, or {_ANOTHER}"
         )
         raise ValueError(msg)
+
+
+Row: TypeAlias = tuple[Count, Share, Number, Seconds]
+"""A `HistoryRow` as JSON holds it."""
+
+
+class _State(Document, frozen=True):
+    """The content of `state.json`."""
+
+    WHAT: ClassVar[str] = "the state of an iterative run"
+    MARK: ClassVar[str] = "sparsam_state"
+
+    identity: RunIdentity
+    dense_score: Number
+    history: list[Row]
+    failed: Row | None
 
 
 class StateDir(AbstractContextManager["StateDir"]):
     """A folder that holds the progress of one run, and that one run at a time may use: a context manager."""
 
-    def __init__(self, path: Path, identity: Mapping[str, Any]) -> None:
-        """Makes the folder if needed and locks it; `identity` is what `identify` says of the run.
+    def __init__(self, path: Path, identity: RunIdentity) -> None:
+        """Makes the folder if needed and locks it.
 
         Raises:
             ValueError: Another run is using it.
@@ -136,7 +157,7 @@ class StateDir(AbstractContextManager["StateDir"]):
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             self._lock.close()
-            msg = f"{path} is in use by another run; wait for that to end, or name another state_dir"
+            msg = f"{path}: expected a free folder; got one in use by another run; wait, or {_ANOTHER}"
             raise ValueError(msg) from None
 
     def __exit__(
@@ -156,24 +177,12 @@ class StateDir(AbstractContextManager["StateDir"]):
         """
         if not self._state.exists():
             return None
-        try:
-            state = json.loads(self._state.read_bytes())
-            version, identity = state["sparsam_state"], dict(state["identity"])
-        except (ValueError, TypeError, KeyError, RecursionError) as error:
-            msg = f"{self._state} is not the state of an iterative run; name another state_dir"
-            raise ValueError(msg) from error
-        if version != _VERSION:
-            msg = f"{self._state} has version {version}, not {_VERSION}; name another state_dir"
+        state = _State.from_json(read(self._state, _REMEDY), str(self._state), _REMEDY)
+        if differences := self._identity.differences(state.identity):
+            listed = "; ".join(differences)
+            msg = f"{self._path}: expected the state of this run; got another run's: {listed}; {_ANOTHER}"
             raise ValueError(msg)
-        differences = _differences(identity, self._identity)
-        if differences:
-            msg = f"{self._path} holds another run, name another state_dir: {'; '.join(differences)}"
-            raise ValueError(msg)
-        try:
-            progress = self._read(state, dense, pruned)
-        except (ValueError, TypeError, OverflowError, FileNotFoundError) as error:
-            msg = f"{self._state} is damaged; delete it to start anew, or name another state_dir: {error}"
-            raise ValueError(msg) from error
+        progress = self._read(state, dense, pruned)
         self._remove_others(len(progress.history))
         return progress
 
@@ -185,35 +194,44 @@ class StateDir(AbstractContextManager["StateDir"]):
             packed = {name: np.frombuffer(mask.to_bytes(), np.uint8) for name, mask in progress.masks.items()}
             checkpoint.save(folder / _WEIGHTS, progress.weights)
             checkpoint.save(folder / _MASKS, packed)
-        values = (_VERSION, self._identity, progress.dense_score, progress.history, progress.failed)
-        text = json.dumps(dict(zip(_FIELDS, values, strict=True)), indent=1)
+        text = _State(
+            identity=self._identity,
+            dense_score=to_number(progress.dense_score),
+            history=[_stored(row) for row in progress.history],
+            failed=None if progress.failed is None else _stored(progress.failed),
+        ).to_json()
         publish({self._state: lambda path: path.write_text(text, encoding="utf-8")})
         self._remove_others(len(progress.history))
 
     def _folder(self, iteration: int) -> Path:
         return self._path / f"sparsam-{iteration:04d}"
 
-    def _read(
-        self, state: Mapping[str, Any], dense: Mapping[str, NDArray[Any]], pruned: Collection[str]
-    ) -> Progress:
+    def _read(self, state: _State, dense: Mapping[str, NDArray[Any]], pruned: Collection[str]) -> Progress:
         """What the fields and the files say; an error for what cannot be right."""
-        if absent := [field for field in _FIELDS if field not in state]:
-            msg = f"it lacks {absent[0]!r}"
-            raise ValueError(msg)
-        history = tuple(_row(values, i) for i, values in enumerate(state["history"], start=1))
-        failed = None if state["failed"] is None else _row(state["failed"], len(history) + 1)
-        progress = Progress(float(state["dense_score"]), history, failed)
+        rows = state.history if state.failed is None else [*state.history, state.failed]
+        for i, (iteration, *_) in enumerate(rows, start=1):
+            if iteration != i:
+                field = "failed[0]" if i > len(state.history) else f"history[{i - 1}][0]"
+                msg = f"{self._state}: field {field}: expected iteration {i}; got {iteration}; {_REMEDY}"
+                raise ValueError(msg)
+        history = tuple(map(_restored, state.history))
+        failed = None if state.failed is None else _restored(state.failed)
+        progress = Progress(from_number(state.dense_score), history, failed)
         if not history:
             return progress
         folder = self._folder(len(history))
-        weights = checkpoint.load(folder / _WEIGHTS).weights
-        packed = checkpoint.load(folder / _MASKS).weights
-        masks = {name: Mask.from_bytes(packed[name].tobytes()) for name in dense if name in packed}
+        try:
+            weights = checkpoint.load(folder / _WEIGHTS).weights
+            packed = checkpoint.load(folder / _MASKS).weights
+            masks = {name: Mask.from_bytes(packed[name].tobytes()) for name in dense if name in packed}
+        except (ValueError, TypeError, OverflowError, OSError) as error:
+            msg = f"{folder}: expected the weights and masks of {self._state}; got {error}; {_REMEDY}"
+            raise ValueError(msg) from error
         if _kinds(weights) != _kinds(dense):
-            msg = f"{folder / _WEIGHTS} holds other tensors than the run"
+            msg = f"{folder / _WEIGHTS}: expected the tensors of the run; got others; {_REMEDY}"
             raise ValueError(msg)
         if {name: mask.shape for name, mask in masks.items()} != {name: dense[name].shape for name in pruned}:
-            msg = f"{folder / _MASKS} holds other masks than the run"
+            msg = f"{folder / _MASKS}: expected the masks of the run; got others; {_REMEDY}"
             raise ValueError(msg)
         return replace(progress, weights={name: weights[name] for name in dense}, masks=masks)
 
@@ -231,79 +249,14 @@ class StateDir(AbstractContextManager["StateDir"]):
             temporary.unlink()
 
 
-def _row(values: Sequence[Any], iteration: int) -> HistoryRow:
-    number, *measured = values
-    sparsity, score, seconds = map(float, measured)
-    if number != iteration:
-        msg = f"iteration {number!r} stands in the place of {iteration}"
-        raise ValueError(msg)
-    return HistoryRow(iteration, sparsity, score, seconds)
+def _stored(row: HistoryRow) -> Row:
+    return row.iteration, row.sparsity, to_number(row.score), row.seconds
+
+
+def _restored(row: Row) -> HistoryRow:
+    iteration, sparsity, score, seconds = row
+    return HistoryRow(iteration, sparsity, from_number(score), seconds)
 
 
 def _kinds(weights: Mapping[str, NDArray[Any]]) -> dict[str, tuple[str, tuple[int, ...]]]:
     return {name: (array.dtype.name, array.shape) for name, array in weights.items()}
-
-
-def identify(
-    config: PruningConfig, schedule: Sequence[float], weights: Mapping[str, NDArray[Any]]
-) -> dict[str, Any]:
-    """Returns what makes a run the same: its configuration, its schedule as numbers, its dense weights."""
-    return {
-        "method": _described(scores.resolve(config.method)),
-        "pattern": str(config.pattern),
-        "scope": config.scope,
-        "allocation": config.allocation
-        if isinstance(config.allocation, str)
-        else _content(config.allocation),
-        "exclude": list(config.exclude),
-        "overrides": [[pattern, repr(value)] for pattern, value in config.overrides.items()],
-        "ties": [_tied(tied) for tied in config.ties],
-        "schedule": list(schedule),
-        "weights": {name: _digest(array) for name, array in weights.items()},
-    }
-
-
-def _tied(tied: Tied) -> dict[str, Any]:
-    members = {name: str(slices) for name, slices in tied.members.items()}
-    return {"members": members, "scored": None if tied.scored is None else sorted(tied.scored)}
-
-
-def _described(value: object) -> str:
-    """The repr of a value, or the name of its class where the repr would hold an address.
-
-    Arrays and statistics that its fields hold by name are told apart by their content.
-    """
-    kind = type(value)
-    if is_dataclass(value):
-        held = [(field.name, getattr(value, field.name)) for field in fields(value) if field.init]
-        if any(isinstance(content, Mapping) for _, content in held):
-            inner = ", ".join(f"{name}={_content(content)}" for name, content in held)
-            return f"{kind.__qualname__}({inner})"
-    return f"{kind.__module__}.{kind.__qualname__}" if kind.__repr__ is object.__repr__ else repr(value)
-
-
-def _content(value: object) -> str:
-    if isinstance(value, Mapping):
-        return f"{{{', '.join(f'{name!r}: {_content(entry)}' for name, entry in value.items())}}}"
-    if isinstance(value, InputStatistics):
-        return f"{value.count} inputs {_digest(value.sum_squares)}"
-    if isinstance(value, (np.ndarray, list)) or hasattr(value, "__array__"):
-        return _digest(np.asarray(value))
-    return _described(value)
-
-
-def _digest(array: NDArray[Any]) -> str:
-    """A hash of dtype, shape and the elements in C order, whatever the memory layout."""
-    digest = hashlib.blake2b(f"{array.dtype.name} {array.shape}".encode(), digest_size=16)
-    for start in range(0, array.size, _CHUNK):
-        digest.update(array.flat[start : start + _CHUNK].tobytes())
-    return digest.hexdigest()
-
-
-def _differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """What differs between two runs, in words."""
-    keys = [key for key in now if key != "weights" and before.get(key) != now[key]]
-    fields = [f"{key} was {before.get(key)}, now {now[key]}" for key in keys]
-    old, new = before.get("weights", {}), now["weights"]
-    names = [name for name in {**old, **new} if old.get(name) != new.get(name)]
-    return fields + ([f"the dense weights differ in {', '.join(map(repr, names[:5]))}"] if names else [])

@@ -4,20 +4,26 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
+from typing import Annotated, Any, TypeVar
 
+import msgspec
+from msgspec import Meta
+
+from sparsam.checkpoint.json_state import Count, Positive, convert, decode
 from sparsam.torch.layers.operators import ACTIVATIONS
 from sparsam.torch.layers.packed_weight import DTYPES
 
 __all__ = ["Entry", "Manifest", "dtype_name"]
 
+T = TypeVar("T")
+
 _MARK = "accelerated 1"
+_ACTIVATIONS = tuple(filter(None, ACTIVATIONS))
 _DTYPES = tuple(str(dtype).removeprefix("torch.") for dtype in DTYPES)
 
 
-@dataclass(frozen=True)
-class Entry:
+class Entry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A packed layer.
 
     Attributes:
@@ -29,9 +35,9 @@ class Entry:
         weight: The layer under whose name the weight is stored: itself, or one that shares it.
     """
 
-    shape: tuple[int, ...]
+    shape: Annotated[tuple[Count, ...], Meta(min_length=2)]
     dtype: str
-    groups: int
+    groups: Positive
     transposed: bool
     activation: str | None
     weight: str
@@ -58,7 +64,7 @@ class Manifest:
 
     def to_metadata(self) -> dict[str, str]:
         """The metadata of the file."""
-        layers = {name: asdict(entry) for name, entry in self.layers.items()}
+        layers = msgspec.to_builtins(self.layers)
         parts = {"layers": layers, "fused": self.fused, "tied": self.tied}
         return {"format": "pt", "sparsam": _MARK, **{key: json.dumps(part) for key, part in parts.items()}}
 
@@ -71,25 +77,26 @@ class Manifest:
         """
         mark = metadata.get("sparsam")
         if mark != _MARK:
-            msg = f"expected the metadata sparsam={_MARK!r}, got {mark!r:.200}"
+            msg = f"metadata: expected sparsam={_MARK!r}; got {mark!r:.200}"
             raise ValueError(msg)
-        layers = {name: _entry(name, value) for name, value in _object(metadata, "layers").items()}
+        found = _decoded(metadata, "layers", dict[str, Any])
+        layers = {name: _entry(name, value) for name, value in found.items()}
         for name, entry in layers.items():
             first = layers.get(entry.weight)
             if first is None or first.weight != entry.weight or _stored(first) != _stored(entry):
-                msg = f"layer {name!r}: expected its weight under a like layer, got {entry.weight!r:.200}"
+                got = f"{entry.weight!r:.200}"
+                msg = f"layer {name!r}: expected its weight under a like layer; got {got}"
                 raise ValueError(msg)
-        fused: dict[str, tuple[str, ...]] = {}
-        for name, into in _object(metadata, "fused").items():
-            known = isinstance(into, list) and all(isinstance(n, str) and n in layers for n in into)
-            computed = {layers[n].activation for n in into} if known else set()
+        fused = _decoded(metadata, "fused", dict[str, tuple[str, ...]])
+        for name, into in fused.items():
+            computed = {layers[n].activation if n in layers else None for n in into}
             if len(computed) != 1 or None in computed:
-                msg = f"activation {name!r}: expected the layers that compute it, got {into!r:.200}"
+                msg = f"activation {name!r}: expected the layers that compute it; got {into!r:.200}"
                 raise ValueError(msg)
-            fused[name] = tuple(into)
-        tied = _object(metadata, "tied")
-        if any(not isinstance(first, str) or first in tied for first in tied.values()):
-            msg = "expected tied tensors to name one that is stored, got others"
+        tied = _decoded(metadata, "tied", dict[str, str])
+        if unstored := [name for name, source in tied.items() if source in tied]:
+            got = f"{tied[unstored[0]]!r:.200}"
+            msg = f"tensor {unstored[0]!r}: expected to be tied to one that is stored; got {got}"
             raise ValueError(msg)
         return cls(layers, fused, tied)
 
@@ -103,37 +110,23 @@ def _stored(entry: Entry) -> tuple[object, ...]:
     return entry.shape, entry.dtype, entry.groups, entry.transposed
 
 
-def _object(metadata: Mapping[str, str], key: str) -> dict[str, Any]:
-    try:
-        value = json.loads(metadata.get(key, ""))
-    except (ValueError, RecursionError) as error:
-        msg = f"expected JSON in the metadata {key!r}, got none ({error})"
-        raise ValueError(msg) from error
-    if not isinstance(value, dict):
-        msg = f"expected an object in the metadata {key!r}, got a {type(value).__name__}"
-        raise ValueError(msg)
-    return value
+def _decoded(metadata: Mapping[str, str], key: str, kind: type[T]) -> T:
+    return decode(metadata.get(key, ""), kind, f"metadata {key!r}")
 
 
-def _entry(name: str, value: Any) -> Entry:
-    fields = value if isinstance(value, dict) else {}
-    shape: Any = fields.get("shape")
-    groups: Any = fields.get("groups")
-    good = (
-        fields.keys() == Entry.__dataclass_fields__.keys()
-        and isinstance(shape, list)
-        and len(shape) >= 2
-        and all(type(size) is int and size >= 0 for size in shape)
-        and type(groups) is int
-        and groups >= 1
-        and shape[0] % groups == 0
-        and fields["dtype"] in _DTYPES
-        and type(fields["transposed"]) is bool
-        and not (fields["transposed"] and (groups > 1 or len(shape) > 2))
-        and fields["activation"] in (None, *filter(None, ACTIVATIONS))
-        and isinstance(fields["weight"], str)
-    )
-    if not good:
-        msg = f"layer {name!r}: expected its shape, dtype, groups and so on, got {value!r:.200}"
+def _entry(name: str, value: object) -> Entry:
+    source = f"layer {name!r}"
+    entry = convert(value, Entry, source)
+    field, wanted = "", ""
+    if entry.dtype not in _DTYPES:
+        field, wanted = "dtype", f"one of {', '.join(_DTYPES)}"
+    elif entry.shape[0] % entry.groups:
+        field, wanted = "groups", f"a divisor of {entry.shape[0]} rows"
+    elif entry.transposed and (entry.groups > 1 or len(entry.shape) > 2):
+        field, wanted = "transposed", f"false for the weight {entry.describe()}"
+    elif entry.activation is not None and entry.activation not in _ACTIVATIONS:
+        field, wanted = "activation", f"null or one of {', '.join(_ACTIVATIONS)}"
+    if field:
+        msg = f"{source}: field {field}: expected {wanted}; got {getattr(entry, field)!r:.60}"
         raise ValueError(msg)
-    return Entry(**{**fields, "shape": tuple(shape)})
+    return entry

@@ -67,9 +67,9 @@ def labels(x: NDArray[Any], pattern: Block | Slices) -> NDArray[np.int64]:
         shape = [-1 if i == axis else 1 for i in range(x.ndim)]
         return np.broadcast_to(index.reshape(shape), x.shape)
     rows, cols = matrix(x).shape
-    tall, wide = min(pattern.rows, rows), min(pattern.cols, cols)
-    across = math.ceil(cols / wide)
-    grid = (np.arange(rows) // tall)[:, None] * across + np.arange(cols) // wide
+    tile_rows, tile_cols = min(pattern.rows, rows), min(pattern.cols, cols)
+    across = math.ceil(cols / tile_cols)
+    grid = (np.arange(rows) // tile_rows)[:, None] * across + np.arange(cols) // tile_cols
     return np.asarray(grid, np.int64).reshape(x.shape)
 
 

@@ -8,6 +8,7 @@
 #include <string>
 #include <vector>
 
+#include "sparsam/float_mode.hpp"
 #include "sparsam/masks.hpp"
 #include "sparsam/tiles.hpp"
 #include "sparsam/views.hpp"
@@ -53,6 +54,12 @@ inline View out_view(py::array& out, const View& like) {
     throw py::value_error("out must have the shape and dtype of the input");
   return view;
 }
+
+// While C++ works: the GIL is free for others, and numbers are IEEE's in whatever mode the caller computes.
+struct Released {
+  StandardFloats floats;
+  py::gil_scoped_release released;
+};
 
 // Words for a mask of n elements, as they live in a Mask.
 using Words = py::array_t<std::uint64_t, py::array::c_style>;

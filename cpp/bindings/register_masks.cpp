@@ -9,11 +9,11 @@ std::size_t count(const Words& words) {
   return count_bits(words.data(), static_cast<std::size_t>(words.size()));
 }
 
-void apply(const py::array& array, const Words& words, py::array out) {
+std::size_t apply(const py::array& array, const Words& words, py::array out) {
   const View view = view_of(array), to = out_view(out, view);
   const std::uint64_t* bits = checked_words(words, view.size());
-  py::gil_scoped_release release;
-  apply_mask(view, bits, to);
+  const Released released;
+  return apply_mask(view, bits, to);
 }
 
 Words expand(const Words& tile_words, std::size_t rows, std::size_t cols, std::size_t tile_rows,
@@ -22,7 +22,7 @@ Words expand(const Words& tile_words, std::size_t rows, std::size_t cols, std::s
   const std::uint64_t* tiles = checked_words(tile_words, tiling.down() * tiling.across());
   Words words(static_cast<py::ssize_t>(words_for(rows * cols)));
   std::uint64_t* to = words.mutable_data();
-  py::gil_scoped_release release;
+  const Released released;
   expand_tiles(tiles, tiling, to);
   return words;
 }

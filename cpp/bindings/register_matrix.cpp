@@ -10,7 +10,7 @@ namespace {
 using Floats = py::array_t<float, py::array::c_style>;
 using Bytes = py::array_t<std::uint8_t, py::array::c_style>;
 
-constexpr std::size_t kMost = std::size_t{1} << 40;  // keeps every product of sizes in range
+constexpr std::size_t kMaxElements = std::size_t{1} << 40;  // keeps every product of sizes in range
 
 py::dtype numpy_dtype(DType t) {
   switch (t) {
@@ -45,7 +45,7 @@ DType value_dtype(const py::array& a) {
 }
 
 void check_size(std::size_t rows, std::size_t cols) {
-  if (rows > kMost || cols > kMost || (cols > 0 && rows > kMost / cols))
+  if (rows > kMaxElements || cols > kMaxElements || (cols > 0 && rows > kMaxElements / cols))
     throw py::value_error("shape too large: expected at most 2^40 elements");
 }
 
@@ -127,9 +127,9 @@ void linear_at(const PackedMatrix& w, const std::string& kernel, std::uintptr_t 
 using Pair = std::pair<std::size_t, std::size_t>;
 
 Conv2d conv2d_of(const PackedMatrix& w, Pair image, Pair kernel, Pair stride, Pair padding, Pair dilation) {
-  constexpr std::size_t kMostOf = std::size_t{1} << 29;  // of any of them: keeps the sums below in range
+  constexpr std::size_t kMaxLength = std::size_t{1} << 29;  // of any of them: keeps the sums below in range
   for (const Pair& p : {image, kernel, stride, padding, dilation})
-    if (p.first > kMostOf || p.second > kMostOf)
+    if (p.first > kMaxLength || p.second > kMaxLength)
       throw py::value_error("size too large: expected at most 2^29");
   for (const Pair& p : {image, kernel, stride, dilation})
     if (p.first == 0 || p.second == 0) throw py::value_error("expected sizes of at least 1");

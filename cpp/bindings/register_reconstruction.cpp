@@ -36,11 +36,11 @@ Sweep<T> checked_sweep(Matrix<T>& w, const Matrix<T>& u, Keep& keep, Matrix<T>& 
 }
 
 template <class T>
-void carry(Matrix<T> w, const Matrix<T>& u, Keep keep, Matrix<T> errors, std::size_t first,
-           std::size_t cols) {
+void propagate_errors(Matrix<T> w, const Matrix<T>& u, Keep keep, Matrix<T> errors, std::size_t first,
+                      std::size_t cols) {
   const Sweep<T> matrix = checked_sweep(w, u, keep, errors, first, cols);
-  py::gil_scoped_release release;
-  matrix.carry(first, cols);
+  const Released released;
+  matrix.propagate_errors(first, cols);
 }
 
 template <class T>
@@ -48,7 +48,7 @@ void sweep(Matrix<T> w, const Matrix<T>& u, Keep keep, Matrix<T> errors, std::si
            std::size_t n, std::size_t m) {
   const Sweep<T> matrix = checked_sweep(w, u, keep, errors, first, cols);
   if (m != 0 && (n > m || cols % m != 0)) throw py::value_error("expected n <= m, and m to divide cols");
-  py::gil_scoped_release release;
+  const Released released;
   matrix.sweep(first, cols, n, m);
 }
 
@@ -74,14 +74,14 @@ void solve(const Matrix<double>& h, const Keep& keep, Matrix<double> sides, cons
                                starts.data(),
                                static_cast<std::size_t>(groups),
                                tolerance};
-  py::gil_scoped_release release;
+  const Released released;
   systems.solve();
 }
 
 template <class T>
 void register_sweep(py::module_& m) {
-  m.def("carry", &carry<T>, py::arg("w").noconvert(), py::arg("u").noconvert(), py::arg("keep").noconvert(),
-        py::arg("errors").noconvert(), py::arg("first"), py::arg("cols"));
+  m.def("propagate_errors", &propagate_errors<T>, py::arg("w").noconvert(), py::arg("u").noconvert(),
+        py::arg("keep").noconvert(), py::arg("errors").noconvert(), py::arg("first"), py::arg("cols"));
   m.def("sweep", &sweep<T>, py::arg("w").noconvert(), py::arg("u").noconvert(), py::arg("keep").noconvert(),
         py::arg("errors").noconvert(), py::arg("first"), py::arg("cols"), py::arg("n"), py::arg("m"));
 }
@@ -91,7 +91,7 @@ void register_sweep(py::module_& m) {
 void register_reconstruction(py::module_& m) {
   register_sweep<float>(m);
   register_sweep<double>(m);
-  m.def("solve_on_support", &solve, py::arg("h").noconvert(), py::arg("keep").noconvert(),
+  m.def("masked_least_squares", &solve, py::arg("h").noconvert(), py::arg("keep").noconvert(),
         py::arg("sides").noconvert(), py::arg("order").noconvert(), py::arg("starts").noconvert(),
         py::arg("tolerance"));
 }

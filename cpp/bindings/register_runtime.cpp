@@ -1,4 +1,5 @@
 #include "arrays.hpp"
+#include "sparsam/float_mode.hpp"
 #include "sparsam/isa.hpp"
 #include "sparsam/threads.hpp"
 
@@ -16,6 +17,20 @@ constexpr const char* kCompiler = "gcc " SPARSAM_TEXT_OF(__GNUC__) "." SPARSAM_T
 constexpr const char* kCompiler = "unknown compiler";
 #endif
 
+// Python runs signal handlers in its main thread alone, which is the process's but where it is embedded; so
+// no other thread has to wait for the GIL.
+void check_signals() {
+  if (!is_main_thread()) return;
+  const py::gil_scoped_acquire acquired;
+  if (PyErr_CheckSignals() != 0) throw py::error_already_set();
+}
+
+std::uint64_t standard_floats() {
+  const std::uint64_t before = float_mode();
+  set_float_mode(standard_float_mode());
+  return before;
+}
+
 }  // namespace
 
 void register_runtime(py::module_& m) {
@@ -30,6 +45,10 @@ void register_runtime(py::module_& m) {
   m.def("set_num_threads", &set_num_threads, py::arg("n"));
   m.def("adopt_runtime", &adopt_runtime, py::arg("library"));
   m.def("threading_runtime", &threading_runtime);
+  m.def("standard_floats", &standard_floats);
+  m.def("set_float_mode", &set_float_mode, py::arg("mode"));
+  kernels();  // chosen now, so that no forked child meets the choice half made
+  set_interrupt_check(&check_signals);
 }
 
 }  // namespace sparsam

@@ -16,31 +16,63 @@ py::tuple bind_threshold(const std::vector<py::array>& arrays, std::size_t k) {
   if (k < 1 || k > total_size(views)) throw py::value_error("k must lie in [1, number of elements]");
   Threshold t{};
   {
-    py::gil_scoped_release release;
+    const Released released;
     t = threshold(views, k);
   }
   return py::make_tuple(t.value, t.below, t.equal);
 }
 
-std::vector<Words> bind_mark(const std::vector<py::array>& arrays, double value, std::size_t ties_kept,
-                             std::vector<py::array> outs) {
-  const std::vector<View> views = views_of(arrays);
-  std::vector<View> out_views;
-  if (!outs.empty() && outs.size() != arrays.size())
-    throw py::value_error("outs must be empty or match arrays");
-  for (std::size_t i = 0; i < outs.size(); ++i) out_views.push_back(out_view(outs[i], views[i]));
+// What the masks of some arrays are written to.
+struct Masks {
   std::vector<Words> words;
   std::vector<std::uint64_t*> pointers;
-  for (const View& v : views) {
-    words.emplace_back(static_cast<py::ssize_t>(words_for(v.size())));
-    pointers.push_back(words.back().mutable_data());
+  std::vector<std::size_t> nonzero;
+
+  explicit Masks(const std::vector<View>& views) : nonzero(views.size()) {
+    for (const View& v : views) {
+      words.emplace_back(static_cast<py::ssize_t>(words_for(v.size())));
+      pointers.push_back(words.back().mutable_data());
+    }
   }
-  py::gil_scoped_release release;
-  mark(views, value, ties_kept, pointers, out_views);
-  return words;
+  py::tuple parts() const { return py::make_tuple(words, nonzero); }
+};
+
+std::vector<View> out_views(std::vector<py::array>& outs, const std::vector<View>& views) {
+  if (!outs.empty() && outs.size() != views.size())
+    throw py::value_error("outs must be empty or match arrays");
+  std::vector<View> out;
+  out.reserve(outs.size());
+  for (std::size_t i = 0; i < outs.size(); ++i) out.push_back(out_view(outs[i], views[i]));
+  return out;
 }
 
-py::object bind_keep_of_group(const py::array& array, std::size_t keep, std::size_t m) {
+py::tuple bind_threshold_mask(const std::vector<py::array>& arrays, double value, std::size_t ties_kept,
+                              std::vector<py::array> outs) {
+  const std::vector<View> views = views_of(arrays), to = out_views(outs, views);
+  Masks masks(views);
+  {
+    const Released released;
+    threshold_mask(views, value, ties_kept, masks.pointers, to, masks.nonzero.data());
+  }
+  return masks.parts();
+}
+
+py::object bind_threshold_masks(const std::vector<py::array>& arrays, const std::vector<std::size_t>& counts,
+                                std::vector<py::array> outs) {
+  const std::vector<View> views = views_of(arrays), to = out_views(outs, views);
+  if (counts.size() != views.size()) throw py::value_error("counts must match arrays");
+  for (std::size_t i = 0; i < views.size(); ++i)
+    if (counts[i] > views[i].size()) throw py::value_error("counts must be at most the sizes of the arrays");
+  Masks masks(views);
+  bool numbers = false;
+  {
+    const Released released;
+    numbers = threshold_masks(views, counts, masks.pointers, to, masks.nonzero.data());
+  }
+  return numbers ? py::object(masks.parts()) : py::none();
+}
+
+py::object bind_nm_mask(const py::array& array, std::size_t keep, std::size_t m) {
   const View view = view_of(array);
   if (m < 1 || m > 256 || keep > m || view.size() % m != 0)
     throw py::value_error("expected keep <= m <= 256, and m to divide the size");
@@ -48,22 +80,22 @@ py::object bind_keep_of_group(const py::array& array, std::size_t keep, std::siz
   std::uint64_t* to = words.mutable_data();
   bool numbers = false;
   {
-    py::gil_scoped_release release;
-    numbers = keep_of_group(view, keep, m, to);
+    const Released released;
+    numbers = nm_mask(view, keep, m, to);
   }
   return numbers ? py::object(words) : py::none();
 }
 
-py::object bind_keep_of_row(const py::array& array, std::size_t cols, std::size_t k) {
+py::object bind_row_topk_mask(const py::array& array, std::size_t cols, std::size_t pruned) {
   const View view = view_of(array);
-  if (cols < 1 || k < 1 || k > cols || view.size() % cols != 0)
-    throw py::value_error("expected 1 <= k <= cols, and cols to divide the size");
+  if (cols < 1 || pruned < 1 || pruned > cols || view.size() % cols != 0)
+    throw py::value_error("expected 1 <= pruned <= cols, and cols to divide the size");
   Words words(static_cast<py::ssize_t>(words_for(view.size())));
   std::uint64_t* to = words.mutable_data();
   bool numbers = false;
   {
-    py::gil_scoped_release release;
-    numbers = keep_of_row(view, cols, k, to);
+    const Released released;
+    numbers = row_topk_mask(view, cols, pruned, to);
   }
   return numbers ? py::object(words) : py::none();
 }
@@ -72,10 +104,16 @@ py::object bind_find_nan(const std::vector<py::array>& arrays) {
   const std::vector<View> views = views_of(arrays);
   Position p{};
   {
-    py::gil_scoped_release release;
+    const Released released;
     p = find_nan(views);
   }
   return p.found ? py::object(py::make_tuple(p.array, p.index)) : py::none();
+}
+
+std::size_t bind_count_nonzero(const py::array& array) {
+  const View view = view_of(array);
+  const Released released;
+  return count_nonzero(view);
 }
 
 py::array_t<double> bind_tile_scores(const py::array& array, std::size_t rows, std::size_t cols,
@@ -87,7 +125,7 @@ py::array_t<double> bind_tile_scores(const py::array& array, std::size_t rows, s
   py::array_t<double> scores(
       {static_cast<py::ssize_t>(tiling.down()), static_cast<py::ssize_t>(tiling.across())});
   double* to = scores.mutable_data();
-  py::gil_scoped_release release;
+  const Released released;
   tile_scores(view, tiling, norm, to);
   return scores;
 }
@@ -96,10 +134,13 @@ py::array_t<double> bind_tile_scores(const py::array& array, std::size_t rows, s
 
 void register_selection(py::module_& m) {
   m.def("threshold", &bind_threshold, py::arg("arrays"), py::arg("k"));
-  m.def("mark", &bind_mark, py::arg("arrays"), py::arg("value"), py::arg("ties_kept"), py::arg("outs"));
-  m.def("keep_of_group", &bind_keep_of_group, py::arg("array"), py::arg("keep"), py::arg("m"));
-  m.def("keep_of_row", &bind_keep_of_row, py::arg("array"), py::arg("cols"), py::arg("k"));
+  m.def("threshold_mask", &bind_threshold_mask, py::arg("arrays"), py::arg("value"), py::arg("ties_kept"),
+        py::arg("outs"));
+  m.def("threshold_masks", &bind_threshold_masks, py::arg("arrays"), py::arg("counts"), py::arg("outs"));
+  m.def("nm_mask", &bind_nm_mask, py::arg("array"), py::arg("keep"), py::arg("m"));
+  m.def("row_topk_mask", &bind_row_topk_mask, py::arg("array"), py::arg("cols"), py::arg("pruned"));
   m.def("find_nan", &bind_find_nan, py::arg("arrays"));
+  m.def("count_nonzero", &bind_count_nonzero, py::arg("array"));
   m.def("tile_scores", &bind_tile_scores, py::arg("array"), py::arg("rows"), py::arg("cols"),
         py::arg("tile_rows"), py::arg("tile_cols"), py::arg("norm"));
 }

@@ -27,7 +27,7 @@ struct TileOf {
 
 // kRows rows by one tile of columns: w -= errors[.., 0, depth) * panel[depth][kColumns].
 template <class T, std::size_t kRows>
-void carry_tile(T* w, const T* errors, std::size_t stride, const T* panel, std::size_t depth) {
+void propagate_into_tile(T* w, const T* errors, std::size_t stride, const T* panel, std::size_t depth) {
   using Tile = TileOf<T>;
   using Lanes = typename Tile::Lanes;
   typename Lanes::Reg sum[kRows][Tile::kVectors];
@@ -50,14 +50,14 @@ void carry_tile(T* w, const T* errors, std::size_t stride, const T* panel, std::
   for (std::size_t r = 0; r < kRows; ++r)
 #pragma GCC unroll 8
     for (std::size_t v = 0; v < Tile::kVectors; ++v) {
-      T* to = w + r * kSweepMost + v * Lanes::kLanes;
+      T* to = w + r * kMaxSweepColumns + v * Lanes::kLanes;
       Lanes::store(to, Lanes::sub(Lanes::load(to), sum[r][v]));
     }
 }
 
-// As many rows as the sweep holds in its buffer, which is [kSweepRows][kSweepMost].
+// As many rows as the sweep holds in its buffer, which is [kSweepRows][kMaxSweepColumns].
 template <class T>
-void carry_rows(const SweepBlock<T>& block, std::size_t first_row, std::size_t rows, T* buffer) {
+void propagate_into_rows(const SweepBlock<T>& block, std::size_t first_row, std::size_t rows, T* buffer) {
   using Tile = TileOf<T>;
   constexpr std::size_t kDepth = 128;  // so much of the panel stays in the L1 cache for all rows
   const T* errors = block.errors + first_row * block.stride - block.first;
@@ -67,24 +67,26 @@ void carry_rows(const SweepBlock<T>& block, std::size_t first_row, std::size_t r
       const T* panel = block.panel + column * block.first + p * Tile::kColumns;
       std::size_t r = 0;
       for (; r + Tile::kRows <= rows; r += Tile::kRows)
-        carry_tile<T, Tile::kRows>(buffer + r * kSweepMost + column, errors + r * block.stride + p,
-                                   block.stride, panel, depth);
+        propagate_into_tile<T, Tile::kRows>(buffer + r * kMaxSweepColumns + column,
+                                            errors + r * block.stride + p, block.stride, panel, depth);
       for (; r < rows; ++r)
-        carry_tile<T, 1>(buffer + r * kSweepMost + column, errors + r * block.stride + p, block.stride, panel,
-                         depth);
+        propagate_into_tile<T, 1>(buffer + r * kMaxSweepColumns + column, errors + r * block.stride + p,
+                                  block.stride, panel, depth);
     }
 }
 
 template <class T>
-void carry(const SweepBlock<T>& block, std::size_t begin, std::size_t end) {
-  alignas(64) T buffer[kSweepRows * kSweepMost];
+void propagate_errors(const SweepBlock<T>& block, std::size_t begin, std::size_t end) {
+  alignas(64) T buffer[kSweepRows * kMaxSweepColumns];
   for (std::size_t first = begin; first < end; first += kSweepRows) {
     const std::size_t rows = end - first < kSweepRows ? end - first : kSweepRows;
     for (std::size_t r = 0; r < rows; ++r)
-      __builtin_memcpy(buffer + r * kSweepMost, block.w + (first + r) * block.stride, block.cols * sizeof(T));
-    carry_rows(block, first, rows, buffer);
+      __builtin_memcpy(buffer + r * kMaxSweepColumns, block.w + (first + r) * block.stride,
+                       block.cols * sizeof(T));
+    propagate_into_rows(block, first, rows, buffer);
     for (std::size_t r = 0; r < rows; ++r)
-      __builtin_memcpy(block.w + (first + r) * block.stride, buffer + r * kSweepMost, block.cols * sizeof(T));
+      __builtin_memcpy(block.w + (first + r) * block.stride, buffer + r * kMaxSweepColumns,
+                       block.cols * sizeof(T));
   }
 }
 
@@ -97,7 +99,7 @@ T magnitude(T x) {
 // before it, being larger, or equal and further left.
 template <class T>
 void choose_group(const SweepBlock<T>& block, const T* row, std::size_t first, std::uint8_t* keep) {
-  T score[kSweepMost];
+  T score[kMaxSweepColumns];
   for (std::size_t i = 0; i < block.m; ++i)
     score[i] = magnitude(row[first + i] / block.u[(first + i) * block.u_stride + first + i]);
   for (std::size_t i = 0; i < block.m; ++i) {
@@ -112,22 +114,22 @@ void choose_group(const SweepBlock<T>& block, const T* row, std::size_t first, s
 // weight would be mispredicted every other time, and several rows hide how long one takes. It starts at the
 // register that has j: what lies before j in it meets zeros of U.
 template <class T>
-void eliminate(const SweepBlock<T>& block, std::size_t j, T* rows, const std::uint8_t (*keep)[kSweepMost],
-               T* errors) {
+void eliminate(const SweepBlock<T>& block, std::size_t j, T* rows,
+               const std::uint8_t (*keep)[kMaxSweepColumns], T* errors) {
   using Lanes = typename LanesOf<T>::type;
   const T* u = block.u + j * block.u_stride;
   typename Lanes::Reg factor[kSweepRows];
 #pragma GCC unroll 8
   for (std::size_t r = 0; r < kSweepRows; ++r) {
-    const T error = rows[r * kSweepMost + j] / u[j];
-    errors[r * kSweepMost + j] = keep[r][j] != 0 ? T{0} : error;
-    factor[r] = Lanes::set1(-errors[r * kSweepMost + j]);
+    const T error = rows[r * kMaxSweepColumns + j] / u[j];
+    errors[r * kMaxSweepColumns + j] = keep[r][j] != 0 ? T{0} : error;
+    factor[r] = Lanes::set1(-errors[r * kMaxSweepColumns + j]);
   }
   for (std::size_t i = j / Lanes::kLanes * Lanes::kLanes; i < block.cols; i += Lanes::kLanes) {
     const auto column = Lanes::load(u + i);
 #pragma GCC unroll 8
     for (std::size_t r = 0; r < kSweepRows; ++r) {
-      T* to = rows + r * kSweepMost + i;
+      T* to = rows + r * kMaxSweepColumns + i;
       Lanes::store(to, Lanes::fma(factor[r], column, Lanes::load(to)));
     }
   }
@@ -135,27 +137,29 @@ void eliminate(const SweepBlock<T>& block, std::size_t j, T* rows, const std::ui
 
 template <class T>
 void sweep(const SweepBlock<T>& block, std::size_t begin, std::size_t end) {
-  alignas(64) T rows[kSweepRows * kSweepMost] = {}, errors[kSweepRows * kSweepMost];
-  std::uint8_t keep[kSweepRows][kSweepMost];
+  alignas(64) T rows[kSweepRows * kMaxSweepColumns] = {}, errors[kSweepRows * kMaxSweepColumns];
+  std::uint8_t keep[kSweepRows][kMaxSweepColumns];
   const std::size_t group = block.m != 0 ? block.m : block.cols;
   for (std::size_t first = begin; first < end; first += kSweepRows) {
     const std::size_t count = end - first < kSweepRows ? end - first : kSweepRows;
     for (std::size_t r = 0; r < count; ++r) {
-      __builtin_memcpy(rows + r * kSweepMost, block.w + (first + r) * block.stride, block.cols * sizeof(T));
+      __builtin_memcpy(rows + r * kMaxSweepColumns, block.w + (first + r) * block.stride,
+                       block.cols * sizeof(T));
       __builtin_memcpy(keep[r], block.keep + (first + r) * block.stride, block.cols);
     }
     for (std::size_t r = count; r < kSweepRows; ++r) __builtin_memset(keep[r], 1, block.cols);
     for (std::size_t start = 0; start < block.cols; start += group) {
       if (block.m != 0)
-        for (std::size_t r = 0; r < count; ++r) choose_group(block, rows + r * kSweepMost, start, keep[r]);
+        for (std::size_t r = 0; r < count; ++r)
+          choose_group(block, rows + r * kMaxSweepColumns, start, keep[r]);
       for (std::size_t j = start; j < start + group; ++j) eliminate(block, j, rows, keep, errors);
     }
     for (std::size_t r = 0; r < count; ++r) {
       const std::size_t place = (first + r) * block.stride;
       for (std::size_t j = 0; j < block.cols; ++j)
-        block.w[place + j] = keep[r][j] != 0 ? rows[r * kSweepMost + j] : T{0};
+        block.w[place + j] = keep[r][j] != 0 ? rows[r * kMaxSweepColumns + j] : T{0};
       __builtin_memcpy(block.keep + place, keep[r], block.cols);
-      __builtin_memcpy(block.errors + place, errors + r * kSweepMost, block.cols * sizeof(T));
+      __builtin_memcpy(block.errors + place, errors + r * kMaxSweepColumns, block.cols * sizeof(T));
     }
   }
 }
@@ -265,7 +269,7 @@ void solve(double* a, std::size_t n, std::size_t count, std::size_t stride, cons
 }
 
 constexpr ReconstructionKernels kReconstructionKernels = {
-    {&carry<float>, &sweep<float>}, {&carry<double>, &sweep<double>}, &solve};
+    {&propagate_errors<float>, &sweep<float>}, {&propagate_errors<double>, &sweep<double>}, &solve};
 
 }  // namespace
 }  // namespace sparsam::SPARSAM_TARGET

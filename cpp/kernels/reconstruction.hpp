@@ -6,7 +6,7 @@
 namespace sparsam {
 
 // The most columns that one sweep takes: rows of them stay in the L1 cache, as does what they are reduced by.
-constexpr std::size_t kSweepMost = 256;
+constexpr std::size_t kMaxSweepColumns = 256;
 // Rows that are swept together, and columns that the panel of a block is cut into.
 constexpr std::size_t kSweepRows = 8, kSweepTile = 32;
 
@@ -35,7 +35,7 @@ struct SweepBlock {
 template <class T>
 struct SweepKernels {
   // What the columns before the block owe to it: w -= (errors before the block) * panel.
-  void (*carry)(const SweepBlock<T>& block, std::size_t begin, std::size_t end);
+  void (*propagate_errors)(const SweepBlock<T>& block, std::size_t begin, std::size_t end);
   // Optimal brain surgery column by column: a pruned weight becomes 0, and what that costs is made up for by
   // the columns after it in the block: e = w_j / U_jj, w_i -= e U_ji for i > j. Writes e to errors, 0 where
   // kept. With m > 0 it chooses, group by group, from the weights as they have become, ties to the lower

@@ -63,6 +63,12 @@ inline Bits largest_lane(typename Vec<Bits>::Reg keys) {
 
 // A tally counts in lanes of the element's own width: pieces short enough that 16 bits hold it.
 constexpr std::size_t kTallied = std::size_t{1} << 16;
+static_assert(kTallied / Vec<std::uint16_t>::kLanes < (std::size_t{1} << 16) &&
+                  kBracketLength / Vec<std::uint16_t>::kLanes < (std::size_t{1} << 16),
+              "a lane of 16 bits counts at most 65535");
+static_assert(kWord % Vec<std::uint16_t>::kLanes == 0 && kWord % Vec<std::uint32_t>::kLanes == 0 &&
+                  kWord % Vec<std::uint64_t>::kLanes == 0,
+              "a mask word is made of whole vectors");
 
 template <class Bits>
 std::size_t count_below(const Bits* src, std::size_t n, Bits t) {
@@ -147,8 +153,10 @@ std::size_t bracket_pass(const Bits* src, std::size_t n, Bits low, Bits high, Bi
   const auto at_low = V::set1(low), over_low = V::set1(static_cast<Bits>(low + 1));
   const auto at_high = V::set1(high), over_high = V::set1(static_cast<Bits>(high + 1));
   auto below_low = V::set1(0), upto_low = V::set1(0), upto_high = V::set1(0), largest = V::set1(0);
-  std::uint64_t hits[kBracketMost / kWord];
-  std::uint16_t hit_words[kBracketMost / kWord];
+  std::uint64_t hits[kBracketLength / kWord];
+  std::uint16_t hit_words[kBracketLength / kWord];
+  static_assert(kBracketLength / kWord <= (std::size_t{1} << 16), "hit_words hold 16 bits");
+  SPARSAM_CHECK(n <= kBracketLength);
   std::size_t n_hit_words = 0;
   for_each_word(src, n, key_mask<Bits>(), [&](const Bits* p, std::size_t count, std::size_t index) {
     std::uint64_t bits = 0;
@@ -207,8 +215,10 @@ inline void store_kept(const Bits* p, std::size_t count, std::uint64_t bits, Bit
 }
 
 template <class Bits>
-void mark(const Bits* src, std::size_t n, Bits t, std::size_t ties_kept, std::uint64_t* words, Bits* out) {
+std::size_t threshold_mask(const Bits* src, std::size_t n, Bits t, std::size_t ties_kept,
+                           std::uint64_t* words, Bits* out) {
   using V = Vec<Bits>;
+  std::size_t nonzero = 0;
   const auto pivot = V::set1(t), above = V::set1(static_cast<Bits>(t + 1));
   for_each_word(src, n, Bits{0}, [&](const Bits* p, std::size_t count, std::size_t index) {
     std::uint64_t upto = 0, below = 0;
@@ -229,16 +239,27 @@ void mark(const Bits* src, std::size_t n, Bits t, std::size_t ties_kept, std::ui
         for (; ties_kept != 0; --ties_kept, ties &= ties - 1) keep |= ties & (0 - ties);
       }
     }
+    nonzero += popcount(t == 0 ? ~upto & valid : keep);  // what ties with 0 is zero
     words[index] = keep;
     if (out != nullptr) store_kept(p, count, keep, out + index * kWord);
   });
+  return nonzero;
 }
 
 template <class Bits>
-void apply(const Bits* src, std::size_t n, const std::uint64_t* words, Bits* out) {
+std::size_t apply(const Bits* src, std::size_t n, const std::uint64_t* words, Bits* out) {
+  using V = Vec<Bits>;
+  const auto zero = V::set1(0);
+  std::size_t nonzero = 0;
   for_each_word(src, n, Bits{0}, [&](const Bits* p, std::size_t count, std::size_t index) {
-    store_kept(p, count, words[index], out + index * kWord);
+    const std::uint64_t keep = words[index];
+    std::uint64_t numbers = 0;
+    for (std::size_t j = 0; j < kWord; j += V::kLanes)
+      numbers |= V::bits(V::less(zero, V::key(V::load(p + j)))) << j;
+    nonzero += popcount(numbers & keep);
+    store_kept(p, count, keep, out + index * kWord);
   });
+  return nonzero;
 }
 
 // Bit i of the result is byte i (0 or 1).
@@ -255,10 +276,11 @@ inline std::uint64_t pack_flags(const std::uint8_t* flags) {
 // One group per lane, so that the m * m comparisons are straight vector code: element i survives when fewer
 // than `keep` others beat it; a lower index beats at equal keys.
 template <class Bits>
-Bits keep_of_group(const Bits* src, std::size_t n, std::size_t keep, std::size_t m, std::uint64_t* words) {
-  constexpr std::size_t kGroups = 64 / sizeof(Bits), kMost = 256;
-  Bits key[kMost][kGroups];
-  std::uint8_t flags[kWord * kMost];
+Bits nm_mask(const Bits* src, std::size_t n, std::size_t keep, std::size_t m, std::uint64_t* words) {
+  constexpr std::size_t kGroups = 64 / sizeof(Bits);
+  SPARSAM_CHECK(m >= 1 && m <= kLargestGroup && n % m == 0);
+  Bits key[kLargestGroup][kGroups];
+  std::uint8_t flags[kWord * kLargestGroup];
   Bits largest = 0;
   for (std::size_t batch = 0; batch < n; batch += kWord * m) {  // 64 groups: m whole words
     const std::size_t elements = n - batch < kWord * m ? n - batch : kWord * m;
@@ -292,8 +314,8 @@ Bits keep_of_group(const Bits* src, std::size_t n, std::size_t keep, std::size_t
 
 template <class Bits>
 constexpr WidthKernels<Bits> kSelectionKernels = {
-    &count_upto<Bits>, &count_equal<Bits>, &bisect<Bits>,        &bracket<Bits>,
-    &mark<Bits>,       &apply<Bits>,       &keep_of_group<Bits>,
+    &count_upto<Bits>,     &count_equal<Bits>, &bisect<Bits>,  &bracket<Bits>,
+    &threshold_mask<Bits>, &apply<Bits>,       &nm_mask<Bits>,
 };
 
 }  // namespace

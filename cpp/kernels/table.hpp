@@ -6,6 +6,7 @@
 
 #include "matmul.hpp"
 #include "reconstruction.hpp"
+#include "sparsam/check.hpp"
 
 namespace sparsam {
 
@@ -13,7 +14,9 @@ namespace sparsam {
 enum Feature : std::uint32_t { kNone = 0, kAvx2 = 1, kAvx512 = 2 };
 
 // The longest piece that one call of WidthKernels::bracket takes: an L1 cache's worth of float64.
-constexpr std::size_t kBracketMost = 4096;
+constexpr std::size_t kBracketLength = 4096;
+// The largest m of WidthKernels::nm_mask.
+constexpr std::size_t kLargestGroup = 256;
 
 // What one pass learns of the keys of a piece of data against two pivots low <= high.
 struct BracketCounts {
@@ -34,19 +37,18 @@ struct WidthKernels {
   // meets one; otherwise the k-th smallest key. n <= 2^32; high is below the largest bit pattern.
   Bits (*bisect)(const Bits* src, std::size_t n, std::size_t k, std::size_t tolerance, Bits low, Bits high);
   // Adds to *counts, and writes the keys strictly between low and high to inside (room for n). Returns how
-  // many. n <= kBracketMost; high is below the largest bit pattern.
+  // many. n <= kBracketLength; high is below the largest bit pattern.
   std::size_t (*bracket)(const Bits* src, std::size_t n, Bits low, Bits high, bool ties, Bits* inside,
                          BracketCounts* counts);
   // Keeps keys > t and the first ties_kept of the keys == t; writes n bits, and to out (unless null; may be
-  // src) the elements with the pruned ones as +0.
-  void (*mark)(const Bits* src, std::size_t n, Bits t, std::size_t ties_kept, std::uint64_t* words,
-               Bits* out);
-  // Elements whose bit is set, and +0 elsewhere. out may be src.
-  void (*apply)(const Bits* src, std::size_t n, const std::uint64_t* words, Bits* out);
-  // Of every m consecutive elements (m <= 256, m divides n) the `keep` largest, ties to the lower index;
-  // writes n bits. Returns the largest key.
-  Bits (*keep_of_group)(const Bits* src, std::size_t n, std::size_t keep, std::size_t m,
-                        std::uint64_t* words);
+  // src) the elements with the pruned ones as +0. Returns how many elements are kept and not zero.
+  std::size_t (*threshold_mask)(const Bits* src, std::size_t n, Bits t, std::size_t ties_kept,
+                                std::uint64_t* words, Bits* out);
+  // Elements whose bit is set, and +0 elsewhere. out may be src. Returns how many are kept and not zero.
+  std::size_t (*apply)(const Bits* src, std::size_t n, const std::uint64_t* words, Bits* out);
+  // Of every m consecutive elements (m <= kLargestGroup, m divides n) the `keep` largest, ties to the lower
+  // index; writes n bits. Returns the largest key.
+  Bits (*nm_mask)(const Bits* src, std::size_t n, std::size_t keep, std::size_t m, std::uint64_t* words);
 };
 
 struct KernelTable {

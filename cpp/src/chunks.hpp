@@ -4,6 +4,7 @@
 #include <memory>
 #include <vector>
 
+#include "sparsam/check.hpp"
 #include "sparsam/threads.hpp"
 #include "sparsam/views.hpp"
 
@@ -30,10 +31,14 @@ template <class Bits>
 class Buffers {
  public:
   Buffers(std::size_t workers, std::size_t elements, bool needed)
-      : elements_(elements), data_(needed ? new Bits[workers * elements] : nullptr) {}
-  Bits* of(std::size_t worker) const { return data_ == nullptr ? nullptr : data_.get() + worker * elements_; }
+      : workers_(workers), elements_(elements), data_(needed ? new Bits[workers * elements] : nullptr) {}
+  Bits* of(std::size_t worker) const {
+    SPARSAM_CHECK(worker < workers_);
+    return data_ == nullptr ? nullptr : data_.get() + worker * elements_;
+  }
 
  private:
+  [[maybe_unused]] std::size_t workers_;
   std::size_t elements_;
   std::unique_ptr<Bits[]> data_;
 };

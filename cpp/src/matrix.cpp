@@ -46,7 +46,8 @@ PackedMatrix::PackedMatrix(const View& w, std::size_t rows, std::size_t cols)
     const Buffers<Bits> buffers(all.workers, cols, !w.contiguous());
     all.run([&](std::size_t worker, std::size_t r) {
       const Bits* src = w.read(r * cols, cols, buffers.of(worker));
-      kernel.mark(src, cols, 0, 0, words_.as<std::uint64_t>() + r * row_words_, static_cast<Bits*>(nullptr));
+      kernel.threshold_mask(src, cols, 0, 0, words_.as<std::uint64_t>() + r * row_words_,
+                            static_cast<Bits*>(nullptr));
     });
     index_rows();
     values_ = Memory::readable_past(nnz() * item_size(dtype_));

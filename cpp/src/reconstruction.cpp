@@ -13,17 +13,17 @@
 namespace sparsam {
 namespace {
 
-static_assert(kSweepColumns == kSweepMost);
+static_assert(kSweepColumns == kMaxSweepColumns);
 
 std::size_t round_up(std::size_t n, std::size_t to) { return (n + to - 1) / to * to; }
 
 }  // namespace
 
 template <class T>
-void Sweep<T>::run(std::size_t first, std::size_t cols, std::size_t n, std::size_t m, bool carry) const {
+void Sweep<T>::run(std::size_t first, std::size_t cols, std::size_t n, std::size_t m, bool propagate) const {
   const std::size_t u_stride = round_up(cols, kSweepTile);
-  std::vector<T> triangle(carry ? 0 : cols * u_stride), panel(carry ? first * u_stride : 0);
-  if (carry) {
+  std::vector<T> triangle(propagate ? 0 : cols * u_stride), panel(propagate ? first * u_stride : 0);
+  if (propagate) {
     for (std::size_t tile = 0; tile < cols; tile += kSweepTile)
       for (std::size_t p = 0; p < first; ++p)
         std::memcpy(panel.data() + tile * first + p * kSweepTile, u + p * stride + first + tile,
@@ -43,11 +43,11 @@ void Sweep<T>::run(std::size_t first, std::size_t cols, std::size_t n, std::size
   // Rows differ little in their work: some tasks more than there are threads even out what disturbs one.
   constexpr std::size_t kRows = 8 * kSweepRows;
   const std::size_t tasks = (rows + kRows - 1) / kRows;
-  const std::size_t work = rows * cols * (carry ? first : cols);
+  const std::size_t work = rows * cols * (propagate ? first : cols);
   const std::size_t workers = worker_count(tasks, work >= std::size_t{1} << 19);
   for_each_task(tasks, workers, [&](std::size_t, std::size_t task) {
     const std::size_t end = std::min(rows, (task + 1) * kRows);
-    (carry ? table.carry : table.sweep)(block, task * kRows, end);
+    (propagate ? table.propagate_errors : table.sweep)(block, task * kRows, end);
   });
 }
 

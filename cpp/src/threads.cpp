@@ -3,12 +3,24 @@
 #include <dlfcn.h>
 #include <pthread.h>
 #include <sched.h>
+#ifdef __linux__
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 #include <algorithm>
 #include <atomic>
+#include <chrono>
 #include <cmath>
 #include <cstdio>
+#include <cstdlib>
+#include <exception>
+#include <mutex>
+#include <system_error>
 #include <thread>
+#include <vector>
+
+#include "sparsam/float_mode.hpp"
 
 #ifdef _OPENMP
 #include <omp.h>
@@ -19,6 +31,8 @@ namespace {
 
 std::atomic<int> g_wanted{0};
 std::atomic<bool> g_forked{false};
+std::atomic<bool> g_refused{false};  // the machine made no more threads when last asked
+std::atomic<void (*)()> g_interrupt_check{nullptr};
 
 // An OpenMP team does not survive fork, whoever in this process started it, and its runtime waits for it
 // forever: a forked child works alone.
@@ -65,7 +79,28 @@ void own_parallel(void (*body)(void*), void* data, unsigned threads, unsigned) {
 }
 const Runtime g_own{own_parallel, omp_get_max_threads, omp_in_parallel};
 #else
-const Runtime g_own{nullptr, [] { return 1; }, [] { return 0; }};
+thread_local bool t_in_parallel = false;
+
+// Without OpenMP: a team for each call. Where no more threads can be made, those there are do all the work.
+void own_parallel(void (*body)(void*), void* data, unsigned threads, unsigned) {
+  const auto work = [=] {
+    t_in_parallel = true;
+    body(data);
+    t_in_parallel = false;
+  };
+  std::vector<std::thread> team;
+  team.reserve(threads - 1);
+  try {
+    while (team.size() + 1 < threads) team.emplace_back(work);
+  } catch (const std::system_error&) {
+    g_refused.store(true);
+  }
+  work();
+  for (std::thread& member : team) member.join();
+}
+const Runtime g_own{own_parallel,
+                    [] { return std::max(1, static_cast<int>(std::thread::hardware_concurrency())); },
+                    [] { return static_cast<int>(t_in_parallel); }};
 #endif
 Runtime g_foreign;
 std::atomic<const Runtime*> g_runtime{&g_own};
@@ -106,7 +141,7 @@ int default_num_threads() {
 }
 
 int num_threads() {
-  if (g_forked.load() || runtime().parallel == nullptr) return 1;
+  if (g_forked.load()) return 1;
   const int wanted = g_wanted.load();
   return wanted > 0 ? wanted : default_num_threads();
 }
@@ -115,10 +150,10 @@ void set_num_threads(int n) { g_wanted.store(n); }
 
 std::string threading_runtime() {
   const Runtime& now = runtime();
-  if (now.parallel == nullptr) return "none (built without OpenMP: serial)";
 #ifdef _OPENMP
   std::string name = "OpenMP " + std::to_string(_OPENMP);
 #else
+  if (&now == &g_own) return g_forked.load() ? "std::thread, serial in this forked child" : "std::thread";
   std::string name = "OpenMP";
 #endif
   Dl_info info;
@@ -127,6 +162,7 @@ std::string threading_runtime() {
     name += " (" + path.substr(path.find_last_of('/') + 1) + ")";
   }
   if (g_forked.load()) name += ", serial in this forked child";
+  if (g_refused.load()) name += ", serial where the system makes no more threads";
   return name;
 }
 
@@ -135,25 +171,120 @@ std::size_t worker_count(std::size_t tasks, bool parallel) {
   return std::min(tasks, static_cast<std::size_t>(num_threads()));
 }
 
-void run_tasks(std::size_t tasks, std::size_t workers, void (*body)(void*, std::size_t, std::size_t),
-               void* context) {
-  struct Job {
-    std::size_t tasks;
-    void (*body)(void*, std::size_t, std::size_t);
-    void* context;
-    std::atomic<std::size_t> next{0}, entered{0};
+bool is_main_thread() {
+#ifdef __linux__
+  return syscall(SYS_gettid) == getpid();
+#else
+  return pthread_main_np() != 0;
+#endif
+}
 
-    void work() {
-      const std::size_t worker = entered.fetch_add(1, std::memory_order_relaxed);
-      for (std::size_t task; (task = next.fetch_add(1, std::memory_order_relaxed)) < tasks;)
-        body(context, worker, task);
+void set_interrupt_check(void (*check)()) { g_interrupt_check.store(check); }
+
+namespace {
+
+using Clock = std::chrono::steady_clock;
+constexpr std::chrono::milliseconds kBetweenChecks{50};
+
+struct Job {
+  std::size_t tasks;
+  void (*body)(void*, std::size_t, std::size_t);
+  void* context;
+  void (*check)();
+  std::thread::id caller = std::this_thread::get_id();
+  std::uint64_t mode = float_mode();
+  std::atomic<std::size_t> next{0}, entered{0};
+  std::atomic<bool> stopped{false};
+  std::mutex mutex{};
+  std::exception_ptr failure{};
+
+  // Nothing is asked once a task is claimed: others may wait for it.
+  void run(std::size_t worker, bool checks) {
+    auto due = checks ? Clock::now() + kBetweenChecks : Clock::time_point{};
+    while (!stopped.load(std::memory_order_relaxed)) {
+      if (checks && Clock::now() >= due) {
+        check();
+        due = Clock::now() + kBetweenChecks;
+      }
+      const std::size_t task = next.fetch_add(1, std::memory_order_relaxed);
+      if (task >= tasks) return;
+      body(context, worker, task);
     }
-  } job{tasks, body, context};
-  if (workers == 1)
+  }
+
+  void work() {
+    const std::uint64_t own = float_mode();
+    set_float_mode(mode);
+    try {
+      run(entered.fetch_add(1, std::memory_order_relaxed),
+          check != nullptr && std::this_thread::get_id() == caller);
+    } catch (...) {
+      const std::lock_guard<std::mutex> lock(mutex);
+      if (failure == nullptr) failure = std::current_exception();
+      stopped.store(true);
+    }
+    set_float_mode(own);
+  }
+};
+
+// The stack that an OpenMP runtime gives a thread, in bytes; 0 where nothing is said.
+std::size_t wanted_stack() {
+  const char* text = std::getenv("OMP_STACKSIZE");
+  if (text == nullptr) return 0;
+  char* end = nullptr;
+  const double number = std::strtod(text, &end);
+  while (*end == ' ') ++end;
+  const char unit = *end;
+  const int shift = unit == 'B' || unit == 'b'   ? 0
+                    : unit == 'M' || unit == 'm' ? 20
+                    : unit == 'G' || unit == 'g' ? 30
+                                                 : 10;
+  const double bytes = std::ldexp(number, shift);
+  return bytes > 0 && bytes < 0x1p62 ? static_cast<std::size_t>(bytes) : 0;
+}
+
+void* wait_for_the_door(void* door) {
+  const std::lock_guard<std::mutex> lock(*static_cast<std::mutex*>(door));
+  return nullptr;
+}
+
+// Whether `more` threads can exist beside this one. OpenMP runtimes end the process where one cannot be made,
+// so the system is asked first, once for each calling thread and team size, since each has a team of its own.
+bool can_make(std::size_t more) {
+  static thread_local std::size_t made = 0;
+  if (more <= made) return true;
+  pthread_attr_t attributes;
+  if (pthread_attr_init(&attributes) != 0) return false;
+  const std::size_t stack = wanted_stack();
+  if (stack > 0) pthread_attr_setstacksize(&attributes, stack);
+  std::vector<pthread_t> threads(more);
+  std::size_t count = 0;
+  {
+    std::mutex door;
+    {
+      const std::lock_guard<std::mutex> closed(door);
+      while (count < more && pthread_create(&threads[count], &attributes, wait_for_the_door, &door) == 0)
+        ++count;
+    }
+    for (std::size_t i = 0; i < count; ++i) pthread_join(threads[i], nullptr);
+  }
+  pthread_attr_destroy(&attributes);
+  g_refused.store(count < more);
+  if (count == more) made = more;
+  return count == more;
+}
+
+}  // namespace
+
+void run_tasks(std::size_t tasks, std::size_t workers, Interrupts interrupts,
+               void (*body)(void*, std::size_t, std::size_t), void* context) {
+  Job job{tasks, body, context, interrupts == Interrupts::allowed ? g_interrupt_check.load() : nullptr};
+  if (workers == 1 || !can_make(workers - 1))
     job.work();
   else
     runtime().parallel([](void* data) { static_cast<Job*>(data)->work(); }, &job,
                        static_cast<unsigned>(workers), 0);
+  if (job.failure != nullptr) std::rethrow_exception(job.failure);
 }
 
 }  // namespace sparsam

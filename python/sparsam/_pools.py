@@ -9,6 +9,7 @@ from typing import Any
 
 from numpy.typing import NDArray
 
+from sparsam._floats import standard_floats
 from sparsam._names import NamePatterns, closest, matching
 from sparsam._orientation import Weights, mask_outputs_first
 from sparsam.allocation import allocate_groups
@@ -16,7 +17,8 @@ from sparsam.config import PruningConfig, Scope
 from sparsam.coupling import members, tied_sparsities
 from sparsam.masks import Mask
 from sparsam.patterns import NM, Block, Pattern, Slices, Tied
-from sparsam.selection import DTYPES, count_pruned, is_weight_dtype
+from sparsam.selection import DTYPES, is_weight_dtype
+from sparsam.tiles import count_pruned
 
 # Tensors up to this size are handed to selection in batches, which are no larger than that.
 _SMALL = 1 << 16
@@ -68,6 +70,7 @@ def check_patterns(config: PruningConfig, names: Collection[str], *, stacklevel:
                 warnings.warn(msg, UserWarning, stacklevel=stacklevel + 1)
 
 
+@standard_floats
 def make_pools(
     arrays: Mapping[str, NDArray[Any]],
     config: PruningConfig,

@@ -37,12 +37,14 @@ from numpy.typing import ArrayLike, NDArray
 
 from sparsam import scores
 from sparsam._checks import check_sparsity, expected, to_arrays
+from sparsam._floats import standard_floats
 from sparsam._names import NamePatterns, closest, matching
 from sparsam._orientation import Weights, as_weights
 from sparsam.config import ALLOCATIONS, Allocation, AllocationLike, Scorer
 from sparsam.patterns import NM, Block, Pattern, Slices, Unstructured
-from sparsam.selection import _check_dtype, _select_groups, count_groups, score_tensor
+from sparsam.selection import _check_dtype, _select_groups, score_tensor
 from sparsam.statistics import InputStatistics
+from sparsam.tiles import count_groups
 
 __all__ = ["ERK", "OWL", "Allocation", "Explicit", "Global", "Uniform", "allocate", "block_of"]
 
@@ -293,6 +295,7 @@ def resolve(method: AllocationLike) -> Allocation:
     raise ValueError(expected("allocation", method, f"{names}, an Allocation, or a mapping to sparsities"))
 
 
+@standard_floats
 def allocate(
     weights: Mapping[str, ArrayLike],
     target: float,

@@ -20,7 +20,8 @@ from sparsam._orientation import mask_as_stored, outputs_first
 from sparsam.config import PruningConfig
 from sparsam.masks import Mask
 from sparsam.patterns import Block, Pattern, Slices, Tied
-from sparsam.selection import _refuse_nan, _select_entries, _tile_sizes, _tiling, count_groups
+from sparsam.selection import _refuse_nan, _select_entries
+from sparsam.tiles import count_groups, tile_sizes, tiling_of
 
 # What a kept group scores at least, lest a tie at zero lets one back in that is pruned already.
 _LEAST = 2.0**-1074
@@ -45,7 +46,7 @@ def check_ties(ties: Iterable[Tied], arrays: Mapping[str, NDArray[Any]]) -> None
                 msg = f"ties: expected names of tensors as members; got {name!r}; {closest(name, arrays)}"
                 raise ValueError(msg)
             shape = arrays[name].shape
-            _tiling(name, shape, slices)
+            tiling_of(name, shape, slices)
             axis = slices.axis % len(shape)
             if (name, axis) in seen:
                 msg = (
@@ -181,7 +182,7 @@ def select_tied(
         turned = name in transposed
         shape = outputs_first(arrays[name]).shape if turned else arrays[name].shape
         count = count_groups(name, shape, pattern)
-        rivals.append(_Rival({name: _tiling(name, shape, pattern)}, (name,), count, turned))
+        rivals.append(_Rival({name: tiling_of(name, shape, pattern)}, (name,), count, turned))
     rivals.sort(key=lambda rival: min(place[name] for name in rival.tilings))
     names = sorted({name for rival in rivals for name in rival.tilings}, key=place.__getitem__)
     _refuse_nan([arrays[name] for name in names], names)
@@ -194,7 +195,7 @@ def select_tied(
         if previous is not None:
             total = np.where(_pruned(rival, previous), 0.0, np.maximum(total, _LEAST))
         sums[str(i)] = total
-    chosen = _select_entries(sums, sparsity, None)
+    chosen = _select_entries(sums, sparsity, None).masks
 
     masks: dict[str, Mask] = {}
     for rival, groups in zip(rivals, chosen.values(), strict=True):
@@ -209,7 +210,7 @@ def select_tied(
 
 
 def _tied_rival(tied: Tied, arrays: Mapping[str, NDArray[Any]]) -> _Rival:
-    tilings = {name: _tiling(name, arrays[name].shape, slices) for name, slices in tied.members.items()}
+    tilings = {name: tiling_of(name, arrays[name].shape, slices) for name, slices in tied.members.items()}
     scored = tied.scored or [name for name in tilings if arrays[name].ndim > 1] or list(tilings)
     name, slices = next(iter(tied.members.items()))
     return _Rival(tilings, scored, arrays[name].shape[slices.axis] // slices.size)
@@ -227,7 +228,7 @@ def _sums(
         _refuse_nan([values], [name], by="the score of ")
         tiling = rival.tilings[name]
         total += _core.tile_scores(values, *tiling, norm).reshape(-1)
-        size += _tile_sizes(*tiling).reshape(-1)
+        size += tile_sizes(*tiling).reshape(-1)
     return total, size
 
 

@@ -124,9 +124,13 @@ class Mask:
         elif out.shape != weights.shape or out.dtype != weights.dtype:
             msg = f"out is {out.dtype} {out.shape}: expected {weights.dtype} {weights.shape}, as the weights"
             raise ValueError(msg)
-        _check_overlap(weights, out)
-        _core.apply_mask(weights, self._words, out)
+        self.write(weights, out)
         return out
+
+    def write(self, weights: NDArray[Scalar], out: NDArray[Scalar]) -> int:
+        """For this package: `apply`, whose arguments were checked; returns how many weights are not zero."""
+        _check_overlap(weights, out)
+        return _core.apply_mask(weights, self._words, out)
 
     def to_array(self) -> NDArray[np.bool_]:
         """A boolean array of the mask's shape, True where kept."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Generic, TypeVar, overload
 
 import numpy as np
@@ -15,6 +16,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from sparsam import scores
 from sparsam._checks import to_arrays
+from sparsam._floats import standard_floats
 from sparsam._orientation import mask_as_stored, outputs_first
 from sparsam._pools import Pool, batched, check_patterns, make_pools
 from sparsam.config import ConfigFields, PruningConfig, Scorer
@@ -22,7 +24,7 @@ from sparsam.coupling import select_tied, tied_patterns
 from sparsam.masks import Mask, _check_apart
 from sparsam.patterns import Unstructured
 from sparsam.report import LayerStats, Report, measure
-from sparsam.selection import _refuse_nan, pruned_last, score_tensor, select_many
+from sparsam.selection import Pruned, _refuse_nan, pruned_last, score_tensor, select_into
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -88,7 +90,8 @@ def prune(
             its shape, and patterns know it as "weights".
         config: What to do; `PruningConfig()` if left out.
         inplace: Zero the pruned weights in the caller's arrays and return those. If a tensor turns out to be
-            unfit, the ones before it are pruned already.
+            unfit, or the user stops the call (KeyboardInterrupt), others may be pruned already; each is as it
+            was or pruned as a whole.
         **changes: Fields of `PruningConfig` to set on top of `config`: `prune(w, target_sparsity=0.9)`.
 
     Returns:
@@ -174,6 +177,7 @@ def configured(config: PruningConfig | None, changes: ConfigFields | None = None
     return config.with_changes(**changes) if changes else config
 
 
+@standard_floats
 def prune_pools(
     arrays: Mapping[str, NDArray[Any]],
     pools: Collection[Pool],
@@ -181,7 +185,7 @@ def prune_pools(
     outs: Mapping[str, NDArray[Any]],
     *,
     previous: Mapping[str, Mask] | None = None,
-) -> dict[str, Mask]:
+) -> Pruned:
     """Selects in each pool and writes the pruned tensors.
 
     Args:
@@ -193,14 +197,18 @@ def prune_pools(
             shrinks.
 
     Returns:
-        Name -> mask of each tensor in a pool, in the order of `arrays`.
+        Name -> mask of each tensor in a pool, in the order of `arrays`, and how many of its weights are not
+        zero.
     """
     traits = scores.traits(method)
     masks: dict[str, Mask] = {}
+    nonzero: dict[str, int] = {}
     tied: dict[str, Mask] = {}
     for pool in batched(pools, {name: array.size for name, array in arrays.items()}):
         if not pool.ties:
-            masks |= _prune_pool(arrays, pool, method, outs, previous)
+            pruned = _prune_pool(arrays, pool, method, outs, previous)
+            masks |= pruned.masks
+            nonzero |= pruned.nonzero
             continue
         for name, mask in select_tied(
             arrays,
@@ -216,10 +224,9 @@ def prune_pools(
         ).items():
             tied[name] = tied[name] & mask if name in tied else mask
     # Only now, since a tensor in two ties is scored twice as it was.
-    for name, mask in tied.items():
-        mask.apply(arrays[name], out=outs[name])
+    nonzero |= {name: mask.write(arrays[name], outs[name]) for name, mask in tied.items()}
     masks |= tied
-    return {name: masks[name] for name in arrays if name in masks}
+    return Pruned({name: masks[name] for name in arrays if name in masks}, nonzero)
 
 
 def _prune_pool(
@@ -228,7 +235,7 @@ def _prune_pool(
     method: Scorer,
     outs: Mapping[str, NDArray[Any]],
     previous: Mapping[str, Mask] | None,
-) -> dict[str, Mask]:
+) -> Pruned:
     """`prune_pools` for one pool without ties."""
     norm = scores.traits(method).norm
     turned = pool.transposed if pool.scope == "row" or pool.pattern != Unstructured() else frozenset()
@@ -240,31 +247,43 @@ def _prune_pool(
         _refuse_nan([ranked[name]], [name])  # With its place in the tensor as it is stored.
     fused = previous is None and not turned and all(ranked[name] is arrays[name] for name in pool.names)
 
-    def select(scored: Mapping[str, NDArray[Any]]) -> dict[str, Mask]:
+    def select(scored: Mapping[str, NDArray[Any]]) -> Pruned:
         viewed = {name: outputs_first(array) if name in turned else array for name, array in scored.items()}
-        found = select_many(
+        found = select_into(
             viewed, pool.sparsity, pool.pattern, scope=pool.scope, norm=norm, out=outs if fused else None
         )
-        return {name: mask_as_stored(mask) if name in turned else mask for name, mask in found.items()}
+        masks = {name: mask_as_stored(mask) if name in turned else mask for name, mask in found.masks.items()}
+        return Pruned(masks, found.nonzero)
 
-    chosen = select(ranked)
+    chosen, nonzero = select(ranked)
     if previous is not None and any((mask & ~previous[name]).count for name, mask in chosen.items()):
-        chosen = select({name: pruned_last(ranked[name], previous[name], norm) for name in pool.names})
+        chosen = select({name: pruned_last(ranked[name], previous[name], norm) for name in pool.names}).masks
     if not fused:
-        for name, mask in chosen.items():
-            mask.apply(arrays[name], out=outs[name])
-    return chosen
+        nonzero = {name: mask.write(arrays[name], outs[name]) for name, mask in chosen.items()}
+    return Pruned(chosen, nonzero)
 
 
 def describe(
-    arrays: Mapping[str, NDArray[Any]], masks: Mapping[str, Mask], pools: Collection[Pool]
+    arrays: Mapping[str, NDArray[Any]],
+    masks: Mapping[str, Mask],
+    pools: Collection[Pool],
+    nonzero: Mapping[str, int] = MappingProxyType({}),
 ) -> Report:
-    """Returns the report on tensors as these masks left them, those left dense included."""
+    """Returns the report on tensors as these masks left them, those left dense included.
+
+    `nonzero` spares it reading those tensors whose weights other than zero were counted.
+    """
     patterns = {name: str(pool.pattern) for pool in pools for name in pool.names}
     patterns |= tied_patterns(tied for pool in pools for tied in pool.ties)
     pruned = {name: mask.size - mask.count for name, mask in masks.items()}
     return Report(
-        measure(name, array, pruned=pruned.get(name, 0), pattern=patterns.get(name, "dense"))
+        measure(
+            name,
+            array,
+            pruned=pruned.get(name, 0),
+            nonzero=nonzero.get(name),
+            pattern=patterns.get(name, "dense"),
+        )
         for name, array in arrays.items()
     )
 
@@ -286,9 +305,9 @@ def _prune(
         _check_apart(arrays, outs)
     else:
         outs = {name: np.empty_like(arrays[name], order="C") for name in names}
-    masks = prune_pools(arrays, pools, scores.resolve(config.method), outs)
+    masks, nonzero = prune_pools(arrays, pools, scores.resolve(config.method), outs)
     pruned = weights if inplace else {**weights, **outs}
-    return PruningResult(dict(pruned), masks, describe({**arrays, **outs}, masks, pools))
+    return PruningResult(dict(pruned), masks, describe({**arrays, **outs}, masks, pools, nonzero))
 
 
 def _check_writeable(name: str, value: object) -> None:

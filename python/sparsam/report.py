@@ -10,6 +10,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from sparsam import _core
+from sparsam.selection import is_weight_dtype
+
 _COLUMNS = ("tensor", "shape", "dtype", "pattern", "params", "pruned", "sparsity", "dense", "packed")
 _TEXT_COLUMNS = 4
 
@@ -43,11 +46,26 @@ class LayerStats:
     packed_bytes: int = 0
 
 
-def measure(name: str, array: NDArray[Any], *, pruned: int | None = None, pattern: str = "") -> LayerStats:
-    """Returns the statistics of a tensor; all its zeros count as pruned if it is not said how many are."""
-    # Halves are counted faster as integers, less the bit of the sign.
-    halves = array.dtype.isnative and array.dtype.name in ("float16", "bfloat16")
-    nonzero = int(np.count_nonzero(array.view(np.uint16) << 1 if halves else array))
+def measure(
+    name: str,
+    array: NDArray[Any],
+    *,
+    pruned: int | None = None,
+    nonzero: int | None = None,
+    pattern: str = "",
+) -> LayerStats:
+    """Returns the statistics of a tensor.
+
+    Args:
+        name: The tensor's name.
+        array: The tensor; read only if `nonzero` is not given.
+        pruned: How many weights were pruned; all zeros if left out.
+        nonzero: How many weights are not zero, where that is known.
+        pattern: What stood or fell together.
+    """
+    if nonzero is None:
+        counts = _core.count_nonzero if is_weight_dtype(array.dtype) else np.count_nonzero
+        nonzero = int(counts(array))
     if pruned is None:
         pruned = array.size - nonzero
     dense = array.size * array.itemsize

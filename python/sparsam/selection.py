@@ -8,7 +8,7 @@ index is kept, and over several tensors the earlier tensor.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -16,11 +16,13 @@ from numpy.typing import ArrayLike, NDArray
 
 from sparsam import _core
 from sparsam._checks import check_sparsity, expected
+from sparsam._floats import standard_floats
 from sparsam._orientation import as_stored, mask_as_stored, outputs_first
 from sparsam.config import Scope, Scorer
 from sparsam.masks import Mask, _check_apart, _check_overlap
 from sparsam.patterns import NM, Block, Pattern, Slices, Unstructured
 from sparsam.scores import traits
+from sparsam.tiles import matrix_shape, tile_sizes, tiling_of
 
 DTYPES = ("float16", "bfloat16", "float32", "float64")
 
@@ -41,6 +43,7 @@ class Threshold(NamedTuple):
     equal: int
 
 
+@standard_floats
 def threshold(arrays: ArrayLike | Sequence[ArrayLike], sparsity: float) -> Threshold:
     """The exact k-th smallest magnitude over one array or a list of arrays, k = round(sparsity * n).
 
@@ -146,7 +149,29 @@ def select_many(
     Raises:
         ValueError: as `select`, with the tensor's name.
         TypeError: as `select`, with the tensor's name.
+        KeyboardInterrupt: the user stopped the call. An output is then as it was, or pruned as a whole.
     """
+    return select_into(scores, sparsity, pattern, scope=scope, norm=norm, out=out).masks
+
+
+class Pruned(NamedTuple):
+    """Masks, and of each tensor that was written how many weights are not zero."""
+
+    masks: dict[str, Mask]
+    nonzero: dict[str, int]
+
+
+@standard_floats
+def select_into(
+    scores: Mapping[str, ArrayLike],
+    sparsity: float,
+    pattern: Pattern,
+    *,
+    scope: Scope,
+    norm: int,
+    out: Mapping[str, NDArray[Any]] | None,
+) -> Pruned:
+    """`select_many`, and what it counted in `out`."""
     if norm not in (1, 2):
         msg = f"norm={norm!r}: expected 1 (sum of magnitudes) or 2 (sum of squares)"
         raise ValueError(msg)
@@ -180,10 +205,9 @@ def select_many(
             f"pattern={pattern!r}: expected Unstructured(), NM(n, m), Block(rows, cols) or Slices(axis, size)"
         )
         raise TypeError(msg)
-    if out is not None:
-        for name, mask in masks.items():
-            mask.apply(arrays[name], out=out[name])
-    return masks
+    if out is None:
+        return Pruned(masks, {})
+    return Pruned(masks, {name: mask.write(arrays[name], out[name]) for name, mask in masks.items()})
 
 
 def _rank(sparsity: float, n: int) -> int:
@@ -196,8 +220,19 @@ def _threshold(pool: list[NDArray[Any]], k: int, names: Sequence[str] | None) ->
         return Threshold(0.0, 0, 0, 0)
     value, below, equal = _core.threshold(pool, k)
     if math.isnan(value):
-        _refuse_nan(pool, names)
+        raise _vanished(pool, names)
     return Threshold(value, k, below, equal)
+
+
+def _vanished(pool: Sequence[NDArray[Any]], names: Sequence[str] | None) -> ValueError:
+    """Raises the error that says where a NaN is; returns another where the kernel saw one that is gone."""
+    _refuse_nan(pool, names)
+    what = "the arrays" if names is None else f"tensors {', '.join(map(repr, names[:3]))}"
+    msg = (
+        f"{what}: expected weights that stay as they are during the call; got a NaN that has been "
+        "overwritten since; stop the thread that writes to them, or pass copies"
+    )
+    return ValueError(msg)
 
 
 def _refuse_nan(pool: Sequence[NDArray[Any]], names: Sequence[str] | None, *, by: str = "") -> None:
@@ -279,53 +314,48 @@ def _check_out(name: str, array: NDArray[Any], out: object) -> None:
 
 def _select_entries(
     scores: Mapping[str, NDArray[Any]], sparsity: float, out: Mapping[str, NDArray[Any]] | None
-) -> dict[str, Mask]:
+) -> Pruned:
     names, pool = list(scores), list(scores.values())
-    t = _threshold(pool, _rank(sparsity, sum(a.size for a in pool)), names)
-    if t.k == 0:
-        if out is not None:
-            for name, array in scores.items():
-                _copy(array, out[name])
-        return {name: Mask.ones(array.shape) for name, array in scores.items()}
+    total = sum(a.size for a in pool)
+    t = _threshold(pool, _rank(sparsity, total), names)
+    if t.k == 0 and out is None:
+        return Pruned({name: Mask.ones(array.shape) for name, array in scores.items()}, {})
+    # Never negative, even if another thread has changed what was counted.
+    ties = min(max(t.below + t.equal - t.k, 0), t.equal) if t.k else total
     outs = [] if out is None else [out[name] for name in names]
-    words = _core.mark(pool, t.value, t.equal - (t.k - t.below), outs)
-    return {name: Mask(w, scores[name].shape) for name, w in zip(names, words, strict=True)}
+    return _pruned(scores, *_core.threshold_mask(pool, t.value, ties, outs))
 
 
 def _select_each(
     scores: Mapping[str, NDArray[Any]], sparsity: float, out: Mapping[str, NDArray[Any]] | None
-) -> dict[str, Mask]:
-    """`_select_entries` of each array by itself."""
-    masks: dict[str, Mask] = {}
-    for name, array in scores.items():
-        masks |= _select_entries({name: array}, sparsity, None if out is None else {name: out[name]})
-    return masks
+) -> Pruned:
+    """`_select_entries` of each array by itself, in one call of the kernels."""
+    names, pool = list(scores), list(scores.values())
+    outs = [] if out is None else [out[name] for name in names]
+    found = _core.threshold_masks(pool, [_rank(sparsity, array.size) for array in pool], outs)
+    if found is None:
+        raise _vanished(pool, names)
+    return _pruned(scores, *found)
 
 
-def _copy(array: NDArray[Any], out: NDArray[Any]) -> None:
-    if out is not array:
-        out[...] = array
-
-
-def _matrix(shape: tuple[int, ...]) -> tuple[int, int]:
-    """A tensor as its matrix (out, everything else); a vector is one row."""
-    if len(shape) < 2:
-        return 1, math.prod(shape)
-    return shape[0], math.prod(shape[1:])
+def _pruned(
+    arrays: Mapping[str, NDArray[Any]], words: list[NDArray[np.uint64]], nonzero: list[int]
+) -> Pruned:
+    masks = {name: Mask(w, array.shape) for (name, array), w in zip(arrays.items(), words, strict=True)}
+    return Pruned(masks, dict(zip(arrays, nonzero, strict=True)))
 
 
 def _select_rows(name: str, array: NDArray[Any], sparsity: float) -> Mask:
-    rows, columns = _matrix(array.shape)
+    rows, columns = matrix_shape(array.shape)
     if rows == 1:
-        return _select_entries({name: array}, sparsity, None)[name]
+        return _select_entries({name: array}, sparsity, None).masks[name]
     k = _rank(sparsity, columns)
     if k == 0 or rows == 0:
         _refuse_nan([array], [name])
         return Mask.ones(array.shape)
-    words = _core.keep_of_row(array, columns, k)
+    words = _core.row_topk_mask(array, columns, k)
     if words is None:
-        _refuse_nan([array], [name])
-    assert words is not None
+        raise _vanished([array], [name])
     return Mask(words, array.shape)
 
 
@@ -341,7 +371,7 @@ def _select_nm(name: str, array: NDArray[Any], sparsity: float, pattern: NM) -> 
         )
         raise ValueError(msg)
     channels = pattern.axis == "channels" and array.ndim > 2
-    columns = array.shape[1] if channels else _matrix(array.shape)[1]
+    columns = array.shape[1] if channels else matrix_shape(array.shape)[1]
     if columns % pattern.m:
         what = "input channels" if channels else "weights in a row"
         msg = (
@@ -350,37 +380,20 @@ def _select_nm(name: str, array: NDArray[Any], sparsity: float, pattern: NM) -> 
         )
         raise ValueError(msg)
     viewed = np.moveaxis(array, 1, -1) if channels else array
-    words = _core.keep_of_group(viewed, pattern.n, pattern.m)
+    words = _core.nm_mask(viewed, pattern.n, pattern.m)
     if words is None:
-        _refuse_nan([array], [name])
-    assert words is not None
+        raise _vanished([array], [name])
     mask = Mask(words, viewed.shape)
     return Mask.from_array(np.moveaxis(mask.to_array(), -1, 1)) if channels else mask
-
-
-def _tiling(name: str, shape: tuple[int, ...], pattern: Block | Slices) -> tuple[int, int, int, int]:
-    """Rows, columns of a matrix of the tensor, and of the tile that a group is."""
-    if isinstance(pattern, Block):
-        rows, cols = _matrix(shape)
-        return rows, cols, min(pattern.rows, max(rows, 1)), min(pattern.cols, max(cols, 1))
-    if not -len(shape) <= pattern.axis < len(shape):
-        msg = f"tensor {name!r} has shape {shape}: {pattern!r} needs an axis that it has"
-        raise ValueError(msg)
-    axis = pattern.axis % len(shape)
-    if shape[axis] % pattern.size:
-        msg = f"tensor {name!r} has shape {shape}: {pattern!r} needs an axis of a multiple of {pattern.size}"
-        raise ValueError(msg)
-    outer, inner = math.prod(shape[:axis]), math.prod(shape[axis + 1 :])
-    cols = shape[axis] * inner
-    return outer, cols, max(outer, 1), max(min(pattern.size * inner, cols), 1)
 
 
 def _select_tiles(
     scores: Mapping[str, NDArray[Any]], sparsity: float, pattern: Block | Slices, norm: int
 ) -> dict[str, Mask]:
     groups = _select_groups(scores, sparsity, pattern, norm)
+    tilings = {name: tiling_of(name, array.shape, pattern) for name, array in scores.items()}
     return {
-        name: Mask(_core.expand_tiles(groups[name]._words, *_tiling(name, array.shape, pattern)), array.shape)
+        name: Mask(_core.expand_tiles(groups[name]._words, *tilings[name]), array.shape)
         for name, array in scores.items()
     }
 
@@ -390,35 +403,12 @@ def _select_groups(
 ) -> dict[str, Mask]:
     """Masks over the groups of each tensor; several tensors share one threshold."""
     if isinstance(pattern, Unstructured):
-        return _select_entries(scores, sparsity, None)
-    tilings = {name: _tiling(name, array.shape, pattern) for name, array in scores.items()}
+        return _select_entries(scores, sparsity, None).masks
+    tilings = {name: tiling_of(name, array.shape, pattern) for name, array in scores.items()}
     sums = {name: _core.tile_scores(array, *tilings[name], norm) for name, array in scores.items()}
     if any(np.isnan(s).any() for s in sums.values()):
-        _refuse_nan(list(scores.values()), list(scores))
+        raise _vanished(list(scores.values()), list(scores))
     if len(sums) > 1:
         for name in sums:
-            sums[name] /= _tile_sizes(*tilings[name])
-    return _select_entries(sums, sparsity, None)
-
-
-def count_groups(name: str, shape: tuple[int, ...], pattern: Unstructured | Block | Slices) -> int:
-    """Returns how many groups a tensor has; ValueError for a shape that the pattern does not divide."""
-    if isinstance(pattern, Unstructured):
-        return math.prod(shape)
-    rows, cols, tile_rows, tile_cols = _tiling(name, shape, pattern)
-    return math.ceil(rows / tile_rows) * math.ceil(cols / tile_cols)
-
-
-def count_pruned(name: str, mask: Mask, pattern: Unstructured | Block | Slices) -> int:
-    """Returns how many groups of a tensor a mask prunes."""
-    if isinstance(pattern, Unstructured):
-        return mask.size - mask.count
-    kept = mask.to_array().astype(np.float32)
-    return int((_core.tile_scores(kept, *_tiling(name, mask.shape, pattern), 1) == 0).sum())
-
-
-def _tile_sizes(rows: int, cols: int, tile_rows: int, tile_cols: int) -> NDArray[np.float64]:
-    def edges(length: int, tile: int) -> Iterable[int]:
-        return (min(tile, length - start) for start in range(0, length, tile))
-
-    return np.outer(list(edges(rows, tile_rows)), list(edges(cols, tile_cols))).astype(np.float64)
+            sums[name] /= tile_sizes(*tilings[name])
+    return _select_entries(sums, sparsity, None).masks

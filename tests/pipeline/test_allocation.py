@@ -15,8 +15,8 @@ from sparsam.allocation import ERK, OWL, Explicit, Global, Uniform, allocate, bl
 from sparsam.config import ALLOCATIONS, AllocationLike, AllocationName
 from sparsam.patterns import Pattern
 from sparsam.scores import LAMP, Magnitude, Random, Wanda
-from sparsam.selection import count_pruned
 from sparsam.statistics import InputStatistics
+from sparsam.tiles import count_pruned
 
 Arrays = dict[str, NDArray[Any]]
 

@@ -322,9 +322,9 @@ def test_errors_say_what_to_do() -> None:
         ValueError, match=r"tensor 'fc': pattern 2:4: expected a multiple of 4 .*; got 6 in shape \(4, 6\)"
     ):
         select_many({"fc": x}, 0.5, NM(2, 4))
-    with pytest.raises(ValueError, match=r"tensor 'fc' has shape \(4, 6\).*multiple of 4"):
+    with pytest.raises(ValueError, match=r"tensor 'fc': expected an axis of a multiple of 4"):
         select_many({"fc": x}, 0.5, Slices(1, 4))
-    with pytest.raises(ValueError, match="needs an axis that it has"):
+    with pytest.raises(ValueError, match=r"expected an axis for .*take one it has"):
         select(x, 0.5, Slices(2))
     with pytest.raises(ValueError, match=r"keeps 2 of every 4, so expected 0\.5"):
         select(np.ones((4, 8), np.float32), 0.7, NM(2, 4))

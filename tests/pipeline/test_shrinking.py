@@ -327,9 +327,9 @@ def test_slices_that_are_gone_in_one_member_only() -> None:
             {},
             Tied({"fc1.bias": Slices(1)}),
             ValueError,
-            r"tensor 'fc1.bias' has shape \(16,\): .* an axis that it",
+            r"tensor 'fc1.bias': expected an axis for .* shape \(16,\)",
         ),
-        ({}, Tied({"fc1.bias": Slices(0, 3)}), ValueError, "'fc1.bias' .* needs an axis of a multiple of 3"),
+        ({}, Tied({"fc1.bias": Slices(0, 3)}), ValueError, "'fc1.bias': expected an axis of a multiple of 3"),
         (
             {},
             Tied({"fc1.weight": Slices(0), "fc2.weight": Slices(0)}),

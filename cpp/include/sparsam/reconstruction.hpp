@@ -20,13 +20,13 @@ struct Sweep {
   const T* u;
   std::size_t rows, stride;
 
-  void carry(std::size_t first, std::size_t cols) const { run(first, cols, 0, 0, true); }
+  void propagate_errors(std::size_t first, std::size_t cols) const { run(first, cols, 0, 0, true); }
   void sweep(std::size_t first, std::size_t cols, std::size_t n, std::size_t m) const {
     run(first, cols, n, m, false);
   }
 
  private:
-  void run(std::size_t first, std::size_t cols, std::size_t n, std::size_t m, bool carry) const;
+  void run(std::size_t first, std::size_t cols, std::size_t n, std::size_t m, bool propagate) const;
 };
 
 // For every row r in `order`, once each: x with H_SS x = b_S, where S are the columns with keep[r] set and b

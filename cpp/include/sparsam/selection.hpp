@@ -1,5 +1,7 @@
-// Exact selection by magnitude over one array or many.
+// Exact selection by magnitude over one array or many. Another thread that writes to an array meanwhile makes
+// the answer meaningless, and nothing worse.
 #pragma once
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <vector>
@@ -12,6 +14,11 @@ struct Threshold {
   double value;       // the k-th smallest magnitude; NaN where a NaN was seen
   std::size_t below;  // how many are smaller
   std::size_t equal;  // how many are equal
+
+  // How many of the equal ones are kept so that k are pruned.
+  std::size_t ties_kept(std::size_t k) const {
+    return k <= below ? equal : below + equal - std::min(k, below + equal);
+  }
 };
 
 // The k-th smallest magnitude over all arrays, 1 <= k <= total size. Reads the data once as a rule, and
@@ -20,25 +27,34 @@ struct Threshold {
 Threshold threshold(const std::vector<View>& arrays, std::size_t k);
 
 // Keep bits of each array (ceil(size / 64) words) and, unless outs is empty, the arrays with pruned elements
-// as +0. Pruned are the magnitudes below t.value and, of those equal to it, all but the first `ties_kept` in
+// as +0. Pruned are the magnitudes below `value` and, of those equal to it, all but the first `ties_kept` in
 // the order of the arrays and their C order. outs[i] has the type and shape of arrays[i] and may be the same
-// memory.
-void mark(const std::vector<View>& arrays, double value, std::size_t ties_kept,
-          const std::vector<std::uint64_t*>& words, const std::vector<View>& outs);
+// memory. nonzero[i]: how many elements of arrays[i] are kept and not zero.
+void threshold_mask(const std::vector<View>& arrays, double value, std::size_t ties_kept,
+                    const std::vector<std::uint64_t*>& words, const std::vector<View>& outs,
+                    std::size_t* nonzero);
+
+// The same for each array by itself, with the threshold that prunes counts[i] of its elements: many small
+// arrays in one call. Returns false where a NaN was seen. An array of outs is written as a whole or not at
+// all.
+bool threshold_masks(const std::vector<View>& arrays, const std::vector<std::size_t>& counts,
+                     const std::vector<std::uint64_t*>& words, const std::vector<View>& outs,
+                     std::size_t* nonzero);
 
 // Keeps the `keep` largest of every m consecutive elements in C order (m divides the size, m <= 256), ties to
 // the lower index. Returns false where a NaN was seen; words are then meaningless.
-bool keep_of_group(const View& array, std::size_t keep, std::size_t m, std::uint64_t* words);
+bool nm_mask(const View& array, std::size_t keep, std::size_t m, std::uint64_t* words);
 
-// Of every row of `cols` consecutive elements in C order (cols divides the size) all but the k smallest
-// magnitudes are kept, 1 <= k <= cols, ties to the lower index. Returns false where a NaN was seen; words are
-// then meaningless.
-bool keep_of_row(const View& array, std::size_t cols, std::size_t k, std::uint64_t* words);
+// Of every row of `cols` consecutive elements in C order (cols divides the size) all but the `pruned`
+// smallest magnitudes are kept, 1 <= pruned <= cols, ties to the lower index. Returns false where a NaN was
+// seen; words are then meaningless.
+bool row_topk_mask(const View& array, std::size_t cols, std::size_t pruned, std::uint64_t* words);
 
 struct Position {
   std::size_t array, index;
   bool found;
 };
 Position find_nan(const std::vector<View>& arrays);  // the first one
+std::size_t count_nonzero(const View& array);
 
 }  // namespace sparsam

@@ -2,7 +2,7 @@
 #pragma once
 #include <cstddef>
 #include <string>
-#include <utility>
+#include <type_traits>
 
 namespace sparsam {
 
@@ -23,19 +23,36 @@ bool adopt_runtime(const std::string& library);
 // answer: another thread may change the setting in between.
 std::size_t worker_count(std::size_t tasks, bool parallel);
 
+// Whether a call may end before all of its tasks are done because the user asked for that: not where it
+// writes what must not be left half done.
+enum class Interrupts { allowed, held };
+
+bool is_main_thread();  // the process's first, or the one that forked it
+
+// What asks whether the user wants to stop, by throwing; null for nothing. The thread that makes a call asks
+// between two of its tasks, 20 times a second at most.
+void set_interrupt_check(void (*check)());
+
 // Calls body(context, worker, task) once for each task in [0, tasks), worker < workers. Tasks are claimed in
-// increasing order, so a task may wait for results of the tasks before it. `body` must not throw.
-void run_tasks(std::size_t tasks, std::size_t workers, void (*body)(void*, std::size_t, std::size_t),
-               void* context);
+// increasing order, so a task may wait for results of the tasks before it: each that was claimed is begun.
+// All workers compute in the caller's floating-point mode. The first exception of a body or of the interrupt
+// check keeps further tasks from being claimed, and is thrown here once all workers have stopped.
+void run_tasks(std::size_t tasks, std::size_t workers, Interrupts interrupts,
+               void (*body)(void*, std::size_t, std::size_t), void* context);
 
 template <class Body>
-void for_each_task(std::size_t tasks, std::size_t workers, Body&& body) {
+void for_each_task(std::size_t tasks, std::size_t workers, Interrupts interrupts, Body&& body) {
   run_tasks(
-      tasks, workers,
+      tasks, workers, interrupts,
       [](void* context, std::size_t worker, std::size_t task) {
         (*static_cast<std::remove_reference_t<Body>*>(context))(worker, task);
       },
       &body);
+}
+
+template <class Body>
+void for_each_task(std::size_t tasks, std::size_t workers, Body&& body) {
+  for_each_task(tasks, workers, Interrupts::allowed, body);
 }
 
 }  // namespace sparsam

@@ -227,7 +227,7 @@ def find_ticket(
         shares = [k / n if n else 0.0 for k, (_, n) in zip(pruned, pools, strict=True)]
         steps = [replace(pool, sparsity=share) for share, (pool, _) in zip(shares, pools, strict=True)]
         outs = {name: array.copy() for name, array in weights.items()}
-        masks = prune_pools(weights, steps, method, outs, previous=masks)
+        masks = prune_pools(weights, steps, method, outs, previous=masks).masks
         weights, score = trained("ticket", start, masks, seeds[0])
         history.append(TicketRound(round_, sparsity_of(masks), score))
 

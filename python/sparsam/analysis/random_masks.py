@@ -15,7 +15,7 @@ from sparsam._pools import Pool
 from sparsam.coupling import _pruned, _tied_rival
 from sparsam.masks import Mask
 from sparsam.patterns import NM, Pattern, Tied, Unstructured
-from sparsam.selection import _tiling
+from sparsam.tiles import tiling_of
 
 _Arrays = Mapping[str, NDArray[Any]]
 
@@ -61,10 +61,10 @@ def draw_masks(
 
 
 def _drawn(name: str, mask: Mask, pattern: Pattern, seed: int) -> Mask:
-    (rows, cols), (tall, wide), _ = _tiles(name, mask.shape, pattern)
-    keep = mask.to_array().reshape(rows, cols)[::tall, ::wide]
+    (rows, cols), (tile_rows, tile_cols), _ = _tiles(name, mask.shape, pattern)
+    keep = mask.to_array().reshape(rows, cols)[::tile_rows, ::tile_cols]
     order = generator("mask", name, seed).permutation(keep.ravel())
-    return _expanded(order.reshape(keep.shape), (rows, cols, tall, wide), mask.shape)
+    return _expanded(order.reshape(keep.shape), (rows, cols, tile_rows, tile_cols), mask.shape)
 
 
 def _drawn_tie(tie: Tied, arrays: _Arrays, masks: Mapping[str, Mask], seed: int) -> dict[str, Mask]:
@@ -73,16 +73,16 @@ def _drawn_tie(tie: Tied, arrays: _Arrays, masks: Mapping[str, Mask], seed: int)
         return {name: masks[name] for name in tie.members}
     keep = generator("tie", " ".join(tie.members), seed).permutation(~_pruned(rival, masks))
     drawn = {}
-    for name, (rows, cols, tall, wide) in rival.tilings.items():
-        grid = keep.reshape(math.ceil(rows / tall), math.ceil(cols / wide))
-        drawn[name] = _expanded(grid, (rows, cols, tall, wide), arrays[name].shape)
+    for name, (rows, cols, tile_rows, tile_cols) in rival.tilings.items():
+        grid = keep.reshape(math.ceil(rows / tile_rows), math.ceil(cols / tile_cols))
+        drawn[name] = _expanded(grid, (rows, cols, tile_rows, tile_cols), arrays[name].shape)
     return drawn
 
 
 def _expanded(groups: NDArray[np.bool_], tiling: tuple[int, int, int, int], shape: tuple[int, ...]) -> Mask:
     """One bit for each group, as one for each weight."""
-    rows, cols, tall, wide = tiling
-    whole = groups.repeat(tall, axis=0).repeat(wide, axis=1)[:rows, :cols]
+    rows, cols, tile_rows, tile_cols = tiling
+    whole = groups.repeat(tile_rows, axis=0).repeat(tile_cols, axis=1)[:rows, :cols]
     return Mask.from_array(whole.reshape(shape))
 
 
@@ -93,5 +93,5 @@ def _tiles(
     if isinstance(pattern, (NM, Unstructured)):
         size = math.prod(shape)
         return (1, size), (1, 1), (1, size)
-    rows, cols, tall, wide = _tiling(name, shape, pattern)
-    return (rows, cols), (tall, wide), (math.ceil(rows / tall), math.ceil(cols / wide))
+    rows, cols, tile_rows, tile_cols = tiling_of(name, shape, pattern)
+    return (rows, cols), (tile_rows, tile_cols), (math.ceil(rows / tile_rows), math.ceil(cols / tile_cols))

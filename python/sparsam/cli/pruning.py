@@ -70,9 +70,7 @@ def prune(
     override: Overrides = None,
     transposed: Annotated[
         list[str] | None,
-        typer.Option(
-            metavar="PAT", help="PAT matches tensors stored as (in, out); repeatable."
-        ),
+        typer.Option(metavar="PAT", help="PAT matches tensors stored as (in, out); repeatable."),
     ] = None,
     force: Force = False,
     as_json: Json = False,

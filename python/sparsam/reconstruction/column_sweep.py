@@ -26,7 +26,7 @@ from sparsam.reconstruction.layer_problem import (
 )
 from sparsam.selection import select
 
-_MOST = 256  # columns of a block that the kernel takes
+_MAX_BLOCK_COLUMNS = 256  # columns of a block that the kernel takes
 _TRIANGLE = 64  # below this size a triangle is inverted as any matrix
 
 
@@ -93,8 +93,8 @@ def obs(
     layer = to_layer(array, h, name, np.float64 if array.dtype == np.float64 else np.float32)
     inputs = layer.matrix.shape[1]
     middle = None if bias is None else to_mean(h, mean, inputs, name)
-    if positive("block", block) > _MOST:
-        raise ValueError(expected("block", block, f"1 to {_MOST} columns"))
+    if positive("block", block) > _MAX_BLOCK_COLUMNS:
+        raise ValueError(expected("block", block, f"1 to {_MAX_BLOCK_COLUMNS} columns"))
     choice = _choose_from(layer, sparsity, pattern, mask, scope)
     upper, used = _inverse_factor(layer, to_damping(damping))
     matrix = _sweep(layer, upper.astype(layer.matrix.dtype), choice, block)
@@ -179,7 +179,7 @@ def _sweep(layer: Layer, upper: NDArray[Any], choice: _Choice, block: int) -> ND
     with np.errstate(over="ignore", invalid="ignore"):
         for start in range(0, columns, step) if rows else ():
             stop = min(start + step, columns)
-            _core.carry(w, upper, choice.keep, errors, start, stop - start)
+            _core.propagate_errors(w, upper, choice.keep, errors, start, stop - start)
             if choice.pruned is not None:
                 _choose_block(layer, upper.diagonal(), choice, start, stop)
             _core.sweep(w, upper, choice.keep, errors, start, stop - start, n, m)
@@ -204,7 +204,7 @@ def _choose_block(layer: Layer, diagonal: NDArray[Any], choice: _Choice, start: 
     if not np.isfinite(scores).all():
         layer.finish(scores)
     if choice.by_row:
-        words = _core.keep_of_group(scores, scores.shape[1] - count, scores.shape[1])
+        words = _core.nm_mask(scores, scores.shape[1] - count, scores.shape[1])
         assert words is not None
         kept = Mask(words, scores.shape)
     else:

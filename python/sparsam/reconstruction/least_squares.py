@@ -122,7 +122,7 @@ def solve(
     idle = np.ones(len(keep), np.bool_)
     idle[order] = False
     changes[idle] = 0
-    _core.solve_on_support(gram, keep, changes, order, starts, bound)
+    _core.masked_least_squares(gram, keep, changes, order, starts, bound)
     kept += changes
     return kept
 

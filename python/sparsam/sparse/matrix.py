@@ -354,11 +354,11 @@ def recognise(packed: Packed) -> NM | Block | Unstructured:
     if nnz in {0, rows * cols}:
         return Unstructured()
     bits = packed.bits()
-    if tall := packed.blocked:
-        lines = bits[::tall]
+    if height := packed.blocked:
+        lines = bits[::height]
         while len(lines) % 2 == 0 and np.array_equal(lines[::2], lines[1::2]):
-            tall, lines = 2 * tall, lines[::2]
-        return Block(tall, 1)
+            height, lines = 2 * height, lines[::2]
+        return Block(height, 1)
     keep = np.unpackbits(bits, axis=1, count=cols, bitorder="little")
     for size in _GROUPS:
         if cols % size == 0:

@@ -288,7 +288,7 @@ class IterativePruner:
         arrays = {name: array.copy() for name, array in weights.items()}
         pools = make_pools(arrays, step, min_rank=min_rank, previous=progress.masks)
         method = scores.resolve(self.config.method)
-        return arrays, prune_pools(arrays, pools, method, arrays, previous=progress.masks)
+        return arrays, prune_pools(arrays, pools, method, arrays, previous=progress.masks).masks
 
 
 def _alone_eval(eval_fn: Callable[[Any], float]) -> Callable[[Arrays], float]:

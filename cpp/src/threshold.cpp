@@ -1,0 +1,45 @@
+// Thresholds: of a pool of arrays, or of each array by itself.
+#include <limits>
+
+#include "order_statistic.hpp"
+#include "sparsam/selection.hpp"
+
+namespace sparsam {
+namespace {
+
+// The type in which keys of all arrays can be compared: their own, or the wider one where they differ.
+DType common_dtype(const std::vector<View>& arrays) {
+  DType common = arrays.front().dtype();
+  for (const View& v : arrays) {
+    if (v.dtype() == common) continue;
+    common = item_size(v.dtype()) == 8 || item_size(common) == 8 ? DType::f64 : DType::f32;
+  }
+  return common;
+}
+
+}  // namespace
+
+Threshold threshold(const std::vector<View>& arrays, std::size_t k) {
+  const DType common = common_dtype(arrays);
+  std::size_t bytes = 0;
+  for (const View& v : arrays) bytes += v.size() * item_size(v.dtype());
+  const std::size_t scratch =
+      std::max(kScratchFloor, static_cast<std::size_t>(kScratchShare * static_cast<double>(bytes)));
+  return with_bits(item_size(common), [&](auto width) -> Threshold {
+    using Bits = decltype(width);
+    const std::size_t budget = scratch / sizeof(Bits);
+    const auto infinity = static_cast<Bits>(infinity_key(common));
+    std::vector<View> by_memory;
+    for (const View& v : arrays) by_memory.push_back(v.in_memory_order());
+    const View& only = by_memory.front();
+    const Ranked<Bits> r =
+        by_memory.size() == 1 && only.contiguous()
+            ? select(ContiguousSource<Bits>{only.direct<Bits>(0), only.size()}, k, Bits{0}, infinity,
+                     infinity, budget)
+            : select(PooledSource<Bits>(by_memory), k, Bits{0}, infinity, infinity, budget);
+    if (r.nan) return {std::numeric_limits<double>::quiet_NaN(), 0, 0};
+    return {key_to_double(r.key, common), r.below, r.equal};
+  });
+}
+
+}  // namespace sparsam

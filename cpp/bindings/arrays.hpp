@@ -28,7 +28,7 @@ inline DType dtype_of(const py::array& a) {
       return DType::bf16;  // ml_dtypes registers it as a type of its own
     }
   }
-  throw py::type_error("dtype " + py::str(t).cast<std::string>() +
+  throw py::type_error("dtype " + py::str(py::handle(t)).cast<std::string>() +
                        ": expected float16, bfloat16, float32 or float64 in native byte order");
 }
 

@@ -1,6 +1,6 @@
 """Mutates saved matrices and loads them: each must be refused with a ValueError, or multiply.
 
-    python tests/fuzz_matrix.py --n 100000
+    python tests/sparse/fuzz_matrix.py --n 100000
 
 Not collected by pytest. Meant to run again, and with a core built with -DSPARSAM_SANITIZE=ON, where a file
 that gets as far as a kernel and makes it read out of bounds is found out. Prints what it did; any other

@@ -167,7 +167,7 @@ def test_a_foreign_state_is_refused(tmp_path: Path, text: str) -> None:
 )
 def test_a_kill_loses_at_most_the_current_iteration(tmp_path: Path, moment: str, first: int) -> None:
     command = [sys.executable, __file__, str(tmp_path), moment]
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1] / "support")}
     assert subprocess.run(command, check=False, env=environment).returncode == -signal.SIGKILL
 
     iterations: list[int] = []

@@ -36,8 +36,16 @@ inline Floats::Reg sigmoid(Floats::Reg x) {
   return Floats::div(one, Floats::add(one, exponential(Floats::sub(Floats::zero(), x))));
 }
 
-// NaN stays NaN: every branch multiplies by x or passes it through max as the second operand. Below -88 a
-// sigmoid is as good as 0 but does not shrink further, so what it is multiplied with must not grow.
+// x sigmoid(u), with u growing as x does. Below -88 a sigmoid is as good as 0 but does not shrink further, so
+// what it is multiplied with must not grow. At -infinity it is 0, and the product not a number: 0 * x says
+// so.
+inline Floats::Reg gated(Floats::Reg x, Floats::Reg u) {
+  const Floats::Reg product = Floats::mul(Floats::max(Floats::set1(-88.0f), x), sigmoid(u));
+  return Floats::fma(Floats::zero(), Floats::min(Floats::zero(), x), product);
+}
+
+// As torch has it for infinities and NaN. NaN stays NaN: every branch multiplies by x or passes it through
+// max or min as the second operand.
 inline Floats::Reg activate(Floats::Reg x, Activation activation) {
   switch (activation) {
     case Activation::relu:
@@ -50,10 +58,10 @@ inline Floats::Reg activate(Floats::Reg x, Activation activation) {
       // 0.5 x (1 + tanh u) = x sigmoid(2 u), u = sqrt(2 / pi) (x + 0.044715 x^3)
       const Floats::Reg cubic = Floats::mul(Floats::mul(Floats::set1(0.044715f), x), x);
       const Floats::Reg u = Floats::mul(Floats::set1(1.5957691216f), Floats::fma(cubic, x, x));
-      return Floats::mul(Floats::max(Floats::set1(-88.0f), x), sigmoid(u));
+      return gated(x, u);
     }
     case Activation::silu:
-      return Floats::mul(Floats::max(Floats::set1(-88.0f), x), sigmoid(x));
+      return gated(x, x);
     default:
       return x;
   }

@@ -10,6 +10,50 @@ namespace sparsam::SPARSAM_TARGET {
 namespace {
 
 constexpr std::size_t kLanes = Floats::kLanes;
+static_assert(kLanes <= kMaxLanes && 64 % kLanes == 0);
+
+// The first n (at most a vector) elements at p as floats, 0 in the other lanes; x is float32 or bfloat16.
+SPARSAM_INLINE Floats::Reg load_x(const float* p) { return Floats::load(p); }
+SPARSAM_INLINE Floats::Reg load_x(const Bfloat* p) { return Floats::load_values(p); }
+SPARSAM_INLINE Floats::Reg load_x(const float* p, std::size_t n) { return Floats::load_partial(p, n); }
+SPARSAM_INLINE Floats::Reg load_x(const Bfloat* p, std::size_t n) {
+  Bfloat first[kLanes] = {};
+  __builtin_memcpy(first, p, n * sizeof(Bfloat));
+  return Floats::load_values(first);
+}
+
+void widen(const std::uint16_t* bfloats, std::size_t n, float* to) {
+  for (std::size_t i = 0; i < n; ++i) to[i] = to_float(Bfloat{bfloats[i]});
+}
+
+// To the nearest bfloat16, ties to even; a NaN stays one.
+SPARSAM_INLINE void narrow(const float* from, std::size_t n, Bfloat* to) {
+  for (std::size_t i = 0; i < n; ++i) {
+    std::uint32_t bits;
+    __builtin_memcpy(&bits, from + i, sizeof bits);
+    const std::uint32_t rounded = bits + 0x7fff + (bits >> 16 & 1);
+    const std::uint32_t quiet = bits | 0x400000;
+    to[i].bits = static_cast<std::uint16_t>(((bits & 0x7fffffff) > 0x7f800000 ? quiet : rounded) >> 16);
+  }
+}
+
+// The first n lanes to y.
+SPARSAM_INLINE void store_y(float* to, Floats::Reg r, std::size_t n) {
+  if (n == kLanes)
+    Floats::store(to, r);
+  else
+    Floats::store_partial(to, r, n);
+}
+SPARSAM_INLINE void store_y(Bfloat* to, Floats::Reg r, std::size_t n) {
+  float lanes[kLanes];
+  Bfloat narrowed[kLanes];
+  Floats::store(lanes, r);
+  narrow(lanes, kLanes, narrowed);
+  if (n == kLanes)
+    __builtin_memcpy(to, narrowed, sizeof narrowed);
+  else
+    __builtin_memcpy(to, narrowed, n * sizeof(Bfloat));
+}
 
 // Adds the bias of rows [row, row + count) and applies the activation to sums that lie row by row in lanes.
 SPARSAM_INLINE Floats::Reg finish_rows(Floats::Reg sums, Epilogue epilogue, std::size_t row,
@@ -18,18 +62,18 @@ SPARSAM_INLINE Floats::Reg finish_rows(Floats::Reg sums, Epilogue epilogue, std:
   return activate(sums, epilogue.activation);
 }
 
-// One row, kTokens tokens: 64 columns a step, four independent chains per token so that the latency of the
+// One row of W, kBatch rows of x: 64 columns a step, independent chains for each so that the latency of the
 // sums is hidden. `lines` cache lines of values are fetched ahead per step: a core alone does not keep enough
 // reads in flight.
-template <class Value, std::size_t kTokens, std::size_t kLines>
+template <class Value, std::size_t kBatch, std::size_t kLines>
 SPARSAM_INLINE void bitmask_row(const BitmaskView& w, std::size_t row, const float* x, std::size_t x_stride,
                                 float* sums) {
-  constexpr std::size_t kSteps = 64 / kLanes, kChains = kTokens == 1 ? 4 : 2, kAhead = 2048;
+  constexpr std::size_t kSteps = 64 / kLanes, kChains = kBatch == 1 ? 4 : 2, kAhead = 2048;
   const std::uint64_t* words = w.words + row * w.row_words;
   const Value* p = static_cast<const Value*>(w.values) + w.row_start[row];
-  Floats::Reg sum[kTokens][kChains];
-  for (auto& token : sum)
-    for (auto& chain : token) chain = Floats::zero();
+  Floats::Reg sum[kBatch][kChains];
+  for (auto& of_one : sum)
+    for (auto& chain : of_one) chain = Floats::zero();
   for (std::size_t k = 0; k < w.row_words; ++k) {
     const std::uint64_t word = words[k];
 #pragma GCC unroll 4
@@ -41,7 +85,7 @@ SPARSAM_INLINE void bitmask_row(const BitmaskView& w, std::size_t row, const flo
       const std::uint64_t before = step == 0 ? 0 : word << (64 - step * kLanes);
       const Value* values = p + __builtin_popcountll(before);
 #pragma GCC unroll 4
-      for (std::size_t t = 0; t < kTokens; ++t) {
+      for (std::size_t t = 0; t < kBatch; ++t) {
         Floats::Reg& chain = sum[t][step % kChains];
         chain = Floats::fma_expanded(values, bits, Floats::load(x + t * x_stride + k * 64 + step * kLanes),
                                      chain);
@@ -49,67 +93,70 @@ SPARSAM_INLINE void bitmask_row(const BitmaskView& w, std::size_t row, const flo
     }
     p += __builtin_popcountll(word);
   }
-  for (std::size_t t = 0; t < kTokens; ++t) {
+  for (std::size_t t = 0; t < kBatch; ++t) {
     Floats::Reg total = sum[t][0];
     for (std::size_t chain = 1; chain < kChains; ++chain) total = Floats::add(total, sum[t][chain]);
     sums[t * kLanes] = Floats::sum(total);
   }
 }
 
-template <class Value, std::size_t kTokens, std::size_t kLines>
+template <class Value, std::size_t kBatch, std::size_t kLines>
 void bitmask_rows(const BitmaskView& w, std::size_t begin, std::size_t end, const float* x,
-                  std::size_t x_stride, Epilogue epilogue, float* y, std::size_t y_stride) {
-  float sums[kTokens * kLanes];
+                  std::size_t x_stride, Epilogue epilogue, Output y) {
+  float sums[kBatch * kLanes];
   for (std::size_t row = begin; row < end; row += kLanes) {
     const std::size_t count = end - row < kLanes ? end - row : kLanes;
     for (std::size_t i = 0; i < count; ++i)
-      bitmask_row<Value, kTokens, kLines>(w, row + i, x, x_stride, sums + i);
-    for (std::size_t t = 0; t < kTokens; ++t) {
+      bitmask_row<Value, kBatch, kLines>(w, row + i, x, x_stride, sums + i);
+    for (std::size_t t = 0; t < kBatch; ++t) {
       const auto out = finish_rows(Floats::load_partial(sums + t * kLanes, count), epilogue, row, count);
-      Floats::store_partial(y + t * y_stride + row, out, count);
+      if (y.narrow)
+        store_y(static_cast<Bfloat*>(y.data) + t * y.stride + row, out, count);
+      else
+        store_y(static_cast<float*>(y.data) + t * y.stride + row, out, count);
     }
   }
 }
 
-template <class Value, std::size_t kTokens>
-void bitmask_tokens(const BitmaskView& w, std::size_t begin, std::size_t end, const float* x,
-                    std::size_t x_stride, Epilogue epilogue, float* y, std::size_t y_stride) {
+template <class Value, std::size_t kBatch>
+void bitmask_fetching(const BitmaskView& w, std::size_t begin, std::size_t end, const float* x,
+                      std::size_t x_stride, Epilogue epilogue, Output y) {
   const std::uint64_t bytes = (w.row_start[end] - w.row_start[begin]) * sizeof(Value);
   const std::uint64_t steps = (end - begin) * w.row_words;
   if (bytes <= 64 * steps)
-    bitmask_rows<Value, kTokens, 1>(w, begin, end, x, x_stride, epilogue, y, y_stride);
+    bitmask_rows<Value, kBatch, 1>(w, begin, end, x, x_stride, epilogue, y);
   else if (bytes <= 128 * steps)
-    bitmask_rows<Value, kTokens, 2>(w, begin, end, x, x_stride, epilogue, y, y_stride);
+    bitmask_rows<Value, kBatch, 2>(w, begin, end, x, x_stride, epilogue, y);
   else
-    bitmask_rows<Value, kTokens, 4>(w, begin, end, x, x_stride, epilogue, y, y_stride);
+    bitmask_rows<Value, kBatch, 4>(w, begin, end, x, x_stride, epilogue, y);
 }
 
 template <class Value>
 void bitmask(const BitmaskView& w, std::size_t begin, std::size_t end, const float* x, std::size_t x_stride,
-             std::size_t tokens, Epilogue epilogue, float* y, std::size_t y_stride) {
-  if (tokens == 1) bitmask_tokens<Value, 1>(w, begin, end, x, x_stride, epilogue, y, y_stride);
-  if (tokens == 2) bitmask_tokens<Value, 2>(w, begin, end, x, x_stride, epilogue, y, y_stride);
-  if (tokens == 3) bitmask_tokens<Value, 3>(w, begin, end, x, x_stride, epilogue, y, y_stride);
-  if (tokens == 4) bitmask_tokens<Value, 4>(w, begin, end, x, x_stride, epilogue, y, y_stride);
+             std::size_t batch, Epilogue epilogue, Output y) {
+  if (batch == 1) bitmask_fetching<Value, 1>(w, begin, end, x, x_stride, epilogue, y);
+  if (batch == 2) bitmask_fetching<Value, 2>(w, begin, end, x, x_stride, epilogue, y);
+  if (batch == 3) bitmask_fetching<Value, 3>(w, begin, end, x, x_stride, epilogue, y);
+  if (batch == 4) bitmask_fetching<Value, 4>(w, begin, end, x, x_stride, epilogue, y);
 }
 
-template <std::size_t kVectors>
-void pack_tile(const float* x, std::size_t x_stride, std::size_t tokens, std::size_t n, std::size_t depth,
+template <class X, std::size_t kVectors>
+void pack_tile(const X* x, std::size_t x_stride, std::size_t batch, std::size_t n, std::size_t depth,
                float* tile) {
   constexpr std::size_t kStride = kVectors * kLanes;
   for (std::size_t v = 0; v < kVectors; ++v) {
     const std::size_t first = v * kLanes;
-    const std::size_t here = tokens <= first ? 0 : tokens - first < kLanes ? tokens - first : kLanes;
+    const std::size_t here = batch <= first ? 0 : batch - first < kLanes ? batch - first : kLanes;
     for (std::size_t k = 0; k < n; k += kLanes) {
       const std::size_t cols = n - k < kLanes ? n - k : kLanes;
-      const float* p = x + first * x_stride + k;
+      const X* p = x + first * x_stride + k;
       Floats::Reg r[kLanes];
       if (here == kLanes && cols == kLanes) {
 #pragma GCC unroll 16
-        for (std::size_t i = 0; i < kLanes; ++i) r[i] = Floats::load(p + i * x_stride);
+        for (std::size_t i = 0; i < kLanes; ++i) r[i] = load_x(p + i * x_stride);
       } else {
         for (std::size_t i = 0; i < kLanes; ++i)
-          r[i] = i < here ? Floats::load_partial(p + i * x_stride, cols) : Floats::zero();
+          r[i] = i < here ? load_x(p + i * x_stride, cols) : Floats::zero();
       }
       Floats::transpose(r);
       float* to = tile + k * kStride + first;
@@ -124,11 +171,20 @@ void pack_tile(const float* x, std::size_t x_stride, std::size_t tokens, std::si
   }
 }
 
-void pack(const float* x, std::size_t x_stride, std::size_t tokens, std::size_t n, std::size_t depth,
-          std::size_t vectors, float* tile) {
-  if (vectors == 1) pack_tile<1>(x, x_stride, tokens, n, depth, tile);
-  if (vectors == 2) pack_tile<2>(x, x_stride, tokens, n, depth, tile);
-  if (vectors == 4) pack_tile<4>(x, x_stride, tokens, n, depth, tile);
+template <class X>
+void pack_rows(Input x, std::size_t batch, std::size_t n, std::size_t depth, std::size_t vectors,
+               float* tile) {
+  const X* p = static_cast<const X*>(x.data);
+  if (vectors == 1) pack_tile<X, 1>(p, x.stride, batch, n, depth, tile);
+  if (vectors == 2) pack_tile<X, 2>(p, x.stride, batch, n, depth, tile);
+  if (vectors == 4) pack_tile<X, 4>(p, x.stride, batch, n, depth, tile);
+}
+
+void pack(Input x, std::size_t batch, std::size_t n, std::size_t depth, std::size_t vectors, float* tile) {
+  if (x.narrow)
+    pack_rows<Bfloat>(x, batch, n, depth, vectors, tile);
+  else
+    pack_rows<float>(x, batch, n, depth, vectors, tile);
 }
 
 template <std::size_t kVectors>
@@ -160,34 +216,19 @@ void gather(const float* x, const std::uint32_t* columns, std::size_t n, std::si
   if (vectors == 4) gather_tile<4>(x, columns, n, depth, sources, tile);
 }
 
-void widen(const std::uint16_t* bfloats, std::size_t n, float* to) {
-  for (std::size_t i = 0; i < n; ++i) {
-    const std::uint32_t bits = static_cast<std::uint32_t>(bfloats[i]) << 16;
-    __builtin_memcpy(to + i, &bits, sizeof bits);
-  }
-}
-
-void narrow(const float* from, std::size_t n, std::uint16_t* bfloats) {
-  for (std::size_t i = 0; i < n; ++i) {
-    std::uint32_t bits;
-    __builtin_memcpy(&bits, from + i, sizeof bits);
-    const std::uint32_t rounded = bits + 0x7fff + (bits >> 16 & 1);
-    const std::uint32_t quiet = bits | 0x400000;  // a NaN stays one
-    bfloats[i] = static_cast<std::uint16_t>(((bits & 0x7fffffff) > 0x7f800000 ? quiet : rounded) >> 16);
-  }
-}
-
 // One block: the sums of a unit's four rows stay in registers while its entries stream by. Rows come sorted
 // by their number of entries, so the loop's length is the same many times in a row and no branch is
 // mispredicted per entry. The offsets are read one step ahead: an address that waits for a load holds up the
 // loads behind it.
-template <class Value, std::size_t kVectors, bool kShared>
-void panel_block(const PanelView& w, const PanelBlock& block, bool first, const float* tile, float* sums) {
+template <class Value, class Offset, std::size_t kVectors, bool kShared>
+void panel_block(const PanelView& w, const PanelBlock* block, bool first, const float* tile, float* sums) {
   constexpr std::size_t kStride = kVectors * kLanes, kOffsets = kShared ? 1 : 4;
-  const std::uint16_t* header = w.headers + block.header;
-  const std::uint16_t* offset = w.offsets + block.offset;
-  const Value* value = static_cast<const Value*>(w.values) + block.value;
-  for (std::uint32_t unit = 0; unit < block.units; ++unit, header += kUnitHeader) {
+  constexpr std::size_t kStep = kOffsets * sizeof(Offset), kBits = 8 * sizeof(Offset);
+  const std::uint16_t* header = w.headers + kUnitHeader * block[0].unit;
+  const std::uint16_t* const last = w.headers + kUnitHeader * block[1].unit;
+  const Offset* offset = static_cast<const Offset*>(w.offsets) + kOffsets * block[0].step;
+  const Value* value = static_cast<const Value*>(w.values) + 4 * block[0].step;
+  for (; header != last; header += kUnitHeader) {
     Floats::Reg sum[4][kVectors];
     float* row[4];
 #pragma GCC unroll 4
@@ -199,12 +240,12 @@ void panel_block(const PanelView& w, const PanelBlock& block, bool first, const 
     }
     const Value* const end = value + 4 * static_cast<std::size_t>(header[0]);
     std::uint64_t next = 0;
-    __builtin_memcpy(&next, offset, 2 * kOffsets);
+    __builtin_memcpy(&next, offset, kStep);
     while (value != end) {
       if constexpr (kVectors <= 2) __builtin_prefetch(reinterpret_cast<const char*>(value) + 2048);
       if constexpr (kVectors == 1) __builtin_prefetch(reinterpret_cast<const char*>(offset) + 1024);
       const std::uint64_t now = next;
-      __builtin_memcpy(&next, offset + kOffsets, 2 * kOffsets);
+      __builtin_memcpy(&next, offset + kOffsets, kStep);
       Floats::Reg weight[4];
       Floats::broadcast4(value, weight);
       if constexpr (kShared) {
@@ -219,7 +260,9 @@ void panel_block(const PanelView& w, const PanelBlock& block, bool first, const 
       } else {
 #pragma GCC unroll 4
         for (std::size_t r = 0; r < 4; ++r) {
-          const float* x = tile + static_cast<std::size_t>(now >> (16 * r) & 0xffff) * kStride;
+          const float* x =
+              tile +
+              (static_cast<std::size_t>(now >> (kBits * r)) & ((std::size_t{1} << kBits) - 1)) * kStride;
 #pragma GCC unroll 4
           for (std::size_t v = 0; v < kVectors; ++v)
             sum[r][v] = Floats::fma(weight[r], Floats::load(x + v * kLanes), sum[r][v]);
@@ -236,12 +279,12 @@ void panel_block(const PanelView& w, const PanelBlock& block, bool first, const 
 }
 
 // sums [rows][kVectors * lanes] to row-major y, with bias and activation on the way.
-template <std::size_t kVectors>
-void unpack_rows(const float* sums, std::size_t first_row, std::size_t rows, std::size_t tokens,
-                 Epilogue epilogue, float* y, std::size_t y_stride) {
+template <class Y, std::size_t kVectors>
+void unpack_rows(const float* sums, std::size_t first_row, std::size_t rows, std::size_t batch,
+                 Epilogue epilogue, Y* y, std::size_t y_stride) {
   constexpr std::size_t kStride = kVectors * kLanes;
-  for (std::size_t v = 0; v * kLanes < tokens; ++v) {
-    const std::size_t here = tokens - v * kLanes < kLanes ? tokens - v * kLanes : kLanes;
+  for (std::size_t v = 0; v * kLanes < batch; ++v) {
+    const std::size_t here = batch - v * kLanes < kLanes ? batch - v * kLanes : kLanes;
     for (std::size_t m = 0; m < rows; m += kLanes) {
       const std::size_t count = rows - m < kLanes ? rows - m : kLanes;
       Floats::Reg r[kLanes];
@@ -249,12 +292,12 @@ void unpack_rows(const float* sums, std::size_t first_row, std::size_t rows, std
       for (std::size_t i = 0; i < kLanes; ++i)
         r[i] = i < count ? Floats::load(sums + (m + i) * kStride + v * kLanes) : Floats::zero();
       Floats::transpose(r);
-      float* to = y + v * kLanes * y_stride + first_row + m;
+      Y* to = y + v * kLanes * y_stride + first_row + m;
       for (std::size_t i = 0; i < here; ++i) r[i] = finish_rows(r[i], epilogue, first_row + m, count);
       if (count == kLanes) {
-        for (std::size_t i = 0; i < here; ++i) Floats::store(to + i * y_stride, r[i]);
+        for (std::size_t i = 0; i < here; ++i) store_y(to + i * y_stride, r[i], kLanes);
       } else {
-        for (std::size_t i = 0; i < here; ++i) Floats::store_partial(to + i * y_stride, r[i], count);
+        for (std::size_t i = 0; i < here; ++i) store_y(to + i * y_stride, r[i], count);
       }
     }
   }
@@ -271,26 +314,32 @@ void store_rows(const float* sums, std::size_t first_row, std::size_t rows, Epil
       float* to = y + (first_row + m) * y_stride + s->to;
       for (std::size_t i = 0; i < s->count; i += kLanes) {
         const auto out = activate(Floats::add(Floats::load(from + i), bias), epilogue.activation);
-        if (s->count - i >= kLanes)
-          Floats::store(to + i, out);
-        else
-          Floats::store_partial(to + i, out, s->count - i);
+        store_y(to + i, out, s->count - i < kLanes ? s->count - i : kLanes);
       }
     }
   }
 }
 
 // All depth blocks of a row block and a tile, into sums.
-template <class Value, std::size_t kVectors>
-void panel_sums(const PanelView& w, std::size_t row_block, const float* tile, float* sums) {
+template <class Value, class Offset, std::size_t kVectors>
+void all_blocks(const PanelView& w, std::size_t row_block, const float* tile, float* sums) {
+  static_assert(kVectors <= kMaxVectors);
   for (std::size_t d = 0; d < w.depth_blocks; ++d) {
-    const PanelBlock& block = w.blocks[row_block * w.depth_blocks + d];
+    const PanelBlock* block = w.blocks + row_block * w.depth_blocks + d;
     const float* part = tile + d * (w.depth + 1) * kVectors * kLanes;
     if (w.shared)
-      panel_block<Value, kVectors, true>(w, block, d == 0, part, sums);
+      panel_block<Value, Offset, kVectors, true>(w, block, d == 0, part, sums);
     else
-      panel_block<Value, kVectors, false>(w, block, d == 0, part, sums);
+      panel_block<Value, Offset, kVectors, false>(w, block, d == 0, part, sums);
   }
+}
+
+template <class Value, std::size_t kVectors>
+void panel_sums(const PanelView& w, std::size_t row_block, const float* tile, float* sums) {
+  if (w.depth < 256)
+    all_blocks<Value, std::uint8_t, kVectors>(w, row_block, tile, sums);
+  else
+    all_blocks<Value, std::uint16_t, kVectors>(w, row_block, tile, sums);
 }
 
 std::size_t rows_of(const PanelView& w, std::size_t row_block) {
@@ -299,10 +348,14 @@ std::size_t rows_of(const PanelView& w, std::size_t row_block) {
 }
 
 template <class Value, std::size_t kVectors>
-void panel_tile(const PanelView& w, std::size_t row_block, const float* tile, std::size_t tokens, float* sums,
-                Epilogue epilogue, float* y, std::size_t y_stride) {
+void panel_tile(const PanelView& w, std::size_t row_block, const float* tile, std::size_t batch, float* sums,
+                Epilogue epilogue, Output y) {
   panel_sums<Value, kVectors>(w, row_block, tile, sums);
-  unpack_rows<kVectors>(sums, row_block * kRowBlock, rows_of(w, row_block), tokens, epilogue, y, y_stride);
+  const std::size_t first = row_block * kRowBlock, rows = rows_of(w, row_block);
+  if (y.narrow)
+    unpack_rows<Bfloat, kVectors>(sums, first, rows, batch, epilogue, static_cast<Bfloat*>(y.data), y.stride);
+  else
+    unpack_rows<float, kVectors>(sums, first, rows, batch, epilogue, static_cast<float*>(y.data), y.stride);
 }
 
 template <class Value, std::size_t kVectors>
@@ -328,10 +381,10 @@ void panel_across(const PanelView& w, std::size_t row_block, const float* tile, 
 
 template <class Value>
 void panel(const PanelView& w, std::size_t row_block, const float* tile, std::size_t vectors,
-           std::size_t tokens, float* sums, Epilogue epilogue, float* y, std::size_t y_stride) {
-  if (vectors == 1) panel_tile<Value, 1>(w, row_block, tile, tokens, sums, epilogue, y, y_stride);
-  if (vectors == 2) panel_tile<Value, 2>(w, row_block, tile, tokens, sums, epilogue, y, y_stride);
-  if (vectors == 4) panel_tile<Value, 4>(w, row_block, tile, tokens, sums, epilogue, y, y_stride);
+           std::size_t batch, float* sums, Epilogue epilogue, Output y) {
+  if (vectors == 1) panel_tile<Value, 1>(w, row_block, tile, batch, sums, epilogue, y);
+  if (vectors == 2) panel_tile<Value, 2>(w, row_block, tile, batch, sums, epilogue, y);
+  if (vectors == 4) panel_tile<Value, 4>(w, row_block, tile, batch, sums, epilogue, y);
 }
 
 constexpr MatmulKernels kMatmulKernels = {
@@ -339,7 +392,6 @@ constexpr MatmulKernels kMatmulKernels = {
     &pack,
     &gather,
     &widen,
-    &narrow,
     {&bitmask<float>, &panel<float>, &panel_across<float>},
     {&bitmask<Bfloat>, &panel<Bfloat>, &panel_across<Bfloat>},
     {&bitmask<Half>, &panel<Half>, &panel_across<Half>},

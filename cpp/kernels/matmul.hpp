@@ -1,4 +1,4 @@
-// What the matmul kernels see of a packed matrix, and their row of the table. Plain data; no STL.
+// What the matmul kernels see of a packed weight, and their row of the table. Plain data; no STL.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -7,7 +7,10 @@ namespace sparsam {
 
 enum class Activation : std::uint8_t { none, relu, gelu, gelu_tanh, silu };
 
-// The canonical form. Row r: words [r * row_words, (r + 1) * row_words), values from row_start[r] on. The
+// Limits of every row: lanes of a vector of floats, and vectors of a tile.
+constexpr std::size_t kMaxLanes = 16, kMaxVectors = 4;
+
+// The bitmask form. Row r: words [r * row_words, (r + 1) * row_words), values from row_start[r] on. The
 // values are followed by 64 readable bytes.
 struct BitmaskView {
   std::size_t rows, cols, row_words;
@@ -16,23 +19,26 @@ struct BitmaskView {
   const void* values;
 };
 
-// A block of the panel form: kRowBlock rows by `depth` columns. Its rows stand in units of four that have
-// equally many entries, padded where they had not; see src/panels.cpp.
+// The panel form: blocks of kRowBlock rows by `depth` columns. In a block the rows are sorted by their number
+// of entries and stand in units of four; a row with fewer entries than the longest of its unit is padded with
+// weight 0 at column `depth`, which tiles hold as 0, so the padding adds 0 * 0 whatever x holds. Column
+// numbers count from the block's first. Each step of a unit has four of them (one where the four rows share
+// their columns) and four weights, side by side. The first blocks of a row of blocks have a unit for every
+// row, the others only for rows with entries.
 struct PanelBlock {
-  std::uint32_t units;
-  std::size_t header, offset, value;  // where its streams begin
+  std::uint64_t unit, step;  // of the whole form, where its own begin; they end where the next block's begin
 };
 
 constexpr std::size_t kRowBlock = 256;
-constexpr std::size_t kUnitHeader =
-    5;  // entries per row, then the four rows in the block (kRowBlock: no row)
+constexpr std::size_t kUnitHeader = 5;  // steps, then the four rows in the block (kRowBlock: no row)
+constexpr std::size_t kMaxDepth = 256;
 
 struct PanelView {
   std::size_t rows, cols, depth, depth_blocks;
   bool shared;               // one offset serves all four rows of a unit
-  const PanelBlock* blocks;  // [row block][depth block]
+  const PanelBlock* blocks;  // [row block][depth block], and one past the last
   const std::uint16_t* headers;
-  const std::uint16_t* offsets;
+  const void* offsets;  // of one byte each where depth < 256, else of two
   const void* values;
 };
 
@@ -42,28 +48,39 @@ struct Epilogue {
   Activation activation;
 };
 
-// Tokens [from, from + count) of a tile, which go to y[row * y_stride + to] and onwards.
+// Rows of x or y, `stride` elements from one to the next: float32, or bfloat16 where `narrow`.
+struct Input {
+  const void* data;
+  std::size_t stride;
+  bool narrow;
+};
+struct Output {
+  void* data;
+  std::size_t stride;
+  bool narrow;
+};
+
+// Columns [from, from + count) of a tile's sums, which go to y[row * y_stride + to] and onwards.
 struct Stretch {
   std::size_t from, count, to;
 };
 
-// A vector of tokens as it lies in memory: `count` (at most a vector) neighbours, from `at` on.
+// A vector of positions as it lies in memory: `count` (at most a vector) neighbours, from `at` on.
 struct Source {
   std::size_t at, count;
 };
 
 // Kernels for one type of values; sums are float32.
-struct ProductKernels {
-  // y[t * y_stride + r] for rows [begin, end) and tokens t < tokens (1 to 4). x[t * x_stride]: row_words * 64
-  // floats, the ones past cols 0. A pruned weight multiplies nothing, whatever x holds.
+struct ValueKernels {
+  // Columns [begin, end) of `batch` (1 to 4) rows of y. x[t * x_stride]: row_words * 64 floats, the ones past
+  // cols 0. A pruned weight multiplies nothing, whatever x holds.
   void (*bitmask)(const BitmaskView& w, std::size_t begin, std::size_t end, const float* x,
-                  std::size_t x_stride, std::size_t tokens, Epilogue epilogue, float* y,
-                  std::size_t y_stride);
-  // y for one row block and one tile of tokens. sums: room for (kRowBlock + 1) * vectors * lanes floats,
-  // 64-byte aligned. vectors is 1, 2 or 4; tokens <= vectors * lanes.
+                  std::size_t x_stride, std::size_t batch, Epilogue epilogue, Output y);
+  // y for one row block and one tile. sums: room for (kRowBlock + 1) * vectors * lanes floats, 64-byte
+  // aligned. vectors is 1, 2 or 4; batch <= vectors * lanes.
   void (*panel)(const PanelView& w, std::size_t row_block, const float* tile, std::size_t vectors,
-                std::size_t tokens, float* sums, Epilogue epilogue, float* y, std::size_t y_stride);
-  // The same for y with tokens side by side, as images have them: y[row * y_stride + token].
+                std::size_t batch, float* sums, Epilogue epilogue, Output y);
+  // The same for y with positions side by side, as images have them: y[row * y_stride + position].
   void (*panel_across)(const PanelView& w, std::size_t row_block, const float* tile, std::size_t vectors,
                        float* sums, Epilogue epilogue, const Stretch* stretches, std::size_t n, float* y,
                        std::size_t y_stride);
@@ -71,17 +88,16 @@ struct ProductKernels {
 
 struct MatmulKernels {
   std::size_t lanes;
-  // One depth block of a tile: columns [0, n) of `tokens` rows of x, transposed to [depth + 1][vectors *
-  // lanes] floats. Missing tokens and row `depth` become 0. tile is 64-byte aligned.
-  void (*pack)(const float* x, std::size_t x_stride, std::size_t tokens, std::size_t n, std::size_t depth,
-               std::size_t vectors, float* tile);
-  // The same for x with tokens side by side: column k of the block starts at x[columns[k]], and vector v of
-  // its tokens sources[v].at further on.
+  // One depth block of a tile: n columns of `batch` rows of x, transposed to [depth + 1][vectors * lanes]
+  // floats. Missing rows and column `depth` become 0. tile is 64-byte aligned.
+  void (*pack)(Input x, std::size_t batch, std::size_t n, std::size_t depth, std::size_t vectors,
+               float* tile);
+  // The same for x with positions side by side: column k of the block starts at x[columns[k]], and vector v
+  // of its positions sources[v].at further on.
   void (*gather)(const float* x, const std::uint32_t* columns, std::size_t n, std::size_t depth,
                  const Source* sources, std::size_t vectors, float* tile);
   void (*widen)(const std::uint16_t* bfloats, std::size_t n, float* to);
-  void (*narrow)(const float* from, std::size_t n, std::uint16_t* bfloats);  // to nearest, ties to even
-  ProductKernels f32, bf16, f16;
+  ValueKernels f32, bf16, f16;
 };
 
 }  // namespace sparsam

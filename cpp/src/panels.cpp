@@ -1,163 +1,325 @@
-#include "panels.hpp"
-
-#include <algorithm>
+// The panel form: built from a bitmask, turned back into one, and checked.
 #include <cstring>
-#include <numeric>
 
-#include "chunks.hpp"
+#include "forms.hpp"
+#include "sparsam/masks.hpp"
 
 namespace sparsam {
 namespace {
 
-// The rows of one block, four to a unit.
+// Deep blocks for few entries per row, which would spend their time on loading and storing sums; for the
+// others, blocks whose part of a tile of four AVX-512 vectors (32 KiB) stays in the L1 cache, and whose
+// column numbers take one byte. Measured on Zen 5 with AVX-512 and AVX2: benchmarks/bench_matmul.py.
+std::size_t depth_for(const Form& w) {
+  const double weights = static_cast<double>(w.rows()) * static_cast<double>(w.cols());
+  return static_cast<double>(w.nnz()) < 0.12 * weights ? 256 : 128;
+}
+
+// Entries of the rows of one block, and the order that its units take them in.
 class BlockRows {
  public:
-  BlockRows(const BitmaskView& w, std::size_t row_block, std::size_t depth, bool shared)
-      : w_(w),
-        first_row_(row_block * kRowBlock),
-        rows_(std::min(kRowBlock, w.rows - first_row_)),
-        depth_words_(depth / 64),
-        shared_(shared) {
-    for (std::size_t r = 0; r < rows_; ++r) cursor_[r] = w.row_start[first_row_ + r];
+  BlockRows(std::size_t rows, bool shared, bool first) : rows_(rows), shared_(shared), first_(first) {}
+
+  // A stable counting sort; rows that share columns stay together, and are equally long anyway.
+  void order(const std::uint16_t* entries) {
+    entries_ = entries;
+    const std::size_t missing = (4 - rows_ % 4) % 4;
+    end_ = rows_ + missing;
+    for (std::size_t i = 0; i < missing; ++i) order_[i] = kRowBlock;
+    if (shared_) {
+      for (std::size_t r = 0; r < rows_; ++r) order_[r] = static_cast<std::uint16_t>(r);
+      return;
+    }
+    std::uint16_t starts[kMaxDepth + 2] = {};
+    for (std::size_t r = 0; r < rows_; ++r) ++starts[entries[r] + 1];
+    starts[0] = static_cast<std::uint16_t>(missing);
+    for (std::size_t n = 0; n <= kMaxDepth; ++n)
+      starts[n + 1] = static_cast<std::uint16_t>(starts[n + 1] + starts[n]);
+    for (std::size_t r = 0; r < rows_; ++r) order_[starts[entries[r]]++] = static_cast<std::uint16_t>(r);
   }
 
-  // Goes to a depth block and orders its rows; call for 0, 1, 2, ... in turn.
-  void enter(std::size_t depth_block) {
-    begin_ = depth_block * depth_words_;
-    end_ = std::min(begin_ + depth_words_, w_.row_words);
-    for (std::size_t r = 0; r < rows_; ++r) {
-      if (depth_block > 0) cursor_[r] += count_[r];
-      count_[r] = 0;
-      for (std::size_t k = begin_; k < end_; ++k)
-        count_[r] += static_cast<std::size_t>(__builtin_popcountll(words_of(r)[k]));
-    }
-    order_.resize(rows_);
-    std::iota(order_.begin(), order_.end(), 0);
-    if (!shared_) {  // rows that share columns stay together, and are equally long anyway
-      std::stable_sort(order_.begin(), order_.end(), [&](int a, int b) { return count_[a] < count_[b]; });
-      while (order_.size() % 4 != 0) order_.insert(order_.begin(), static_cast<std::uint16_t>(kRowBlock));
-    }
-    if (depth_block == 0)
-      return;  // the first block sets every sum, the others need only rows that have entries
-    std::size_t empty = 0;
-    for (std::size_t u = 0; u < order_.size(); u += 4) {
-      if (steps(u) == 0) {
-        ++empty;
-      } else if (empty > 0) {
-        std::copy_n(order_.begin() + static_cast<std::ptrdiff_t>(u), 4,
-                    order_.begin() + static_cast<std::ptrdiff_t>(u - 4 * empty));
-      }
-    }
-    order_.resize(order_.size() - 4 * empty);
+  // The positions in the order at which units begin, as visit(at, steps).
+  template <class Visit>
+  void for_each_unit(Visit&& visit) const {
+    for (std::size_t at = 0; at < end_; at += 4)
+      if (const std::size_t n = steps(at); n > 0 || first_) visit(at, n);
   }
 
-  std::size_t units() const { return order_.size() / 4; }
-  std::size_t total_steps() const {
-    std::size_t n = 0;
-    for (std::size_t u = 0; u < order_.size(); u += 4) n += steps(u);
-    return n;
-  }
-
-  void emit(std::size_t depth, std::size_t value_bytes, std::uint16_t* header, std::uint16_t* offset,
-            char* value) const {
-    for (std::size_t u = 0; u < order_.size(); u += 4) {
-      const std::size_t n = steps(u);
-      *header++ = static_cast<std::uint16_t>(n);
-      for (std::size_t r = 0; r < 4; ++r) *header++ = order_[u + r];
-      const std::size_t stride = shared_ ? 1 : 4;
-      for (std::size_t r = 0; r < 4; ++r) {
-        const std::size_t row = order_[u + r];
-        const std::size_t entries = row == kRowBlock ? 0 : count_[row];
-        if (entries > 0)
-          emit_row(row, stride, shared_ ? offset : offset + r, value_bytes, value + r * value_bytes);
-        for (std::size_t i = entries; i < n; ++i) {
-          offset[i * stride + (shared_ ? 0 : r)] = static_cast<std::uint16_t>(depth);
-          std::memset(value + (4 * i + r) * value_bytes, 0, value_bytes);
-        }
-      }
-      offset += stride * n;
-      value += 4 * n * value_bytes;
-    }
-  }
+  std::size_t row(std::size_t at) const { return order_[at]; }
 
  private:
-  const std::uint64_t* words_of(std::size_t row) const {
-    return w_.words + (first_row_ + row) * w_.row_words;
+  std::size_t steps(std::size_t at) const {  // the longest row comes last
+    return entries_[order_[at + 3]];
   }
 
-  std::size_t steps(std::size_t unit) const {
-    std::size_t n = 0;
-    for (std::size_t r = 0; r < 4; ++r)
-      if (order_[unit + r] != kRowBlock) n = std::max(n, count_[order_[unit + r]]);
-    return n;
+  std::size_t rows_, end_ = 0;
+  bool shared_, first_;
+  const std::uint16_t* entries_ = nullptr;
+  std::uint16_t order_[kRowBlock];
+};
+
+struct PanelBuilder {
+  const BitmaskView w;
+  const std::size_t depth, down, across;
+  const bool shared;
+
+  std::size_t rows_of(std::size_t row_block) const {
+    return std::min(kRowBlock, w.rows - row_block * kRowBlock);
+  }
+  std::size_t first_word(std::size_t d) const { return std::min(d * (depth / 64), w.row_words); }
+  const std::uint64_t* words_of(std::size_t row_block, std::size_t r) const {
+    return w.words + (row_block * kRowBlock + r) * w.row_words;
   }
 
-  void emit_row(std::size_t row, std::size_t stride, std::uint16_t* offset, std::size_t value_bytes,
-                char* value) const {
-    const char* from = static_cast<const char*>(w_.values) + cursor_[row] * value_bytes;
-    for (std::size_t k = begin_; k < end_; ++k) {
-      for (std::uint64_t bits = words_of(row)[k]; bits != 0; bits &= bits - 1) {
-        *offset =
-            static_cast<std::uint16_t>((k - begin_) * 64 + static_cast<std::size_t>(__builtin_ctzll(bits)));
-        if (value_bytes == 4)
-          std::memcpy(value, from, 4);
-        else
-          std::memcpy(value, from, 2);
-        offset += stride;
-        value += 4 * value_bytes;
-        from += value_bytes;
+  // entries[block][kRowBlock], and the units and steps of each block.
+  void count(std::size_t block, std::uint16_t* entries, PanelBlock* counts) const {
+    const std::size_t row_block = block / across, d = block % across;
+    const std::size_t begin = first_word(d), n = first_word(d + 1) - begin;
+    for (std::size_t r = 0; r < rows_of(row_block); ++r)
+      entries[r] = static_cast<std::uint16_t>(count_words(words_of(row_block, r) + begin, n));
+    BlockRows rows(rows_of(row_block), shared, d == 0);
+    rows.order(entries);
+    *counts = {0, 0};
+    rows.for_each_unit([&](std::size_t, std::size_t steps) {
+      ++counts->unit;
+      counts->step += steps;
+    });
+  }
+
+  // `values` are the rows' next ones, and are moved past the block's.
+  template <class Value, class Offset>
+  void emit(std::size_t block, const std::uint16_t* entries, const Value** values, std::uint16_t* header,
+            Offset* offset, Value* value) const {
+    const std::size_t row_block = block / across, d = block % across;
+    const std::size_t begin = first_word(d), end = first_word(d + 1), lanes = shared ? 1 : 4;
+    BlockRows rows(rows_of(row_block), shared, d == 0);
+    rows.order(entries);
+    rows.for_each_unit([&](std::size_t at, std::size_t steps) {
+      *header++ = static_cast<std::uint16_t>(steps);
+      for (std::size_t i = 0; i < 4; ++i) *header++ = static_cast<std::uint16_t>(rows.row(at + i));
+      for (std::size_t i = 0; i < 4; ++i) {
+        Offset* o = shared ? offset : offset + i;
+        Value* v = value + i;
+        if (const std::size_t r = rows.row(at + i); r != kRowBlock) {
+          const Value* from = values[r];
+          for_each_bit(words_of(row_block, r), begin, end, [&](std::size_t c) {
+            *o = static_cast<Offset>(c - begin * 64);
+            *v = *from++;
+            o += lanes;
+            v += 4;
+          });
+          values[r] = from;
+        }
+        for (; v < value + 4 * steps; v += 4, o += lanes) {
+          *v = 0;
+          *o = static_cast<Offset>(depth);
+        }
       }
+      offset += lanes * steps;
+      value += 4 * steps;
+    });
+  }
+};
+
+// Calls body with values of the types of weights and of offsets.
+template <class Body>
+void with_types(std::size_t value_bytes, std::size_t depth, Body&& body) {
+  with_bits(value_bytes, [&](auto value) {
+    if (offset_bytes(depth) == 1)
+      body(value, std::uint8_t{});
+    else
+      body(value, std::uint16_t{});
+  });
+}
+
+// The entries of a form in panels, block by block.
+template <class Value, class Offset>
+struct PanelReader {
+  const PanelView& w;
+
+  std::size_t lanes() const { return w.shared ? 1 : 4; }
+
+  // visit(r, entries, offsets, values): row r of the row block has so many entries in block d, which lie
+  // lanes() and 4 apart.
+  template <class Visit>
+  void for_each_row(std::size_t row_block, std::size_t d, Visit&& visit) const {
+    const PanelBlock* const block = w.blocks + row_block * w.depth_blocks + d;
+    const std::uint16_t* header = w.headers + kUnitHeader * block->unit;
+    const Offset* offset = static_cast<const Offset*>(w.offsets) + lanes() * block->step;
+    const Value* value = static_cast<const Value*>(w.values) + 4 * block->step;
+    for (std::uint64_t unit = block[0].unit; unit < block[1].unit; ++unit, header += kUnitHeader) {
+      for (std::size_t i = 0; i < 4; ++i) {
+        const Offset* const first = w.shared ? offset : offset + i;
+        std::size_t n = header[0];
+        while (n > 0 && first[(n - 1) * lanes()] == w.depth) --n;
+        if (header[1 + i] != kRowBlock) visit(header[1 + i], n, first, value + i);
+      }
+      offset += lanes() * header[0];
+      value += 4 * header[0];
     }
   }
-
-  const BitmaskView& w_;
-  std::size_t first_row_, rows_, depth_words_;
-  bool shared_;
-  std::size_t begin_ = 0, end_ = 0;
-  std::size_t count_[kRowBlock] = {};
-  std::uint64_t cursor_[kRowBlock] = {};
-  std::vector<std::uint16_t> order_;
 };
+
+std::size_t row_blocks(const PanelView& w) { return (w.rows + kRowBlock - 1) / kRowBlock; }
+
+// The checks of one row block; empty where nothing is wrong. Adds up the entries.
+template <class Value, class Offset>
+std::string fault_of_row_block(const PanelView& w, std::size_t row_block, std::uint64_t* nnz) {
+  const std::size_t rows = std::min(kRowBlock, w.rows - row_block * kRowBlock), lanes = w.shared ? 1 : 4;
+  for (std::size_t d = 0; d < w.depth_blocks; ++d) {
+    const std::size_t columns = std::min(w.depth, w.cols - d * w.depth);
+    const PanelBlock* const block = w.blocks + row_block * w.depth_blocks + d;
+    const std::uint16_t* header = w.headers + kUnitHeader * block->unit;
+    const Offset* offset = static_cast<const Offset*>(w.offsets) + lanes * block->step;
+    const Value* value = static_cast<const Value*>(w.values) + 4 * block->step;
+    std::uint64_t steps = block->step;
+    bool seen[kRowBlock] = {};
+    std::size_t n_seen = 0;
+    for (std::uint64_t unit = block[0].unit; unit < block[1].unit; ++unit, header += kUnitHeader) {
+      if (header[0] > w.depth || header[0] > block[1].step - steps) return "a unit has too many steps";
+      for (std::size_t i = 0; i < 4; ++i) {
+        const std::size_t r = header[1 + i];
+        const bool none = r == kRowBlock;
+        if ((!none && (r >= rows || seen[r])) ||
+            (w.shared && (none || r % 4 != i || (i > 0 && r != header[i] + 1u))))
+          return "a unit has rows that it cannot have";
+        if (!none) seen[r] = true;
+        n_seen += none ? 0 : 1;
+        const Offset* const o = w.shared ? offset : offset + i;
+        std::size_t entries = header[0];
+        while (entries > 0 && o[(entries - 1) * lanes] == w.depth) --entries;
+        if ((none && entries > 0) || (w.shared && entries < header[0]))
+          return "an entry has no row or no column";
+        for (std::size_t k = 0; k < entries; ++k)
+          if (o[k * lanes] >= columns || (k > 0 && o[k * lanes] <= o[(k - 1) * lanes]))
+            return "the columns of a row are not in order, or are too many";
+        for (std::size_t k = entries; k < header[0]; ++k)
+          if (value[4 * k + i] != 0) return "what pads a unit is not 0";
+        *nnz += entries;
+      }
+      steps += header[0];
+      offset += lanes * header[0];
+      value += 4 * header[0];
+    }
+    if (steps != block[1].step) return "a block has steps in no unit";
+    if (d == 0 && n_seen != rows) return "a row is missing";
+  }
+  return {};
+}
 
 }  // namespace
 
-Panels build_panels(const BitmaskView& w, std::size_t value_bytes, std::size_t depth, bool shared) {
-  Panels p{depth, shared, {}, {}, {}, {}};
-  const std::size_t down = (w.rows + kRowBlock - 1) / kRowBlock,
-                    across = std::max<std::size_t>(1, (w.cols + depth - 1) / depth);
-  const std::size_t workers = worker_count(down, w.rows * w.cols >= kSerialBelow);
-  p.blocks.resize(down * across);
-  std::vector<std::size_t> steps(down * across);
-  for_each_task(down, workers, [&](std::size_t, std::size_t row_block) {
-    BlockRows rows(w, row_block, depth, shared);
-    for (std::size_t d = 0; d < across; ++d) {
-      rows.enter(d);
-      p.blocks[row_block * across + d].units = static_cast<std::uint32_t>(rows.units());
-      steps[row_block * across + d] = rows.total_steps();
-    }
+FormPtr panels_of(const Form& bitmask) {
+  const BitmaskView w = bitmask.bitmask();
+  const std::size_t depth = depth_for(bitmask), down = (w.rows + kRowBlock - 1) / kRowBlock,
+                    across = panel_depth_blocks(w.cols, depth), n = down * across;
+  const PanelBuilder builder{w, depth, down, across, bitmask.header().shared_rows != 0};
+  const Memory entries(n * kRowBlock * sizeof(std::uint16_t)), starts((n + 1) * sizeof(PanelBlock));
+  auto* const entries_of = entries.as<std::uint16_t>();
+  auto* const blocks = starts.as<PanelBlock>();
+  const bool parallel = w.rows * w.cols >= kSerialBelow;
+  for_each_task(n, worker_count(n, parallel), [&](std::size_t, std::size_t block) {
+    builder.count(block, entries_of + block * kRowBlock, blocks + block);
   });
-  std::size_t headers = 0, all_steps = 0;
-  const std::size_t per_step = shared ? 1 : 4;
-  for (std::size_t i = 0; i < p.blocks.size(); ++i) {
-    p.blocks[i].header = headers;
-    p.blocks[i].offset = per_step * all_steps;
-    p.blocks[i].value = 4 * all_steps;
-    headers += kUnitHeader * p.blocks[i].units;
-    all_steps += steps[i];
+  PanelBlock at{0, 0};
+  for (std::size_t block = 0; block <= n; ++block) {
+    const PanelBlock counts = block < n ? blocks[block] : PanelBlock{0, 0};
+    blocks[block] = at;
+    at = {at.unit + counts.unit, at.step + counts.step};
   }
-  p.headers.resize(headers);
-  p.offsets = Memory::readable_past(2 * per_step * all_steps);
-  p.values = Memory::readable_past(4 * all_steps * value_bytes);
-  for_each_task(down, workers, [&](std::size_t, std::size_t row_block) {
-    BlockRows rows(w, row_block, depth, shared);
-    for (std::size_t d = 0; d < across; ++d) {
-      rows.enter(d);
-      const PanelBlock& b = p.blocks[row_block * across + d];
-      rows.emit(depth, value_bytes, p.headers.data() + b.header, p.offsets.as<std::uint16_t>() + b.offset,
-                p.values.as<char>() + b.value * value_bytes);
-    }
+  FormHeader counts =
+      header_for(FormKind::panels, bitmask.dtype(), bitmask.rows(), bitmask.cols(), bitmask.nnz());
+  counts.shared_rows = bitmask.header().shared_rows;
+  counts.depth = depth;
+  counts.units = at.unit;
+  counts.steps = at.step;
+  const FormWriter writer(counts);
+  std::copy_n(blocks, n + 1, writer.section<PanelBlock>(0));
+  // A task is a stretch of a row of blocks, whose rows it first finds their places in.
+  constexpr std::size_t kStretch = 8;
+  const std::size_t stretches = (across + kStretch - 1) / kStretch, lanes = builder.shared ? 1 : 4;
+  with_types(item_size(bitmask.dtype()), depth, [&](auto value, auto offset) {
+    using Value = decltype(value);
+    using Offset = decltype(offset);
+    for_each_task(down * stretches, worker_count(down * stretches, parallel),
+                  [&](std::size_t, std::size_t task) {
+                    const std::size_t row_block = task / stretches, first = task % stretches * kStretch;
+                    const Value* values[kRowBlock];
+                    for (std::size_t r = 0; r < builder.rows_of(row_block); ++r) {
+                      std::uint64_t before = w.row_start[row_block * kRowBlock + r];
+                      for (std::size_t d = 0; d < first; ++d)
+                        before += entries_of[(row_block * across + d) * kRowBlock + r];
+                      values[r] = static_cast<const Value*>(w.values) + before;
+                    }
+                    for (std::size_t d = first; d < std::min(across, first + kStretch); ++d) {
+                      const std::size_t block = row_block * across + d;
+                      builder.emit(block, entries_of + block * kRowBlock, values,
+                                   writer.section<std::uint16_t>(1) + kUnitHeader * blocks[block].unit,
+                                   writer.section<Offset>(2) + lanes * blocks[block].step,
+                                   writer.section<Value>(3) + 4 * blocks[block].step);
+                    }
+                  });
   });
-  return p;
+  return writer.finish();
+}
+
+FormPtr bitmask_of(const Form& panels) {
+  const PanelView w = panels.panels();
+  const std::size_t row_words = words_for(w.cols), down = row_blocks(w);
+  FormHeader counts =
+      header_for(FormKind::bitmask, panels.dtype(), panels.rows(), panels.cols(), panels.nnz());
+  counts.shared_rows = panels.header().shared_rows;
+  const FormWriter writer(counts);
+  auto* const words = writer.section<std::uint64_t>(0);
+  auto* const starts = writer.section<std::uint64_t>(1);
+  const std::size_t workers = worker_count(down, w.rows * w.cols >= kSerialBelow);
+  with_types(item_size(panels.dtype()), w.depth, [&](auto value, auto offset) {
+    using Value = decltype(value);
+    using Offset = decltype(offset);
+    const PanelReader<Value, Offset> reader{w};
+    for_each_task(down, workers, [&](std::size_t, std::size_t row_block) {
+      const std::size_t first = row_block * kRowBlock, rows = std::min(kRowBlock, w.rows - first);
+      std::fill_n(words + first * row_words, rows * row_words, 0);
+      std::fill_n(starts + first + 1, rows, 0);
+      for (std::size_t d = 0; d < w.depth_blocks; ++d)
+        reader.for_each_row(row_block, d, [&](std::size_t r, std::size_t n, const Offset* o, const Value*) {
+          std::uint64_t* const to = words + (first + r) * row_words + d * (w.depth / 64);
+          for (std::size_t k = 0; k < n; ++k, o += reader.lanes()) to[*o / 64] |= std::uint64_t{1} << *o % 64;
+          starts[first + r + 1] += n;
+        });
+    });
+    starts[0] = 0;
+    for (std::size_t r = 0; r < w.rows; ++r) starts[r + 1] += starts[r];
+    for_each_task(down, workers, [&](std::size_t, std::size_t row_block) {
+      const std::size_t first = row_block * kRowBlock;
+      Value* next[kRowBlock];
+      for (std::size_t r = 0; r < std::min(kRowBlock, w.rows - first); ++r)
+        next[r] = writer.section<Value>(2) + starts[first + r];
+      for (std::size_t d = 0; d < w.depth_blocks; ++d)
+        reader.for_each_row(row_block, d, [&](std::size_t r, std::size_t n, const Offset*, const Value* v) {
+          for (std::size_t k = 0; k < n; ++k) *next[r]++ = v[4 * k];
+        });
+    });
+  });
+  return writer.finish();
+}
+
+std::string fault_of(const PanelView& w, const FormHeader& header) {
+  const std::size_t n = panel_blocks(w.rows, w.cols, w.depth);
+  if (w.blocks[0].unit != 0 || w.blocks[0].step != 0 || w.blocks[n].unit != header.units ||
+      w.blocks[n].step != header.steps)
+    return "expected blocks from the first unit to the last";
+  for (std::size_t i = 0; i < n; ++i)
+    if (w.blocks[i].unit > w.blocks[i + 1].unit || w.blocks[i].step > w.blocks[i + 1].step)
+      return "expected blocks in order";
+  std::string fault;
+  std::uint64_t nnz = 0;
+  with_types(item_size(static_cast<DType>(header.dtype)), w.depth, [&](auto value, auto offset) {
+    for (std::size_t r = 0; r < row_blocks(w) && fault.empty(); ++r)
+      fault = fault_of_row_block<decltype(value), decltype(offset)>(w, r, &nnz);
+  });
+  if (fault.empty() && nnz != header.nnz) fault = "expected as many entries as its header says";
+  return fault;
 }
 
 }  // namespace sparsam

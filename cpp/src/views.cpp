@@ -1,7 +1,9 @@
 #include "sparsam/views.hpp"
 
 #include <algorithm>
+#include <array>
 #include <cmath>
+#include <stdexcept>
 
 namespace sparsam {
 
@@ -28,6 +30,8 @@ View::View(void* data, DType dtype, const std::vector<Dim>& dims)
     else
       dims_.push_back(d);
   }
+  if (dims_.size() > kMaxDims)
+    throw std::invalid_argument("array: expected at most " + std::to_string(kMaxDims) + " dimensions");
   const auto width = static_cast<std::ptrdiff_t>(item_size(dtype));
   if (dims_.empty()) dims_.push_back({1, width});
   const bool aligned = reinterpret_cast<std::uintptr_t>(data) % item_size(dtype) == 0;
@@ -53,7 +57,7 @@ void View::for_each_run(std::size_t start, std::size_t n, Visit&& visit) const {
   if (n == 0) return;
   const std::size_t last = dims_.size() - 1;
   const Dim inner = dims_[last];
-  std::vector<std::size_t> index(dims_.size());
+  std::array<std::size_t, kMaxDims> index;  // no allocation: tasks call this, and must not throw
   const char* p = data_;
   std::size_t rest = start;
   for (std::size_t i = dims_.size(); i-- > 0; rest /= dims_[i].size) {

@@ -37,7 +37,9 @@ def sparse_convolve(
         for n, p, d, k, s in zip((height, width), padding, dilation, kernel, stride, strict=True)
     ]
     y = np.full((images, out, *sizes), np.nan, np.float32)
-    Packed.pack(w.reshape(out, -1)).conv2d_at(
+    packed = Packed.pack(w.reshape(out, -1))
+    packed.add("panels")
+    packed.conv2d_at(
         x.ctypes.data,
         channels * height * width,
         images,
@@ -100,7 +102,9 @@ def test_bfloat16_activations(isa: str, kernel: str, shape: Pair, batch: int) ->
     bfloat16: Any = ml_dtypes.bfloat16
     w, x, bias = draw(*shape, sparsity=0.5), draw(batch, shape[1], seed=1).astype(bfloat16), draw(shape[0])
     y = np.zeros((batch, shape[0]), bfloat16)
-    Packed.pack(w).linear_at(kernel, x.ctypes.data, True, batch, bias.ctypes.data, "relu", y.ctypes.data)
+    packed = Packed.pack(w)
+    packed.add(kernel)
+    packed.linear_at(kernel, x.ctypes.data, True, batch, bias.ctypes.data, "relu", y.ctypes.data)
     exact = np.maximum(x.astype(np.float64) @ w.astype(np.float64).T + bias, 0)
     error = np.abs(y.astype(np.float64) - exact)
     assert (error <= 2.0**-8 * np.abs(exact) + 1e-4).all()

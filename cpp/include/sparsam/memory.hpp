@@ -12,10 +12,6 @@ class Memory {
   Memory() = default;
   explicit Memory(std::size_t bytes);
 
-  // `bytes` and behind them kReadable zeros, which kernels may read and do not use.
-  static constexpr std::size_t kReadable = 64;
-  static Memory readable_past(std::size_t bytes);
-
   std::size_t bytes() const { return bytes_; }
   template <class T>
   T* as() const {

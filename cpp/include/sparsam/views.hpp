@@ -18,6 +18,8 @@ struct Dim {
 // contiguously are merged, so a contiguous array has one dimension. Misaligned data counts as not contiguous.
 class View {
  public:
+  static constexpr std::size_t kMaxDims = 64;  // as many as NumPy has
+
   View(void* data, DType dtype, const std::vector<Dim>& dims);
 
   DType dtype() const { return dtype_; }

@@ -90,6 +90,9 @@ struct Floats {
   static void broadcast4(const Value* p, Reg (&w)[4]) {
     for (std::size_t i = 0; i < 4; ++i) w[i] = set1(to_float(p[i]));
   }
+  static Reg load_values(const Bfloat* p) {
+    return map([&](std::size_t i) { return to_float(p[i]); });
+  }
   // sum + w * x in the lanes of `bits`, w being the next values at p.
   template <class Value>
   static Reg fma_expanded(const Value* p, std::uint32_t bits, Reg x, Reg sum) {

@@ -234,6 +234,7 @@ def _measure(machine: Machine) -> CostModel:
         batches = BATCHES if shape != _LARGE else BATCHES[: BATCHES.index(BITMASK_BATCHES) + 1]
         for kinds, weights in _samples(shape):
             packed = _core.Packed.pack(weights.astype(machine.dtype))
+            packed.add("panels")
             for kind, batch in itertools.product(kinds, batches):
                 kernel = "panels" if kind == "blocks" else kind
                 if kernel in candidates(batch):

@@ -20,6 +20,7 @@ ACTIVATIONS = ("relu", "gelu", "gelu_tanh", "silu")
 
 _UNIT = 64
 _IDENTITY = Packed.pack(np.eye(_UNIT, dtype=np.float32))
+_IDENTITY.add("panels")
 
 
 def multiply(
@@ -48,7 +49,7 @@ def multiply(
     assert dense is not None
     if not math.isfinite(np.vdot(x, x)):
         # There an infinity or a NaN times a pruned weight would be a NaN. (Large numbers: only slower.)
-        packed.linear("panels", x, bias, activation, out)
+        packed.linear(packed.forms[-1], x, bias, activation, out)
         return
     with np.errstate(all="ignore"):  # as in the kernels, infinities and NaN are results like others
         np.dot(x, dense.T, out=out)

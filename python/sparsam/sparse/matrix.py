@@ -121,7 +121,7 @@ class SparseMatrix:
     def nbytes(self) -> int:
         """Bytes of the stored form, the layouts derived so far, and the dense copy if one is kept."""
         dense = self._dense
-        return self._packed.nbytes + self._packed.layout_nbytes + (0 if dense is None else dense.nbytes)
+        return self._packed.nbytes + (0 if dense is None else dense.nbytes)
 
     @property
     def pattern(self) -> NM | Block | Unstructured:
@@ -273,18 +273,17 @@ class SparseMatrix:
                 self._plans[batch] = plan  # found faster next time
                 return plan
             packed = self._packed
-            had_layouts = packed.layout_nbytes > 0
+            had = packed.forms
             plan, dense = choose(packed, self._dense, batch)
-            if plan.kernel != "panels" and not had_layouts and packed.layout_nbytes > 0:
-                # Only the trial needed layouts: go on without them.
-                self._packed = Packed.from_parts(*self._shape, packed.bits(), packed.values())
+            if plan.kernel != "panels" and "panels" not in had:  # only the trial needed them
+                packed.keep(had)
             self._adopt(batch, plan, dense)
             return plan
 
     def _adopt(self, batch: int, plan: KernelChoice, dense: Floats | None = None) -> None:
         """Builds what the plan needs, then publishes it: `linear` reads plans without the lock."""
         if plan.kernel != "dense":
-            self._packed.prepare(plan.kernel, batch)
+            self._packed.add(plan.kernel)
         elif self._dense is None:
             self._dense = unpack(self._packed) if dense is None else dense
         bucket = cost_model.bucket(batch)

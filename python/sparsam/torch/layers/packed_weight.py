@@ -125,7 +125,7 @@ class PackedWeight:
     def nbytes(self) -> int:
         """Bytes of the packed form, of the layouts derived from it and of dense copies that are kept."""
         dense = sum(tensor.nbytes for tensor in self._dense.values())
-        return dense + sum(part.nbytes + part.layout_nbytes for part in self.parts)
+        return dense + sum(part.nbytes for part in self.parts)
 
     @property
     def pattern(self) -> NM | Block | Unstructured:
@@ -195,7 +195,13 @@ class PackedWeight:
         """
         with self._lock:
             if bucket not in self._kernels:
-                self._kernels[bucket] = self._fastest(dtype, runs, dense)
+                had = self.parts[0].forms
+                for part, form in itertools.product(self.parts, runs):
+                    part.add(form)
+                chosen = self._kernels[bucket] = self._fastest(dtype, runs, dense)
+                if chosen != "panels" and "panels" not in had:  # only the trial needed them
+                    for part in self.parts:
+                        part.keep(had)
             self._kernels[key] = self._kernels[bucket]
             return self._kernels[key]
 
@@ -207,7 +213,6 @@ class PackedWeight:
     ) -> str:
         if self.nnz == 0:
             return next(iter(runs))
-        had_layouts = any(part.layout_nbytes for part in self.parts)
         every = dict(runs)
         if os.getpid() == _PROCESS or torch.get_num_threads() == 1:
             weight = self._dense[dtype] if dtype in self._dense else self._oriented(dtype)
@@ -219,11 +224,6 @@ class PackedWeight:
         chosen = min(best, key=lambda name: best[name])
         if chosen == "dense":
             self._dense[dtype] = weight
-        if chosen != "panels" and not had_layouts:
-            # Only the trial needed layouts: go on without them.
-            self.parts = tuple(
-                Packed.from_parts(part.rows, part.cols, part.bits(), part.values()) for part in self.parts
-            )
         return chosen
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PackedWeight:

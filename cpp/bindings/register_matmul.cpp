@@ -1,0 +1,312 @@
+#include "arrays.hpp"
+#include "sparsam/forms.hpp"
+#include "sparsam/matmul.hpp"
+
+#include <memory>
+#include <optional>
+
+namespace sparsam {
+namespace {
+
+using Floats = py::array_t<float, py::array::c_style>;
+using Bytes = py::array_t<std::uint8_t, py::array::c_style>;
+
+constexpr std::size_t kMaxElements = std::size_t{1} << 40;  // keeps every product of sizes in range
+
+py::dtype numpy_dtype(DType t) {
+  switch (t) {
+    case DType::f16:
+      return py::dtype("float16");
+    case DType::f32:
+      return py::dtype("float32");
+    case DType::f64:
+      return py::dtype("float64");
+    default:
+      return py::dtype::from_args(py::module_::import("ml_dtypes").attr("bfloat16"));
+  }
+}
+
+const char* name_of(DType t) {
+  return t == DType::f16    ? "float16"
+         : t == DType::bf16 ? "bfloat16"
+         : t == DType::f32  ? "float32"
+                            : "float64";
+}
+
+FormKind kind_of(const std::string& what, const std::string& name) {
+  for (const FormKind kind : {FormKind::bitmask, FormKind::panels})
+    if (name == name_of(kind)) return kind;
+  throw py::value_error(what + " '" + name + "': expected bitmask or panels");
+}
+
+std::vector<std::string> forms(const PackedMatrix& w) {
+  std::vector<std::string> names;
+  for (const FormKind kind : {FormKind::bitmask, FormKind::panels})
+    if (w.find(kind) != nullptr) names.emplace_back(name_of(kind));
+  return names;
+}
+
+// The form that a kernel of that name reads; a copy, which outlives any keep().
+FormPtr form_for(const PackedMatrix& w, const std::string& kernel) {
+  FormPtr form = w.find(kind_of("kernel", kernel));
+  if (form == nullptr)
+    throw py::value_error("kernel '" + kernel + "': expected a form that the weight has; got only " +
+                          forms(w).front() + "; build the other with add('" + kernel + "')");
+  return form;
+}
+
+DType value_dtype(const py::array& a) {
+  const DType t = dtype_of(a);
+  if (t == DType::f64) throw py::type_error("dtype float64: expected float32, bfloat16 or float16 values");
+  return t;
+}
+
+void check_size(std::size_t rows, std::size_t cols) {
+  if (rows > kMaxElements || cols > kMaxElements || (cols > 0 && rows > kMaxElements / cols))
+    throw py::value_error("shape too large: expected at most 2^40 elements");
+}
+
+View matrix_view(const py::array& w) {
+  if (w.ndim() != 2)
+    throw py::value_error("expected a matrix, got " + std::to_string(w.ndim()) + " dimensions");
+  value_dtype(w);
+  const View view = view_of(w);
+  check_size(static_cast<std::size_t>(w.shape(0)), static_cast<std::size_t>(w.shape(1)));
+  return view;
+}
+
+PackedMatrix pack(const py::array& w) {
+  const View view = matrix_view(w);
+  const auto rows = static_cast<std::size_t>(w.shape(0)), cols = static_cast<std::size_t>(w.shape(1));
+  const py::gil_scoped_release release;
+  return PackedMatrix(pack_bitmask(view, rows, cols));
+}
+
+PackedMatrix from_mask(const py::array& w, const Words& words) {
+  const View view = matrix_view(w);
+  const auto rows = static_cast<std::size_t>(w.shape(0)), cols = static_cast<std::size_t>(w.shape(1));
+  const std::uint64_t* const mask = checked_words(words, view.size());
+  const py::gil_scoped_release release;
+  return PackedMatrix(pack_bitmask(view, rows, cols, mask));
+}
+
+PackedMatrix from_parts(std::size_t rows, std::size_t cols, const Bytes& bits, const py::array& values) {
+  value_dtype(values);
+  const View view = view_of(values);
+  check_size(rows, cols);
+  if (static_cast<std::size_t>(bits.size()) != rows * ((cols + 7) / 8))
+    throw py::value_error(std::to_string(bits.size()) + " mask bytes: expected " +
+                          std::to_string(rows * ((cols + 7) / 8)));
+  const std::uint8_t* const from = bits.data();
+  const py::gil_scoped_release release;
+  return PackedMatrix(pack_bitmask(rows, cols, from, view));
+}
+
+// Keeps a Python object alive; it may be let go by a thread that does not hold the GIL.
+std::shared_ptr<const void> owner_of(const py::object& object) {
+  return {new py::object(object), [](const py::object* held) {
+            const py::gil_scoped_acquire acquire;
+            delete held;
+          }};
+}
+
+PackedMatrix from_buffers(const std::vector<py::array>& buffers, bool trusted) {
+  for (const py::array& a : buffers)
+    if (a.ndim() != 1 || a.dtype().kind() != 'u' || a.itemsize() != 1 ||
+        (a.flags() & py::array::c_style) == 0)
+      throw py::value_error("buffer: expected a contiguous vector of uint8; got " +
+                            py::repr(a.dtype()).cast<std::string>() + " in " + std::to_string(a.ndim()) +
+                            " dimensions");
+  std::vector<std::shared_ptr<const void>> owners;
+  for (const py::array& a : buffers) owners.push_back(owner_of(a));
+  std::vector<std::pair<const void*, std::size_t>> bytes;
+  for (const py::array& a : buffers) bytes.emplace_back(a.data(), static_cast<std::size_t>(a.size()));
+  const py::gil_scoped_release release;
+  std::vector<FormPtr> found;
+  for (std::size_t i = 0; i < bytes.size(); ++i)
+    found.push_back(Form::adopt(bytes[i].first, bytes[i].second, owners[i], trusted));
+  return PackedMatrix(found, trusted);
+}
+
+// Forms come and go under the GIL alone, so that there is no lock that a forked child could find held; they
+// are built without it.
+void add(PackedMatrix& w, const std::string& name) {
+  const FormKind kind = kind_of("form", name);
+  if (w.find(kind) != nullptr) return;
+  FormPtr built;
+  const PackedMatrix copy = w;
+  {
+    const py::gil_scoped_release release;
+    built = copy.get(kind);
+  }
+  if (w.find(kind) == nullptr) w.insert(std::move(built));
+}
+
+void keep(PackedMatrix& w, const std::vector<std::string>& names) {
+  PackedMatrix kept = w;
+  for (const FormKind kind : {FormKind::bitmask, FormKind::panels})
+    if (std::find(names.begin(), names.end(), name_of(kind)) == names.end()) kept.erase(kind);
+  for (const std::string& name : names) kind_of("form", name);
+  if (forms(kept).empty())
+    throw py::value_error("forms: expected at least one that the weight has; it has only " +
+                          forms(w).front());
+  w = kept;
+}
+
+py::array buffer(const PackedMatrix& w, const std::string& name) {
+  const FormPtr& form = w.find(kind_of("form", name));
+  if (form == nullptr)
+    throw py::value_error("form '" + name + "': expected a form that the weight has; got only " +
+                          forms(w).front() + "; build the other with add('" + name + "')");
+  const py::capsule owner(new FormPtr(form), [](void* held) { delete static_cast<FormPtr*>(held); });
+  py::array_t<std::uint8_t> bytes(static_cast<py::ssize_t>(form->bytes()),
+                                  reinterpret_cast<const std::uint8_t*>(form->data()), owner);
+  bytes.attr("setflags")(py::arg("write") = false);
+  return std::move(bytes);
+}
+
+std::size_t nbytes(const PackedMatrix& w) {
+  std::size_t n = 0;
+  for (const FormKind kind : {FormKind::bitmask, FormKind::panels})
+    if (const FormPtr& form = w.find(kind); form != nullptr) n += form->bytes();
+  return n;
+}
+
+Bytes bits(const PackedMatrix& w) {
+  const Form& form = w.any();
+  Bytes out({static_cast<py::ssize_t>(form.rows()), static_cast<py::ssize_t>((form.cols() + 7) / 8)});
+  std::uint8_t* const to = out.mutable_data();
+  const PackedMatrix copy = w;
+  const py::gil_scoped_release release;
+  copy.bits(to);
+  return out;
+}
+
+py::array values(const PackedMatrix& w) {
+  const std::vector<py::ssize_t> shape{static_cast<py::ssize_t>(w.any().nnz())};
+  py::array out(numpy_dtype(w.any().dtype()), shape);
+  void* const to = out.mutable_data();
+  const PackedMatrix copy = w;
+  const py::gil_scoped_release release;
+  copy.values(to);
+  return out;
+}
+
+py::array unpack(const PackedMatrix& w) {
+  const Form& form = w.any();
+  py::array out(numpy_dtype(form.dtype()),
+                {static_cast<py::ssize_t>(form.rows()), static_cast<py::ssize_t>(form.cols())});
+  void* const to = out.mutable_data();
+  const PackedMatrix copy = w;
+  const py::gil_scoped_release release;
+  copy.unpack(to);
+  return out;
+}
+
+void multiply(const PackedMatrix& w, const std::string& kernel, const Floats& x,
+              const std::optional<Floats>& bias, const std::string& activation, Floats out) {
+  const FormPtr form = form_for(w, kernel);
+  const auto rows = static_cast<py::ssize_t>(form->rows()), cols = static_cast<py::ssize_t>(form->cols());
+  if (x.ndim() != 2 || x.shape(1) != cols)
+    throw py::value_error("x: expected shape (batch, " + std::to_string(cols) + ")");
+  if (out.ndim() != 2 || out.shape(0) != x.shape(0) || out.shape(1) != rows)
+    throw py::value_error("out: expected shape (batch, " + std::to_string(rows) + ")");
+  if (bias && bias->size() != rows)
+    throw py::value_error("bias: expected " + std::to_string(rows) + " elements");
+  float* to = out.mutable_data();
+  const float* from = x.data();
+  const float* add = bias ? bias->data() : nullptr;
+  const auto batch = static_cast<std::size_t>(x.shape(0));
+  const py::gil_scoped_release release;
+  linear(*form, from, batch, add, activation, to);
+}
+
+// The same on memory that the caller vouches for: addresses of contiguous float32 or bfloat16 x and y (0: no
+// bias).
+void multiply_at(const PackedMatrix& w, const std::string& kernel, std::uintptr_t x, bool bfloat16,
+                 std::size_t batch, std::uintptr_t bias, const std::string& activation, std::uintptr_t out) {
+  const FormPtr form = form_for(w, kernel);
+  const auto* add = reinterpret_cast<const float*>(bias);
+  const py::gil_scoped_release release;
+  if (bfloat16)
+    linear(*form, reinterpret_cast<const std::uint16_t*>(x), batch, add, activation,
+           reinterpret_cast<std::uint16_t*>(out));
+  else
+    linear(*form, reinterpret_cast<const float*>(x), batch, add, activation, reinterpret_cast<float*>(out));
+}
+
+using Pair = std::pair<std::size_t, std::size_t>;
+
+Conv2d conv2d_of(std::size_t cols, Pair image, Pair kernel, Pair stride, Pair padding, Pair dilation) {
+  constexpr std::size_t kMaxLength = std::size_t{1} << 29;  // of any of them: keeps the sums below in range
+  for (const Pair& p : {image, kernel, stride, padding, dilation})
+    if (p.first > kMaxLength || p.second > kMaxLength)
+      throw py::value_error("size too large: expected at most 2^29");
+  for (const Pair& p : {image, kernel, stride, dilation})
+    if (p.first == 0 || p.second == 0) throw py::value_error("expected sizes of at least 1");
+  if (cols % (kernel.first * kernel.second) != 0)
+    throw py::value_error("kernel size: expected a divisor of " + std::to_string(cols) + " columns");
+  const Conv2d c{cols / (kernel.first * kernel.second),
+                 image.first,
+                 image.second,
+                 kernel.first,
+                 kernel.second,
+                 stride.first,
+                 stride.second,
+                 padding.first,
+                 padding.second,
+                 dilation.first,
+                 dilation.second};
+  if (c.dilation_h * (c.kernel_h - 1) + 1 > c.height + 2 * c.pad_h ||
+      c.dilation_w * (c.kernel_w - 1) + 1 > c.width + 2 * c.pad_w)
+    throw py::value_error("image with its padding: expected at least the size of the dilated kernel");
+  const std::size_t floats = (c.height + 2 * c.pad_h + c.stride_h) * (c.width + 2 * c.pad_w + c.stride_w);
+  if (floats > (std::size_t{1} << 32) / (c.channels + 1))
+    throw py::value_error("image too large: expected less than 2^32 floats with its padding");
+  return c;
+}
+
+// x and out as for linear_at, float32; strides in floats from one image to the next.
+void conv2d_at(const PackedMatrix& w, std::uintptr_t x, std::size_t x_stride, std::size_t images, Pair image,
+               Pair kernel, Pair stride, Pair padding, Pair dilation, std::uintptr_t bias,
+               const std::string& activation, std::uintptr_t out, std::size_t out_stride) {
+  const Conv2d c = conv2d_of(w.any().cols(), image, kernel, stride, padding, dilation);
+  const FormPtr form = form_for(w, "panels");
+  const py::gil_scoped_release release;
+  conv2d(*form, c, reinterpret_cast<const float*>(x), x_stride, images, reinterpret_cast<const float*>(bias),
+         activation, reinterpret_cast<float*>(out), out_stride);
+}
+
+}  // namespace
+
+void register_matmul(py::module_& m) {
+  py::class_<PackedMatrix>(m, "Packed")
+      .def_static("pack", &pack, py::arg("w"))
+      .def_static("from_mask", &from_mask, py::arg("w"), py::arg("mask").noconvert())
+      .def_static("from_parts", &from_parts, py::arg("rows"), py::arg("cols"), py::arg("bits"),
+                  py::arg("values"))
+      .def_static("from_buffers", &from_buffers, py::arg("buffers"), py::kw_only(),
+                  py::arg("trusted") = false)
+      .def_property_readonly("rows", [](const PackedMatrix& w) { return w.any().rows(); })
+      .def_property_readonly("cols", [](const PackedMatrix& w) { return w.any().cols(); })
+      .def_property_readonly("nnz", [](const PackedMatrix& w) { return w.any().nnz(); })
+      .def_property_readonly("dtype", [](const PackedMatrix& w) { return name_of(w.any().dtype()); })
+      .def_property_readonly("blocked", [](const PackedMatrix& w) { return w.any().header().shared_rows; })
+      .def_property_readonly("forms", [](const PackedMatrix& w) { return py::tuple(py::cast(forms(w))); })
+      .def_property_readonly("nbytes", &nbytes)
+      .def("add", &add, py::arg("form"))
+      .def("keep", &keep, py::arg("forms"))
+      .def("buffer", &buffer, py::arg("form"))
+      .def("bits", &bits)
+      .def("values", &values)
+      .def("unpack", &unpack)
+      .def("linear", &multiply, py::arg("kernel"), py::arg("x").noconvert(), py::arg("bias").noconvert(),
+           py::arg("activation"), py::arg("out").noconvert())
+      .def("linear_at", &multiply_at, py::arg("kernel"), py::arg("x"), py::arg("bfloat16"), py::arg("batch"),
+           py::arg("bias"), py::arg("activation"), py::arg("out"))
+      .def("conv2d_at", &conv2d_at, py::arg("x"), py::arg("x_stride"), py::arg("images"), py::arg("image"),
+           py::arg("kernel"), py::arg("stride"), py::arg("padding"), py::arg("dilation"), py::arg("bias"),
+           py::arg("activation"), py::arg("out"), py::arg("out_stride"));
+}
+
+}  // namespace sparsam

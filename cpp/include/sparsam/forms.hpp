@@ -1,0 +1,114 @@
+// Forms of a packed weight. Each is one flat buffer that describes itself and holds no pointer, so that it
+// can live in memory of ours, a NumPy array, a torch tensor or a mapped file, and move between them
+// (docs/formats.md, byte by byte). Either form alone gives the weight back exactly.
+#pragma once
+#include <array>
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "sparsam/views.hpp"
+
+namespace sparsam {
+
+struct BitmaskView;
+struct PanelView;
+
+enum class FormKind : std::uint8_t { bitmask = 1, panels = 2 };
+constexpr std::array<const char*, 2> kFormNames = {"bitmask", "panels"};
+
+inline const char* name_of(FormKind kind) { return kFormNames[static_cast<std::size_t>(kind) - 1]; }
+
+// The first bytes of a form. Sections follow in the order of `sections`, each at a multiple of 64 from the
+// start; the counts determine all of them. Behind the last section kReadable bytes may be read.
+struct FormHeader {
+  static constexpr char kMagic[8] = {'s', 'p', 'a', 'r', 's', 'a', 'm', '\0'};
+  static constexpr std::uint32_t kVersion = 1;
+  static constexpr std::size_t kAlign = 64, kReadable = 64;
+
+  char magic[8];
+  std::uint32_t version;
+  FormKind kind;
+  std::uint8_t dtype;        // DType of the values
+  std::uint8_t shared_rows;  // 4 where every aligned four rows share their columns, else 0
+  std::uint8_t zero;
+  std::uint64_t rows, cols, nnz;
+  std::uint64_t depth, units, steps;  // of panels; 0 in a bitmask
+  std::uint64_t sections[4];  // bitmask: words, row_start, values; panels: blocks, headers, offsets, values
+  std::uint64_t bytes;        // of the whole buffer
+  std::uint64_t reserved[3];  // 0
+};
+static_assert(sizeof(FormHeader) == 128);
+
+class Form;
+using FormPtr = std::shared_ptr<const Form>;
+
+class Form {
+ public:
+  // The form in memory that `owner` keeps alive and nobody changes. `data` is a multiple of 8. Everything
+  // that a kernel relies on is checked, or with `trusted` only the header. Throws std::invalid_argument.
+  static FormPtr adopt(const void* data, std::size_t bytes, std::shared_ptr<const void> owner, bool trusted);
+
+  FormKind kind() const { return header().kind; }
+  DType dtype() const { return static_cast<DType>(header().dtype); }
+  std::size_t rows() const { return header().rows; }
+  std::size_t cols() const { return header().cols; }
+  std::size_t nnz() const { return header().nnz; }
+  std::size_t bytes() const { return header().bytes; }
+  const char* data() const { return data_; }
+  const FormHeader& header() const { return *reinterpret_cast<const FormHeader*>(data_); }
+
+  BitmaskView bitmask() const;
+  PanelView panels() const;
+
+ private:
+  friend class FormWriter;
+  Form(const char* data, std::shared_ptr<const void> owner) : owner_(std::move(owner)), data_(data) {}
+
+  std::shared_ptr<const void> owner_;
+  const char* data_;
+};
+
+// The bitmask of a rows x cols array of any strides, float16, bfloat16 or float32: a weight is pruned where
+// it is exactly 0; or where its bit in `mask` is not set (element i of the array in C order: bit i % 64 of
+// word i / 64), so that a weight that was kept and is 0 stays.
+FormPtr pack_bitmask(const View& w, std::size_t rows, std::size_t cols);
+FormPtr pack_bitmask(const View& w, std::size_t rows, std::size_t cols, const std::uint64_t* mask);
+
+// From the form on disk: `bits` has ceil(cols / 8) bytes a row, lowest bit first; `values` the nnz values,
+// row by row. Throws std::invalid_argument where they do not fit together.
+FormPtr pack_bitmask(std::size_t rows, std::size_t cols, const std::uint8_t* bits, const View& values);
+
+// One form of a weight from the other.
+FormPtr bitmask_of(const Form& panels);
+FormPtr panels_of(const Form& bitmask);
+
+// rows x cols weights (out x in): up to one form of each kind, which say the same. A value: copies share the
+// forms, and nothing in it changes while a copy is in use.
+class PackedMatrix {
+ public:
+  explicit PackedMatrix(FormPtr form) { insert(std::move(form)); }
+
+  // Throws std::invalid_argument where there is no form, or the forms differ; with `trusted`, only where
+  // their headers do.
+  PackedMatrix(const std::vector<FormPtr>& forms, bool trusted);
+
+  const FormPtr& find(FormKind kind) const { return forms_[static_cast<std::size_t>(kind) - 1]; }
+  const Form& any() const { return *(forms_[0] != nullptr ? forms_[0] : forms_[1]); }
+  void insert(FormPtr form) { forms_[static_cast<std::size_t>(form->kind()) - 1] = std::move(form); }
+  void erase(FormKind kind) { forms_[static_cast<std::size_t>(kind) - 1] = nullptr; }
+
+  // The form that is held, or else one built from the other; it is not kept.
+  FormPtr get(FormKind kind) const;
+
+  void bits(std::uint8_t* to) const;  // rows * ceil(cols / 8) bytes
+  void values(void* to) const;        // nnz values, row by row
+  void unpack(void* to) const;        // rows * cols elements in C order
+
+ private:
+  std::array<FormPtr, 2> forms_;
+};
+
+}  // namespace sparsam

@@ -1,0 +1,37 @@
+// Products with a packed weight. Each takes the form that its kernel reads and builds none.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+#include <string>
+
+#include "sparsam/forms.hpp"
+
+namespace sparsam {
+
+// y[batch x rows] = activation(x[batch x cols] W^T + bias), all row-major float32 and contiguous; y overlaps
+// nothing. `activation` is one of "", "relu", "gelu", "gelu_tanh", "silu".
+void linear(const Form& w, const float* x, std::size_t batch, const float* bias,
+            const std::string& activation, float* y);
+
+// The same for bfloat16 x and y; sums are float32.
+void linear(const Form& w, const std::uint16_t* x, std::size_t batch, const float* bias,
+            const std::string& activation, std::uint16_t* y);
+
+// The geometry of a convolution: images of `channels` planes height x width, row by row. Padding is with
+// zeros, on both sides. Sizes are such that the output has at least one position, and a padded image less
+// than 2^32 floats.
+struct Conv2d {
+  std::size_t channels, height, width;
+  std::size_t kernel_h, kernel_w, stride_h = 1, stride_w = 1, pad_h = 0, pad_w = 0, dilation_h = 1,
+                                  dilation_w = 1;
+
+  std::size_t out_height() const;
+  std::size_t out_width() const;
+};
+
+// Images [rows x out_height x out_width] of y from images of x, both contiguous in themselves and a stride
+// of floats apart; w has channels * kernel_h * kernel_w columns, in this order, and is in panels.
+void conv2d(const Form& w, const Conv2d& c, const float* x, std::size_t x_stride, std::size_t images,
+            const float* bias, const std::string& activation, float* y, std::size_t y_stride);
+
+}  // namespace sparsam

@@ -1,0 +1,138 @@
+// The bitmask form: built from arrays, from the form on disk and from panels, and checked.
+#include <atomic>
+#include <stdexcept>
+
+#include "forms.hpp"
+#include "sparsam/isa.hpp"
+#include "sparsam/masks.hpp"
+#include "table.hpp"
+
+namespace sparsam {
+namespace {
+
+using Words = std::uint64_t*;
+
+// Whether every aligned four rows share their columns.
+bool rows_share(const std::uint64_t* words, std::size_t rows, std::size_t cols) {
+  if (rows == 0 || rows % 4 != 0) return false;
+  const std::size_t row_words = words_for(cols);
+  std::atomic<bool> same{true};
+  RowTasks(rows, cols).run([&](std::size_t, std::size_t r) {
+    const std::uint64_t* const row = words + r * row_words;
+    if (r % 4 == 0 || !same.load(std::memory_order_relaxed)) return;
+    if (!std::equal(row, row + row_words, row - row_words)) same.store(false, std::memory_order_relaxed);
+  });
+  return same.load();
+}
+
+// A writer with words and row_start filled in, from words that are complete.
+FormWriter begin(const std::uint64_t* words, std::size_t rows, std::size_t cols, DType dtype) {
+  const std::size_t row_words = words_for(cols);
+  const Memory row_start(8 * (rows + 1));
+  auto* const starts = row_start.as<std::uint64_t>();
+  const RowTasks all(rows, cols);
+  all.run([&](std::size_t, std::size_t r) { starts[r + 1] = count_words(words + r * row_words, row_words); });
+  starts[0] = 0;
+  for (std::size_t r = 0; r < rows; ++r) starts[r + 1] += starts[r];
+  FormHeader counts = header_for(FormKind::bitmask, dtype, rows, cols, starts[rows]);
+  counts.shared_rows = rows_share(words, rows, cols) ? 4 : 0;
+  FormWriter writer(counts);
+  std::copy_n(starts, rows + 1, writer.section<std::uint64_t>(1));
+  all.run([&](std::size_t, std::size_t r) {
+    std::copy_n(words + r * row_words, row_words, writer.section<std::uint64_t>(0) + r * row_words);
+  });
+  return writer;
+}
+
+// Words of `cols` bits that begin at bit `start` of a mask.
+void copy_bits(const std::uint64_t* mask, std::size_t start, std::size_t cols, Words to) {
+  const std::size_t shift = start % 64, n = words_for(cols), last = (start + cols - 1) / 64;
+  for (std::size_t k = 0, from = start / 64; k < n; ++k, ++from) {
+    to[k] = mask[from] >> shift;
+    if (shift != 0 && from < last) to[k] |= mask[from + 1] << (64 - shift);
+  }
+  if (cols % 64 != 0) to[n - 1] &= (std::uint64_t{1} << cols % 64) - 1;
+}
+
+// mark(bits, row, words) sets the bits of a row that has these elements.
+template <class Mark>
+FormPtr pack_rows(const View& w, std::size_t rows, std::size_t cols, bool read_to_mark, Mark&& mark) {
+  const std::size_t row_words = words_for(cols);
+  const Memory words(8 * rows * row_words);
+  return with_bits(item_size(w.dtype()), [&](auto width) {
+    using Bits = decltype(width);
+    const RowTasks all(rows, cols);
+    const Buffers<Bits> buffers(all.workers, cols, !w.contiguous());
+    if (cols > 0)
+      all.run([&](std::size_t worker, std::size_t r) {
+        const Bits* const src = read_to_mark ? w.read(r * cols, cols, buffers.of(worker)) : nullptr;
+        mark(src, r, words.as<std::uint64_t>() + r * row_words);
+      });
+    const FormWriter writer = begin(words.as<std::uint64_t>(), rows, cols, w.dtype());
+    const auto* const starts = writer.section<std::uint64_t>(1);
+    all.run([&](std::size_t worker, std::size_t r) {
+      if (starts[r] == starts[r + 1]) return;
+      const Bits* const src = w.read(r * cols, cols, buffers.of(worker));
+      Bits* to = writer.section<Bits>(2) + starts[r];
+      for_each_bit(words.as<std::uint64_t>() + r * row_words, 0, row_words,
+                   [&](std::size_t c) { *to++ = src[c]; });
+    });
+    return writer.finish();
+  });
+}
+
+}  // namespace
+
+FormPtr pack_bitmask(const View& w, std::size_t rows, std::size_t cols) {
+  return pack_rows(w, rows, cols, true, [&](const auto* src, std::size_t, Words words) {
+    using Bits = std::remove_const_t<std::remove_pointer_t<decltype(src)>>;
+    width_kernels<Bits>(kernels()).threshold_mask(src, cols, 0, 0, words, static_cast<Bits*>(nullptr));
+  });
+}
+
+FormPtr pack_bitmask(const View& w, std::size_t rows, std::size_t cols, const std::uint64_t* mask) {
+  return pack_rows(w, rows, cols, false,
+                   [&](const auto*, std::size_t r, Words words) { copy_bits(mask, r * cols, cols, words); });
+}
+
+FormPtr pack_bitmask(std::size_t rows, std::size_t cols, const std::uint8_t* bits, const View& values) {
+  const std::size_t row_words = words_for(cols), row_bytes = (cols + 7) / 8;
+  const Memory memory(8 * rows * row_words);
+  Words words = memory.as<std::uint64_t>();
+  for (std::size_t r = 0; r < rows && row_bytes > 0; ++r, words += row_words) {
+    words[row_words - 1] = 0;
+    std::memcpy(words, bits + r * row_bytes, row_bytes);
+    if (cols % 64 != 0 && words[row_words - 1] >> cols % 64 != 0)
+      throw std::invalid_argument("row " + std::to_string(r) + ": bits past the last column are set");
+  }
+  const FormWriter writer = begin(memory.as<std::uint64_t>(), rows, cols, values.dtype());
+  const std::size_t nnz = writer.header().nnz;
+  if (nnz != values.size())
+    throw std::invalid_argument(std::to_string(values.size()) + " values for " + std::to_string(nnz) +
+                                " bits that are set");
+  with_bits(item_size(values.dtype()), [&](auto width) {
+    using Bits = decltype(width);
+    Bits* const own = writer.section<Bits>(2);
+    const Bits* const from = values.read(0, nnz, own);
+    if (from != own && nnz > 0) std::memcpy(own, from, nnz * sizeof(Bits));
+  });
+  return writer.finish();
+}
+
+std::string fault_of(const BitmaskView& w, const FormHeader& header) {
+  const std::uint64_t past = w.cols % 64 == 0 ? 0 : ~std::uint64_t{0} << w.cols % 64;
+  if (w.row_start[0] != 0) return "expected the first row to start at value 0";
+  for (std::size_t r = 0; r < w.rows; ++r) {
+    const std::uint64_t* const words = w.words + r * w.row_words;
+    if (w.row_words > 0 && (words[w.row_words - 1] & past) != 0)
+      return "row " + std::to_string(r) + ": expected no bits past the last column";
+    if (w.row_start[r + 1] - w.row_start[r] != count_words(words, w.row_words))
+      return "row " + std::to_string(r) + ": expected as many values as bits";
+  }
+  if (w.row_start[w.rows] != header.nnz) return "expected as many values as its header says";
+  if (rows_share(w.words, w.rows, w.cols) != (header.shared_rows != 0))
+    return "expected rows to share columns where its header says so, and only there";
+  return {};
+}
+
+}  // namespace sparsam

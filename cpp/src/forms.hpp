@@ -1,0 +1,81 @@
+// What the builders of forms share.
+#pragma once
+#include <algorithm>
+#include <cstring>
+#include <memory>
+#include <string>
+
+#include "chunks.hpp"
+#include "matmul.hpp"
+#include "sparsam/forms.hpp"
+#include "sparsam/memory.hpp"
+
+namespace sparsam {
+
+constexpr std::size_t offset_bytes(std::size_t depth) { return depth < 256 ? 1 : 2; }
+constexpr std::size_t panel_depth_blocks(std::size_t cols, std::size_t depth) {
+  return cols == 0 ? 1 : (cols + depth - 1) / depth;
+}
+constexpr std::size_t panel_blocks(std::size_t rows, std::size_t cols, std::size_t depth) {
+  return (rows + kRowBlock - 1) / kRowBlock * panel_depth_blocks(cols, depth);
+}
+
+// A header with its sections laid out: kind, dtype, shared_rows and the counts are given.
+FormHeader laid_out(FormHeader counts);
+FormHeader header_for(FormKind kind, DType dtype, std::size_t rows, std::size_t cols, std::size_t nnz);
+
+// A form in new memory, while it is written.
+class FormWriter {
+ public:
+  explicit FormWriter(const FormHeader& counts);
+
+  const FormHeader& header() const { return header_; }
+  FormHeader& header() { return *memory_->as<FormHeader>(); }
+  template <class T>
+  T* section(std::size_t i) const {
+    return reinterpret_cast<T*>(memory_->as<char>() + header_.sections[i]);
+  }
+  FormPtr finish() const;
+
+ private:
+  FormHeader header_;
+  std::shared_ptr<Memory> memory_;
+};
+
+// Rows in stretches, shared out over threads.
+struct RowTasks {
+  std::size_t rows, step, tasks, workers;
+
+  RowTasks(std::size_t n_rows, std::size_t cols)
+      : rows(n_rows),
+        step(std::max<std::size_t>(1, (std::size_t{1} << 16) / std::max<std::size_t>(cols, 1))),
+        tasks((rows + step - 1) / step),
+        workers(worker_count(tasks, rows * cols >= kSerialBelow)) {}
+
+  template <class Body>
+  void run(Body&& body) const {  // body(worker, row)
+    for_each_task(tasks, workers, [&](std::size_t worker, std::size_t task) {
+      for (std::size_t r = task * step; r < std::min(rows, (task + 1) * step); ++r) body(worker, r);
+    });
+  }
+};
+
+// The columns of the bits that are set in words [begin, end), in turn, as visit(column).
+template <class Visit>
+void for_each_bit(const std::uint64_t* words, std::size_t begin, std::size_t end, Visit&& visit) {
+  for (std::size_t k = begin; k < end; ++k)
+    for (std::uint64_t bits = words[k]; bits != 0; bits &= bits - 1)
+      visit(k * 64 + static_cast<std::size_t>(__builtin_ctzll(bits)));
+}
+
+inline std::size_t count_words(const std::uint64_t* words, std::size_t n) {
+  std::size_t count = 0;
+  for (std::size_t k = 0; k < n; ++k) count += static_cast<std::size_t>(__builtin_popcountll(words[k]));
+  return count;
+}
+
+// What is wrong with the content of a form whose header is right; empty where nothing is.
+std::string fault_of(const BitmaskView& w, const FormHeader& header);
+std::string fault_of(const PanelView& w, const FormHeader& header);
+
+}  // namespace sparsam

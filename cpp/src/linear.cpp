@@ -1,0 +1,122 @@
+// Linear layers: by bitmask, and by panels in tiles of rows of x.
+#include <algorithm>
+#include <iterator>
+#include <stdexcept>
+
+#include "panel_tiles.hpp"
+#include "sparsam/isa.hpp"
+#include "table.hpp"
+
+namespace sparsam {
+namespace {
+
+Output rows_from(Output y, std::size_t row) {
+  const std::size_t bytes = row * y.stride * (y.narrow ? 2 : sizeof(float));
+  return {static_cast<char*>(y.data) + bytes, y.stride, y.narrow};
+}
+
+// n columns of rows of x as floats, followed by zeros up to `stride`.
+void copy_padded(const MatmulKernels& m, const Input& x, std::size_t row, std::size_t n, std::size_t stride,
+                 float* to) {
+  if (x.narrow) {
+    m.widen(static_cast<const std::uint16_t*>(x.data) + row * x.stride, n, to);
+  } else {
+    const float* const from = static_cast<const float*>(x.data) + row * x.stride;
+    std::copy(from, from + n, to);
+  }
+  std::fill(to + n, to + stride, 0.0f);
+}
+
+void by_bitmask(const MatmulKernels& m, const Form& form, const Input& x, std::size_t batch,
+                Epilogue epilogue, const Output& y) {
+  constexpr std::size_t kRows = 4;  // of x at a time
+  const BitmaskView w = form.bitmask();
+  const ValueKernels& kernel = kernels_for(m, form.dtype());
+  const std::size_t x_stride = w.row_words * 64;
+  const std::size_t step = std::max<std::size_t>(64, ((std::size_t{1} << 17) / (x_stride + 1)) / 64 * 64);
+  const std::size_t tasks = (w.rows + step - 1) / step;
+  const bool as_it_came = !x.narrow && w.cols == x_stride;  // the kernel reads whole words of columns
+  const Scratch<Purpose::tiles> padded(as_it_came ? 0 : std::min(kRows, batch) * x_stride);
+  for (std::size_t t = 0; t < batch; t += kRows) {
+    const std::size_t here = std::min(kRows, batch - t);
+    const float* from = static_cast<const float*>(x.data) + t * x.stride;
+    if (!as_it_came) {
+      for (std::size_t i = 0; i < here; ++i)
+        copy_padded(m, x, t + i, w.cols, x_stride, padded.data() + i * x_stride);
+      from = padded.data();
+    }
+    for_each_task(tasks, worker_count(tasks, w.rows * w.cols >= kSerialBelow),
+                  [&](std::size_t, std::size_t task) {
+                    kernel.bitmask(w, task * step, std::min(w.rows, (task + 1) * step), from, x_stride, here,
+                                   epilogue, rows_from(y, t));
+                  });
+  }
+}
+
+struct LinearProduct : PanelTiles {
+  Input x;
+  std::size_t batch;
+  Output y;
+
+  LinearProduct(const PanelTiles& t, const Input& from, std::size_t n, const Output& to)
+      : PanelTiles(t), x(from), batch(n), y(to) {}
+
+  std::size_t tiles() const { return (batch + wide() - 1) / wide(); }
+  std::size_t rows_of(std::size_t tile) const { return std::min(wide(), batch - tile * wide()); }
+
+  // Block d of a tile to its place in the packed tile.
+  void pack(std::size_t tile, std::size_t d, float* packed) const {
+    const std::size_t from = (tile * wide() * x.stride + d * w.depth) * (x.narrow ? 2 : sizeof(float));
+    m.pack({static_cast<const char*>(x.data) + from, x.stride, x.narrow}, rows_of(tile), columns_of(d),
+           w.depth, vectors, packed + d * (w.depth + 1) * wide());
+  }
+  void multiply(std::size_t tile, std::size_t row_block, const float* packed, float* sums) const {
+    kernel.panel(w, row_block, packed, vectors, rows_of(tile), sums, epilogue, rows_from(y, tile * wide()));
+  }
+};
+
+void multiply(const Form& form, const void* x, std::size_t batch, const float* bias,
+              const std::string& activation, void* y, bool narrow) {
+  const Epilogue epilogue{bias, activation_of(activation)};
+  if (form.rows() == 0 || batch == 0) return;
+  const MatmulKernels& m = kernels().matmul;  // asked once: use_isa() may be called meanwhile
+  const Input from{x, form.cols(), narrow};
+  const Output to{y, form.rows(), narrow};
+  if (form.kind() == FormKind::bitmask) {
+    by_bitmask(m, form, from, batch, epilogue, to);
+    return;
+  }
+  const PanelView w = form.panels();
+  const PanelTiles tiles{w, m, kernels_for(m, form.dtype()), tile_vectors(batch, m, w), epilogue};
+  run_tiles(LinearProduct(tiles, from, batch, to), batch * form.nnz() >= kSerialBelow);
+}
+
+}  // namespace
+
+Activation activation_of(const std::string& name) {
+  constexpr const char* kNames[] = {"", "relu", "gelu", "gelu_tanh", "silu"};
+  for (std::size_t i = 0; i < std::size(kNames); ++i)
+    if (name == kNames[i]) return static_cast<Activation>(i);
+  throw std::invalid_argument("activation '" + name + "': expected relu, gelu, gelu_tanh or silu");
+}
+
+const ValueKernels& kernels_for(const MatmulKernels& m, DType dtype) {
+  return dtype == DType::f32 ? m.f32 : dtype == DType::bf16 ? m.bf16 : m.f16;
+}
+
+std::size_t tile_vectors(std::size_t batch, const MatmulKernels& m, const PanelView& w) {
+  if (batch <= m.lanes) return 1;
+  return batch <= 2 * m.lanes || m.lanes < kMaxLanes || w.depth > 128 ? 2 : kMaxVectors;
+}
+
+void linear(const Form& w, const float* x, std::size_t batch, const float* bias,
+            const std::string& activation, float* y) {
+  multiply(w, x, batch, bias, activation, y, false);
+}
+
+void linear(const Form& w, const std::uint16_t* x, std::size_t batch, const float* bias,
+            const std::string& activation, std::uint16_t* y) {
+  multiply(w, x, batch, bias, activation, y, true);
+}
+
+}  // namespace sparsam

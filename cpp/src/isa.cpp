@@ -82,8 +82,8 @@ void use_isa(const std::string& name) {
       return;
     }
   }
-  throw std::invalid_argument("instruction set '" + name +
-                              "': expected one that this machine runs: " + joined(available_isas()));
+  throw std::invalid_argument("instruction set: expected one that this machine runs (" +
+                              joined(available_isas()) + "); got '" + name + "'");
 }
 
 }  // namespace sparsam

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from types import TracebackType
 
 from sparsam import _core
+from sparsam._checks import expected
 
 
 def isa() -> str:
@@ -68,8 +69,7 @@ def set_num_threads(n: int | None) -> None:
     except TypeError:
         count = 0
     if n is not None and not 1 <= count <= 4096:
-        msg = f"n={n!r}: expected a number of threads from 1 to 4096, or None for the default"
-        raise ValueError(msg)
+        raise ValueError(expected("n", n, "a number of threads from 1 to 4096, or None for the default"))
     _core.set_num_threads(count)
 
 
@@ -126,8 +126,8 @@ def _apply_environment() -> None:
         try:
             set_num_threads(int(threads))
         except ValueError:
-            msg = f"environment variable SPARSAM_NUM_THREADS={threads!r}: expected a number from 1 to 4096"
-            raise ValueError(msg) from None
+            what = "environment variable SPARSAM_NUM_THREADS"
+            raise ValueError(expected(what, threads, "a number of threads from 1 to 4096")) from None
 
 
 _apply_environment()

@@ -204,7 +204,7 @@ def test_every_truncation_is_refused(tmp_path: Path) -> None:
     file = tmp_path / "cut.safetensors"
     for length in range(len(GOLDEN)):
         file.write_bytes(GOLDEN[:length])
-        with pytest.raises(ValueError, match=r"cut\.safetensors: expected a safetensors file, got"):
+        with pytest.raises(ValueError, match=r"cut\.safetensors: expected a safetensors file; got"):
             checkpoint.load(file)
     file.write_bytes(GOLDEN + b"\0")
     with pytest.raises(ValueError, match="truncated or damaged"):
@@ -243,7 +243,7 @@ HOSTILE_HEADERS = {
 @pytest.mark.parametrize("content", HOSTILE.values(), ids=HOSTILE)
 def test_hostile_lengths(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "bad").write_bytes(content)
-    with pytest.raises(ValueError, match=r"bad: expected a safetensors file, got .*; get it again"):
+    with pytest.raises(ValueError, match=r"bad: expected a safetensors file; got .*; get it again"):
         checkpoint.load(tmp_path / "bad")
 
 
@@ -252,7 +252,7 @@ def test_hostile_headers(tmp_path: Path, header: bytes) -> None:
     size = 13 if b"[0,12]" in header else 12
     file = write_raw(tmp_path / "bad", header, size)
     for read in (checkpoint.load, lambda path: list(checkpoint.stream(path))):
-        with pytest.raises(ValueError, match=r"bad: expected a safetensors file, got"):
+        with pytest.raises(ValueError, match=r"bad: expected a safetensors file; got"):
             read(file)
 
 
@@ -263,14 +263,14 @@ def test_shapes_that_numpy_cannot_hold(tmp_path: Path, shape: str) -> None:
     file = write_raw(tmp_path / "bad", header.encode(), size)
     for read in (checkpoint.load, lambda path: list(checkpoint.stream(path))):
         with pytest.raises(
-            ValueError, match=r"bad: tensor 'a': expected a shape that NumPy can hold, got \["
+            ValueError, match=r"bad: tensor 'a': expected a shape that NumPy can hold; got \["
         ):
             read(file)
 
 
 def test_a_dtype_that_numpy_lacks(tmp_path: Path) -> None:
     file = write_raw(tmp_path / "f8", b'{"a":{"dtype":"F8_E4M3","shape":[2],"data_offsets":[0,2]}}', 2)
-    with pytest.raises(ValueError, match=r"f8: tensor 'a': expected one of .*BF16.*, got F8_E4M3; convert"):
+    with pytest.raises(ValueError, match=r"f8: tensor 'a': expected one of .*BF16.*; got F8_E4M3; convert"):
         checkpoint.load(file)
 
 
@@ -287,7 +287,7 @@ def test_foreign_files_are_named(tmp_path: Path) -> None:
     }
     for kind, content in foreign.items():
         file.write_bytes(content)
-        with pytest.raises(ValueError, match=f"model: expected a safetensors file, got {kind}.*; [a-z]"):
+        with pytest.raises(ValueError, match=f"model: expected a safetensors file; got {kind}.*; [a-z]"):
             checkpoint.load(file)
     with zipfile.ZipFile(file, "w") as archive:
         archive.writestr("archive/data.pkl", b"")
@@ -312,7 +312,7 @@ def test_paths_without_a_checkpoint(tmp_path: Path, sharded: Path) -> None:
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
 def test_a_pipe_is_refused_instead_of_waited_for(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
-    with pytest.raises(ValueError, match="pipe: expected a safetensors file, got a folder, pipe or device"):
+    with pytest.raises(ValueError, match="pipe: expected a safetensors file; got a folder, pipe or device"):
         checkpoint.load(tmp_path / "pipe")
 
 
@@ -323,7 +323,7 @@ def test_what_is_no_file_is_not_replaced(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").mkdir()
     for name in ("pipe", "link", "."):
         with pytest.raises(
-            ValueError, match="expected a regular file to replace, got a folder, pipe or device"
+            ValueError, match="expected a regular file to replace; got a folder, pipe or device"
         ):
             checkpoint.save(tmp_path / name, {"a": np.ones(3)})
     assert (tmp_path / "pipe").is_fifo()
@@ -338,7 +338,7 @@ def test_what_is_no_file_is_not_replaced(tmp_path: Path) -> None:
 )
 def test_dtypes_that_cannot_be_saved(tmp_path: Path, dtype: Any) -> None:
     with pytest.raises(
-        TypeError, match=r"tensor 'w': expected one of .*bfloat16.*, got .*; convert it with \.astype"
+        TypeError, match=r"tensor 'w': expected one of .*bfloat16.*; got .*; convert it with \.astype"
     ):
         checkpoint.save(tmp_path / "w", {"w": np.zeros(2, dtype)})
     assert not list(tmp_path.iterdir())
@@ -351,7 +351,7 @@ def test_names_and_metadata_must_be_text(tmp_path: Path) -> None:
         ({"w": np.ones(1)}, {3: "step"}),
     ]
     for weights, metadata in bad:
-        with pytest.raises(TypeError, match="expected tensor names and metadata to be text, got"):
+        with pytest.raises(TypeError, match="names, metadata: expected text only; got"):
             checkpoint.save(tmp_path / "w", weights, metadata)
     with pytest.raises(ValueError, match="__metadata__"):
         checkpoint.save(tmp_path / "w", {"__metadata__": np.ones(1)})

@@ -319,7 +319,7 @@ def test_errors_are_one_line_and_exit_code_2(
         (["nope"], "No such command 'nope'"),
         (["inspect"], "see sparsam inspect --help"),
         (["inspect", tmp_path / "missing"], "No such file or directory"),
-        (["inspect", tmp_path / "text"], "text: expected a safetensors file, got"),
+        (["inspect", tmp_path / "text"], "text: expected a safetensors file; got"),
         (["inspect", model, "--nope"], "No such option: --nope"),
         (["prune", model], "see sparsam prune --help"),
         ([*prune_model, "--sparsity", "x"], "--sparsity"),

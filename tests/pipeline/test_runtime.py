@@ -59,7 +59,7 @@ def test_use_isa_switches_and_restores() -> None:
 @pytest.mark.parametrize("name", ["", "sse9", "AVX2"])
 def test_unknown_isa_raises(name: str) -> None:
     before = sparsam.isa()
-    with pytest.raises(ValueError, match=r"expected one that this machine runs: .*generic"):
+    with pytest.raises(ValueError, match=r"expected one that this machine runs \(.*generic"):
         sparsam.use_isa(name)
     assert sparsam.isa() == before
 
@@ -69,7 +69,7 @@ def test_environment_forces_the_isa() -> None:
         assert run("import sparsam; print(sparsam.isa())", SPARSAM_ISA=name).stdout.strip() == name
     bad = run("import sparsam", SPARSAM_ISA="sse9")
     assert bad.returncode != 0
-    assert "environment variable SPARSAM_ISA: instruction set 'sse9': expected one" in bad.stderr
+    assert "environment variable SPARSAM_ISA: instruction set: expected one" in bad.stderr
 
 
 def test_environment_sets_the_threads() -> None:

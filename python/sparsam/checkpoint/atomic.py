@@ -1,4 +1,4 @@
-"""Files that are replaced whole or not at all."""
+"""Files that are replaced completely or not at all."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from typing import Any
 
 
 def check_target(path: Path) -> Path:
-    """Finds out what stands in the way of a file before what goes into it is computed; follows links.
+    """Checks that a file can be written, before its content is computed; follows links.
 
     Raises:
-        ValueError: It exists and is no regular file.
+        ValueError: It exists and is not a regular file.
         OSError: Its folder is missing.
     """
     target = path.resolve()
     if not target.parent.is_dir():
         raise FileNotFoundError(errno.ENOENT, "no such directory", str(target.parent))
     if target.exists() and not target.is_file():
-        msg = f"{path}: expected a regular file to replace, got a folder, pipe or device"
+        msg = f"{path}: expected a regular file to replace; got a folder, pipe or device"
         raise ValueError(msg)
     return target
 
@@ -29,15 +29,15 @@ def check_target(path: Path) -> Path:
 def publish(writers: Mapping[Path, Callable[[Path], Any]]) -> None:
     """Writes files beside their targets, flushes them to the disk, then renames all of them in order.
 
-    A failure removes what was written and leaves every target as it was, unless it strikes between two
-    renames: then each target is whole, the earlier ones new and the later ones old. A target that is a link
-    is followed, and a target that exists keeps its mode.
+    A failure removes what was written and leaves every target as it was, unless it happens between two
+    renames: then each target is complete, the earlier ones new and the later ones old. A target that is a
+    link is followed, and a target that exists keeps its mode.
 
     Args:
         writers: Target -> a function that writes the target's content to the path that it is given.
 
     Raises:
-        ValueError: A target exists and is no regular file.
+        ValueError: A target exists and is not a regular file.
         OSError: A folder is missing, the disk is full, and whatever else writing can raise.
     """
     staged: dict[Path, Path] = {}

@@ -1,7 +1,8 @@
 """Checkpoints on disk: one safetensors file, or several of them under an index.
 
 The `safetensors` library parses and validates every header before a byte of data is read. Added here: shards,
-files that are replaced whole or not at all, and errors that say what a file is when it is not a checkpoint.
+files that are replaced completely or not at all, and errors that say what a file is when it is not a
+checkpoint.
 bfloat16 comes and goes as `ml_dtypes.bfloat16`. docs/formats.md describes the bytes.
 """
 
@@ -45,7 +46,7 @@ class Shards:
 
     Attributes:
         index_name: File name of the index.
-        index_metadata: The index's own metadata; `save` computes `total_size` in it anew.
+        index_metadata: The index's own metadata; `save` recomputes `total_size` in it.
         weight_map: Tensor name -> file name of the shard that holds it.
         metadata: File name of a shard -> that shard's metadata, in the order of the file names.
     """
@@ -61,7 +62,7 @@ class Checkpoint:
     """The content of a checkpoint.
 
     Attributes:
-        weights: Tensor name -> array, sorted by name. The arrays are the caller's to change.
+        weights: Tensor name -> array, sorted by name. The caller may change the arrays.
         metadata: The text that the file carries beside its tensors; of several shards, the union.
         shards: How the checkpoint was cut into files; None where it was one file.
     """
@@ -95,7 +96,7 @@ def load(path: StrPath) -> Checkpoint:
 
 
 def stream(path: StrPath) -> Iterator[tuple[str, NDArray[Any]]]:
-    """Yields (name, array) for each tensor of a checkpoint; memory holds only the one at hand.
+    """Yields (name, array) for each tensor of a checkpoint; memory holds only one at a time.
 
     Args:
         path: As for `load`, with the same errors. Tensors come sorted by name, shard by shard.
@@ -110,17 +111,17 @@ def save(
     *,
     like: Checkpoint | None = None,
 ) -> None:
-    """Writes a checkpoint, whole or not at all.
+    """Writes a checkpoint, completely or not at all.
 
     Every file is written beside its target, flushed to the disk and then renamed, the index of a sharded
-    checkpoint last. After a failure the new files are gone and what stood at `path` still stands there.
+    checkpoint last. After a failure the new files are removed and `path` is as it was.
 
     Args:
         path: The file to write, or a directory that takes a `model.safetensors`. Where `like` is sharded: the
             directory, which is made if it is missing, or the index in it.
         weights: Tensor name -> array of any shape and strides, of a dtype that `load` returns.
         metadata: Text to carry along. None takes that of `like`, shard by shard.
-        like: A checkpoint whose metadata and cut into files are taken over. Its weights are not looked at.
+        like: A checkpoint whose metadata and cut into files are taken over. Its weights are not used.
 
     Raises:
         TypeError: A dtype that the format lacks; names or metadata that are not text.
@@ -155,7 +156,7 @@ def save(
 
 
 def overwrites(path: StrPath, source: StrPath) -> bool:
-    """Whether `save(path, ..., like=load(source))` replaces a file of `source`, by whatever name or link."""
+    """Whether `save(path, ..., like=load(source))` replaces a file of `source`, under any name or link."""
     file, shards = _resolve(source)
     sources = [file] if shards is None else [file, *(file.parent / shard for shard in shards.metadata)]
     targets = [target for target in _targets(path, shards) if target.exists()]
@@ -227,7 +228,7 @@ def _listed(names: list[str]) -> str:
 
 @contextmanager
 def _directory(folder: Path) -> Iterator[None]:
-    """A folder for the time of the block, and for good where the block succeeds."""
+    """Makes a folder if it is missing, and removes it again if the block fails."""
     made = not folder.exists()
     folder.mkdir(exist_ok=True)
     try:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-# The dtypes that go both ways with every supported version of the library: the format's name and NumPy's.
+# The dtypes that every supported version of the library reads and writes: the format's name and NumPy's.
 DTYPES = {
     "BOOL": "bool",
     "I8": "int8",
@@ -31,7 +31,7 @@ DTYPES = {
     "F64": "float64",
 }
 
-# How files begin that are taken for checkpoints, what they are, and what to do about it.
+# The first bytes of files that are mistaken for checkpoints, what the files are, and what to do.
 _FOREIGN = {
     b"PK\x03\x04": ("a zip archive, as torch.save writes it", "convert it with safetensors.torch.save_file"),
     b"\x80": ("a Python pickle", "convert it with safetensors.torch.save_file"),
@@ -58,7 +58,7 @@ def open_file(file: Path, framework: str = "np") -> Iterator[Any]:
         OSError: It cannot be read.
     """
     if file.exists() and not file.is_file():
-        msg = f"{file}: expected a safetensors file, got a folder, pipe or device; name a regular file"
+        msg = f"{file}: expected a safetensors file; got a folder, pipe or device; name a regular file"
         raise ValueError(msg)
     with file.open("rb") as raw:
         head, size = raw.read(32), os.fstat(raw.fileno()).st_size
@@ -70,21 +70,21 @@ def open_file(file: Path, framework: str = "np") -> Iterator[Any]:
             "get it again",
         )
         came, todo = next((what for start, what in _FOREIGN.items() if head.startswith(start)), damaged)
-        msg = f"{file}: expected a safetensors file, got {came}; {todo}"
+        msg = f"{file}: expected a safetensors file; got {came}; {todo}"
         raise ValueError(msg) from error
     with handle:
         yield handle
 
 
 def tensors(file: Path) -> Iterator[tuple[str, NDArray[Any]]]:
-    """Yields the tensors of a file by name, each read when its turn comes."""
+    """Yields the tensors of a file by name, each read only when it is asked for."""
     with open_file(file) as handle:
         for name in sorted(handle.keys()):
             part = handle.get_slice(name)
             dtype = part.get_dtype()
             if dtype not in DTYPES:
                 msg = (
-                    f"{file}: tensor {name!r}: expected one of {', '.join(DTYPES)}, got {dtype}; "
+                    f"{file}: tensor {name!r}: expected one of {', '.join(DTYPES)}; got {dtype}; "
                     "convert it, or leave it out of the file"
                 )
                 raise ValueError(msg)
@@ -92,7 +92,7 @@ def tensors(file: Path) -> Iterator[tuple[str, NDArray[Any]]]:
                 array = handle.get_tensor(name)
             except (ValueError, OverflowError, SafetensorError) as error:
                 msg = (
-                    f"{file}: tensor {name!r}: expected a shape that NumPy can hold, got {part.get_shape()} "
+                    f"{file}: tensor {name!r}: expected a shape that NumPy can hold; got {part.get_shape()} "
                     f"({error}); get the file again"
                 )
                 raise ValueError(msg) from error
@@ -104,15 +104,15 @@ def storable(name: str, array: NDArray[Any]) -> NDArray[Any]:
 
     Raises:
         TypeError: A dtype that the format lacks.
-        ValueError: The one name that the format keeps for itself.
+        ValueError: The name is `__metadata__`, which the format reserves.
     """
     array = np.asarray(array, order="C")
     if name == "__metadata__":
-        msg = "expected tensor names other than '__metadata__', which the format keeps for itself; rename it"
+        msg = "tensor name: expected any but '__metadata__', which the format reserves; got that; rename it"
         raise ValueError(msg)
     if array.dtype.name not in DTYPES.values():
         expected = ", ".join(DTYPES.values())
-        msg = f"tensor {name!r}: expected one of {expected}, got {array.dtype}; convert it with .astype"
+        msg = f"tensor {name!r}: expected one of {expected}; got {array.dtype}; convert it with .astype"
         raise TypeError(msg)
     return array
 
@@ -127,10 +127,8 @@ def write(file: Path, arrays: Mapping[str, NDArray[Any]], metadata: Mapping[str,
     try:
         save_file(dict(arrays), file, dict(metadata) or None)
     except SafetensorError as error:
-        msg = f"{file.parent}: expected to write {len(arrays)} tensors there, got: {error}"
+        msg = f"{file.parent}: expected to write {len(arrays)} tensors there; got {error}"
         raise OSError(msg) from error
     except TypeError as error:
-        msg = (
-            f"expected tensor names and metadata to be text, got {metadata!r}: {error}; write numbers as text"
-        )
+        msg = f"names, metadata: expected text only; got {metadata!r} ({error}); write numbers as text"
         raise TypeError(msg) from error

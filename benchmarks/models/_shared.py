@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import io
 import os
 import resource
 import statistics
@@ -155,8 +154,7 @@ def prune(layers: Mapping[str, nn.Module], sparsity: float) -> None:
 
 def accelerate(model: nn.Module, examples: Any, *, show: bool = False) -> sparsam.torch.AccelerationReport:
     """`sparsam.torch.accelerate`, its report printed only on request."""
-    with contextlib.nullcontext() if show else contextlib.redirect_stdout(io.StringIO()):
-        return sparsam.torch.accelerate(model, examples)
+    return sparsam.torch.accelerate(model, examples, verbose=show)
 
 
 def operators(model: nn.Module, run: Callable[[], object], *, runs: int = 5) -> dict[str, float]:

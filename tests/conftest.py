@@ -42,12 +42,12 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     """Every layer of a torch model wins by 2, unless a test says otherwise; no choice depends on time."""
     from torch_cases import Clock  # noqa: PLC0415 - imports torch
 
-    from sparsam.torch.acceleration import timing  # noqa: PLC0415
+    from sparsam.torch.acceleration import measure  # noqa: PLC0415
     from sparsam.torch.layers.packed_weight import PackedWeight  # noqa: PLC0415
 
     clock = Clock()
     for name in ("layer_times", "model_times", "compare"):
-        monkeypatch.setattr(timing, name, getattr(clock, name))
+        monkeypatch.setattr(measure, name, getattr(clock, name))
     monkeypatch.setattr(PackedWeight, "_fastest", lambda *args: next(iter(args[2])))
     return clock
 

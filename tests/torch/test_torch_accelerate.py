@@ -11,8 +11,7 @@ from torch_cases import Clock, check_round_trip, conv_net, mlp, pruned, state
 
 import torch
 from sparsam.torch import SparseLinear, restore
-from sparsam.torch.acceleration import memory, timing
-from sparsam.torch.acceleration import plan as trial
+from sparsam.torch.acceleration import measure, memory, workflow
 from sparsam.torch.acceleration.model_runner import as_examples, difference
 from sparsam.torch.acceleration.workflow import accelerate
 from sparsam.torch.layers.packed_weight import PackedWeight
@@ -278,9 +277,9 @@ def test_an_error_leaves_the_model_as_it_was(fails: str, monkeypatch: pytest.Mon
             assert not layers[0].original.weight.numel()
             broken()
 
-        monkeypatch.setattr(trial, "release", release)
+        monkeypatch.setattr(workflow, "release", release)
     elif fails == "timing":
-        monkeypatch.setattr(timing, "layer_times", broken)
+        monkeypatch.setattr(measure, "layer_times", broken)
     else:
         model.register_forward_hook(broken)
     with pytest.raises(KeyboardInterrupt):

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import copy
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import sparsam.torch
 import torch
 from sparsam.torch import SparseConv2d, SparseLinear, restore
 from sparsam.torch.acceleration.fusion import Fused
-from sparsam.torch.acceleration.layer_swap import LayerSwap
+from sparsam.torch.acceleration.install import LayerSwap
+from sparsam.torch.acceleration.measure import Budget, LayerTime, Times
 from sparsam.torch.acceleration.model_runner import ModelRunner, as_examples, difference
 from sparsam.torch.acceleration.workflow import accelerate
 from sparsam.torch.layers.modules import SparseLayer
@@ -32,17 +33,17 @@ class Clock:
         self.gains: dict[str, float] = {}
         self.model = 2.0
 
-    def layer_times(
-        self, _model: nn.Module, _session: ModelRunner, exchange: LayerSwap
-    ) -> dict[str, tuple[float, float]]:
-        exchange.install()
-        return {name: (self.gains.get(name, 2.0), 1.0) for name in exchange.layers}
+    def layer_times(self, _model: nn.Module, _runner: ModelRunner, swap: LayerSwap, _budget: Budget) -> Times:
+        swap.show(swap.layers)
+        return Times({name: LayerTime(self.gains.get(name, 2.0), 1.0) for name in swap.layers}, {})
 
-    def model_times(self, _session: ModelRunner, exchange: LayerSwap) -> tuple[float, float]:
-        exchange.install()
+    def model_times(
+        self, _runner: ModelRunner, swap: LayerSwap, names: Collection[str], _budget: Budget, **_: Any
+    ) -> tuple[float, float]:
+        swap.show(names)
         return self.model, 1.0
 
-    def compare(self, layer: Any, x: Tensor) -> tuple[float, float]:
+    def compare(self, layer: Any, _activation: Any, x: Tensor, _seconds: float) -> tuple[float, float]:
         layer(x)
         return self.gains.get(str(len(x)), 2.0), 1.0
 

@@ -20,7 +20,7 @@ except ImportError as error:
     raise ImportError(msg) from error
 
 from sparsam import _core
-from sparsam.torch.acceleration.layer_swap import restore
+from sparsam.torch.acceleration.install import restore
 from sparsam.torch.acceleration.report import AccelerationReport, LayerRow
 from sparsam.torch.acceleration.workflow import accelerate
 from sparsam.torch.layers.modules import SparseConv2d, SparseLinear

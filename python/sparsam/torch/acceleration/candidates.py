@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import fnmatch
+import warnings
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,11 +13,11 @@ from torch.nn.utils import parametrize, prune
 
 import torch
 from sparsam.torch.acceleration.report import LayerRow
-from sparsam.torch.layers.modules import SparseConv2d, SparseLayer, SparseLinear, is_transposed
+from sparsam.torch.layers.modules import SparseLayer, is_transposed
 from sparsam.torch.layers.packed_weight import DTYPES
 from torch import Tensor, nn
 
-__all__ = ["Candidate", "Place", "candidates", "has_hooks", "is_convolution", "pack", "places"]
+__all__ = ["Candidate", "Place", "candidates", "has_hooks", "places"]
 
 _MOST = 0.9  # the density up to which a layer is tried
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -63,8 +65,25 @@ class Candidate:
         )
 
 
-def candidates(model: nn.Module) -> tuple[list[Candidate], dict[str, LayerRow]]:
-    """The layers that could be packed, and rows by name for those that could not; in the model's order."""
+def candidates(model: nn.Module, exclude: Sequence[str] = ()) -> tuple[list[Candidate], dict[str, LayerRow]]:
+    """The layers that could be packed, and rows by name for those that could not; in the model's order.
+
+    Args:
+        model: The model.
+        exclude: Patterns of names that are not.
+    """
+    found, left = _every_candidate(model)
+    names = {one.name for one in found} | left.keys()
+    for pattern in exclude:
+        if not fnmatch.filter(names, pattern):
+            message = f"exclude: expected patterns of layer names; {pattern!r} matches none of this model's"
+            warnings.warn(message, stacklevel=3)
+    excluded = [one for one in found if any(fnmatch.fnmatchcase(one.name, pattern) for pattern in exclude)]
+    left |= {one.name: one.row("excluded") for one in excluded}
+    return [one for one in found if one not in excluded], left
+
+
+def _every_candidate(model: nn.Module) -> tuple[list[Candidate], dict[str, LayerRow]]:
     found: list[Candidate] = []
     left: dict[str, LayerRow] = {}
     for name, layer in model.named_modules():
@@ -86,48 +105,23 @@ def candidates(model: nn.Module) -> tuple[list[Candidate], dict[str, LayerRow]]:
             kind = type(layer).__name__
             left[name] = LayerRow(name, kind, _shape(layer), reason=f"no kernel for {kind}")
         else:
-            left |= {f"{name}.{own}": row for own, row in _stacks(name, layer)}
+            left |= {row.name: row for row in _stacks(name, layer)}
     return found, left
 
 
-def _stacks(name: str, module: nn.Module) -> Iterator[tuple[str, LayerRow]]:
+def _stacks(name: str, module: nn.Module) -> Iterator[LayerRow]:
     """The Parameters of a module that are several matrices in one, as those of experts."""
     for own, weight in module._parameters.items():
         if weight is None or weight.ndim != 3 or min(weight.shape) < 2 or weight.layout is not torch.strided:
             continue
-        density = int(torch.count_nonzero(weight)) / weight.numel()
-        yield (
-            own,
-            LayerRow(
-                f"{name}.{own}",
-                type(module).__name__,
-                tuple(weight.shape),
-                density,
-                dense_bytes=weight.nbytes,
-                reason=f"no kernel for {weight.shape[0]} matrices in one Parameter",
-            ),
+        yield LayerRow(
+            f"{name}.{own}".removeprefix("."),
+            type(module).__name__,
+            tuple(weight.shape),
+            int(torch.count_nonzero(weight)) / weight.numel(),
+            dense_bytes=weight.nbytes,
+            reason=f"no kernel for {weight.shape[0]} matrices in one Parameter",
         )
-
-
-def is_convolution(layer: nn.Module) -> bool:
-    """Whether it is a Conv1d or Conv2d, and not linear."""
-    return isinstance(layer, (nn.Conv1d, nn.Conv2d))
-
-
-def pack(found: list[Candidate], dtype: torch.dtype | None) -> dict[str, SparseLayer]:
-    """Packed layers by name; those whose weights are one Parameter share one packed weight."""
-    packed: dict[str, SparseLayer] = {}
-    first: dict[tuple[int, bool, int], SparseLayer] = {}
-    for candidate in found:
-        layer = candidate.layer
-        kind = SparseConv2d if is_convolution(layer) else SparseLinear
-        tied = first.get(key := _tie(layer))
-        packed[candidate.name] = sparse = kind(layer, dtype=dtype)
-        if tied is not None:
-            sparse.packed = tied.packed
-        elif "weight" in layer._parameters:
-            first[key] = sparse
-    return packed
 
 
 def places(model: nn.Module) -> Mapping[int, list[Place]]:
@@ -149,10 +143,6 @@ def has_hooks(module: nn.Module) -> bool:
 def _kind(layer: nn.Module) -> type[Any]:
     """Its class before torch.nn.utils.parametrize changed that."""
     return type(layer).__bases__[0] if parametrize.is_parametrized(layer) else type(layer)
-
-
-def _tie(layer: nn.Module) -> tuple[int, bool, int]:
-    return id(layer.weight), is_transposed(layer), getattr(layer, "groups", 1)
 
 
 def _obstacle(layer: nn.Module) -> str:

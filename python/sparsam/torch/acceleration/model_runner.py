@@ -1,4 +1,4 @@
-"""Runs of a model that leave no trace in it, and what they show: inputs of layers, seconds, outputs."""
+"""Runs of a model that leave no trace in it, and what they show: outputs and seconds."""
 
 from __future__ import annotations
 
@@ -6,10 +6,9 @@ import copy
 import dataclasses
 import math
 import time
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
-from typing import Any, NamedTuple
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from typing import Any, NamedTuple, TypeVar
 
 from torch.nn.utils import parametrize
 from torch.utils import _pytree as pytree
@@ -17,10 +16,25 @@ from torch.utils import _pytree as pytree
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Example", "ModelRunner", "as_examples", "difference"]
+__all__ = ["Example", "ModelRunner", "Seconds", "as_examples", "difference", "removed"]
 
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
 _PIECE = 1 << 22
+
+
+Key = TypeVar("Key", bound=Hashable)
+
+
+class Seconds(NamedTuple):
+    """How long something took.
+
+    Attributes:
+        wall: By the clock.
+        cpu: Of all threads of this process together: what other work takes in between is not in it.
+    """
+
+    wall: float
+    cpu: float
 
 
 class Example(NamedTuple):
@@ -101,70 +115,77 @@ class ModelRunner(AbstractContextManager["ModelRunner"]):
 
     def outputs(self) -> list[Any]:
         """What the model returns for each example."""
-        return [output for output, _ in self._runs()]
+        return [self._run(example)[0] for example in self._examples]
 
-    def seconds(self) -> list[float]:
-        """What each example takes."""
-        return [seconds for _, seconds in self._runs()]
+    def seconds(self) -> Seconds:
+        """What all examples take."""
+        wall, cpu = zip(*(self._run(example)[1] for example in self._examples), strict=True)
+        return Seconds(sum(wall), sum(cpu))
 
-    def layer_seconds(self, layers: Mapping[str, nn.Module]) -> list[dict[str, float]]:
-        """What layers take within the model: for each example the sums over their calls, by name."""
-        found: list[dict[str, float]] = []
-        clock = time.perf_counter
-        began: dict[str, float] = {}
-        total: dict[str, float] = {}
+    def module_seconds(self, modules: Mapping[Key, nn.Module]) -> list[dict[Key, Seconds]]:
+        """What modules take within the model: for each example the sums over their calls.
 
-        def watch(name: str, layer: nn.Module) -> list[Any]:
-            def before(*_: Any) -> None:
-                began[name] = clock()
-
-            def after(*_: Any) -> None:
-                total[name] = total.get(name, 0.0) + clock() - began[name]
-
-            return [layer.register_forward_pre_hook(before), layer.register_forward_hook(after)]
-
+        Their `forward` is replaced for that time, not hooked: hooks cost more, and keep transformer layers
+        from their fast path.
+        """
+        found: list[dict[Key, Seconds]] = []
+        total: dict[Key, Seconds] = {}
         # A weight that torch.nn.utils.parametrize computes is computed before the clock runs.
-        computed = [layer for layer in layers.values() if parametrize.is_parametrized(layer, "weight")]
-        hooks = (hook for name, layer in layers.items() for hook in watch(name, layer))
-        with removed(hooks), parametrize.cached():
+        computed = [layer for layer in modules.values() if parametrize.is_parametrized(layer, "weight")]
+        with ExitStack() as stack:
+            stack.enter_context(parametrize.cached())
             with torch.no_grad():
                 for layer in computed:
                     _ = layer.weight
-            for _ in self._runs():
+            for key, module in modules.items():
+                stack.enter_context(_timed(module, key, total))
+            for example in self._examples:
+                self._run(example)
                 found.append(dict(total))
                 total.clear()
         return found
 
-    def inputs(self, layers: Mapping[str, nn.Module]) -> dict[str, Counter[Any]]:
-        """How often layers are called with a shape, by name.
-
-        The shape is None for a call with anything but one plain tensor, named `input` if at all.
-        """
-        seen: dict[str, Counter[Any]] = {name: Counter() for name in layers}
-
-        def watch(name: str, layer: nn.Module) -> Any:
-            def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-                x = args[0] if args else kwargs.get("input")
-                plain = len(args) + len(kwargs) == 1 and type(x) is Tensor and not x.is_nested
-                seen[name][tuple(x.shape) if plain and x is not None else None] += 1
-
-            return layer.register_forward_pre_hook(before, with_kwargs=True)
-
-        with removed(watch(name, layer) for name, layer in layers.items()):
-            self.outputs()
-        return seen
-
-    def _runs(self) -> Iterator[tuple[Any, float]]:
-        """Runs the examples one after the other: (output, seconds)."""
-        for example in self._examples:
-            args, kwargs = example.fresh()
-            buffers = _Buffers(self._model)
+    def _run(self, example: Example) -> tuple[Any, Seconds]:
+        """What the model returns for an example, and what that takes."""
+        args, kwargs = example.fresh()
+        buffers = _Buffers(self._model)
+        try:
             with torch.no_grad(), torch.random.fork_rng(devices=[]):
-                start = time.perf_counter()
+                start = _clocks()
                 output = self._model(*args, **kwargs)
-                seconds = time.perf_counter() - start
+                end = _clocks()
+        finally:
             buffers.put_back()
-            yield output, seconds
+        return output, Seconds(end.wall - start.wall, end.cpu - start.cpu)
+
+
+def _clocks() -> Seconds:
+    return Seconds(time.perf_counter(), time.process_time())
+
+
+@contextmanager
+def _timed(module: nn.Module, key: Key, total: dict[Key, Seconds]) -> Iterator[None]:
+    """Adds what calls of a module take to the total, for the time of the block."""
+    own = vars(module)
+    patched = own.get("forward")
+    forward = module.forward
+
+    def timed(*args: Any, **kwargs: Any) -> Any:
+        start = _clocks()
+        output = forward(*args, **kwargs)
+        end = _clocks()
+        before = total.get(key, Seconds(0.0, 0.0))
+        total[key] = Seconds(before.wall + end.wall - start.wall, before.cpu + end.cpu - start.cpu)
+        return output
+
+    own["forward"] = timed
+    try:
+        yield
+    finally:
+        if patched is None:
+            del own["forward"]
+        else:
+            own["forward"] = patched
 
 
 class _Buffers:

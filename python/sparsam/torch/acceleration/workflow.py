@@ -1,21 +1,41 @@
-"""accelerate: measures which layers of a pruned model are faster packed, and swaps those."""
+"""accelerate: observe, pack, measure, decide, install, verify."""
 
 from __future__ import annotations
 
 import math
+import statistics
+from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 from torch.nn.parameter import is_lazy
 
 import torch
-from sparsam.torch.acceleration.model_runner import ModelRunner, as_examples
-from sparsam.torch.acceleration.plan import AccelerationPlan
+from sparsam.torch.acceleration import measure
+from sparsam.torch.acceleration.candidates import Candidate, candidates
+from sparsam.torch.acceleration.decide import DENSE, Decision, decide
+from sparsam.torch.acceleration.fusion import fusions
+from sparsam.torch.acceleration.install import LayerSwap
+from sparsam.torch.acceleration.measure import Budget, Times
+from sparsam.torch.acceleration.memory import parameter_bytes, release
+from sparsam.torch.acceleration.model_runner import ModelRunner, as_examples, difference
+from sparsam.torch.acceleration.observe import observe, observe_sequences
+from sparsam.torch.acceleration.outcome import Outcome, closing, in_order, rows_of
+from sparsam.torch.acceleration.pack import is_convolution, pack
 from sparsam.torch.acceleration.report import AccelerationReport
+from sparsam.torch.acceleration.verify import Gain, fuse, settle, try_out
 from sparsam.torch.layers.modules import SparseLayer, is_transposed
 from sparsam.torch.layers.packed_weight import DTYPES
-from torch import nn
+from torch import Tensor, nn
 
 __all__ = ["accelerate"]
+
+_SINGLE = 0.1  # seconds at most for each of
+_ROWS = (1, 16, 128)  # batches that a linear layer is timed with where there are no examples
+# How far outputs may be from those of the dense model, relative to the largest: by fusing activations, which
+# changes the order of roundings only, and by all of it; with float32 values, and with narrower ones.
+_FUSED, _FUSED_NARROW = 1e-4, 2e-2
+_WHOLE, _WHOLE_NARROW = 1e-3, 1e-1
 
 
 def accelerate(
@@ -24,14 +44,18 @@ def accelerate(
     *,
     dtype: torch.dtype | None = None,
     min_gain: float = 1.05,
+    exclude: Sequence[str] = (),
+    seconds: float = 20.0,
+    verbose: bool = True,
 ) -> AccelerationReport:
-    """Swaps the layers of a pruned model that are faster packed, in place, and prints what that brought.
+    """Swaps the layers of a pruned model that are faster packed, in place, and says what that brought.
 
     Linear (and Hugging Face's Conv1D), Conv1d and Conv2d layers with at least a tenth of zeros are tried,
-    each within the model, in turn with the dense layer. After a swapped layer, an activation module (ReLU,
-    GELU exact or by tanh, SiLU) is computed by the layer itself where a run shows that it gets every output
-    of the layer and nothing else does; functions called in `forward` stay as they are. In the end the whole
-    model is timed; where it gained nothing, everything is put back.
+    each within the model, in turn with the dense layer. An activation module (ReLU, GELU exact or by tanh,
+    SiLU) is computed by the packed layer itself where a run shows that it gets every output of the layer and
+    nothing else does; functions called in `forward` stay as they are. Layers with which the model does not
+    run, or answers otherwise, stay dense. In the end the whole model is timed; where it gained nothing, the
+    layers that save least are put back until it does, or all are.
 
     The model runs without gradients and in eval mode; afterwards training flags, buffers and the random state
     are as before. Packed layers are for inference (`restore` undoes it all). The memory of a dense weight is
@@ -47,55 +71,199 @@ def accelerate(
             rows, convolutions are left, activations are fused in `nn.Sequential` only.
         dtype: What to store the weights as: `torch.bfloat16` halves them, and rounds; None keeps them.
         min_gain: How many times faster than the dense layer a packed one must be.
+        exclude: Shell-style patterns (`fnmatch.fnmatchcase`) of the names of layers that stay dense.
+        seconds: About how long measuring may take in all; once they are over, each measurement is made with
+            as few runs as it can be.
+        verbose: Whether to print the report.
 
     Returns:
-        The report that was printed.
+        The report.
 
     Raises:
         TypeError: An argument is of the wrong type; the model is a bare layer, compiled or scripted.
-        ValueError: `min_gain` or `dtype` is out of range; there are no examples in a list; a lazy layer has
-            no shape yet.
+        ValueError: `min_gain`, `seconds` or `dtype` is out of range; there are no examples in a list; a lazy
+            layer has no shape yet.
+
+    Warns:
+        UserWarning: A pattern in `exclude` matches no layer.
     """
-    _check(model, dtype, min_gain)
+    _check(model, dtype, min_gain=min_gain, seconds=seconds)
     examples = None if example_inputs is None else as_examples(example_inputs)
+    interruptions = measure.Interruptions()
     with torch.inference_mode(False), torch.no_grad():
-        plan = AccelerationPlan(model, dtype, min_gain)
+        found, left = candidates(model, _patterns(exclude))
+        bytes_before = parameter_bytes(model)
+        swap = LayerSwap(model)
         try:
             if examples is None:
-                plan.by_rows()
+                outcome = _by_rows(model, found, swap, dtype, min_gain, Budget(seconds))
             else:
                 with ModelRunner(model, examples) as runner:
-                    plan.by_examples(runner)
-            report = plan.finish()
+                    outcome = _by_examples(model, runner, found, swap, dtype, min_gain, Budget(seconds))
+            _install(swap, outcome)
+            rows = left | rows_of(found, swap, outcome)
+            release(model, [swap.layers[name] for name in outcome.swapped])
+            report = AccelerationReport(
+                in_order(model, rows),
+                None if outcome.gain is None else 1e3 * outcome.gain.before,
+                None if outcome.gain is None else 1e3 * outcome.gain.after,
+                bytes_before,
+                parameter_bytes(model),
+                outcome.difference,
+                interruptions.many(),
+                closing(model, rows, outcome),
+            )
         except BaseException:
-            plan.undo()
+            swap.undo()
             raise
-    print(report)  # noqa: T201 - the proof is part of what it does
+    if verbose:
+        print(report)  # noqa: T201 - what it was asked to do
     return report
 
 
-def _check(model: object, dtype: object, min_gain: object) -> None:
+def _by_examples(
+    model: nn.Module,
+    runner: ModelRunner,
+    found: Sequence[Candidate],
+    swap: LayerSwap,
+    dtype: torch.dtype | None,
+    min_gain: float,
+    budget: Budget,
+) -> Outcome:
+    """Runs the model with examples, dense and packed."""
+    seen = observe(model, runner, found, swap.where)
+    reasons = {name: why for name, calls in seen.calls.items() if (why := _unsuitable(calls))}
+    swap.layers = pack([one for one in found if one.name not in reasons], dtype)
+    narrow = _is_narrow(swap)
+    rounded = narrow or dtype not in {None, torch.float32}
+    tolerance = _WHOLE_NARROW if rounded else _WHOLE
+    trial = try_out(runner, swap, seen.outputs, tolerance=tolerance, budget=budget)
+    reasons |= trial.reasons
+    if not swap.layers:
+        return Outcome(seen.calls, Decision((), {}, {}), reasons, _dense(runner))
+    for layer in swap.layers.values():
+        if layer.packed.kernels == DENSE:  # other work may have disturbed that choice: let it be made again
+            layer.packed.forget()
+    fuse(
+        runner,
+        swap,
+        fusions(seen.followers, swap.layers, swap.where),
+        trial.outputs,
+        tolerance=_FUSED_NARROW if narrow else _FUSED,
+    )
+    times = measure.layer_times(model, runner, swap, budget)
+    decision = _decide(swap, times, min_gain)
+    if not decision.swap:
+        return Outcome(seen.calls, decision, reasons, _dense(runner))
+    gain = settle(runner, swap, decision, budget)
+    swap.show(gain.swap)
+    apart = difference(runner.outputs(), seen.outputs) if gain.swap else None
+    return Outcome(seen.calls, decision, reasons, gain, apart)
+
+
+def _by_rows(
+    model: nn.Module,
+    found: Sequence[Candidate],
+    swap: LayerSwap,
+    dtype: torch.dtype | None,
+    min_gain: float,
+    budget: Budget,
+) -> Outcome:
+    """Times linear layers alone."""
+    reasons = {one.name: "needs example_inputs" for one in found if is_convolution(one.layer)}
+    linear = [one for one in found if one.name not in reasons]
+    swap.layers = pack(linear, dtype)
+    swap.fusions = fusions(observe_sequences(model, linear, swap.where), swap.layers, swap.where)
+    swap.show(swap.layers)
+    follows = {name: one.replacement.original for one in swap.fusions for name in one.replacement.into}
+    each = min(_SINGLE, budget.seconds / max(1, len(_ROWS) * len(swap.layers)))
+    calls, times = {}, {}
+    for name, layer in swap.layers.items():
+        inputs = [_draw(rows, layer.packed.cols, layer.packed.dtype) for rows in _ROWS]
+        calls[name] = Counter({tuple(x.shape): 1 for x in inputs})
+        pairs = [measure.compare(layer, follows.get(name), x, each) for x in inputs]
+        times[name] = measure.LayerTime(
+            *(statistics.geometric_mean(each) for each in zip(*pairs, strict=True))
+        )
+    return Outcome(calls, _decide(swap, Times(times, {}), min_gain), reasons)
+
+
+def _decide(swap: LayerSwap, times: Times, min_gain: float) -> Decision:
+    return decide(
+        times,
+        kernels={name: layer.packed.kernels for name, layer in swap.layers.items()},
+        fused=[fusion.replacement.into for fusion in swap.fusions],
+        min_gain=min_gain,
+    )
+
+
+def _dense(runner: ModelRunner) -> Gain:
+    """The gain of a model in which nothing is packed."""
+    seconds = runner.seconds().wall
+    return Gain((), seconds, seconds)
+
+
+def _unsuitable(calls: Counter[Any]) -> str:
+    """Why a layer that is called like this cannot be packed."""
+    if not calls:
+        return "not called with the example inputs"
+    return "called with something else than one plain tensor" if None in calls else ""
+
+
+def _is_narrow(swap: LayerSwap) -> bool:
+    """Whether some layer computes with less than float32."""
+    autocast = torch.is_autocast_enabled("cpu")
+    return autocast or any(layer.packed.dtype != torch.float32 for layer in swap.layers.values())
+
+
+def _draw(rows: int, width: int, dtype: torch.dtype) -> Tensor:
+    """Some input of a linear layer; the random state stays as it is."""
+    return torch.randn(rows, width, generator=torch.Generator().manual_seed(0), device="cpu").to(dtype)
+
+
+def _install(swap: LayerSwap, outcome: Outcome) -> None:
+    """Puts in what won, in the modes that the model is in now."""
+    swap.show(outcome.swapped)
+    for name in outcome.swapped:
+        swap.layers[name].training = swap.layers[name].original.training
+    for fusion in swap.fusions:
+        fusion.replacement.training = fusion.replacement.original.training
+
+
+def _check(model: object, dtype: object, **positive: object) -> None:
     if not isinstance(model, nn.Module):
         msg = f"model: expected a torch.nn.Module; got {type(model).__name__}"
         raise TypeError(msg)
     name = type(model).__name__
     if isinstance(model, torch.jit.ScriptModule) or name == "OptimizedModule":
-        msg = (
-            f"model is a {name}: expected one that is not compiled yet; accelerate it first, then compile it"
-        )
+        msg = f"model: expected one that is not compiled yet; got a {name}; accelerate it, then compile it"
         raise TypeError(msg)
     if isinstance(model, (nn.Linear, nn.Conv1d, nn.Conv2d, SparseLayer)) or is_transposed(model):
         msg = (
-            f"model is a bare {name}, which cannot be replaced from within: wrap it in "
-            "torch.nn.Sequential(layer), or use SparseLinear(layer) or SparseConv2d(layer)"
+            f"model: expected a module that holds layers; got a bare {name}, which cannot be replaced from "
+            "within; wrap it in torch.nn.Sequential(layer), or use SparseLinear(layer) or SparseConv2d(layer)"
         )
         raise TypeError(msg)
     if lazy := [name for name, parameter in model.named_parameters() if is_lazy(parameter)]:
-        msg = f"{lazy[0]} has no shape yet: expected a model that ran before; call it once before"
+        msg = f"{lazy[0]}: expected a model that ran before; got one without a shape; call it once before"
         raise ValueError(msg)
     if dtype is not None and dtype not in DTYPES:
-        msg = f"dtype={dtype!r}: expected None or one of {', '.join(map(str, DTYPES))}"
+        msg = f"dtype: expected None or one of {', '.join(map(str, DTYPES))}; got {dtype!r}"
         raise ValueError(msg)
-    if isinstance(min_gain, bool) or not isinstance(min_gain, (int, float)) or not 0 < min_gain < math.inf:
-        msg = f"min_gain={min_gain!r}: expected a number above 0, 1.05 for 5 % faster"
-        raise ValueError(msg)
+    for key, value in positive.items():
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if not number or not 0 < value < math.inf:  # type: ignore[operator]
+            msg = f"{key}: expected a number above 0; got {value!r}; leave it out for the default"
+            raise ValueError(msg)
+
+
+def _patterns(exclude: object) -> tuple[str, ...]:
+    """The patterns of `exclude`, checked."""
+    if isinstance(exclude, str) or not isinstance(exclude, Sequence):
+        msg = f"exclude: expected a sequence of name patterns; got {exclude!r}; write ('lm_head', '*.query')"
+        raise TypeError(msg)
+    for pattern in exclude:
+        if not isinstance(pattern, str):
+            msg = f"exclude: expected name patterns; got {pattern!r}; write ('lm_head', '*.query')"
+            raise TypeError(msg)
+    return tuple(exclude)

@@ -11,10 +11,10 @@ import numpy as np
 
 import torch
 from sparsam._core import Packed
-from sparsam.torch.acceleration.candidates import is_convolution, places
 from sparsam.torch.acceleration.fusion import Fused, Fusion, recognise_activation
-from sparsam.torch.acceleration.layer_swap import LayerSwap
+from sparsam.torch.acceleration.install import LayerSwap
 from sparsam.torch.acceleration.memory import release
+from sparsam.torch.acceleration.pack import is_convolution
 from sparsam.torch.layers.modules import SparseConv2d, SparseLayer, SparseLinear, is_transposed
 from sparsam.torch.layers.packed_weight import DTYPES, PackedWeight, to_array
 from sparsam.torch.serialization.manifest import Entry, Manifest, dtype_name
@@ -67,7 +67,7 @@ class Loaded:
     def swap_in(self, model: nn.Module) -> int:
         """Gives the model these weights, and the packed layers; returns how many these are."""
         modules = dict(model.named_modules(remove_duplicate=False))
-        exchange = LayerSwap(model, where := places(model))
+        swap = LayerSwap(model)
         sparse: dict[int, SparseLayer] = {}
         fused: set[int] = set()
         with torch.inference_mode(False), torch.no_grad():
@@ -82,17 +82,17 @@ class Loaded:
                     kind = SparseConv2d if is_convolution(module) else SparseLinear
                     layer = kind(module, dtype=weight.value_dtype, activation=entry.activation)
                     layer.packed = weight
-                    sparse[id(module)] = exchange.layers[name] = layer
+                    sparse[id(module)] = swap.layers[name] = layer
             for name, into in self.manifest.fused.items():
                 module = modules[name]
                 if id(module) not in fused:
                     fused.add(id(module))
                     replacement = Fused(module, tuple(sparse[id(modules[n])] for n in into), into)
                     activation = self.manifest.layers[into[0]].activation or ""
-                    exchange.fusions.append(Fusion(activation, replacement, tuple(where[id(module)])))
-            exchange.install()
-            release(model, list(exchange.layers.values()))
-        return len(exchange.layers)
+                    swap.fusions.append(Fusion(activation, replacement, tuple(swap.where[id(module)])))
+            swap.show(swap.layers)
+            release(model, list(swap.layers.values()))
+        return len(swap.layers)
 
 
 def _packed(name: str, entry: Entry, tensors: Mapping[str, Tensor]) -> PackedWeight:

@@ -1,0 +1,80 @@
+"""Which layers stay packed, from what was measured; no run and no model is needed for that."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
+
+from sparsam.torch.acceleration.measure import LayerTime, Times
+
+__all__ = ["DENSE", "Decision", "decide", "families"]
+
+DENSE = ("dense",)
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What became of measured layers.
+
+    Attributes:
+        swap: The names of those that are to be packed.
+        times: Of all of them, as they are counted: with the activation where it is fused.
+        reasons: Why the others are not.
+    """
+
+    swap: tuple[str, ...]
+    times: Mapping[str, LayerTime]
+    reasons: Mapping[str, str]
+
+
+def decide(
+    times: Times,
+    *,
+    kernels: Mapping[str, tuple[str, ...]],
+    fused: Iterable[Collection[str]],
+    min_gain: float,
+) -> Decision:
+    """Keeps the layers that win with the activations fused into them, and by more than a lost fast path.
+
+    Args:
+        times: What was measured.
+        kernels: The kernels that each layer uses.
+        fused: For each activation that can be fused the layers that it follows: all of them, or it is not.
+        min_gain: How many times faster a packed layer must be.
+    """
+    found = dict(times.layers)
+    reasons = {name: "no kernel beats dense" for name in found if kernels[name] == DENSE}
+
+    def drop_slow(names: Iterable[str]) -> None:
+        for name in names:
+            if name not in reasons and found[name].dense < min_gain * found[name].packed:
+                reasons[name] = f"gain under {min_gain:g}"
+
+    drop_slow(found)
+    for group in fused:
+        if any(name in reasons for name in group):
+            found |= {name: found[name].alone() for name in group}
+            drop_slow(group)
+    for owner, lost in times.fast_paths.items():
+        inside = [name for name in found if _within(name, owner) and name not in reasons]
+        if sum(found[name].saved for name in inside) <= lost:
+            where = f"of {owner}" if owner else "of the model"
+            reasons |= dict.fromkeys(inside, f"saves less than the fast path {where}, which it would lose")
+    return Decision(tuple(name for name in found if name not in reasons), found, reasons)
+
+
+def families(shapes: Mapping[str, object]) -> list[tuple[str, ...]]:
+    """Like layers together: of one shape, and of one name but for numbers; each alone if all are alike.
+
+    Args:
+        shapes: The shape of each layer, or whatever else tells unlike ones apart, by name.
+    """
+    found: dict[tuple[str, object], list[str]] = {}
+    for name, shape in shapes.items():
+        found.setdefault((re.sub(r"\d+", "0", name), shape), []).append(name)
+    return [tuple(names) for names in found.values()] if len(found) > 1 else [(name,) for name in shapes]
+
+
+def _within(name: str, owner: str) -> bool:
+    return not owner or name.startswith(f"{owner}.")

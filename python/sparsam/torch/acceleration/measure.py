@@ -1,0 +1,217 @@
+"""What dense and packed layers take, measured in turn, for that other work disturbs both alike."""
+
+from __future__ import annotations
+
+import math
+import resource
+import statistics
+import time
+from collections import defaultdict
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from sparsam.torch.acceleration.install import LayerSwap, fast_path_owners, fast_paths_off
+from sparsam.torch.acceleration.model_runner import ModelRunner, Seconds
+from sparsam.torch.layers.modules import SparseLayer
+from torch import Tensor, nn
+
+__all__ = ["Budget", "Interruptions", "LayerTime", "Times", "compare", "layer_times", "model_times"]
+
+_LAYERS = (2, 6, 0.4)  # at least and at most so many rounds, and the share of the budget for them
+_MODEL = (3, 10, 0.4)
+_AGAIN = (2, 4, 0.1)
+_SINGLE = (3, 10_000, 1.0)
+_OFTEN = 60  # a second; a process beside ours makes it hundreds
+
+
+@dataclass(frozen=True)
+class LayerTime:
+    """Seconds that a layer takes for all examples.
+
+    Attributes:
+        dense: The dense layer, and the activation after it where that can be fused.
+        packed: The packed layer, which computes that activation too.
+        activation: What of `dense` is the activation; 0 where none can be fused.
+    """
+
+    dense: float
+    packed: float
+    activation: float = 0.0
+
+    @property
+    def saved(self) -> float:
+        """Seconds less."""
+        return self.dense - self.packed
+
+    def alone(self) -> LayerTime:
+        """The same where the activation is not fused; that it cost the packed layer nothing is assumed."""
+        return LayerTime(self.dense - self.activation, self.packed)
+
+
+@dataclass(frozen=True)
+class Times:
+    """What was measured of layers within the model.
+
+    Attributes:
+        layers: By name.
+        fast_paths: Name of a module -> seconds that its fast path saves, which it loses with a packed layer.
+    """
+
+    layers: Mapping[str, LayerTime]
+    fast_paths: Mapping[str, float]
+
+
+class Interruptions:
+    """Whether other work takes the CPUs away from this process: then times by the clock may mislead."""
+
+    def __init__(self) -> None:
+        self._start = time.perf_counter()
+        self._before = _switches()
+
+    def many(self) -> bool:
+        """Whether, since this object was made, they came more often than on a quiet machine."""
+        return _switches() - self._before > _OFTEN * (time.perf_counter() - self._start) + 2
+
+
+def _switches() -> int:
+    """How often the kernel stopped a thread of this process in favour of something else."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw
+
+
+class Budget:
+    """The seconds that measuring may take in all."""
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+        self._end = time.perf_counter() + seconds
+        self._interruptions = Interruptions()
+
+    def left(self) -> bool:
+        """Whether some are left."""
+        return time.perf_counter() < self._end
+
+    def rounds(self, least: int, most: int, share: float) -> Iterator[int]:
+        """Rounds of a measurement, until it took its share of the budget."""
+        end = min(self._end, time.perf_counter() + share * self.seconds)
+        for number in range(most):
+            if number >= least and time.perf_counter() > end:
+                return
+            yield number
+
+    def choose(self, seconds: Seconds) -> float:
+        """Seconds by the clock, or, where other work disturbed since the beginning, of the CPUs' own."""
+        return seconds.cpu / torch.get_num_threads() if self._interruptions.many() else seconds.wall
+
+
+def layer_times(model: nn.Module, runner: ModelRunner, swap: LayerSwap, budget: Budget) -> Times:
+    """What each layer of a swap takes within the model, dense and packed, the least over rounds.
+
+    Weights then come from where they come from in use: a layer timed alone would find its own in the cache.
+
+    Args:
+        model: The model.
+        runner: Runs it.
+        swap: The layers, each of which ran before in both forms.
+        budget: For all measurements.
+    """
+    best = _Best()
+    fused = {f"{number}": fusion.replacement for number, fusion in enumerate(swap.fusions)}
+    dense = {("dense", name): layer.original for name, layer in swap.layers.items()}
+    dense |= {("activation", number): one.original for number, one in fused.items()}
+    packed: dict[tuple[str, str], nn.Module] = {("packed", n): layer for n, layer in swap.layers.items()}
+    packed |= {("place", number): one for number, one in fused.items()}
+    owners = fast_path_owners(model, list(swap.layers))
+    slow = {("slow", name): owner for name, owner in owners.items()}
+    fast = {("fast", name): owner for name, owner in owners.items()}
+    for _ in budget.rounds(*_LAYERS):
+        swap.show(())
+        if fast:
+            best.take(runner.module_seconds(fast))
+        with fast_paths_off(model):
+            best.take(runner.module_seconds(dense | slow))
+        swap.show(swap.layers)
+        best.take(runner.module_seconds(packed))
+    total = {key: budget.choose(seconds) for key, seconds in best.total().items()}
+    follows = {name: (number, len(one.into)) for number, one in fused.items() for name in one.into}
+    layers = {}
+    for name in swap.layers:
+        number, sharing = follows.get(name, ("", 1))
+        activation = total.get(("activation", number), 0.0) / sharing
+        place = total.get(("place", number), 0.0) / sharing
+        layers[name] = LayerTime(total["dense", name] + activation, total["packed", name] + place, activation)
+    lost = {name: max(0.0, total["slow", name] - total["fast", name]) for name in owners}
+    return Times(layers, lost)
+
+
+def model_times(
+    runner: ModelRunner, swap: LayerSwap, names: Collection[str], budget: Budget, *, again: bool = False
+) -> tuple[float, float]:
+    """Seconds that the model takes for all examples: (dense, with these layers packed).
+
+    Medians by the clock; where other work disturbs, the least of the CPUs' own.
+
+    Args:
+        runner: Runs the model.
+        swap: The layers.
+        names: Those to pack.
+        budget: For all measurements.
+        again: Whether it is a further attempt, with fewer rounds.
+    """
+    taken: dict[bool, list[Seconds]] = {False: [], True: []}
+    for _ in budget.rounds(*(_AGAIN if again else _MODEL)):
+        for packed in (False, True):
+            swap.show(names if packed else ())
+            taken[packed].append(runner.seconds())
+    before, after = (
+        budget.choose(Seconds(statistics.median(t.wall for t in times), min(t.cpu for t in times)))
+        for times in (taken[False], taken[True])
+    )
+    return before, after
+
+
+def compare(
+    sparse: SparseLayer, activation: nn.Module | None, x: Tensor, seconds: float
+) -> tuple[float, float]:
+    """Seconds that a layer takes by itself for one input: (dense, packed), the least of several.
+
+    Args:
+        sparse: The packed layer.
+        activation: What follows the dense layer, and what the packed one computes too; or None.
+        x: The input.
+        seconds: After so many no further round begins.
+    """
+    # Not called as a module: hooks of torch's pruning would compute the weight anew.
+    dense: Callable[[Tensor], Tensor] = sparse.original.forward
+    runs = ((lambda: activation(dense(x))) if activation else (lambda: dense(x)), lambda: sparse.forward(x))
+    best = [math.inf, math.inf]
+    with torch.no_grad(), torch.nn.utils.parametrize.cached():
+        for run in runs:
+            run()
+        for _ in Budget(seconds).rounds(*_SINGLE):
+            for i, run in enumerate(runs):
+                start = time.perf_counter()
+                run()
+                best[i] = min(best[i], time.perf_counter() - start)
+    return best[0], best[1]
+
+
+class _Best:
+    """The least times of modules over rounds, for each example."""
+
+    def __init__(self) -> None:
+        self._least: dict[tuple[int, tuple[str, str]], Seconds] = {}
+
+    def take(self, examples: list[dict[tuple[str, str], Seconds]]) -> None:
+        """Takes in a round: for each example, the times by module."""
+        for example, found in enumerate(examples):
+            for key, seconds in found.items():
+                before = self._least.get((example, key), seconds)
+                self._least[example, key] = Seconds(*map(min, before, seconds))
+
+    def total(self) -> dict[tuple[str, str], Seconds]:
+        """The sums over examples."""
+        total: dict[tuple[str, str], Seconds] = defaultdict(lambda: Seconds(0.0, 0.0))
+        for (_, key), seconds in self._least.items():
+            total[key] = Seconds(total[key].wall + seconds.wall, total[key].cpu + seconds.cpu)
+        return total

@@ -1,0 +1,182 @@
+"""Whether the model runs as before with packed layers in it and gains by them; else which ones to leave."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from sparsam.torch.acceleration import measure
+from sparsam.torch.acceleration.decide import Decision, families
+from sparsam.torch.acceleration.fusion import Fusion
+from sparsam.torch.acceleration.install import LayerSwap
+from sparsam.torch.acceleration.measure import Budget
+from sparsam.torch.acceleration.model_runner import ModelRunner, difference, removed
+from torch import nn
+
+__all__ = ["DIFFERS", "Gain", "Trial", "fuse", "settle", "try_out"]
+
+DIFFERS = "with it packed, outputs differ"
+_MESSAGE = 120  # characters of an error in a report
+_STRAY = "also called through a reference outside the tree of modules"
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A run with packed layers.
+
+    Attributes:
+        outputs: What the model returned for each example.
+        reasons: Why layers must be left, by name.
+    """
+
+    outputs: Sequence[Any]
+    reasons: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Gain:
+    """What the whole model gains.
+
+    Attributes:
+        swap: The layers with which it gains most.
+        before: Seconds of the dense model for all examples.
+        after: Seconds with those layers packed.
+        slower: Seconds with all layers that win by themselves, where that is no gain; else None.
+    """
+
+    swap: tuple[str, ...]
+    before: float
+    after: float
+    slower: float | None = None
+
+
+def try_out(
+    runner: ModelRunner, swap: LayerSwap, reference: Sequence[Any], *, tolerance: float, budget: Budget
+) -> Trial:
+    """Runs the model with all layers packed, and finds those with which it fails or answers otherwise.
+
+    Args:
+        runner: Runs the model.
+        swap: The layers; those that must be left are taken out of it.
+        reference: What the dense model returns.
+        tolerance: The largest difference of an output, relative to the largest, that is none.
+        budget: When it is spent, a whole family of layers is left for one of them.
+    """
+    strays = _Strays(swap)
+    with removed(strays.watch()):
+        outputs, why = _attempt(runner, swap, tuple(swap.layers), reference, tolerance)
+    reasons = dict.fromkeys(strays.found, _STRAY)
+    if why:
+        good: tuple[str, ...] = ()
+        for family in families({name: layer.packed.shape for name, layer in swap.layers.items()}):
+            _, why = _attempt(runner, swap, good + family, reference, tolerance)
+            if not why:
+                good += family
+                continue
+            for name in family:
+                one = why
+                if len(family) > 1 and budget.left():
+                    _, one = _attempt(runner, swap, (*good, name), reference, tolerance)
+                if one:
+                    reasons[name] = one
+                else:
+                    good += (name,)
+        outputs, _ = _attempt(runner, swap, good, reference, tolerance)
+    for name in reasons:
+        swap.drop(name)
+    return Trial(outputs, reasons)
+
+
+def fuse(
+    runner: ModelRunner,
+    swap: LayerSwap,
+    fusions: Sequence[Fusion],
+    unfused: Sequence[Any],
+    *,
+    tolerance: float,
+) -> None:
+    """Fuses the activations that leave the outputs as they are.
+
+    Args:
+        runner: Runs the model.
+        swap: Gets these fusions.
+        fusions: What could be fused.
+        unfused: What the model returns with packed layers and no fusion.
+        tolerance: The largest difference of an output, relative to the largest, that is none.
+    """
+    swap.fusions = list(fusions)
+    if not fusions or _alike(runner, swap, unfused, tolerance):
+        return
+    for fusion in fusions:
+        swap.unfuse(fusion)
+    for fusion in fusions if len(fusions) > 1 else ():
+        swap.fusions.append(fusion)
+        if not _alike(runner, swap, unfused, tolerance):
+            swap.unfuse(fusion)
+
+
+def settle(runner: ModelRunner, swap: LayerSwap, decision: Decision, budget: Budget) -> Gain:
+    """Times the whole model; if it gains nothing, without the family of layers that saves least, and so on.
+
+    Args:
+        runner: Runs the model.
+        swap: The layers.
+        decision: Which of them win by themselves.
+        budget: When it is spent, no further family is tried.
+    """
+    before, after = measure.model_times(runner, swap, decision.swap, budget)
+    if after < before:
+        return Gain(decision.swap, before, after)
+    saved = {
+        family: sum(decision.times[name].saved for name in family)
+        for family in families({name: swap.layers[name].packed.shape for name in decision.swap})
+    }
+    rest = sorted(saved, key=lambda family: saved[family])
+    while len(rest) > 1 and budget.left():
+        rest = rest[1:]
+        names = tuple(name for name in decision.swap if any(name in family for family in rest))
+        dense, fewer = measure.model_times(runner, swap, names, budget, again=True)
+        if fewer < dense:
+            return Gain(names, dense, fewer, after)
+    return Gain((), before, before, after)
+
+
+def _attempt(
+    runner: ModelRunner, swap: LayerSwap, names: Collection[str], reference: Sequence[Any], tolerance: float
+) -> tuple[Sequence[Any], str]:
+    """What the model returns with these layers packed, and what is wrong with that."""
+    swap.show(names)
+    try:
+        outputs = runner.outputs()
+    except Exception as error:  # whatever the model's own code makes of a packed layer
+        text = f"does not run with it packed: {type(error).__name__}: {' '.join(str(error).split())}"
+        return (), text if len(text) <= _MESSAGE else f"{text[: _MESSAGE - 3]}..."
+    apart = difference(outputs, reference)
+    if apart is not None and apart > tolerance:
+        return outputs, f"{DIFFERS} by {apart:.1e} of the largest"
+    return outputs, ""
+
+
+def _alike(runner: ModelRunner, swap: LayerSwap, unfused: Sequence[Any], tolerance: float) -> bool:
+    outputs, why = _attempt(runner, swap, tuple(swap.layers), unfused, tolerance)
+    return not why and difference(outputs, unfused) is not None
+
+
+class _Strays:
+    """Dense layers that are called although packed ones stand in their places."""
+
+    def __init__(self, swap: LayerSwap) -> None:
+        self._layers = {name: layer.original for name, layer in swap.layers.items()}
+        self.found: list[str] = []
+
+    def watch(self) -> Any:
+        for name, layer in self._layers.items():
+            yield layer.register_forward_pre_hook(self._note(name))
+
+    def _note(self, name: str) -> Any:
+        def called(_: nn.Module, __: Any) -> None:
+            if name not in self.found:
+                self.found.append(name)
+
+        return called

@@ -10,6 +10,8 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from sparsam._tensors import is_model, is_tensor, to_numpy
+
 ValueT_co = TypeVar("ValueT_co", covariant=True)
 
 
@@ -81,7 +83,26 @@ def set_fields(instance: object, **fields: object) -> None:
 
 
 def to_array(name: str, value: ArrayLike) -> NDArray[Any]:
-    """Returns `value` as a plain array without copying one; integers outside arrays become float64."""
+    """Returns `value` as a plain array without copying one; integers outside arrays become float64.
+
+    Torch tensors become arrays on their memory.
+    """
+    if type(value) is np.ndarray:
+        return value
+    if is_tensor(value):
+        return to_numpy(f"tensor {name!r}", value)
+    if is_model(value):
+        msg = (
+            f"{name}: expected arrays or tensors by name; got the model {type(value).__name__}; pass its "
+            "state_dict(), or use sparsam.torch, which takes models"
+        )
+        raise TypeError(msg)
+    if type(value).__module__.startswith("scipy.sparse"):
+        msg = (
+            f"tensor {name!r}: expected a dense array; got scipy.sparse's {type(value).__name__}; convert it "
+            "with .toarray()"
+        )
+        raise TypeError(msg)
     try:
         array = np.asarray(value)
     except (TypeError, ValueError) as error:
@@ -96,6 +117,8 @@ def to_array(name: str, value: ArrayLike) -> NDArray[Any]:
 
 def to_arrays(weights: object, what: str = "weights") -> dict[str, NDArray[Any]]:
     """Returns the values of a mapping as plain arrays; TypeError for none, or a name that is not text."""
+    if is_model(weights):
+        to_array(what, weights)  # type: ignore[arg-type]
     if not isinstance(weights, Mapping):
         msg = f"{what}: expected a mapping from names to arrays; got {type(weights).__name__}"
         raise TypeError(msg)

@@ -6,6 +6,7 @@ pool into masks, and the masks are applied.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -19,6 +20,8 @@ from sparsam._checks import to_arrays
 from sparsam._floats import standard_floats
 from sparsam._orientation import mask_as_stored, outputs_first
 from sparsam._pools import Pool, batched, check_patterns, make_pools
+from sparsam._sharing import find_shared
+from sparsam._tensors import is_tensor, to_torch
 from sparsam.config import ConfigFields, PruningConfig, Scorer
 from sparsam.coupling import select_tied, tied_patterns
 from sparsam.masks import Mask, _check_apart
@@ -85,9 +88,11 @@ def prune(
 
     Args:
         weights: Name -> array of float16, bfloat16, float32 or float64, of any shape and strides; or one
-            array. What is no array (nested lists) goes through NumPy, integers as float64. Tensors with fewer
-            than two axes stay dense unless named in `overrides`; one array given by itself is pruned whatever
-            its shape, and patterns know it as "weights".
+            array. Torch tensors and Parameters on the CPU, such as a state dict, come back as tensors without
+            gradient. What is no array (nested lists) goes through NumPy, integers as float64. Tensors with
+            fewer than two axes and arrays of integers or booleans stay dense unless named in `overrides`; one
+            array given by itself is pruned whatever its shape, and patterns know it as "weights". Arrays of
+            the same memory under two names are pruned once, count once, and come back as one.
         config: What to do; `PruningConfig()` if left out.
         inplace: Zero the pruned weights in the caller's arrays and return those. If a tensor turns out to be
             unfit, or the user stops the call (KeyboardInterrupt), others may be pruned already; each is as it
@@ -100,12 +105,15 @@ def prune(
 
     Raises:
         ValueError: An override matches no tensor; a tensor has a NaN, or a shape that the pattern does not
-            divide; ties do not fit the tensors, `exclude` or `overrides`; `inplace` meets what is read-only,
-            no array, or in the memory of another tensor; a field of the configuration is wrong.
-        TypeError: A tensor to be pruned has another dtype.
+            divide; ties do not fit the tensors, `exclude` or `overrides`; tensors share memory and are to be
+            pruned differently, or overlap; `inplace` meets what is read-only, no array, or in the memory of
+            another tensor; a field of the configuration is wrong.
+        TypeError: A tensor to be pruned has another dtype, or is a torch tensor that NumPy cannot read or
+            that requires a gradient; `weights` is a model.
 
     Warns:
-        UserWarning: A pattern in `exclude` matches no tensor, or one in `overrides` only excluded ones.
+        UserWarning: A pattern in `exclude` or `transposed` matches no tensor, or one in `overrides` only
+            excluded ones; a tensor to be pruned has zeros and ones only.
     """
     settings = configured(config, changes)
     named = weights if isinstance(weights, Mapping) else {SINGLE: weights}
@@ -150,7 +158,8 @@ class MagnitudePruner:
             weights: Anything that NumPy can turn into an array; integers become float64. Not modified.
 
         Returns:
-            The pruned array, and its statistics, which are also appended to `stats`.
+            The pruned array (a tensor if a torch tensor came), and its statistics, which are also appended to
+            `stats`.
 
         Raises:
             ValueError: A NaN, or a shape that the pattern does not divide.
@@ -158,7 +167,8 @@ class MagnitudePruner:
         """
         array = to_arrays({name: weights})[name]
         arrays = {name: array.astype(np.float64) if array.dtype.kind in "biu" else array}
-        result = _prune(arrays, arrays, self.config, inplace=False, min_rank=0)
+        given = {name: weights} if is_tensor(weights) else arrays
+        result = _prune(given, arrays, self.config, inplace=False, min_rank=0)
         (stats,) = result.report.layers
         self.stats.append(stats)
         return result.weights[name], stats
@@ -268,16 +278,20 @@ def describe(
     masks: Mapping[str, Mask],
     pools: Collection[Pool],
     nonzero: Mapping[str, int] = MappingProxyType({}),
+    shared: Mapping[str, str] = MappingProxyType({}),
 ) -> Report:
     """Returns the report on tensors as these masks left them, those left dense included.
 
-    `nonzero` spares it reading those tensors whose weights other than zero were counted.
+    `nonzero` spares it reading those tensors whose weights other than zero were counted. `shared` has a later
+    name -> the first one of tensors with two names, which count once.
     """
     patterns = {name: str(pool.pattern) for pool in pools for name in pool.names}
     patterns |= tied_patterns(tied for pool in pools for tied in pool.ties)
     pruned = {name: mask.size - mask.count for name, mask in masks.items()}
     return Report(
-        measure(
+        LayerStats(name, 0, 0, 0.0, array.shape, array.dtype.name, f"shared with {shared[name]}")
+        if name in shared
+        else measure(
             name,
             array,
             pruned=pruned.get(name, 0),
@@ -297,24 +311,59 @@ def _prune(
     min_rank: int,
 ) -> PruningResult[dict[str, Any], dict[str, Mask]]:
     pools = make_pools(arrays, config, min_rank=min_rank)
-    names = [name for pool in pools for name in pool.names]
+    pooled = {name for pool in pools for name in pool.names}
+    names = [name for name in arrays if name in pooled]
+    if min_rank:
+        _warn_of_flags(arrays, names, stacklevel=3)
+    shared: dict[str, str] = {}
     if inplace:
         for name in names:
-            _check_writeable(name, weights[name])
+            _check_writeable(name, weights[name], arrays[name])
         outs = {name: arrays[name] for name in names}
         _check_apart(arrays, outs)
     else:
-        outs = {name: np.empty_like(arrays[name], order="C") for name in names}
+        shared = find_shared(arrays, pools)
+        if shared:
+            first = {name: array for name, array in arrays.items() if name not in shared}
+            pools = make_pools(first, config, min_rank=min_rank)
+        outs = {name: np.empty_like(arrays[name], order="C") for name in names if name not in shared}
     masks, nonzero = prune_pools(arrays, pools, scores.resolve(config.method), outs)
-    pruned = weights if inplace else {**weights, **outs}
-    return PruningResult(dict(pruned), masks, describe({**arrays, **outs}, masks, pools, nonzero))
+    report = describe({**arrays, **outs}, masks, pools, nonzero, shared)
+    masks = {name: masks[shared.get(name, name)] for name in names}
+    if inplace:
+        return PruningResult(dict(weights), masks, report)
+    pruned = {name: to_torch(out) if is_tensor(weights[name]) else out for name, out in outs.items()}
+    pruned |= {name: pruned[other] for name, other in shared.items()}
+    return PruningResult({**weights, **pruned}, masks, report)
 
 
-def _check_writeable(name: str, value: object) -> None:
-    if isinstance(value, np.ndarray) and value.flags.writeable:
+def _warn_of_flags(arrays: Mapping[str, NDArray[Any]], names: Collection[str], *, stacklevel: int) -> None:
+    """Warns of what is no weight by its values: the zeros and ones of an attention mask."""
+    for name in names:
+        array = arrays[name]
+        if array.ndim < 2 or not array.size or array.item(0) not in (0.0, 1.0):
+            continue
+        ones = np.count_nonzero(array == 1)
+        if 0 < ones < array.size and ones == np.count_nonzero(array):
+            msg = (
+                f"tensor {name!r}: expected weights; got zeros and ones only, as in an attention mask; "
+                "exclude it if it is a buffer"
+            )
+            warnings.warn(msg, UserWarning, stacklevel=stacklevel + 1)
+
+
+def _check_writeable(name: str, value: object, array: NDArray[Any]) -> None:
+    """Raises for what cannot be pruned in place."""
+    if not (isinstance(value, np.ndarray) or is_tensor(value)):
+        got = f"one of type {type(value).__name__}"
+    elif not array.flags.writeable:
+        got = "one that is read-only"
+    elif any(stride == 0 and length > 1 for stride, length in zip(array.strides, array.shape, strict=True)):
+        got = "one that is expanded, whose elements share memory"
+    else:
         return
-    what = "a read-only array" if isinstance(value, np.ndarray) else f"of type {type(value).__name__}"
     msg = (
-        f"tensor {name!r} is {what}: inplace=True needs a writeable array; pass a copy, or leave inplace out"
+        f"tensor {name!r}: expected a writeable array with inplace=True; got {got}; pass a copy, or leave "
+        "inplace out"
     )
     raise ValueError(msg)

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
+from scipy import sparse
 
 import reference
 from sparsam.config import MethodName, PruningConfig, Scope
@@ -293,12 +294,12 @@ def test_inplace_needs_writeable_arrays() -> None:
     frozen = untied(4, 4)
     frozen.flags.writeable = False
     with pytest.raises(
-        ValueError, match="tensor 'b' is a read-only array: inplace=True needs a writeable array"
+        ValueError, match=r"tensor 'b': expected a writeable array with inplace=True; got one that is read"
     ):
         prune({"a": (a := untied(4, 4)), "b": frozen}, inplace=True)
     assert zeros(a) == 0
     with pytest.raises(
-        ValueError, match="tensor 'weights' is of type list: inplace=True needs a writeable array"
+        ValueError, match="tensor 'weights': expected a writeable array .*; got one of type list"
     ):
         prune([[1.0, 2.0]], inplace=True)
     assert prune({"a": a, "bias": [1, 2]}, inplace=True).weights["bias"] == [1, 2]
@@ -318,10 +319,59 @@ def test_inplace_refuses_shared_memory(scope: Scope) -> None:
         with pytest.raises(ValueError, match=r"tensors '\w+' and '\w+' share memory.*pass copies"):
             prune(weights, scope=scope, inplace=True)
         assert zeros(x) == 0
-        assert prune(weights, scope=scope).report.total.pruned_params > 0
     heads = {f"head{i}": x[:, i::4] for i in range(4)}
     result = prune(heads, scope=scope, inplace=True)
     assert zeros(x) == result.report.total.pruned_params == 16
+
+
+@pytest.mark.parametrize("scope", ["layer", "global"])
+def test_one_array_under_two_names_is_pruned_and_counted_once(scope: Scope) -> None:
+    x, other = untied(4, 8), untied(4, 8) * 3
+    alone = prune({"a": x, "other": other}, scope=scope)
+    weights = {"a": x, "other": other, "b": x, "bias": x[0], "c": x[:]}
+    result = prune(weights, scope=scope)
+    assert result.weights["a"] is result.weights["b"] is result.weights["c"]
+    assert list(result.weights) == list(weights)
+    assert list(result.masks) == ["a", "other", "b", "c"]
+    assert result.masks["a"] is result.masks["b"]
+    for name in ("a", "other"):
+        assert np.array_equal(result.weights[name], alone.weights[name])
+    assert zeros(x) == 0
+    rows = {row.name: row for row in result.report.layers}
+    assert (rows["b"].pattern, rows["b"].total_params, rows["b"].dense_bytes) == ("shared with a", 0, 0)
+    assert result.report.total.total_params == 64 + 8
+    assert result.report.total.pruned_params == alone.report.total.pruned_params == 32
+    assert prune(weights, scope=scope, exclude=("b", "c")).weights["b"] is x
+    alike = prune(weights, scope=scope, overrides={"[abc]": 0.25})
+    assert alike.masks["c"].sparsity == 0.25
+
+
+def test_shared_memory_that_cannot_be_pruned_once_is_refused() -> None:
+    x = untied(4, 8)
+    for changes in (
+        {"overrides": {"b": 0.25}},
+        {"overrides": {"b": NM(2, 4)}},
+        {"transposed": "b", "pattern": NM(2, 4)},
+        {"ties": Tied({"a": Slices(0)})},
+    ):
+        with pytest.raises(ValueError, match="tensors 'a' and 'b' share memory: expected one sparsity"):
+            prune({"a": x, "b": x}, **changes)
+    for overlapping in ({"a": x, "b": x.T}, {"a": x[:3], "b": x[2:]}):
+        with pytest.raises(ValueError, match=r"tensors '\w' and '\w' share memory.*pass copies"):
+            prune(overlapping)
+        prune(overlapping, exclude="b")
+
+
+def test_zeros_and_ones_are_hardly_weights() -> None:
+    flags = np.tril(np.ones((4, 4)))
+    with pytest.warns(
+        UserWarning, match=r"tensor 'h.0.attn.bias': expected weights; got zeros and ones"
+    ) as caught:
+        prune({"h.0.attn.bias": flags, "fc": untied(4, 4)})
+    assert [warning.filename for warning in caught] == [__file__]
+    prune({"h.0.attn.bias": flags, "fc": untied(4, 4)}, exclude="*.attn.bias")
+    prune({"ones": np.ones((4, 4)), "zeros": np.zeros((4, 4)), "mixed": flags * 2, "row": flags[0]})
+    prune(flags)
 
 
 @pytest.mark.parametrize(
@@ -356,6 +406,14 @@ def test_integers_are_no_weights(dtype: Any) -> None:
             prune({"position_ids": buffer}, **named)
     with pytest.raises(TypeError, match="tensor 'weights': expected one of the dtypes"):
         prune(buffer)
+
+
+def test_sparse_matrices_say_what_to_do() -> None:
+    for make in (sparse.csr_matrix, sparse.coo_array):
+        with pytest.raises(
+            TypeError, match=r"tensor 'fc': expected a dense array; got scipy.sparse's .*toarray"
+        ):
+            prune({"fc": make(np.eye(3))})
 
 
 def test_what_is_no_array() -> None:

@@ -1,0 +1,53 @@
+"""Weights that stand in a mapping under two names, such as tied embeddings in a state dict."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from numpy.typing import NDArray
+
+from sparsam._pools import Pool
+from sparsam.masks import _check_apart
+
+
+def find_shared(arrays: Mapping[str, NDArray[Any]], pools: Iterable[Pool]) -> dict[str, str]:
+    """Returns the later name of a tensor -> the first name of the same memory, over tensors to be pruned.
+
+    Raises:
+        ValueError: Two names are to be pruned differently, are tied, or share but a part of their memory.
+    """
+    pool_of: dict[str, Pool] = {}
+    for pool in pools:
+        for name in pool.names:
+            pool_of.setdefault(name, pool)
+    first: dict[tuple[Any, ...], str] = {}
+    shared: dict[str, str] = {}
+    for name, array in arrays.items():
+        if name not in pool_of or not array.size:
+            continue
+        place = (array.__array_interface__["data"][0], array.shape, array.strides, array.dtype)
+        other = first.setdefault(place, name)
+        if other == name:
+            continue
+        if not _alike(name, pool_of[name], other, pool_of[other], array.size):
+            msg = (
+                f"tensors {other!r} and {name!r} share memory: expected one sparsity and pattern for both, "
+                "and no ties; got two; exclude one of them, or override both alike"
+            )
+            raise ValueError(msg)
+        shared[name] = other
+    own = {name: arrays[name] for name in first.values()}
+    _check_apart(own, own)
+    return shared
+
+
+def _alike(name: str, pool: Pool, other: str, other_pool: Pool, size: int) -> bool:
+    """Whether two tensors are pruned the same way, but for the rounding of an allocation."""
+    return (
+        not pool.ties
+        and not other_pool.ties
+        and (pool.pattern, pool.scope, name in pool.transposed)
+        == (other_pool.pattern, other_pool.scope, other in other_pool.transposed)
+        and abs(pool.sparsity - other_pool.sparsity) * size <= 1 + 1e-6
+    )

@@ -299,7 +299,7 @@ def test_inplace_needs_writeable_arrays() -> None:
         prune({"a": (a := untied(4, 4)), "b": frozen}, inplace=True)
     assert zeros(a) == 0
     with pytest.raises(
-        ValueError, match="tensor 'weights': expected a writeable array .*; got one of type list"
+        ValueError, match=r"tensor 'weights': expected a writeable array .*; got one of type list"
     ):
         prune([[1.0, 2.0]], inplace=True)
     assert prune({"a": a, "bias": [1, 2]}, inplace=True).weights["bias"] == [1, 2]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -46,6 +47,15 @@ class SensitivityCurve:
     def params(self) -> int:
         """How many weights its tensors have."""
         return sum(size for _, size in self.tensors)
+
+    def in_groups(self, groups: Mapping[str, int]) -> SensitivityCurve:
+        """Returns the curve with groups of a pattern, so many in each tensor, in the place of weights."""
+        tensors = tuple((name, groups[name]) for name, _ in self.tensors)
+        count = sum(size for _, size in tensors)
+        points = tuple(
+            point._replace(pruned=round(point.pruned / self.params * count)) for point in self.points
+        )
+        return replace(self, tensors=tensors, points=points)
 
     def score(self, sparsity: float) -> float | None:
         """The score measured at exactly this sparsity; None where it was not measured."""

@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from sparsam._checks import check_sparsity
+from sparsam._orientation import as_weights
 from sparsam.analysis.knapsack import Level, choose, give_back, share
 from sparsam.analysis.report_document import REMEDY, ReportDocument, restored, stored
 from sparsam.analysis.sensitivity_curve import SensitivityCurve
 from sparsam.checkpoint.atomic import publish
 from sparsam.checkpoint.json_state import from_number, read, to_number
+from sparsam.patterns import Block, Slices, Unstructured
 from sparsam.report import printable
+from sparsam.selection import count_groups
 
 __all__ = ["SensitivityReport"]
 
@@ -143,6 +147,39 @@ class SensitivityReport:
                 curve.tensors, share(pruned, [n for _, n in curve.tensors]), strict=True
             )
         }
+
+    def shares(
+        self, weights: Mapping[str, NDArray[Any]], target: float, pattern: Unstructured | Block | Slices, /
+    ) -> dict[str, float]:
+        """Returns `allocate` over these tensors, in groups of a pattern: a report is an `allocation` itself.
+
+        Curves of other tensors (of ties, of overrides) are left out.
+
+        Raises:
+            ValueError: As `allocate`; a tensor has no curve, or another size than in the report, or a group
+                of the sweep is among the tensors only in part.
+        """
+        weights = as_weights(weights)
+        groups = {name: count_groups(name, weights.outputs_first(name).shape, pattern) for name in weights}
+        sizes = {name: size for curve in self.curves for name, size in curve.tensors}
+        for name, array in weights.items():
+            if array.size and sizes.get(name) != array.size:
+                got = f"one of {sizes[name]} weights" if name in sizes else "none"
+                msg = (
+                    f"allocation: tensor {name!r}: expected a sensitivity curve of its {array.size} weights; "
+                    f"got {got}; exclude the tensor, or measure it too"
+                )
+                raise ValueError(msg)
+        curves = [curve for curve in self.curves if any(name in weights for name, _ in curve.tensors)]
+        for curve in curves:
+            if outside := [name for name, _ in curve.tensors if name not in weights]:
+                msg = (
+                    f"allocation: expected all tensors of the group {curve.name!r} to be pruned; got "
+                    f"{outside[0]!r} outside the total; exclude the group, or prune all of it"
+                )
+                raise ValueError(msg)
+        counted = replace(self, curves=tuple(curve.in_groups(groups) for curve in curves))
+        return {**dict.fromkeys(weights, target), **counted.allocate(target)}
 
     def predicted_loss(self, sparsities: Mapping[str, float]) -> float:
         """Returns the sum of the losses at these sparsities, linear between measurements.

@@ -1,6 +1,7 @@
 """What `sparsam bench` measures: an operation and its peers on the same data, their results compared.
 
 Every time is the median of repeated runs after one warm-up. Functions return rows and print nothing.
+Imports the pipeline and `sparse`.
 """
 
 from __future__ import annotations

@@ -11,18 +11,20 @@ from collections.abc import Iterable, Mapping, Sequence, Sized
 from itertools import cycle
 from os import PathLike
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from sparsam._checks import check_sparsity
-from sparsam.analysis.sensitivity_report import SensitivityReport
-from sparsam.bench.matmul import MatmulRow
 from sparsam.checkpoint.atomic import check_target, publish
 from sparsam.plot.labels import labels, shortened
 from sparsam.report import Report
 from sparsam.selection import threshold
+
+if TYPE_CHECKING:
+    from sparsam.analysis.sensitivity_report import SensitivityReport
+    from sparsam.bench.matmul import MatmulRow
 
 StrPath: TypeAlias = str | PathLike[str]
 

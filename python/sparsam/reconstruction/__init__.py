@@ -2,7 +2,7 @@
 
 With H the sum (or mean) of x x^T over the inputs x of a layer, replacing its weights W by W' changes its
 outputs by the squared error tr((W - W') H (W - W')^T). `refit` minimises it over the weights that a mask
-keeps, `obs` and `admm` choose the mask as well, `reconstruction_error` measures it.
+keeps, `obs` and `admm` choose the mask as well, `reconstruction_error` measures it. Imports the pipeline.
 """
 
 from __future__ import annotations

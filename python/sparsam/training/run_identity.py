@@ -49,6 +49,7 @@ class RunIdentity(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     ties: list[TiedIdentity]
     schedule: list[Share]
     weights: dict[str, str]
+    transposed: list[str] = []
     groups: dict[str, list[str]] | None = None
 
     @classmethod
@@ -68,6 +69,7 @@ class RunIdentity(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
             if isinstance(config.allocation, str)
             else _content(config.allocation),
             exclude=list(config.exclude),
+            transposed=list(config.transposed),
             overrides=[(pattern, repr(value)) for pattern, value in config.overrides.items()],
             ties=[_tied(tied) for tied in config.ties],
             schedule=list(schedule),

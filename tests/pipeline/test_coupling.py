@@ -426,5 +426,5 @@ def test_a_run_with_other_ties_is_another_run(tmp_path: Path) -> None:
     again = run(Tied(dict(reversed(list(MLP.members.items())))), SELF_ATTENTION)
     assert (again.history, again.masks) == (first.history, first.masks)
     for ties in ((), (MLP,), (SELF_ATTENTION, MLP), (Tied(MLP.members, scored="fc1"), SELF_ATTENTION)):
-        with pytest.raises(ValueError, match=r"holds another run.*ties was .*, now "):
+        with pytest.raises(ValueError, match=r"another run's: ties was .*, now "):
             run(*ties)

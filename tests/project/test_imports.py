@@ -19,6 +19,7 @@ STAGES = [
     "statistics",
     "scores",
     "masks",
+    "tiles",
     "selection",
     "allocation",
     "coupling",
@@ -33,7 +34,8 @@ SHARED = {
     "_checks": "patterns",
     "_names": "patterns",
     "_vocabulary": "config",
-    "_orientation": "selection",
+    "_floats": "scores",
+    "_orientation": "tiles",
     "_pools": "report",
     "_sharing": "report",
 }

@@ -22,7 +22,7 @@ from sparsam.checkpoint.atomic import publish
 from sparsam.checkpoint.json_state import from_number, read, to_number
 from sparsam.patterns import Block, Slices, Unstructured
 from sparsam.report import printable
-from sparsam.selection import count_groups
+from sparsam.tiles import count_groups
 
 __all__ = ["SensitivityReport"]
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any, TypeVar
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import DTypeLike, NDArray
 
 from sparsam import _core
 
@@ -25,7 +25,8 @@ class Mask:
     of a byte per weight, whatever the dtype of the weights.
 
     Build one with `select`, `Mask.from_array`, `Mask.ones` or `Mask.from_bytes`; combine with `&`, `|`, `~`,
-    `==`.
+    `==`, which of two masks give a mask or a truth value. In NumPy's functions and operators, and as an
+    index, it is the boolean array `to_array()`: `np.where(mask, w, 0)`, `w[~mask]`, `mask == array`.
     """
 
     __slots__ = ("_count", "_shape", "_words")
@@ -46,16 +47,14 @@ class Mask:
         """
         keep = np.asarray(keep)
         if keep.dtype != np.bool_:
-            msg = f"keep has dtype {keep.dtype}: expected bool; compare first, as in `weights != 0`"
+            msg = f"keep: expected dtype bool; got {keep.dtype}; compare first, as in `weights != 0`"
             raise TypeError(msg)
         return cls._from_packed(np.packbits(keep, axis=None, bitorder="little"), keep.shape)
 
     @classmethod
     def ones(cls, shape: tuple[int, ...]) -> Mask:
-        """The mask of that shape that keeps everything; ValueError for a negative length."""
-        if any(length < 0 for length in shape):
-            msg = f"shape {shape}: expected lengths of at least 0"
-            raise ValueError(msg)
+        """The mask of that shape that keeps everything; ValueError for one that NumPy cannot hold."""
+        _check_shape(shape)
         n = math.prod(shape)
         packed = np.full((n + 7) // 8, 0xFF, np.uint8)
         if n % 8:
@@ -117,12 +116,14 @@ class Mask:
         """
         weights = np.asarray(weights)
         if weights.shape != self._shape:
-            msg = f"weights have shape {weights.shape}: the mask has {self._shape}"
+            msg = f"weights: expected the mask's shape {self._shape}; got {weights.shape}"
             raise ValueError(msg)
         if out is None:
             out = np.empty(weights.shape, weights.dtype)
         elif out.shape != weights.shape or out.dtype != weights.dtype:
-            msg = f"out is {out.dtype} {out.shape}: expected {weights.dtype} {weights.shape}, as the weights"
+            msg = (
+                f"out: expected {weights.dtype} {weights.shape}, as the weights; got {out.dtype} {out.shape}"
+            )
             raise ValueError(msg)
         self.write(weights, out)
         return out
@@ -151,26 +152,27 @@ class Mask:
         """
         data = bytes(data)
         if data[:8] != _MAGIC:
-            msg = f"data starts with {data[:8]!r}: expected a mask, which starts with {_MAGIC!r}"
+            msg = f"data: expected a mask, which starts with {_MAGIC!r}; got {data[:8]!r}"
             raise ValueError(msg)
         ndim = struct.unpack_from("<Q", data, 8)[0] if len(data) >= 16 else _MAX_DIMS + 1
         if ndim > _MAX_DIMS or len(data) < 16 + 8 * ndim:
-            msg = f"{len(data)} bytes: the header of the mask is damaged or cut short"
+            msg = f"data: expected the header of a mask; got {len(data)} bytes in which it is damaged or cut"
             raise ValueError(msg)
         shape = struct.unpack_from(f"<{ndim}Q", data, 16)
         size = math.prod(shape)
         expected = 16 + 8 * ndim + (size + 7) // 8
         if len(data) != expected:
-            msg = f"{len(data)} bytes: expected {expected} for a mask of shape {shape}"
+            msg = f"data: expected {expected} bytes for a mask of shape {shape}; got {len(data)}"
             raise ValueError(msg)
         if size % 8 and data[-1] >> size % 8:
-            msg = "the bits past the last element are not 0: the mask is damaged"
+            msg = "data: expected bits of 0 past the last element; got others: the mask is damaged"
             raise ValueError(msg)
+        _check_shape(shape)
         return cls._from_packed(np.frombuffer(data, np.uint8, offset=16 + 8 * ndim), shape)
 
     def _combine(self, other: Mask, operation: np.ufunc) -> Mask:
         if self._shape != other._shape:
-            msg = f"masks of shapes {self._shape} and {other._shape}: expected the same shape"
+            msg = f"masks: expected the same shape; got {self._shape} and {other._shape}"
             raise ValueError(msg)
         return Mask(operation(self._words, other._words), self._shape)
 
@@ -183,10 +185,32 @@ class Mask:
     def __invert__(self) -> Mask:
         return self._combine(Mask.ones(self._shape), np.bitwise_xor)
 
-    def __eq__(self, other: object) -> bool:
-        if not isinstance(other, Mask):
-            return NotImplemented
-        return self._shape == other._shape and bool(np.array_equal(self._words, other._words))
+    def __array__(self, dtype: DTypeLike | None = None, copy: bool | None = None) -> NDArray[Any]:
+        """The booleans, for NumPy's functions; ValueError for `copy=False`, since they are unpacked anew."""
+        if copy is False:
+            msg = "copy: expected True or None, since a mask holds bits; got False"
+            raise ValueError(msg)
+        booleans = self.to_array()
+        return booleans if dtype is None else booleans.astype(dtype, copy=False)
+
+    def __bool__(self) -> bool:
+        """Raises: a mask is true of some weights and false of others."""
+        msg = (
+            f"Mask of shape {self._shape}: expected a question with one answer; got bool(mask); compare "
+            "mask.count, or use mask.to_array().any() or .all()"
+        )
+        raise ValueError(msg)
+
+    def __eq__(self, other: object) -> Any:
+        """Whether two masks are the same; of what else holds an array, where it equals the booleans."""
+        if isinstance(other, Mask):
+            return self._shape == other._shape and bool(np.array_equal(self._words, other._words))
+        return self.to_array() == np.asarray(other) if hasattr(other, "__array__") else NotImplemented
+
+    def __ne__(self, other: object) -> Any:
+        """The opposite of `==`."""
+        equal = self.__eq__(other)
+        return equal if equal is NotImplemented else np.logical_not(equal)
 
     def __hash__(self) -> int:
         return hash((self._shape, self._words.tobytes()))
@@ -198,13 +222,22 @@ class Mask:
         return f"Mask(shape={self._shape}, kept={self.count} of {self.size}, density={self.density:.4g})"
 
 
+def _check_shape(shape: tuple[int, ...]) -> None:
+    """Refuses lengths below 0, more dimensions than NumPy has, and empty shapes that overflow."""
+    try:
+        np.empty(shape if 0 in shape or min(shape, default=0) < 0 else (1,) * len(shape), np.bool_)
+    except (ValueError, OverflowError) as error:
+        msg = f"mask: expected a shape of lengths of at least 0 that NumPy can hold; got {shape}: {error}"
+        raise ValueError(msg) from None
+
+
 def _check_overlap(weights: NDArray[Any], out: NDArray[Any]) -> None:
     """Refuse an output that is a shifted view of the input: kernels read and write piece by piece."""
     same = weights.__array_interface__["data"][0] == out.__array_interface__["data"][0]
     if same and weights.strides == out.strides:
         return
     if np.may_share_memory(weights, out):
-        msg = "out overlaps the weights: expected the weights themselves (in place) or separate memory"
+        msg = "out: expected the weights themselves (in place) or separate memory; got what overlaps them"
         raise ValueError(msg)
 
 
@@ -230,8 +263,8 @@ def _check_apart(arrays: Mapping[str, NDArray[Any]], outs: Mapping[str, NDArray[
                 continue
             if np.may_share_memory(array, other, max_work=1000):  # type: ignore[arg-type]
                 msg = (
-                    f"tensors {other_name!r} and {name!r} share memory: pruning one in place changes the "
-                    "other; pass copies, or leave in place out"
+                    f"tensors {other_name!r} and {name!r}: expected separate memory, since pruning one in "
+                    "place changes the other; got shared memory; pass copies, or leave in place out"
                 )
                 raise ValueError(msg)
         open_ranges.append((start, end, name, written, array))

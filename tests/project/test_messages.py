@@ -28,7 +28,6 @@ UNREVISED = {
     "analysis/sweep.py",
     "config.py",
     "coupling.py",
-    "masks.py",
     "plot/figures.py",
     "pruner.py",
     "reconstruction/alternating.py",

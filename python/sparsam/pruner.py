@@ -302,6 +302,7 @@ def describe(
     )
 
 
+@standard_floats
 def _prune(
     weights: Mapping[str, Any],
     arrays: Mapping[str, NDArray[Any]],

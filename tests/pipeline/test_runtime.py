@@ -192,3 +192,70 @@ def test_public_names_are_exported_and_documented() -> None:
         thing = getattr(sparsam, name)
         assert name == "__version__" or (thing.__doc__ or "").strip(), name
     assert len(sparsam.__all__) <= 35
+
+
+def test_threads_that_cannot_be_made_leave_one() -> None:
+    """As under `ulimit -v` or a limit on processes; OpenMP's runtime would end the process."""
+    script = """
+import resource, sys
+import numpy as np, sparsam
+x = np.random.default_rng(0).standard_normal(3_000_000, dtype=np.float32)
+sparsam.set_num_threads(1)
+expected = sparsam.threshold(x, 0.5)
+sparsam.set_num_threads(16)
+used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + (40 << 20), -1))
+assert sparsam.threshold(x, 0.5) == expected
+assert "serial where the system makes no more threads" in str(sparsam.build_info())
+resource.setrlimit(resource.RLIMIT_AS, (-1, -1))
+assert sparsam.threshold(x, 0.5) == expected
+assert "serial" not in str(sparsam.build_info())
+print("done")
+"""
+    result = run(script)
+    assert result.stdout.strip() == "done", result.stderr
+
+
+@pytest.mark.parametrize("size", ["400G", "1000000M", "9999999999"])
+def test_stacks_that_no_thread_can_have_leave_one(size: str) -> None:
+    script = """
+import numpy as np, sparsam
+x = np.random.default_rng(0).standard_normal(3_000_000, dtype=np.float32)
+sparsam.set_num_threads(2)
+print(sparsam.select(x, 0.5).count)
+"""
+    result = run(
+        f"import resource; resource.setrlimit(resource.RLIMIT_AS, (64 << 30, -1))\n{script}",
+        OMP_STACKSIZE=size,
+    )
+    assert result.stdout.strip() == "1500000", result.stderr
+
+
+def test_fork_in_the_midst_of_calls_does_not_hang() -> None:
+    script = """
+import os, signal, threading
+import numpy as np, sparsam
+from sparsam import NM, Block
+x = np.random.default_rng(0).standard_normal((1000, 3000), dtype=np.float32)
+calls = [lambda: sparsam.threshold(x, 0.5), lambda: sparsam.select(x, 0.5, NM(2, 4)),
+         lambda: sparsam.select(x, 0.5, Block(4, 4)), lambda: sparsam.select(x, 0.5, scope="row"),
+         lambda: sparsam.prune({"a": x, "b": x[:9]}, target_sparsity=0.5).report.total.pruned_params]
+expected = [call() for call in calls]
+stop = threading.Event()
+def work():
+    while not stop.is_set():
+        for call in calls: call()
+workers = [threading.Thread(target=work) for _ in range(3)]
+for worker in workers: worker.start()
+for _ in range(10):
+    pid = os.fork()
+    if pid == 0:
+        signal.alarm(60)
+        os._exit(0 if [call() for call in calls] == expected else 1)
+    assert os.waitpid(pid, 0)[1] == 0
+stop.set()
+for worker in workers: worker.join()
+print("done")
+"""
+    result = run(script, PYTHONWARNINGS="ignore", SPARSAM_NUM_THREADS="2")
+    assert result.stdout.strip() == "done", result.stderr

@@ -401,3 +401,21 @@ def test_threads_are_those_of_pytorch(imports: str) -> None:
     out = subprocess.run(run, check=True, capture_output=True, text=True).stdout
     assert out.startswith("OpenMP")
     assert not _core.adopt_runtime("no-such-library.so")
+
+
+def test_a_runtime_that_cannot_be_adopted_is_told_once() -> None:
+    script = """
+import warnings
+import torch
+from sparsam import _core
+_core.adopt_runtime = lambda _: False
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    import sparsam.torch
+    import sparsam.torch.layers
+    import sparsam.torch
+print([(w.category.__name__, "threads of its own" in str(w.message)) for w in caught
+       if "sparsam" in str(w.message)])
+"""
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[('RuntimeWarning', True)]"

@@ -11,6 +11,7 @@ says. Imports the pipeline, `sparse`, `checkpoint`, `reconstruction` and `traini
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 
 try:
@@ -37,5 +38,14 @@ __all__ = [
     "save",
 ]
 
-for _library in sorted((Path(torch.__file__).parent / "lib").glob("libtorch_cpu.*")):
-    _core.adopt_runtime(str(_library))
+if not any(
+    _core.adopt_runtime(str(library))
+    for library in sorted((Path(torch.__file__).parent / "lib").glob("libtorch_cpu.*"))
+):
+    warnings.warn(
+        "sparsam.torch: expected OpenMP threads that can be shared with PyTorch; got none, so sparsam has "
+        "threads of its own: results are the same, but two pools that wait for work on the same cores may "
+        "double the time of small layers; set OMP_WAIT_POLICY=passive, or use sparsam.set_num_threads(1)",
+        RuntimeWarning,
+        stacklevel=2,
+    )

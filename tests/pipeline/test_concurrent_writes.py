@@ -1,4 +1,4 @@
-"""Another thread writes to the weights meanwhile: answers mean nothing then, but every call comes to an end."""
+"""Another thread writes to the weights meanwhile: answers mean nothing then, but every call ends."""
 
 from __future__ import annotations
 

@@ -45,7 +45,7 @@ def test_large_arrays_are_exact_for_every_thread_count(isa: str, threads: int, c
         mask = select_many({"w": x}, sparsity, out={"w": out})["w"]
         keep = reference.select([x], sparsity)[0]
         assert np.array_equal(mask.to_array(), keep)
-        assert np.array_equal(out, np.where(keep, x, 0))
+        assert np.array_equal(out, np.where(keep, x, x.dtype.type(0)))
 
 
 def layouts(x: NDArray[Any]) -> dict[str, NDArray[Any]]:
@@ -99,7 +99,7 @@ def test_one_pool_over_many_tensors(isa: str, threads: int, case: str, dtypes: t
         masks = select_many(weights, sparsity, out=out)
         for (name, mask), keep in zip(masks.items(), reference.select(arrays, sparsity), strict=True):
             assert np.array_equal(mask.to_array(), keep)
-            assert np.array_equal(out[name], np.where(keep, weights[name], 0))
+            assert np.array_equal(out[name], np.where(keep, weights[name], weights[name].dtype.type(0)))
 
 
 def test_ties_go_to_the_earlier_tensor() -> None:
@@ -154,7 +154,7 @@ def test_nm_of_a_large_tensor_and_of_a_convolution(isa: str, threads: int) -> No
     mask = select_many({"w": x}, 0.5, NM(2, 4), out={"w": out})["w"]
     keep = reference.select_nm(x, NM(2, 4))
     assert np.array_equal(mask.to_array(), keep)
-    assert np.array_equal(out, np.where(keep, x, 0))
+    assert np.array_equal(out, np.where(keep, x, x.dtype.type(0)))
     conv = x[:, :36].reshape(512, 4, 3, 3)
     assert np.array_equal(select(conv, 0.5, NM(2, 4)).to_array().reshape(512, 36), keep_rows(x[:, :36]))
 
@@ -214,7 +214,7 @@ def test_rows_of_many_tensors() -> None:
     for name, array in weights.items():
         keep = reference.select_rows(array, 0.7)
         assert np.array_equal(masks[name].to_array(), keep)
-        assert np.array_equal(out[name], np.where(keep, array, 0))
+        assert np.array_equal(out[name], np.where(keep, array, array.dtype.type(0)))
         assert np.array_equal(array, before[name])
     select_many({"a": x}, 0.7, scope="row", out={"a": x})
     assert np.array_equal(x, out["a"])

@@ -19,7 +19,11 @@ from sparsam.report import printable
 def progress() -> Progress:
     """A bar on stderr if that is a terminal; it leaves nothing behind."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    return Progress(*columns, console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty())
+    silent = not sys.stderr.isatty()
+    console = Console(
+        stderr=True, quiet=silent
+    )  # rich before 14.3 ends even a disabled bar with an empty line
+    return Progress(*columns, console=console, transient=True, disable=silent)
 
 
 def print_text(text: str) -> None:

@@ -56,7 +56,7 @@ def run(
 @pytest.mark.parametrize("what", ["kernel", "SparseLinear", "operator", "Linear"])
 @pytest.mark.parametrize("batch", [1, 16])
 def test_call(benchmark: BenchmarkFixture, batch: int, what: str) -> None:
-    """What the layer adds to the kernel; one thread, lest waking another be what is measured."""
+    """What the layer adds to the kernel; on one thread, so that waking another is not measured."""
     linear = pruned(torch.nn.Linear(side(64, 2), side(32, 2)), 0.8)
     layer = SparseLinear(linear)
     x, threads = torch.randn(batch, linear.in_features), torch.get_num_threads()

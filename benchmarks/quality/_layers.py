@@ -35,13 +35,13 @@ class Known:
         weights: Dense.
         inputs: The inputs of each layer in the dense network.
         alone: Sensitivity of each tensor, pruned alone by magnitude.
-        mended: Sensitivity of each tensor, pruned alone by `obs` and `refit`.
+        refitted: Sensitivity of each tensor, pruned alone by `obs` and `refit`.
     """
 
     weights: Arrays
     inputs: Mapping[str, InputStatistics]
     alone: SensitivityReport
-    mended: SensitivityReport
+    refitted: SensitivityReport
 
 
 OneShot = Callable[[Known, float], dict[str, Array]]
@@ -95,17 +95,17 @@ ONE_SHOT: dict[str, OneShot] = {
     "obs, uniform": by_obs,
     "obs + refit, uniform": lambda known, s: by_refit(obs_mask, known, _uniform(known, s)),
     "obs + refit, lamp": lambda known, s: by_refit(obs_mask, known, allocate(known.weights, s, "lamp")),
-    "obs + refit, sensitivity": lambda known, s: by_refit(obs_mask, known, known.mended.allocate(s)),
+    "obs + refit, sensitivity": lambda known, s: by_refit(obs_mask, known, known.refitted.allocate(s)),
     "admm + refit, uniform": lambda known, s: by_refit(admm_mask, known, _uniform(known, s)),
     "admm + refit, lamp": lambda known, s: by_refit(admm_mask, known, allocate(known.weights, s, "lamp")),
-    "admm + refit, sensitivity": lambda known, s: by_refit(admm_mask, known, known.mended.allocate(s)),
+    "admm + refit, sensitivity": lambda known, s: by_refit(admm_mask, known, known.refitted.allocate(s)),
 }
 
 IN_SEQUENCE: dict[str, tuple[Choose, Callable[[Known, float], dict[str, float]]]] = {
     "in sequence, obs, uniform": (obs_mask, _uniform),
     "in sequence, admm, uniform": (admm_mask, _uniform),
     "in sequence, admm, lamp": (admm_mask, lambda known, s: allocate(known.weights, s, "lamp")),
-    "in sequence, admm, sensitivity": (admm_mask, lambda known, s: known.mended.allocate(s)),
+    "in sequence, admm, sensitivity": (admm_mask, lambda known, s: known.refitted.allocate(s)),
 }
 
 

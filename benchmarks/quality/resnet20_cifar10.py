@@ -113,7 +113,7 @@ def _fit(
 def calibrate(network: Network, x: Tensor) -> Known:
     """What the methods may use, from calibration images without labels.
 
-    `alone` is scored by the divergence from the dense network's predictions, `mended` by the mean squared
+    `alone` is scored by the divergence from the dense network's predictions, `refitted` by the mean squared
     difference of the logits, which tells more where single layers hardly change a prediction.
     """
     weights, inputs, dense = network.arrays(), dense_inputs(network, x), network.logits(x)
@@ -127,8 +127,8 @@ def calibrate(network: Network, x: Tensor) -> Known:
         points = []
         for sparsity in GRID:
             one = Known({name: array}, inputs, alone, alone)
-            mended = by_refit(obs_mask, one, {name: sparsity})
-            loss = float(((network.having(mended).logits(x) - dense) ** 2).mean())
+            refitted = by_refit(obs_mask, one, {name: sparsity})
+            loss = float(((network.having(refitted).logits(x) - dense) ** 2).mean())
             points.append(SensitivityPoint(name, sparsity, round(sparsity * array.size), -loss))
         curves.append(SensitivityCurve(name, ((name, array.size),), tuple(points)))
     return Known(weights, inputs, alone, SensitivityReport(0.0, tuple(curves), "obs + refit"))

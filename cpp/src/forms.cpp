@@ -15,7 +15,7 @@ std::size_t aligned(std::size_t n) {
 }
 
 [[noreturn]] void refuse(const std::string& what) {
-  throw std::invalid_argument("buffer: " + what + "; pack the weight anew");
+  throw std::invalid_argument("buffer: " + what + "; pack the weight again");
 }
 
 // Of a buffer of that many bytes. Checks all that the sizes of sections are computed from, then these.

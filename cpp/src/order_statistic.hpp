@@ -4,7 +4,7 @@
 // still narrows the range, by half of the remaining keys at least from the fourth on, so the end is always
 // reached; the answer never depends on luck.
 //
-// Another thread may write to the data meanwhile. The answer is then as good as none, but every loop ends:
+// Another thread may write to the data meanwhile. The answer then means nothing, but every loop ends:
 // counts that contradict those before them stop the search, and the last pivot is counted once more.
 #pragma once
 #include <atomic>

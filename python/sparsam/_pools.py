@@ -131,7 +131,7 @@ def make_pools(
         each = [Pool((name,), shares[name], pattern, (), alone, transposed & {name}) for name in pooled]
         tie_pools = [Pool(members((tie,)), target, pattern, (tie,), transposed=transposed) for tie in free]
         return [*each, *tie_pools, *pools]
-    # A weight by itself is no rival of a head.
+    # A single weight does not compare with a head.
     rivals = [(pooled, free)] if isinstance(pattern, (Block, Slices)) else [(pooled, ()), ([], free)]
     together = [
         Pool((*names, *members(ties)), target, pattern, ties, transposed=transposed)

@@ -66,7 +66,7 @@ class ERK:
     """Erdos-Renyi kernel: the density of a tensor is c (sum(dims) / prod(dims))^power, at most 1.
 
     dims are (out, in), or (out, in, kh, kw) of a convolution: small and thin tensors stay denser. c is such
-    that the total holds; while a density passes 1, that tensor is made dense and c solved anew for the rest.
+    that the total holds; while a density passes 1, that tensor is made dense and c solved again for the rest.
 
     Attributes:
         power: At least 0; 1 in the papers, 0 is uniform.

@@ -152,7 +152,7 @@ class PruningConfig:
         ties: `Tied` slices of several tensors, decided together in place of `pattern`. Each tie prunes
             `round(target_sparsity * groups)` of its groups, whatever the allocation. In global scope ties
             compete by score per weight: with the groups of all other tensors if `pattern` is `Block` or
-            `Slices`, else among themselves, since a weight by itself is no rival of a head. A member must not
+            `Slices`, else among themselves, since a weight does not compare with a head. A member must not
             be excluded, and may be overridden only by a sparsity that all members of its tie have, to within
             one weight: that of the tie, outside the pool of a global scope. It may be in two ties, across
             different axes (the rows of a middle layer and its columns): each is decided on the weights as

@@ -23,7 +23,7 @@ from sparsam.patterns import Block, Pattern, Slices, Tied
 from sparsam.selection import _refuse_nan, _select_entries
 from sparsam.tiles import count_groups, tile_sizes, tiling_of
 
-# What a kept group scores at least, lest a tie at zero lets one back in that is pruned already.
+# The least score of a kept group, so that a tie at zero revives no group that is pruned already.
 _LEAST = 2.0**-1074
 
 
@@ -61,7 +61,7 @@ def check_ties(ties: Iterable[Tied], arrays: Mapping[str, NDArray[Any]]) -> None
                 f"{name!r} of shape {arrays[name].shape} has {n} ({tied.members[name]})"
                 for name, n in counts.items()
             )
-            msg = f"ties: expected members with the same number of groups; {have}; mend an axis or a size"
+            msg = f"ties: expected members with the same number of groups; {have}; correct an axis or a size"
             raise ValueError(msg)
 
 

@@ -23,7 +23,7 @@ def available_isas() -> list[str]:
 
 
 class use_isa(AbstractContextManager["use_isa"]):
-    """Switch the kernels to another instruction set, for good or for a `with` block.
+    """Switch the kernels to another instruction set, permanently or for a `with` block.
 
     All instruction sets select bit for bit the same weights; this is for measuring and testing. The switch is
     for the whole process, all threads included.

@@ -274,7 +274,7 @@ def score_tensor(
 
 
 def pruned_last(ranked: NDArray[Any], previous: Mask, norm: int) -> NDArray[np.float64]:
-    """Returns scores in which a kept zero beats what is pruned already, lest a tie at zero lets that back in.
+    """Returns scores in which a kept zero beats what is pruned already: a tie at zero revives nothing.
 
     A kept zero scores the least float64, or the square root of that where groups sum up squares.
     """

@@ -353,7 +353,7 @@ def test_rows_share_an_allocation() -> None:
 @pytest.mark.parametrize("pattern", [Unstructured(), Block(2, 3), Slices(0)], ids=str)
 @pytest.mark.parametrize("method", METHODS, ids=str)
 def test_iterations_revive_nothing_and_keep_the_total(method: AllocationLike, pattern: Pattern) -> None:
-    """Recovery rescales tensors, so that global allocations change their mind between iterations."""
+    """Recovery rescales tensors, so that global allocations differ between iterations."""
     assert not isinstance(pattern, NM)
     seen_masks: list[dict[str, Any]] = []
 

@@ -26,7 +26,7 @@ Change = Callable[[dict[str, Tensor], dict[str, str]], object]
 
 
 def rewrite(folder: Path, change: Change) -> None:
-    """Writes a file anew with something changed."""
+    """Writes a file again with something changed."""
     with safetensors.safe_open(folder / NAME, "pt") as handle:
         metadata = dict(handle.metadata())
     tensors = safetensors.torch.load_file(folder / NAME)
@@ -159,7 +159,7 @@ def test_refused(case: str, saved: Path) -> None:
     with pytest.raises(ValueError, match=r"model\.safetensors: expected an accelerated model") as caught:
         load(saved, model)
     assert message in str(caught.value) or any(part in str(caught.value) for part in message.split("|"))
-    assert "save it anew" in str(caught.value)
+    assert "save it again" in str(caught.value)
     assert state(model) == before
 
 

@@ -266,7 +266,7 @@ def test_a_damaged_state_is_refused_and_left_alone(
     (tmp_path / "state.json").write_text(json.dumps(state))
     (tmp_path / "sparsam-0009").mkdir()
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
-    with pytest.raises(ValueError, match=rf"{message}.*; delete it to start anew, or name"):
+    with pytest.raises(ValueError, match=rf"{message}.*; delete it to start again, or name"):
         IterativePruner(num_iterations=3).run(model(), kept, state_dir=tmp_path)
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
     assert (tmp_path / "sparsam-0009").exists()
@@ -288,7 +288,7 @@ def test_files_that_are_gone_or_others(tmp_path: Path) -> None:
             file.unlink()
         else:
             checkpoint.save(file, arrays)
-        with pytest.raises(ValueError, match=f"{message}.*; delete it to start anew"):
+        with pytest.raises(ValueError, match=f"{message}.*; delete it to start again"):
             IterativePruner(num_iterations=3).run(model(), kept, state_dir=tmp_path)
         file.write_bytes(content[file])
     assert len(IterativePruner(num_iterations=3).run(model(), kept, state_dir=tmp_path).history) == 3

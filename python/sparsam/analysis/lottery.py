@@ -154,7 +154,7 @@ def find_ticket(
     rounding of each row); what is pruned stays so. The ticket is then trained
     once for each seed, as are its controls, which have the same sparsity in every tensor:
 
-    - "reinitialised": the ticket's mask on weights drawn anew, by `reinit_fn`, or, left out, the values of
+    - "reinitialised": the ticket's mask on newly drawn weights, by `reinit_fn`, or, left out, the values of
       each tensor of `init_weights` in a random order, which for independent draws is a draw from the same
       distribution;
     - "random mask": the ticket's start under a mask drawn at random, of as many groups of the pattern.
@@ -283,7 +283,7 @@ def _pools(arrays: Arrays, config: PruningConfig, fraction: float) -> list[tuple
 def _reinitialised(
     initial: Arrays, seed: int, reinit_fn: Callable[[int], Mapping[str, ArrayLike]] | None
 ) -> Arrays:
-    """Weights drawn anew; without a function to draw them, the values that are there, in another order."""
+    """Newly drawn weights; without a function to draw them, the values that are there, in another order."""
     if reinit_fn is not None:
         return _like("reinit_fn", reinit_fn(seed), initial)
     return {

@@ -11,7 +11,7 @@ import msgspec
 from sparsam.analysis.sensitivity_curve import SensitivityCurve, SensitivityPoint
 from sparsam.checkpoint.json_state import Count, Document, Number, Share, from_number, to_number
 
-REMEDY = "measure again, or mend it by hand"
+REMEDY = "measure again, or correct it by hand"
 _MOST_WEIGHTS = 2**53 - 1  # of all curves together: beyond, float64 does not tell numbers of weights apart
 
 

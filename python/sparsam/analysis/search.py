@@ -143,7 +143,7 @@ def find_smallest(
     """Finds the highest total sparsity whose score is at least `min_score`.
 
     Bisection: the interval between the highest sparsity that passed and the lowest that failed is halved
-    until it is at most `tolerance` wide. Every probe prunes the dense weights anew. The highest sparsity
+    until it is at most `tolerance` wide. Every probe prunes the dense weights. The highest sparsity
     possible is tried only when all below it passed.
 
     That is right if the score falls with sparsity. Since it need not, up to `checks` probes are then spent in

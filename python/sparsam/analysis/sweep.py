@@ -1,4 +1,4 @@
-"""How much each tensor minds being pruned: one at a time, all others dense, the score recorded.
+"""How sensitive each tensor is to pruning: one at a time, all others dense, the score recorded.
 
 The sweep is many independent evaluations, so an executor may spread them over threads, processes or machines.
 What is measured is decided in rounds that depend on scores only: the result is the same wherever it ran.

@@ -11,7 +11,7 @@ from sparsam.checkpoint.atomic import check_target, publish
 from sparsam.checkpoint.json_state import Count, Document, Number, Share, from_number, read, to_number
 from sparsam.training.run_identity import RunIdentity
 
-_REMEDY = "delete it to start anew, or name another file"
+_REMEDY = "delete it to start again, or name another file"
 
 
 class _State(Document, frozen=True):

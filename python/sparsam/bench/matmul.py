@@ -181,7 +181,7 @@ def geometric_mean(values: Iterable[float]) -> float:
 
 
 def _crossing(points: list[tuple[float, float]]) -> float | None:
-    """The sparsity at which the gain turns positive for good."""
+    """The sparsity from which the gain stays positive."""
     at: float | None = None
     for i in reversed(range(len(points))):
         sparsity, gain = points[i]

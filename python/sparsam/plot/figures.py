@@ -53,7 +53,7 @@ _BINS = 101
 
 
 def check(file: StrPath) -> None:
-    """Finds out what stands in the way of a picture, before hours of measuring.
+    """Checks that a picture can be drawn and saved, before hours of measuring.
 
     Raises:
         ValueError: matplotlib is not installed, or knows no such ending; the name is that of a folder.
@@ -141,7 +141,7 @@ def degradation(
 def sensitivity_map(report: SensitivityReport, file: StrPath | None = None) -> Any:
     """Draws losses as colours: a row for each tensor or group, the most sensitive at the top.
 
-    Numbers stand in the cells as long as there are few; a hatched cell was not measured.
+    Cells show their numbers as long as there are few; a hatched cell was not measured.
 
     Args:
         report: What `sparsam.sensitivity` returned.
@@ -321,7 +321,7 @@ def new_figure(width: float = 7, height: float = 4.5) -> Any:
 
 
 def _axes(file: StrPath | None, *, width: float = 7, height: float = 4.5) -> tuple[Any, Any]:
-    """A figure with one pair of axes, if nothing stands in the way of its file."""
+    """A figure with one pair of axes, after a check that its file can be written."""
     if file is not None:
         check(file)
     figure = new_figure(width, height)

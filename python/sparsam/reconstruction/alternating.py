@@ -94,7 +94,7 @@ def admm(
     middle = None if bias is None else to_mean(h, mean, inputs, name)
     added, bound = to_damping(damping), tolerance(h, inputs)
     roots = np.sqrt(np.where(layer.live, layer.gram.diagonal(), 1.0))
-    # Relative to the largest, which changes no choice, lest float32 is too narrow for small or large inputs.
+    # Relative to the largest, which changes no choice: so float32 is wide enough for all inputs.
     scale = np.where(layer.live, roots / (roots.max(initial=0, where=layer.live) or 1.0), 1.0)
     scaled = replace(layer, matrix=layer.matrix * scale, gram=layer.gram / np.outer(roots, roots))
     if mask is None:

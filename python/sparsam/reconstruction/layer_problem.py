@@ -181,7 +181,7 @@ def corrected_bias(bias: ArrayLike, w: ArrayLike, w_new: ArrayLike, mean: ArrayL
     """The bias with which the mean output stays what it was: b' = b + (W - W') mean(x).
 
     It takes the mean out of the error of whatever method made W'. What then remains is the error with H
-    centred, `H / count - mean mean^T`: passing that as h to a method minimises what the bias cannot mend.
+    centred, `H / count - mean mean^T`: passing that as h to a method minimises what the bias cannot correct.
 
     Args:
         bias: (out,); float16, bfloat16, float32 or float64.

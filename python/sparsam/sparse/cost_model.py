@@ -52,7 +52,7 @@ __all__ = [
 
 DTYPES = ("float32", "bfloat16", "float16")
 BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
-# "bitmask" expands the weights anew for every few tokens: past this batch it can only lose.
+# "bitmask" expands the weights again for every few rows of x: past this batch it can only lose.
 BITMASK_BATCHES = 16
 CLOSE = 1.25
 SETTLE = 0.04  # OpenBLAS's threads wait actively for 2^26 ticks of the time stamp counter, 22 ms at 3 GHz
@@ -197,7 +197,7 @@ def calibrate(dtype: str = "float32", *, force: bool = False) -> CostModel:
 
     Args:
         dtype: Of the packed values: "float32", "bfloat16" or "float16".
-        force: Measure anew, say because the machine was busy.
+        force: Measure again, for example because the machine was busy.
 
     Raises:
         ValueError: Another dtype.

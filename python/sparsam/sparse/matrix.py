@@ -32,7 +32,7 @@ _DTYPES: dict[str, np.dtype[Any]] = {
 _FLOAT32 = _DTYPES["float32"]
 _MARK = {"sparsam": "SparseMatrix 1"}
 _GROUPS = (2, 4, 8, 16, 32)
-_MOST_EMPTY_ROWS = 1 << 24  # of a matrix without columns, which takes memory for its rows all the same
+_MOST_EMPTY_ROWS = 1 << 24  # of a matrix without columns, which still takes memory for its rows
 
 
 class SparseMatrix:
@@ -254,7 +254,7 @@ class SparseMatrix:
                 raise ValueError(msg)
             return cls(_from_arrays(read.weights))
         except ValueError as error:
-            msg = f"{os.fspath(path)}: expected a SparseMatrix as save() writes it: {error}; write it anew"
+            msg = f"{os.fspath(path)}: expected a SparseMatrix as save() writes it: {error}; write it again"
             raise ValueError(msg) from error
 
     def __reduce__(self) -> tuple[Any, ...]:

@@ -169,7 +169,7 @@ class IterativePruner:
         evaluated. The sparsity of an override grows in proportion to the schedule, as do those of an
         allocation that is a mapping; an N:M override is in full force from the first iteration on.
 
-        An allocation is made anew in each iteration, from the recovered weights. Where it asks for less of a
+        An allocation is computed in each iteration, from the recovered weights. Where it asks for less of a
         tensor than is pruned already, that stays, and the gains of the others shrink in proportion, so that
         the total holds.
 

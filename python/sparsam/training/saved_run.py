@@ -1,4 +1,4 @@
-"""The state of an iterative run on disk, such that a kill at any moment loses at most the iteration at hand.
+"""The state of an iterative run on disk, such that a kill at any moment loses at most the current iteration.
 
 Each iteration writes its weights and masks into a folder of their own (`sparsam-0003`), then replaces
 `state.json`, whose history says which folder counts, and only then removes the folder of the one before. So
@@ -39,7 +39,7 @@ from sparsam.training.run_identity import RunIdentity
 _WEIGHTS = "weights.safetensors"
 _MASKS = "masks.safetensors"
 _ANOTHER = "name another state_dir"
-_REMEDY = f"delete it to start anew, or {_ANOTHER}"
+_REMEDY = f"delete it to start again, or {_ANOTHER}"
 _FOLDER = re.compile(r"sparsam-\d{4,}")
 # What a folder holds: the two files, and what a killed process may leave of them.
 _OURS = re.compile(r"(weights|masks)\.safetensors|\.(weights|masks)\.safetensors\.\w{8}\.tmp|\.tmp\w{6}")

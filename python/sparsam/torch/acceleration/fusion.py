@@ -1,4 +1,4 @@
-"""Activations that packed layers compute: recognised by their values, and what stands in their place."""
+"""Activations that packed layers compute: recognised by their values, and their replacements."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Fused(nn.Module):
 
     def __init__(self, original: nn.Module, layers: tuple[SparseLayer, ...], into: tuple[str, ...]) -> None:
         super().__init__()
-        self._hidden = (original, layers)  # in a tuple, lest it become a submodule
+        self._hidden = (original, layers)  # in a tuple, so that it is not registered as a submodule
         self.into = into
         self.training = original.training
 

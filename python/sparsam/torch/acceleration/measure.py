@@ -1,4 +1,4 @@
-"""What dense and packed layers take, measured in turn, for that other work disturbs both alike."""
+"""What dense and packed layers take, measured in turn, so that other work disturbs both equally."""
 
 from __future__ import annotations
 
@@ -181,7 +181,7 @@ def compare(
         x: The input.
         seconds: After so many no further round begins.
     """
-    # Not called as a module: hooks of torch's pruning would compute the weight anew.
+    # Not called as a module: hooks of torch's pruning would compute the weight again.
     dense: Callable[[Tensor], Tensor] = sparse.original.forward
     runs = ((lambda: activation(dense(x))) if activation else (lambda: dense(x)), lambda: sparse.forward(x))
     best = [math.inf, math.inf]

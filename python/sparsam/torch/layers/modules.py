@@ -38,7 +38,7 @@ class SparseLayer(nn.Module):
 
     def __init__(self, original: nn.Module, packed: PackedWeight, activation: str | None = None) -> None:
         super().__init__()
-        self._hidden = (original,)  # in a tuple, lest it become a submodule
+        self._hidden = (original,)  # in a tuple, so that it is not registered as a submodule
         self._released = False
         self._learns = any(parameter.requires_grad for parameter in original.parameters())
         self.packed = packed
@@ -73,7 +73,7 @@ class SparseLayer(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The dense weight, unpacked anew each time."""
+        """The dense weight, unpacked on each call."""
         return self.packed.unpack()
 
     def release(self) -> bool:

@@ -167,7 +167,7 @@ class PackedWeight:
         return tuple(dict.fromkeys(self._kernels.values()))
 
     def forget(self) -> None:
-        """Drops all choices, and the dense copy made for them: the next product chooses anew."""
+        """Drops all choices, and the dense copy made for them: the next product chooses again."""
         with self._lock:
             self._kernels.clear()
             self._dense.clear()

@@ -108,7 +108,7 @@ def load(directory: StrPath, model: nn.Module) -> int:
         except (ValueError, SafetensorError, OverflowError) as error:
             msg = (
                 f"{file}: expected an accelerated model as save() writes it, for this model: {error}; "
-                "load it into the model it was made from, or save it anew"
+                "load it into the model it was made from, or save it again"
             )
             raise ValueError(msg) from error
     return loaded.swap_in(model)

@@ -529,6 +529,7 @@ def test_a_failed_sharded_save_leaves_no_folder(
         ".",
         "..",
         "a\0b",
+        "x" * 5000,
         3,
         None,
         ["x"],

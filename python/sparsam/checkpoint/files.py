@@ -206,7 +206,11 @@ def _read_index(file: Path) -> Shards:
 def _read_shard(index: Path, shard: str, placed: set[str]) -> dict[str, str]:
     """The metadata of a shard, which must hold the tensors that the index places in it and no others."""
     file = index.parent / shard
-    if not file.is_file():
+    try:
+        found = file.is_file()
+    except OSError:  # no file can have that name
+        found = False
+    if not found:
         msg = f"{index}: expected the shard {shard!r} beside it; got no such file; get the shard"
         raise ValueError(msg)
     with safetensors_format.open_file(file) as handle:

@@ -799,3 +799,10 @@ def test_many_tensors_are_no_obstacle() -> None:
     assert pruned == round(0.65 * report.params)
     # No allocation that is uniform on the grid does better.
     assert report.predicted_loss(found) < report.predicted_loss(dict.fromkeys(curves, 0.7))
+
+
+def test_extreme_scores_allocate() -> None:
+    huge = made(1e308, {"a": (100, {0.5: 0.0, 0.9: -1e307}), "b": (100, {0.5: 9e307, 0.9: 8e307})})
+    assert huge.allocate(0.45) == {"a": 0.0, "b": 0.9}
+    with pytest.raises(ValueError, match="dense_score: expected a finite score to compare with; got inf"):
+        SensitivityReport(float("inf"), ())

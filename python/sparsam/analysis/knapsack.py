@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 _COST_BITS = 40
 _TIE_BITS = 20
+_LARGE_COST, _SHRINK = 2.0**896, 2.0**-128  # sums of costs must stay finite; a power of two changes no choice
 _SLACK = 2.0**-40  # of a cost: the bounds are sums in float64
 
 
@@ -44,6 +45,8 @@ def choose(items: Sequence[Sequence[Level]], needed: int) -> list[int] | None:
     if sum(levels[-1].pruned for levels in items) < needed:
         return None
     sizes = [levels[-1].pruned for levels in items]
+    if max((levels[-1].cost for levels in items), default=0.0) > _LARGE_COST:
+        items = [[Level(level.pruned, level.cost * _SHRINK) for level in levels] for levels in items]
     items, known = _affordable(items, needed)
     pruned = [np.array([level.pruned for level in levels], np.int64) for levels in items]
     costs = _scaled(items, sizes, known)

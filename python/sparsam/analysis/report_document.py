@@ -9,7 +9,7 @@ from typing import ClassVar
 import msgspec
 
 from sparsam.analysis.sensitivity_curve import SensitivityCurve, SensitivityPoint
-from sparsam.checkpoint.json_state import Count, Document, Number, Share, from_number, to_number
+from sparsam.checkpoint.json_state import Count, Document, Finite, Number, Share, from_number, to_number
 
 REMEDY = "measure again, or correct it by hand"
 _MOST_WEIGHTS = 2**53 - 1  # of all curves together: beyond, float64 does not tell numbers of weights apart
@@ -39,7 +39,7 @@ class ReportDocument(Document, frozen=True):
     MARK: ClassVar[str] = "sparsam_sensitivity"
     VERSION: ClassVar[int] = 2
 
-    dense_score: Number
+    dense_score: Finite
     method: str
     pattern: str
     curves: list[CurveDocument]

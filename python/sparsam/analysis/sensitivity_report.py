@@ -13,13 +13,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sparsam._checks import check_sparsity
+from sparsam._checks import check_sparsity, expected
 from sparsam._orientation import as_weights
 from sparsam.analysis.knapsack import Level, choose, give_back, share
 from sparsam.analysis.report_document import REMEDY, ReportDocument, restored, stored
 from sparsam.analysis.sensitivity_curve import SensitivityCurve
 from sparsam.checkpoint.atomic import publish
-from sparsam.checkpoint.json_state import from_number, read, to_number
+from sparsam.checkpoint.json_state import read
 from sparsam.patterns import Block, Slices, Unstructured
 from sparsam.report import printable
 from sparsam.tiles import count_groups
@@ -39,7 +39,7 @@ class SensitivityReport:
     pruned weights.
 
     Attributes:
-        dense_score: The score of the dense weights.
+        dense_score: The score of the dense weights, finite.
         curves: One for each tensor or group, in the order of the sweep.
         method: What ranked the weights.
         pattern: The pattern of the configuration.
@@ -49,6 +49,10 @@ class SensitivityReport:
     curves: tuple[SensitivityCurve, ...]
     method: str = ""
     pattern: str = ""
+
+    def __post_init__(self) -> None:
+        if not math.isfinite(self.dense_score):
+            raise ValueError(expected("dense_score", self.dense_score, "a finite score to compare with"))
 
     @property
     def evaluations(self) -> int:
@@ -243,7 +247,7 @@ class SensitivityReport:
         """
         document = ReportDocument.from_json(text, source, REMEDY)
         curves = restored(document.curves, source)
-        return cls(from_number(document.dense_score), curves, document.method, document.pattern)
+        return cls(document.dense_score, curves, document.method, document.pattern)
 
     @classmethod
     def load(cls, file: str | PathLike[str]) -> SensitivityReport:
@@ -296,8 +300,7 @@ class SensitivityReport:
         ]
 
     def _document(self) -> ReportDocument:
-        dense = to_number(self.dense_score)
-        return ReportDocument(dense, self.method, self.pattern, list(map(stored, self.curves)))
+        return ReportDocument(self.dense_score, self.method, self.pattern, list(map(stored, self.curves)))
 
     def _max_drop(self, max_drop: float | None) -> float:
         if max_drop is None:

@@ -161,7 +161,7 @@ def test_columns(benchmark: BenchmarkFixture, peer: str) -> None:
 def test_obs(benchmark: BenchmarkFixture, peer: str) -> None:
     w, h = layer()
     calls: dict[str, Callable[[], Any]] = {
-        "sparsam": lambda: obs(w, h, SPARSITY, block=BLOCK).weights,
+        "sparsam": lambda: obs(w, h, sparsity=SPARSITY, block=BLOCK).weights,
         "numpy": obs_numpy,
     }
     if peer == "torch":

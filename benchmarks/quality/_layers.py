@@ -59,7 +59,7 @@ def by_sensitivity(known: Known, sparsity: float) -> dict[str, Array]:
 
 def by_obs(known: Known, sparsity: float) -> dict[str, Array]:
     return {
-        name: obs(array, known.inputs[name], sparsity, name=name).weights
+        name: obs(array, known.inputs[name], sparsity=sparsity, name=name).weights
         for name, array in known.weights.items()
     }
 
@@ -75,7 +75,7 @@ def by_refit(choose: Choose, known: Known, shares: Mapping[str, float]) -> dict[
 
 
 def obs_mask(name: str, array: Array, gram: Array, sparsity: float) -> Mask:
-    return obs(array, gram, sparsity, name=name).mask
+    return obs(array, gram, sparsity=sparsity, name=name).mask
 
 
 def admm_mask(name: str, array: Array, gram: Array, sparsity: float) -> Mask:
@@ -145,7 +145,7 @@ def fit(
     optimum = _least_squares(name, weights, inputs, outputs, dense).weights
     if scale is not None:
         optimum = optimum / scale.reshape(-1, *[1] * (weights.ndim - 1))
-    mask = choose(name, optimum, _centred(inputs), sparsity)
+    mask = choose(name, optimum, inputs.centred.gram, sparsity)
     return _least_squares(name, weights, inputs, outputs, mask)
 
 
@@ -158,15 +158,10 @@ def _least_squares(
     name: str, weights: Array, inputs: InputStatistics, outputs: Outputs, mask: Mask
 ) -> Fitted:
     cross = outputs.cross - np.outer(outputs.total, inputs.mean)
-    new = refit(weights, _centred(inputs), mask, cross=cross, damping=DAMPING, name=name)
+    new = refit(weights, inputs.centred, mask, cross=cross, damping=DAMPING, name=name)
     matrix = new.reshape(len(new), -1).astype(np.float64)
     bias = outputs.total / inputs.count - matrix @ inputs.mean
     return Fitted(new, bias.astype(np.float32), mask)
-
-
-def _centred(inputs: InputStatistics) -> Array:
-    """The sum of (x - mean) (x - mean)^T."""
-    return inputs.gram - inputs.count * np.outer(inputs.mean, inputs.mean)
 
 
 def table(rows: Mapping[str, Sequence[float]], sparsities: Sequence[float], digits: int = 1) -> str:

@@ -18,7 +18,7 @@ from sparsam.config import PruningConfig
 from sparsam.masks import Mask
 from sparsam.patterns import NM, Block, Slices, Tied, Unstructured
 from sparsam.pruner import MagnitudePruner, PruningResult, prune
-from sparsam.reconstruction import admm, obs, refit
+from sparsam.reconstruction import admm, obs, refit, sparsegpt
 from sparsam.report import LayerStats
 from sparsam.runtime import available_isas, build_info, isa, num_threads, set_num_threads, use_isa
 from sparsam.scores import Magnitude, Random
@@ -62,6 +62,7 @@ __all__ = [
     "sensitivity",
     "set_num_threads",
     "shrink",
+    "sparsegpt",
     "threshold",
     "use_isa",
 ]

@@ -39,7 +39,6 @@ UNREVISED = {
     "shrinking.py",
     "sparse/cost_model.py",
     "sparse/matrix.py",
-    "statistics.py",
     "torch/acceleration/model_runner.py",
     "torch/layers/modules.py",
     "torch/layers/operators.py",

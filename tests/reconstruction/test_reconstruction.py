@@ -132,7 +132,7 @@ def test_refit_is_never_above_another_method(
 ) -> None:
     _, h = moments(cols, max(1, int(ratio * cols)), seed, strength)
     w = weights(rows, cols, seed)
-    pruned = obs(w, h, sparsity)
+    pruned = obs(w, h, sparsity=sparsity)
     others = [pruned.weights, admm(w, h, pruned.mask).weights, pruned.mask.apply(w)]
     best = reconstruction_error(w, refit(w, h, pruned.mask), h)
     assert pruned.mask.size - pruned.mask.count == round(sparsity * w.size)
@@ -145,7 +145,7 @@ def test_refit_is_never_above_another_method(
 def test_admm_comes_within_a_percent_of_refit(sparsity: float, strength: float) -> None:
     _, h = moments(96, 400, strength=strength)
     w = weights(32, 96)
-    for mask in (select(w, sparsity), obs(w, h, sparsity).mask):
+    for mask in (select(w, sparsity), obs(w, h, sparsity=sparsity).mask):
         result = admm(w, h, mask)
         assert result.mask is mask
         assert np.array_equal(result.weights != 0, mask.to_array())
@@ -209,7 +209,7 @@ def test_obs_equals_brain_surgery_with_explicit_inverses(isa: str, threads: int,
         return prune_lowest(part.reshape(-1), after - before).reshape(part.shape)
 
     expected, keep = brain_surgery(w, h, 0.01, block, choose)
-    result = obs(w, h, share, block=block)
+    result = obs(w, h, sparsity=share, block=block)
     assert np.array_equal(result.mask.to_array(), keep)
     assert result.mask.size - result.mask.count == total
     np.testing.assert_allclose(result.weights, expected, rtol=1e-9, atol=1e-10)
@@ -252,7 +252,7 @@ def test_obs_counts_are_exact(shape: tuple[int, int], scope: str) -> None:
     x[:, ::3] = 0  # every third input is dead
     w = weights(*shape)
     for sparsity in (0.0, 0.2, 0.5, 0.613, 1.0):
-        result = obs(w, x.T @ x, sparsity, scope=scope, block=100)
+        result = obs(w, x.T @ x, sparsity=sparsity, scope=scope, block=100)
         keep = result.mask.to_array()
         assert np.array_equal(result.weights != 0, keep)
         if scope == "row":
@@ -265,11 +265,11 @@ def test_obs_counts_are_exact(shape: tuple[int, int], scope: str) -> None:
 
 def test_obs_keeps_the_lower_index_of_ties() -> None:
     w = np.ones((3, 8))
-    keep = obs(w, np.eye(8), 0.5, damping=0.0).mask.to_array()
+    keep = obs(w, np.eye(8), sparsity=0.5, damping=0.0).mask.to_array()
     assert np.array_equal(keep, (np.arange(24) < 12).reshape(3, 8))
     assert np.array_equal(obs(w, np.eye(8), pattern=NM(1, 4)).mask.to_array()[0], [1, 0, 0, 0] * 2)
     dead = np.diag([1.0, 0, 0, 1])
-    assert np.array_equal(obs(np.ones((2, 4)), dead, 0.25).mask.to_array(), [[1] * 4, [1, 0, 0, 1]])
+    assert np.array_equal(obs(np.ones((2, 4)), dead, sparsity=0.25).mask.to_array(), [[1] * 4, [1, 0, 0, 1]])
 
 
 def test_equal_bits_for_any_number_of_threads(isa: str) -> None:
@@ -278,7 +278,7 @@ def test_equal_bits_for_any_number_of_threads(isa: str) -> None:
     runs = []
     for threads in (1, 2, 5):
         sparsam.set_num_threads(threads)
-        first, second = obs(w, h, 0.7), obs(w, h, pattern=NM(2, 4))
+        first, second = obs(w, h, sparsity=0.7), obs(w, h, pattern=NM(2, 4))
         runs.append((first.weights, second.weights, refit(w, h, first.mask), first.mask, second.mask))
     sparsam.set_num_threads(None)
     for run in runs[1:]:
@@ -300,19 +300,21 @@ def test_damping_grows_until_the_factorisation_works() -> None:
     x, _ = moments(20, 5)
     x[:, 1] = x[:, 0]
     h = x.T @ x
-    result = obs(weights(4, 20), h, 0.5, damping=0.0)
+    result = obs(weights(4, 20), h, sparsity=0.5, damping=0.0)
     assert 0 < result.damping <= 1e-6
-    assert obs(weights(4, 20), h, 0.5).damping == 0.01
+    assert obs(weights(4, 20), h, sparsity=0.5).damping == 0.01
     with pytest.raises(ValueError, match="'fc' is not positive definite"):
-        obs(weights(4, 2), np.array([[1.0, 9.0], [9.0, 1.0]]), 0.5, name="fc")
+        obs(weights(4, 2), np.array([[1.0, 9.0], [9.0, 1.0]]), sparsity=0.5, name="fc")
 
 
 def test_the_scale_of_h_does_not_matter() -> None:
     _, h = moments(30, 100)
     w = weights(9, 30)
     for scale in (1e-30, 1e30):
-        assert obs(w, h * scale, 0.5).mask == obs(w, h, 0.5).mask
-        np.testing.assert_allclose(obs(w, h * scale, 0.5).weights, obs(w, h, 0.5).weights, rtol=1e-6)
+        assert obs(w, h * scale, sparsity=0.5).mask == obs(w, h, sparsity=0.5).mask
+        np.testing.assert_allclose(
+            obs(w, h * scale, sparsity=0.5).weights, obs(w, h, sparsity=0.5).weights, rtol=1e-6
+        )
         np.testing.assert_allclose(
             refit(w, h * scale, select(w, 0.5)), refit(w, h, select(w, 0.5)), rtol=1e-6
         )
@@ -330,7 +332,7 @@ def test_bias_takes_the_mean_out_of_the_error(method: str) -> None:
     x, _ = moments(30, 100)
     w, bias, statistics = weights(10, 30), np.arange(10, dtype=np.float32), Statistics(x)
     if method == "obs":
-        result = obs(w, statistics, 0.7, bias=bias)
+        result = obs(w, statistics, sparsity=0.7, bias=bias)
     else:
         result = admm(w, statistics, sparsity=0.7, bias=bias)
     assert result.bias is not None
@@ -341,7 +343,7 @@ def test_bias_takes_the_mean_out_of_the_error(method: str) -> None:
     assert np.abs(before).max() > 1e-3
     given = obs(w, statistics.gram, mask=result.mask, bias=bias, mean=np.zeros(30))
     assert np.array_equal(given.bias, bias)  # type: ignore[arg-type]
-    assert obs(w, statistics, 0.7).bias is None
+    assert obs(w, statistics, sparsity=0.7).bias is None
 
 
 @pytest.mark.parametrize("dtype", list(DTYPES))
@@ -350,7 +352,7 @@ def test_dtypes_and_convolutions_come_back_as_they_came(dtype: str) -> None:
     w = weights(8, 36).reshape(8, 4, 3, 3).transpose(0, 1, 3, 2).astype(DTYPES[dtype])
     before = w.copy()
     mask = select(w, 0.5)
-    results = [refit(w, h, mask), obs(w, h, 0.5).weights, obs(w, h, mask=mask).weights]
+    results = [refit(w, h, mask), obs(w, h, sparsity=0.5).weights, obs(w, h, mask=mask).weights]
     results += [admm(w, h, mask).weights, admm(w, h, sparsity=0.5).weights]
     for result in results:
         assert result.dtype == w.dtype
@@ -372,8 +374,8 @@ def test_memory_layouts_do_not_matter(dtype: str) -> None:
 
     def results(w: NDArray[Any], h: NDArray[Any]) -> list[NDArray[Any]]:
         swept = [
-            obs(w, h, 0.5),
-            obs(w, h, 0.5, scope="row"),
+            obs(w, h, sparsity=0.5),
+            obs(w, h, sparsity=0.5, scope="row"),
             obs(w, h, pattern=NM(2, 4)),
             obs(w, h, mask=mask),
         ]
@@ -390,7 +392,7 @@ def test_memory_layouts_do_not_matter(dtype: str) -> None:
 @pytest.mark.parametrize("shape", [(0, 4), (4, 0), (0, 0)])
 def test_empty_layers(shape: tuple[int, int]) -> None:
     w, h = np.zeros(shape), np.eye(shape[1])
-    for result in (obs(w, h, 0.5), admm(w, h, sparsity=0.5), admm(w, h, Mask.ones(shape))):
+    for result in (obs(w, h, sparsity=0.5), admm(w, h, sparsity=0.5), admm(w, h, Mask.ones(shape))):
         assert result.weights.shape == result.mask.shape == shape
     assert refit(w, h, Mask.ones(shape)).shape == shape
     assert reconstruction_error(w, w, h) == 0
@@ -400,7 +402,7 @@ def test_nothing_and_everything_pruned() -> None:
     _, h = moments(12, 40)
     w = weights(5, 12)
     for none, everything in (
-        (obs(w, h, 0.0), obs(w, h, 1.0)),
+        (obs(w, h, sparsity=0.0), obs(w, h, sparsity=1.0)),
         (admm(w, h, sparsity=0.0), admm(w, h, sparsity=1.0)),
     ):
         np.testing.assert_allclose(none.weights, w, rtol=1e-12)

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+import sparsam
 from sparsam import NM, Block, InputStatistics, Mask
 from sparsam.reconstruction import admm, corrected_bias, obs, reconstruction_error, refit
 
@@ -21,32 +22,36 @@ BAD_H = np.where(np.eye(4, k=1) == 1, np.inf, H)
     ("error", "match", "call"),
     [
         (ValueError, r"'weights' is nan at index \(0, 2\)", lambda: refit(NAN, H, Mask.ones((3, 4)))),
-        (ValueError, r"'fc' is nan at index \(0, 2\)", lambda: obs(NAN, H, 0.5, name="fc")),
-        (ValueError, r"h for tensor .* is inf at index \(0, 1\)", lambda: obs(W, BAD_H, 0.5)),
-        (ValueError, "h for tensor 'x' has seen no input", lambda: obs(W, InputStatistics(4), 0.5, name="x")),
-        (ValueError, "not symmetric", lambda: obs(W, np.triu(H), 0.5)),
-        (ValueError, "at least 0", lambda: obs(W, np.diag([1.0, -1, 1, 1]), 0.5)),
+        (ValueError, r"'fc' is nan at index \(0, 2\)", lambda: obs(NAN, H, sparsity=0.5, name="fc")),
+        (ValueError, r"h for tensor .* is inf at index \(0, 1\)", lambda: obs(W, BAD_H, sparsity=0.5)),
+        (
+            ValueError,
+            "h for tensor .x. has seen no input",
+            lambda: obs(W, InputStatistics(4), sparsity=0.5, name="x"),
+        ),
+        (ValueError, "not symmetric", lambda: obs(W, np.triu(H), sparsity=0.5)),
+        (ValueError, "at least 0", lambda: obs(W, np.diag([1.0, -1, 1, 1]), sparsity=0.5)),
         (ValueError, r"expected \(4, 4\)", lambda: admm(W, np.eye(3), sparsity=0.5)),
         (TypeError, "float32 or float64", lambda: refit(W, np.eye(4, dtype=int), Mask.ones((3, 4)))),
-        (TypeError, "dtype int64", lambda: obs(np.ones((3, 4), np.int64), H, 0.5)),
-        (ValueError, r"\(out, in\)", lambda: obs(np.ones(4), H, 0.5)),
+        (TypeError, "dtype int64", lambda: obs(np.ones((3, 4), np.int64), H, sparsity=0.5)),
+        (ValueError, r"\(out, in\)", lambda: obs(np.ones(4), H, sparsity=0.5)),
         (ValueError, "mask for tensor .* has shape", lambda: refit(W, H, Mask.ones((4, 3)))),
         (TypeError, "expected a Mask", lambda: refit(W, H, np.ones((3, 4), bool))),  # type: ignore[arg-type]
-        (ValueError, "says what is kept", lambda: obs(W, H, 0.5, mask=Mask.ones((3, 4)))),
+        (ValueError, "says what is kept", lambda: obs(W, H, sparsity=0.5, mask=Mask.ones((3, 4)))),
         (ValueError, "says what is kept", lambda: admm(W, H, Mask.ones((3, 4)), sparsity=0.5)),
         (ValueError, "a sparsity or a mask", lambda: obs(W, H)),
         (ValueError, "a mask or a sparsity", lambda: admm(W, H)),
-        (ValueError, "keeps 2 of every 4", lambda: obs(W, H, 0.6, NM(2, 4))),
+        (ValueError, "keeps 2 of every 4", lambda: obs(W, H, sparsity=0.6, pattern=NM(2, 4))),
         (ValueError, "multiple of 3", lambda: obs(W, H, pattern=NM(1, 3))),
-        (TypeError, r"obs chooses Unstructured", lambda: obs(W, H, 0.5, Block(1, 2))),
-        (ValueError, "'layer' or 'row'", lambda: obs(W, H, 0.5, scope="global")),
-        (ValueError, "1 to 256", lambda: obs(W, H, 0.5, block=257)),
-        (ValueError, "block", lambda: obs(W, H, 0.5, block=0)),
+        (TypeError, r"obs chooses Unstructured", lambda: obs(W, H, sparsity=0.5, pattern=Block(1, 2))),
+        (ValueError, "'layer' or 'row'", lambda: obs(W, H, sparsity=0.5, scope="global")),
+        (ValueError, "1 to 256", lambda: obs(W, H, sparsity=0.5, block=257)),
+        (ValueError, "block", lambda: obs(W, H, sparsity=0.5, block=0)),
         (ValueError, "damping", lambda: refit(W, H, Mask.ones((3, 4)), damping=-1)),
         (ValueError, "rho", lambda: admm(W, H, sparsity=0.5, rho=0)),
         (ValueError, "iterations", lambda: admm(W, H, sparsity=0.5, iterations=0)),
-        (ValueError, "needs the mean", lambda: obs(W, H, 0.5, bias=np.zeros(3))),
-        (ValueError, "4 finite numbers", lambda: obs(W, H, 0.5, bias=np.zeros(3), mean=np.zeros(3))),
+        (ValueError, "needs the mean", lambda: obs(W, H, sparsity=0.5, bias=np.zeros(3))),
+        (ValueError, "4 finite numbers", lambda: obs(W, H, sparsity=0.5, bias=np.zeros(3), mean=np.zeros(3))),
         (ValueError, r"bias \(2,\)", lambda: corrected_bias(np.zeros(2), W, W, np.zeros(4))),
         (ValueError, "exceed float16", lambda: refit(*overflowing())),
         (ValueError, "expected the same", lambda: reconstruction_error(W, W.reshape(3, 4, 1), H)),
@@ -61,3 +66,25 @@ def overflowing() -> tuple[Any, Any, Mask]:
     """A weight that must take over one of 6e4 on an input of a hundred times its strength."""
     h = np.array([[1.0, 99.0], [99.0, 10000.0]])
     return np.full((1, 2), 6e4, np.float16), h, Mask.from_array(np.array([[True, False]]))
+
+
+def test_obs_has_the_name_of_its_paper() -> None:
+    assert sparsam.sparsegpt is sparsam.obs
+
+
+def test_centred_statistics_of_inputs_with_large_means() -> None:
+    rng = np.random.default_rng(0)
+    x = (rng.standard_normal((300, 12)) + 1e4).astype(np.float32)
+    centred = InputStatistics(12).update(x).centred
+    w, bias = rng.standard_normal((5, 12)), np.zeros(5)
+    for new in (
+        obs(w, centred, sparsity=0.5, bias=bias),
+        admm(w, centred, sparsity=0.5, bias=bias),
+    ):
+        assert new.bias is not None
+        outputs = x.astype(np.float64) @ new.weights.T + new.bias
+        wanted = x.astype(np.float64) @ w.T
+        # The bias mends the mean; what is left is less than the spread of the outputs.
+        assert np.abs((outputs - wanted).mean(axis=0)).max() < 1e-2
+        assert ((outputs - wanted).std(axis=0) < wanted.std(axis=0)).all()
+        assert np.isfinite(refit(w, centred, new.mask)).all()

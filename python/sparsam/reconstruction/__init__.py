@@ -8,8 +8,8 @@ keeps, `obs` and `admm` choose the mask as well, `reconstruction_error` measures
 from __future__ import annotations
 
 from sparsam.reconstruction.alternating import admm
-from sparsam.reconstruction.column_sweep import obs
+from sparsam.reconstruction.column_sweep import obs, sparsegpt
 from sparsam.reconstruction.layer_problem import Reconstruction, corrected_bias, reconstruction_error
 from sparsam.reconstruction.least_squares import refit
 
-__all__ = ["Reconstruction", "admm", "corrected_bias", "obs", "reconstruction_error", "refit"]
+__all__ = ["Reconstruction", "admm", "corrected_bias", "obs", "reconstruction_error", "refit", "sparsegpt"]

@@ -33,10 +33,10 @@ _TRIANGLE = 64  # below this size a triangle is inverted as any matrix
 def obs(
     w: ArrayLike,
     h: Moments,
+    mask: Mask | None = None,
+    *,
     sparsity: float | None = None,
     pattern: Pattern = Unstructured(),  # noqa: B008 - frozen
-    *,
-    mask: Mask | None = None,
     scope: str = "layer",
     block: int = 128,
     damping: float = 0.01,
@@ -68,9 +68,9 @@ def obs(
             float64; float16, bfloat16 and float32 in float32 with U from float64. Not modified.
         h: The sum or mean of x x^T, (in, in), float32 or float64; or what has it as `gram`
             (`InputStatistics`).
+        mask: Which weights are kept, of the shape of w: nothing is chosen, the sweep only updates.
         sparsity: In [0, 1]. For NM 1 - n/m or 0, and 1 - n/m if left out. Not with `mask`.
         pattern: `Unstructured()` or `NM(n, m)`. For others choose a mask with `select` and pass it.
-        mask: Which weights are kept, of the shape of w: nothing is chosen, the sweep only updates.
         scope: "layer", or "row": every row prunes `round(sparsity * in)` weights, shared out over blocks in
             the same way. Unstructured only.
         block: Columns that choose together, 1 to 256; for NM rounded down to a multiple of m, at least m.
@@ -101,6 +101,10 @@ def obs(
     weights = layer.finish(matrix)
     corrected = None if bias is None or middle is None else corrected_bias(bias, array, weights, middle)
     return Reconstruction(weights, Mask.from_array(choice.keep.reshape(array.shape)), corrected, used)
+
+
+sparsegpt = obs
+"""`obs`, under the name of the paper."""
 
 
 @dataclass

@@ -130,15 +130,20 @@ def to_gram(h: Moments, inputs: int, name: str) -> NDArray[np.float64]:
 
 
 def tolerance(h: Moments, inputs: int) -> float:
-    """Below which share of its diagonal a pivot is noise: 4 sqrt(in) times the eps of h's dtype."""
-    given = np.asarray(getattr(h, "gram", h))
-    return float(4 * math.sqrt(inputs) * np.finfo(given.dtype).eps)
+    """Below which share of its diagonal a pivot is noise: 4 sqrt(in) times the rounding unit of h."""
+    precision = getattr(h, "precision", None)
+    if precision is None:
+        precision = np.finfo(np.asarray(getattr(h, "gram", h)).dtype).eps
+    return float(4 * math.sqrt(inputs) * precision)
 
 
 def to_keep(mask: Mask, layer: Layer) -> NDArray[np.bool_]:
     """The mask as a new boolean matrix (out, in)."""
     if not isinstance(mask, Mask):
-        msg = f"mask for tensor {layer.name!r} is {type(mask).__name__}: expected a Mask; Mask.from_array()"
+        got = type(mask).__name__
+        msg = (
+            f"mask for tensor {layer.name!r}: expected a Mask; got {got}; use Mask.from_array() or sparsity="
+        )
         raise TypeError(msg)
     if mask.shape != layer.weights.shape:
         msg = f"mask for tensor {layer.name!r} has shape {mask.shape}: expected {layer.weights.shape}"
@@ -181,7 +186,7 @@ def corrected_bias(bias: ArrayLike, w: ArrayLike, w_new: ArrayLike, mean: ArrayL
     """The bias with which the mean output stays what it was: b' = b + (W - W') mean(x).
 
     It takes the mean out of the error of whatever method made W'. What then remains is the error with H
-    centred, `H / count - mean mean^T`: passing that as h to a method minimises what the bias cannot correct.
+    centred: passing `statistics.centred` as h to a method minimises what the bias cannot correct.
 
     Args:
         bias: (out,); float16, bfloat16, float32 or float64.

@@ -200,7 +200,7 @@ class OWL:
         if not isinstance(self.blocks, Mapping):
             return self.blocks(name)
         if name not in self.blocks:
-            msg = f"OWL: blocks lack tensor {name!r}: they have {list(self.blocks)[:5]!r}; add it"
+            msg = f"OWL: blocks: expected a block of tensor {name!r}; got {list(self.blocks)[:5]!r}; add it"
             raise ValueError(msg)
         return self.blocks[name]
 
@@ -210,7 +210,7 @@ class OWL:
         each = [wanda.score(name, weights.outputs_first(name)) for name in names]
         for name, own in zip(names, each, strict=True):
             if not np.isfinite(own).all():
-                msg = f"OWL: tensor {name!r} has weights that are not finite; repair or exclude it"
+                msg = f"OWL: tensor {name!r}: expected finite weights; got others; repair or exclude it"
                 raise ValueError(msg)
         size = sum(own.size for own in each)
         if not size:
@@ -262,8 +262,8 @@ class Explicit:
         if not 0 <= left <= others:
             low, high = sum(counts.values()), sum(counts.values()) + others
             msg = (
-                f"allocation: its sparsities allow a total from {low / total:.6g} to {high / total:.6g}: "
-                f"expected one that includes {target:g}; change it, or target_sparsity"
+                f"allocation: expected sparsities that allow the total {target:g}; got ones that allow from "
+                f"{low / total:.6g} to {high / total:.6g}; change them, or target_sparsity"
             )
             raise ValueError(msg)
         rest = left / others if others else target

@@ -50,8 +50,8 @@ def check_ties(ties: Iterable[Tied], arrays: Mapping[str, NDArray[Any]]) -> None
             axis = slices.axis % len(shape)
             if (name, axis) in seen:
                 msg = (
-                    f"ties: tensor {name!r} is in two ties across axis {axis}, where only one can decide; "
-                    "make them one Tied, or take the tensor out of one"
+                    f"ties: tensor {name!r}: expected one tie across axis {axis}, since only one can decide; "
+                    "got two; make them one Tied, or take the tensor out of one"
                 )
                 raise ValueError(msg)
             seen.add((name, axis))
@@ -61,7 +61,9 @@ def check_ties(ties: Iterable[Tied], arrays: Mapping[str, NDArray[Any]]) -> None
                 f"{name!r} of shape {arrays[name].shape} has {n} ({tied.members[name]})"
                 for name, n in counts.items()
             )
-            msg = f"ties: expected members with the same number of groups; {have}; correct an axis or a size"
+            msg = (
+                f"ties: expected members with the same number of groups; got {have}; change an axis or a size"
+            )
             raise ValueError(msg)
 
 

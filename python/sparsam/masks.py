@@ -272,6 +272,8 @@ def _check_apart(arrays: Mapping[str, NDArray[Any]], outs: Mapping[str, NDArray[
 
 def _byte_range(array: NDArray[Any]) -> tuple[int, int]:
     start = end = array.__array_interface__["data"][0]
+    if array.flags.c_contiguous:
+        return start, start + array.nbytes
     for length, stride in zip(array.shape, array.strides, strict=True):
         start += min((length - 1) * stride, 0)
         end += max((length - 1) * stride, 0)

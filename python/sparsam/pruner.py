@@ -147,7 +147,10 @@ class MagnitudePruner:
             raise ValueError(msg)
         if self.config.scope == "global" or self.config.allocation != "uniform" or self.config.ties:
             wanted = "scope 'layer' or 'row', allocation 'uniform' and no ties"
-            msg = f"MagnitudePruner sees one layer: expected {wanted}; use sparsam.prune"
+            msg = (
+                f"MagnitudePruner: expected {wanted}, since it sees one layer; got {self.config!r}; "
+                "use sparsam.prune"
+            )
             raise ValueError(msg)
 
     def prune_layer(self, name: str, weights: ArrayLike) -> tuple[NDArray[Any], LayerStats]:

@@ -36,6 +36,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from numbers import Real
 
+from sparsam._checks import expected
 from sparsam.config import SCHEDULES, Schedule, ScheduleLike, check_growing
 
 
@@ -72,8 +73,8 @@ class Polynomial(_Curve):
 
     def __post_init__(self) -> None:
         if isinstance(self.power, bool) or not isinstance(self.power, Real) or not 0 < self.power < math.inf:
-            msg = f"Polynomial: expected a finite power above 0 (1 is linear, 3 is cubic); got {self.power!r}"
-            raise ValueError(msg)
+            wanted = "a finite number above 0 (1 is linear, 3 is cubic)"
+            raise ValueError(expected("Polynomial: power", self.power, wanted))
 
     def _between(self, p: float, initial: float, final: float) -> float:
         return final + (initial - final) * math.pow(1 - p, self.power)
@@ -166,8 +167,8 @@ def sample(schedule: ScheduleLike, *, num_iterations: int, initial: float, final
     """
     curve = resolve(schedule)
     if isinstance(curve, _Listed) and len(curve.values) != num_iterations:
-        msg = f"schedule lists {len(curve.values)} sparsities, but there are {num_iterations} iterations"
-        raise ValueError(msg)
+        wanted = f"{len(curve.values)}, the number of sparsities in schedule"
+        raise ValueError(expected("num_iterations", num_iterations, wanted))
     last = num_iterations - 1
     steps = (i / last if last else 1.0 for i in range(num_iterations))
     return list(check_growing("schedule", (curve.at(p, initial=initial, final=final) for p in steps)))

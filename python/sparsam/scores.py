@@ -288,7 +288,7 @@ def _check_mapping(scorer: object, what: str, value: object, content: str) -> No
 def _entry(scorer: object, what: str, data: Mapping[str, Value], name: str) -> Value:
     if name not in data:
         msg = (
-            f"{type(scorer).__name__}: {what} lack tensor {name!r}: they have {list(data)[:5]!r}"
+            f"{type(scorer).__name__}: {what}: expected an entry for tensor {name!r}; got {list(data)[:5]!r}"
             f"{' and others' if len(data) > 5 else ''}; add it, or exclude the tensor"
         )
         raise ValueError(msg)
@@ -302,8 +302,8 @@ def _array(
     array = _numbers(scorer, what, name, _entry(scorer, what, data, name))
     if array.shape != weights.shape:
         msg = (
-            f"{type(scorer).__name__}: {what} of tensor {name!r} have shape {array.shape}: "
-            f"expected that of the tensor, {weights.shape}"
+            f"{type(scorer).__name__}: {what} of tensor {name!r}: expected the shape of the tensor, "
+            f"{weights.shape}; got {array.shape}"
         )
         raise ValueError(msg)
     return array
@@ -335,17 +335,17 @@ def _rms(
     if not isinstance(statistics, InputStatistics):
         raise ValueError(expected(f"{kind}: statistics of tensor {name!r}", statistics, "InputStatistics"))
     if weights.ndim < 2:
-        msg = f"{kind}: tensor {name!r} has shape {weights.shape}: expected (out, in) or (out, in, kh, kw)"
+        msg = f"{kind}: tensor {name!r}: expected shape (out, in) or (out, in, kh, kw); got {weights.shape}"
         raise ValueError(msg)
     columns = math.prod(weights.shape[1:])
     if columns != statistics.in_features:
         msg = (
-            f"{kind}: statistics of tensor {name!r} are of {statistics.in_features} inputs: "
-            f"expected {columns} for its shape {weights.shape}"
+            f"{kind}: statistics of tensor {name!r}: expected those of {columns} inputs for its shape "
+            f"{weights.shape}; got {statistics.in_features}; list the tensor in transposed if it is (in, out)"
         )
         raise ValueError(msg)
     if statistics.count == 0:
-        msg = f"{kind}: statistics of tensor {name!r} have seen no input: call their update(x) first"
+        msg = f"{kind}: statistics of tensor {name!r}: expected some inputs; got none; call update(x) first"
         raise ValueError(msg)
     return statistics.rms
 
@@ -370,11 +370,11 @@ def _relative_sizes(scorer: object, name: str, weights: NDArray[Any]) -> NDArray
 
 _NAMED: dict[str, Callable[[], Scorer]] = {"magnitude": Magnitude, "random": Random, "lamp": LAMP}
 _NEEDS = {
-    "saliency": "gradients: pass scores.Saliency({name: gradient})",
-    "fisher": "squared gradients: pass scores.Fisher({name: mean of g^2})",
-    "movement": "accumulated movement: pass scores.Movement({name: - sum of w g})",
-    "wanda": "input statistics: pass scores.Wanda({name: InputStatistics})",
-    "ria": "input statistics: pass scores.RIA({name: InputStatistics})",
+    "saliency": "pass scores.Saliency({name: gradient})",
+    "fisher": "pass scores.Fisher({name: mean of g^2})",
+    "movement": "pass scores.Movement({name: - sum of w g})",
+    "wanda": "pass scores.Wanda({name: InputStatistics})",
+    "ria": "pass scores.RIA({name: InputStatistics})",
 }
 
 
@@ -387,7 +387,7 @@ def resolve(method: str | Scorer) -> Scorer:
     if not isinstance(method, str):
         return method
     if method in _NEEDS:
-        msg = f"method {method!r} needs {_NEEDS[method]}"
+        msg = f"method: expected an object that has its data; got the name {method!r}; {_NEEDS[method]}"
         raise ValueError(msg)
     if method not in _NAMED:
         msg = f"method: expected one of {', '.join(map(repr, METHODS))}; got {method!r}"

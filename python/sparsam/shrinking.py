@@ -87,12 +87,12 @@ def _check_mask(name: str, mask: object, arrays: Mapping[str, NDArray[Any]]) -> 
         msg = f"masks: expected a Mask for {name!r}; got {type(mask).__name__}; see Mask.from_array"
         raise TypeError(msg)
     if name not in arrays:
-        msg = f"masks: {name!r} is no tensor; expected masks of {list(arrays)}"
+        msg = f"masks: expected masks of {list(arrays)}; got one of {name!r}"
         raise ValueError(msg)
     if mask.shape != arrays[name].shape:
         msg = (
-            f"tensor {name!r} has shape {arrays[name].shape}, its mask {mask.shape}: expected the weights "
-            "at full size, as they were pruned"
+            f"tensor {name!r}: expected the weights at full size, as they were pruned; got shape "
+            f"{arrays[name].shape} and a mask of {mask.shape}"
         )
         raise ValueError(msg)
 
@@ -135,6 +135,7 @@ def _torn(tied: Tied, group: int, name: str, other: str, array: NDArray[Any]) ->
     else:
         why = "removing it would change what the network computes"
     return (
-        f"group {group}: the mask of {name!r} removes it, but {other!r} is not zero there ({where} of axis "
-        f"{axis}); {why}; prune the members together with PruningConfig(ties=...), or leave the tie out"
+        f"ties: group {group}: expected zeros in all members, since the mask of {name!r} removes it; got "
+        f"others in {other!r} ({where} of axis {axis}), and {why}; prune the members together with "
+        "PruningConfig(ties=...), or leave the tie out"
     )

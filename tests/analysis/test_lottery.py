@@ -346,15 +346,19 @@ def test_arguments() -> None:
         (ValueError, {"config": PruningConfig(exclude="*")}, "expected tensors to prune"),
         (ValueError, {"rewind": {"a": INIT["a"]}}, r"rewind: expected the tensors \['a', 'b'"),
         (TypeError, {"rewind": 3}, "rewind: expected a mapping"),
-        (ValueError, {"rewind": {**INIT, "a": np.zeros(3)}}, r"rewind returned tensor 'a' of shape \(3,\)"),
+        (ValueError, {"rewind": {**INIT, "a": np.zeros(3)}}, r"rewind: tensor 'a': expected .*; got \(3,\)"),
         (ValueError, {"reinit_fn": lambda _: {}}, "reinit_fn: expected the tensors"),
-        (ValueError, {"train_fn": lambda *_: {"c": 1}}, "train_fn returned the tensors"),
+        (ValueError, {"train_fn": lambda *_: {"c": 1}}, "train_fn: expected no tensors but"),
         (
             ValueError,
             {"train_fn": lambda w, *_: {"a": w["a"] * np.nan}},
             r"train_fn \(dense, seed 0\): tensor 'a' is NaN",
         ),
-        (ValueError, {"eval_fn": lambda _: float("nan")}, "dense, seed 0: eval_fn returned NaN"),
+        (
+            ValueError,
+            {"eval_fn": lambda _: float("nan")},
+            "dense, seed 0: expected a score from eval_fn; got NaN",
+        ),
         (TypeError, {"eval_fn": lambda _: "x"}, "eval_fn: expected a number"),
     ]
     for kind, changes, message in cases:

@@ -149,8 +149,8 @@ def test_recovery_in_place_and_its_errors() -> None:
     kept = result.masks["a"].to_array()
     assert np.array_equal(result.weights["a"][kept], WEIGHTS["a"][kept] + 1)
     for returned, kind, message in [
-        ({"c": 1}, ValueError, r"recover_fn returned the tensors \['c'\]"),
-        ({"a": np.zeros(3)}, ValueError, r"tensor 'a' of shape \(3,\)"),
+        ({"c": 1}, ValueError, r"recover_fn: expected no tensors but .*; got \['c'\]"),
+        ({"a": np.zeros(3)}, ValueError, r"tensor 'a': expected .*; got \(3,\)"),
         ({"a": np.full((40, 25), np.nan)}, ValueError, "recover_fn at sparsity 0.5: tensor 'a' is NaN"),
         (3, TypeError, "recover_fn: expected a mapping"),
     ]:
@@ -259,11 +259,15 @@ def test_arguments() -> None:
         (ValueError, {"max_evaluations": 0}, "max_evaluations: expected an integer of at least 1"),
         (ValueError, {"checks": -1}, "checks: expected an integer of at least 0"),
         (ValueError, {"config": PruningConfig(pattern=NM(2, 4))}, "2:4 has one sparsity, 0.5"),
-        (ValueError, {"eval_fn": lambda _: float("nan")}, "the dense weights: eval_fn returned NaN"),
+        (
+            ValueError,
+            {"eval_fn": lambda _: float("nan")},
+            "the dense weights: expected a score from eval_fn; got NaN",
+        ),
         (
             ValueError,
             {"eval_fn": scored(lambda s: float("nan") if s else 1.0)},
-            "sparsity 0.5: eval_fn returned NaN",
+            "sparsity 0.5: expected a score from eval_fn; got NaN",
         ),
         (
             TypeError,

@@ -533,7 +533,7 @@ def test_states_of_other_sweeps_are_refused(tmp_path: Path) -> None:
 
 
 def test_scores_that_are_no_numbers() -> None:
-    nan = EvaluationError, "'in.weight' at sparsity 0.5: ValueError: .*eval_fn returned NaN"
+    nan = EvaluationError, "'in.weight' at sparsity 0.5: ValueError: .*expected a score from eval_fn; got NaN"
 
     def sometimes(tensors: Arrays) -> float:
         return float("nan") if (tensors["in.weight"] == 0).any() else 1.0

@@ -280,9 +280,9 @@ def test_adversarial_values(case: str) -> None:
         (
             [SELF_ATTENTION, Tied({"q": Slices(-2)})],
             {},
-            "tensor 'q' is in two ties across axis 0, where only one",
+            "tensor 'q': expected one tie across axis 0, since only one",
         ),
-        ([MLP, MLP], {}, "tensor 'fc1' is in two ties across axis 0"),
+        ([MLP, MLP], {}, "tensor 'fc1': expected one tie across axis 0"),
         (
             [MLP],
             {"exclude": ["fc*"]},

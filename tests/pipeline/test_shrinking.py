@@ -127,7 +127,8 @@ def test_a_tensor_that_goes_as_a_whole() -> None:
     assert (small["fc1.weight"].shape, small["fc2.weight"].shape) == ((16, 6), (0, 16))
     assert run_mlp(small, np.ones((2, 6))).tolist() == [weights["fc3.bias"].tolist()] * 2
     with pytest.raises(
-        ValueError, match=r"group 0: the mask of 'fc2.weight' removes it, but 'fc1.weight' is"
+        ValueError,
+        match=r"group 0: expected zeros .* the mask of 'fc2.weight' removes it; got others in 'fc1.weight'",
     ):
         shrink(weights, {"fc2.weight": masks["fc2.weight"]}, MLP[0])
 
@@ -281,21 +282,21 @@ def test_slices_that_are_gone_in_one_member_only() -> None:
     gone = int(np.argmin(rows["fc1.weight"].to_array()[:, 0]))
     with pytest.raises(
         ValueError,
-        match=rf"group {gone}: the mask of 'fc1.weight' removes it, but 'fc1.bias' is not zero there "
-        rf"\(index {gone} of axis 0\); without the weights before it a bias is still a constant .*; "
+        match=rf"group {gone}: expected zeros .* of 'fc1.weight' removes it; got others in 'fc1.bias' "
+        rf"\(index {gone} of axis 0\), and without the weights before it a bias is still a constant .*; "
         r"prune the members together with PruningConfig\(ties=...\), or leave the tie out",
     ):
         shrink(weights, {"fc1.weight": rows["fc1.weight"]}, MLP)
     weights["fc1.bias"][:] = 0
     with pytest.raises(
-        ValueError, match=rf"'fc2.weight' is not zero there \(index {gone} of axis 1\); removing it"
+        ValueError, match=rf"others in 'fc2.weight' \(index {gone} of axis 1\), and removing it"
     ):
         shrink(weights, {"fc1.weight": rows["fc1.weight"]}, MLP)
     pairs = prune({"fc3.weight": weights["fc3.weight"]}, target_sparsity=0.5, pattern=Slices(1, 2)).masks
     gone = int(np.argmin(pairs["fc3.weight"].to_array()[0, ::2]))
     with pytest.raises(
         ValueError,
-        match=rf"group {gone}: .* 'fc2.weight' is .* \(indices {2 * gone} to {2 * gone + 1} of axis 0\)",
+        match=rf"group {gone}: .* in 'fc2.weight' \(indices {2 * gone} to {2 * gone + 1} of axis 0\)",
     ):
         shrink(weights, pairs, MLP)
 
@@ -303,12 +304,12 @@ def test_slices_that_are_gone_in_one_member_only() -> None:
 @pytest.mark.parametrize(
     ("masks", "ties", "error", "message"),
     [
-        ({"fc4": Mask.ones((2,))}, (), ValueError, "masks: 'fc4' is no tensor; expected masks of"),
+        ({"fc4": Mask.ones((2,))}, (), ValueError, "masks: expected masks of .*; got one of 'fc4'"),
         (
             {"fc1.bias": Mask.ones((8,))},
             (),
             ValueError,
-            r"'fc1.bias' has shape \(16,\), its mask \(8,\): expected",
+            r"'fc1.bias': expected .*; got shape \(16,\) and a mask of \(8,\)",
         ),
         (
             {"fc1.bias": np.ones(16, bool)},
@@ -334,9 +335,9 @@ def test_slices_that_are_gone_in_one_member_only() -> None:
             {},
             Tied({"fc1.weight": Slices(0), "fc2.weight": Slices(0)}),
             ValueError,
-            r"same number of groups; 'fc1.weight' of shape \(16, 6\) has 16 .*'fc2.weight' .* has 12",
+            r"same number of groups; got 'fc1.weight' of shape \(16, 6\) has 16 .*'fc2.weight' .* has 12",
         ),
-        ({}, (MLP[0], MLP[0]), ValueError, "'fc1.weight' is in two ties across axis 0"),
+        ({}, (MLP[0], MLP[0]), ValueError, "'fc1.weight': expected one tie across axis 0"),
         ({}, [{"fc1.bias": Slices(0)}], ValueError, "ties: expected Tied objects"),
     ],
 )

@@ -36,7 +36,7 @@ def evaluate_finite(
     """`evaluate`, which refuses NaN; `what` says in the ValueError which weights were evaluated."""
     score = evaluate(eval_fn, arrays)
     if math.isnan(score):
-        msg = f"{what}: eval_fn returned NaN, which compares with no score; return a number for every network"
+        msg = f"{what}: expected a score from eval_fn; got NaN, which compares with none; return a number"
         raise ValueError(msg)
     return score
 
@@ -64,13 +64,13 @@ def validate_returned_weights(
         raise TypeError(msg)
     unknown = [name for name in source if name not in arrays]
     if unknown:
-        msg = f"{by} returned the tensors {unknown!r}; expected only {list(arrays)!r}"
+        msg = f"{by}: expected no tensors but {list(arrays)!r}; got {unknown!r} too"
         raise ValueError(msg)
     accepted = {}
     for name, array in arrays.items():
         value = np.asarray(source.get(name, array))
         if value.shape != array.shape:
-            msg = f"{by} returned tensor {name!r} of shape {value.shape}; expected {array.shape}"
+            msg = f"{by}: tensor {name!r}: expected shape {array.shape}; got {value.shape}"
             raise ValueError(msg)
         accepted[name] = value.astype(array.dtype, copy=value is not array)
         if name in masks:

@@ -118,10 +118,10 @@ def _magnitudes(what: str, values: ArrayLike, mask: Mask, relevant: NDArray[np.b
     """Absolute values, flat; where they are not relevant, 0."""
     array = np.asarray(values)
     if not is_weight_dtype(array.dtype):
-        msg = f"{what} have dtype {array.dtype}: expected float16, bfloat16, float32 or float64"
+        msg = f"{what}: expected dtype float16, bfloat16, float32 or float64; got {array.dtype}"
         raise TypeError(msg)
     if array.shape != mask.shape:
-        msg = f"{what} have shape {array.shape}: the mask has {mask.shape}"
+        msg = f"{what}: expected the shape of the mask, {mask.shape}; got {array.shape}"
         raise ValueError(msg)
     sizes = np.where(relevant, np.abs(array.astype(np.float64)), 0.0)
     _refuse_nan([sizes], [what])

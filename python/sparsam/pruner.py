@@ -318,7 +318,7 @@ def _prune(
     pooled = {name for pool in pools for name in pool.names}
     names = [name for name in arrays if name in pooled]
     if min_rank:
-        _warn_of_flags(arrays, names, stacklevel=3)
+        _warn_of_flags(arrays, names, stacklevel=4)  # One for `standard_floats`.
     shared: dict[str, str] = {}
     if inplace:
         for name in names:

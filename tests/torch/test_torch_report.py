@@ -2,15 +2,19 @@ from __future__ import annotations
 
 import itertools
 import json
+import xml.etree.ElementTree as ET
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from torch_cases import Clock, mlp, packed, state
 
 import torch
-from sparsam.torch import SparseLinear, restore
+from sparsam.torch import AccelerationReport, LayerRow, SparseLinear, restore
 from sparsam.torch.acceleration import measure
 from sparsam.torch.acceleration.model_runner import difference
+from sparsam.torch.acceleration.report_text import fold, folded_name
 from sparsam.torch.acceleration.workflow import accelerate
 from torch import nn
 
@@ -36,6 +40,73 @@ def test_report(capsys: pytest.CaptureFixture[str]) -> None:
     assert content["layers"][0]["gain"] == 2
     assert content["layers"][2]["gain"] is None
     assert list(content)[:3] == ["layers", "swapped", "speedup"]
+
+
+def layer_row(name: str, **more: Any) -> LayerRow:
+    return LayerRow(name, "Linear", more.pop("shape", (8, 4)), 0.25, **more)
+
+
+def report_of(*rows: LayerRow, summary: str = "") -> AccelerationReport:
+    return AccelerationReport(rows, 2.0, 1.0, 10, 5, 1e-7, disturbed=False, summary=summary)
+
+
+def test_like_layers_are_one_line() -> None:
+    timed: dict[str, Any] = {"dense_ms": 2.0, "sparse_ms": 0.5, "kernel": "panels", "swapped": True}
+    report = report_of(
+        *(layer_row(f"encoder.layer.{i}.attention.self.query", **timed) for i in range(6)),
+        *(layer_row(f"encoder.layer.{i}.up", **timed, activation="gelu") for i in (0, 1, 3)),
+        layer_row("encoder.layer.2.up", reason="gain under 1.05"),
+        layer_row("head", shape=(2, 2), **timed),
+        *(
+            layer_row(f"h.{i}.x{j}.7", reason=f"outputs differ by {i}")
+            for i in range(2)
+            for j in range(1, 9, 2)
+        ),
+    )
+    lines = str(report).splitlines()
+    assert [line.split()[0] for line in lines[2:7]] == [
+        "encoder.layer.{0-5}.attention.self.query",
+        "encoder.layer.{0,1,3}.up",
+        "encoder.layer.2.up",
+        "head",
+        "h.{0-1}.x{1,3,5,7}.7",
+    ]
+    assert [line.split()[1] for line in lines[2:7]] == ["x6", "x3", "8x4", "2x2", "x8"]
+    assert lines[2].split()[-4:] == ["12.000", "3.000", "4.00", "swapped"]
+    assert max(map(len, lines)) <= 100
+    assert folded_name([f"{i}" for i in (0, 2, 4, 6, 9)]) == "{0,2,4,..,9}  x5"
+
+
+@given(
+    names=st.lists(st.text("ab.019", min_size=1, max_size=90), unique=True, min_size=1, max_size=6),
+    reason=st.text("ab ", max_size=150),
+    sizes=st.lists(st.integers(1, 100_000), min_size=1, max_size=4),
+    inputs=st.integers(0, 4),
+    summary=st.text("ab ", max_size=300),
+)
+def test_a_report_is_at_most_100_columns_wide(
+    names: list[str], reason: str, sizes: list[int], inputs: int, summary: str
+) -> None:
+    seen = tuple(((n, *sizes), n) for n in range(1, 1 + inputs))
+    rows = [
+        layer_row(
+            name, shape=tuple(sizes), inputs=seen, pattern="unstructured", kernel="bitmask", reason=reason
+        )
+        for name in names
+    ]
+    text = str(report_of(*rows, layer_row("timed", dense_ms=1e6, sparse_ms=1e5), summary=summary))
+    assert max(map(len, text.splitlines())) <= 100
+    assert set("".join(reason.split())) <= set(text)
+    assert sum(map(len, fold(rows))) == len(names)
+
+
+def test_a_report_in_a_notebook() -> None:
+    report = report_of(*(layer_row(f"<{i}>", reason="a & b") for i in range(2)), summary="1 < 2")
+    page = ET.fromstring(f"<div>{report._repr_html_()}</div>")
+    assert [cell.text for cell in page.iter("th")][:3] == ["layer", "kind", "shape"]
+    assert [cell.text for cell in page.iter("td")][:3] == ["<{0-1}>  x2", "Linear", "8x4"]
+    assert [cell.text for cell in page.iter("td")][-1] == "a & b"
+    assert "".join(page.itertext()).rstrip().endswith("1 < 2")
 
 
 def test_sizes() -> None:

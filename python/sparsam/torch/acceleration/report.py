@@ -3,29 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from sparsam.report import printable, readable_size
+from sparsam.report import readable_size
+from sparsam.torch.acceleration.report_text import paragraphs, table, to_html
 
 __all__ = ["AccelerationReport", "LayerRow"]
-
-_COLUMNS = (
-    "layer",
-    "kind",
-    "shape",
-    "input x calls",
-    "density",
-    "pattern",
-    "kernel",
-    "dense ms",
-    "sparse ms",
-    "gain",
-    "what was done",
-)
-_NUMBERS = {"density", "dense ms", "sparse ms", "gain"}
-_SHOWN = 2  # shapes of inputs in a row of text
 
 
 @dataclass(frozen=True)
@@ -43,8 +27,9 @@ class LayerRow:
         packed_bytes: That of the packed one with what kernels derived from it; None where there is none.
             Layers whose weights are tied share it.
         kernel: What multiplies now: "panels", "bitmask", "dense", or several where that depends on the input.
-        dense_ms: Milliseconds that the dense layer takes for all example inputs, or, where there were none,
-            the geometric mean over `inputs`; None where not timed.
+        dense_ms: Milliseconds that the dense layer takes for all example inputs, with the activation after it
+            where that is fused, or, where there were none, the geometric mean over `inputs`; None where not
+            timed.
         sparse_ms: The same for the packed layer.
         activation: The activation that is fused into the packed layer; None if none is.
         swapped: Whether the packed layer is in the model now.
@@ -74,7 +59,9 @@ class LayerRow:
 
 @dataclass(frozen=True)
 class AccelerationReport:
-    """What `accelerate` did, layer by layer and in total. `print(report)` shows an aligned table.
+    """What `accelerate` did, layer by layer and in total.
+
+    `print(report)` shows an aligned table, a notebook shows one in HTML; like layers are one line there.
 
     Attributes:
         layers: The layers with weights that multiply, in the order of the model, those left dense included.
@@ -85,7 +72,8 @@ class AccelerationReport:
             from them, and of what is kept for `restore`.
         difference: The largest difference of an output from that of the dense model, relative to the largest
             output; None where no output could be compared.
-        disturbed: Whether other work kept the CPUs busy meanwhile.
+        disturbed: Whether other work kept the CPUs busy meanwhile. Times within the model are then the CPUs'
+            own for each thread, those of the model the least.
         summary: What came of it, in a sentence.
     """
 
@@ -127,7 +115,15 @@ class AccelerationReport:
         return json.dumps(self.to_dict(), indent=indent)
 
     def __str__(self) -> str:
-        lines = _table([_cells(row) for row in self.layers]) if self.layers else []
+        lines = table(self.layers) if self.layers else []
+        return "\n".join([*lines, *paragraphs(self._totals())])
+
+    def _repr_html_(self) -> str:
+        return to_html(self.layers, self._totals())
+
+    def _totals(self) -> list[str]:
+        """What is said of the whole model."""
+        lines = []
         if self.speedup is not None:
             after = f"{self.before_ms:,.2f} ms before, {self.after_ms:,.2f} ms after: {self.speedup:.2f}x"
             lines.append(f"model    {after} (medians, all example inputs)")
@@ -139,48 +135,4 @@ class AccelerationReport:
             lines.append(
                 "times    may mislead: other work kept the CPUs busy; run it again when they are free"
             )
-        return "\n".join([*lines, self.summary])
-
-
-def _cells(row: LayerRow) -> tuple[str, ...]:
-    done = row.reason
-    if row.swapped:
-        done = f"swapped, {row.activation} fused" if row.activation else "swapped"
-    return (
-        printable(row.name),
-        row.kind,
-        "x".join(map(str, row.shape)),
-        _inputs(row),
-        "" if row.density is None else f"{row.density:.3f}",
-        row.pattern,
-        row.kernel,
-        _number(row.dense_ms, ".3f"),
-        _number(row.sparse_ms, ".3f"),
-        _number(row.gain, ".2f"),
-        done,
-    )
-
-
-def _inputs(row: LayerRow) -> str:
-    shown = [f"{'x'.join(map(str, shape))} x {calls}" for shape, calls in row.inputs[:_SHOWN]]
-    more = len(row.inputs) - _SHOWN
-    return ", ".join(shown) + (f" and {more} more" if more > 0 else "")
-
-
-def _number(value: float | None, form: str) -> str:
-    return "" if value is None else format(value, form)
-
-
-def _table(rows: Iterable[tuple[str, ...]]) -> list[str]:
-    lines = [_COLUMNS, *rows]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    right = [name in _NUMBERS for name in _COLUMNS]
-    text = [
-        "  ".join(
-            cell.rjust(width) if number else cell.ljust(width)
-            for cell, width, number in zip(line, widths, right, strict=True)
-        ).rstrip()
-        for line in lines
-    ]
-    rule = "-" * max(map(len, text))
-    return [text[0], rule, *text[1:], rule]
+        return [*lines, self.summary]

@@ -28,7 +28,7 @@ from pytest_benchmark.fixture import BenchmarkFixture
 
 import sparsam
 from sparsam import SparseMatrix, bench
-from sparsam.sparse import cost_model
+from sparsam.sparse.calibration import fastest
 
 LIMIT = int(os.environ.get("SPARSAM_BENCH_MAX", "100_000_000"))
 DLMC = os.environ.get("SPARSAM_DLMC", "")
@@ -72,9 +72,7 @@ def peak_gflops() -> float:
     w, x = pruned((512, 512), 0.0), inputs(512, 512)
     y, matrix = np.empty_like(x), SparseMatrix.from_dense(w)
     matrix.prepare(512, kernel="panels")
-    seconds = min(
-        cost_model.fastest(lambda: np.dot(x, w.T, out=y)), cost_model.fastest(lambda: matrix.linear(x, out=y))
-    )
+    seconds = min(fastest(lambda: np.dot(x, w.T, out=y)), fastest(lambda: matrix.linear(x, out=y)))
     return 2e-9 * w.size * 512 / seconds
 
 
@@ -82,7 +80,7 @@ def peak_gflops() -> float:
 def gigabytes_per_second(size: int) -> float:
     """What reading that many bytes over and over gets, from the cache that they fit in."""
     v = np.ones(max(size // 4, 1), np.float32)
-    return 1e-9 * v.nbytes / cost_model.fastest(lambda: np.vdot(v, v))
+    return 1e-9 * v.nbytes / fastest(lambda: np.vdot(v, v))
 
 
 def run(
@@ -100,7 +98,7 @@ def run(
     def product() -> Matrix:
         return next(turn)()
 
-    rounds = int(min(200, max(5, 0.3 / cost_model.fastest(products[0], settle=0.0, seconds=0.0))))
+    rounds = int(min(200, max(5, 0.3 / fastest(products[0], settle=0.0, seconds=0.0))))
     pedantic: Callable[..., Any] = benchmark.pedantic
     pedantic(product, rounds=rounds, warmup_rounds=len(products), iterations=1)
     median = benchmark.stats.stats.median if benchmark.stats else bound
@@ -155,8 +153,9 @@ def csr_bytes(w: Matrix, index: int) -> int:
 
 def ours(w: Matrix, x: Matrix) -> tuple[Product, int, str]:
     matrix = SparseMatrix.from_dense(w)
+    matrix.prepare(len(x))
     kernel = matrix.explain(len(x)).kernel
-    return lambda: matrix.linear(x), w.nbytes if kernel == "dense" else matrix.nbytes, kernel
+    return lambda: matrix.linear(x), matrix.nbytes, kernel
 
 
 def compare(benchmark: BenchmarkFixture, group: str, peer: str, ws: Sequence[Matrix], x: Matrix) -> None:

@@ -32,7 +32,7 @@ def threads(request: pytest.FixtureRequest) -> Iterator[int]:
 
 @pytest.fixture(autouse=True)
 def uncalibrated(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
-    """No test waits for a calibration or sees the user's; test_costs.py asks for its own."""
+    """No test sees the user's calibrations; test_cost_model.py asks for its own."""
     monkeypatch.setenv("SPARSAM_CALIBRATION", "off")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "cache"))
 

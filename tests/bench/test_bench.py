@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import sys
 from dataclasses import replace
@@ -17,7 +18,8 @@ from sparsam.bench import MatmulRow
 from sparsam.bench import matmul as module
 from sparsam.cli import main
 from sparsam.cli.arguments import parse_batches, parse_shapes, parse_sparsities
-from sparsam.sparse import cost_model
+from sparsam.runtime import isa, num_threads
+from sparsam.sparse import calibration, cost_model
 
 ROW = MatmulRow("random", 8, 4, 2, 0.5, "panels", 1.0, 1.0, 2.0, 3.0)
 
@@ -204,20 +206,16 @@ def test_wrong_arguments(arguments: list[str], message: str, capsys: pytest.Capt
 def test_calibrate(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    calls: list[Any] = []
-
-    def measure(machine: cost_model.Machine) -> cost_model.CostModel:
-        calls.append(machine)
-        return cost_model.CostModel(machine, {}, {"dense": (0.1,)})
-
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(cost_model, "_known", {})
-    monkeypatch.setattr(cost_model, "_measure", measure)
-    for _ in range(2):
+    monkeypatch.setattr(calibration, "SHAPES", (((16, 64), 512), ((64, 16), 512)))
+    for trusted, said in ((math.inf, str(tmp_path)), (0.0, "not kept: it was disturbed")):
+        monkeypatch.setattr(calibration, "_TRUSTED", trusted)
         assert main(["calibrate", "--dtype", "float16"]) == 0
-        assert str(tmp_path) in capsys.readouterr().out.replace("\n", "")
-    assert [machine.dtype for machine in calls] == ["float16", "float16"]
+        printed = " ".join(capsys.readouterr().out.split())
+        assert f"{isa()}, float16, {num_threads()} threads: the fit is off by" in printed
+        assert printed.replace(" ", "").count(said.replace(" ", "")) == 2
     assert main(["calibrate", "--dtype", "int8"]) == 2
+    cost_model.forget()
 
 
 # Pictures

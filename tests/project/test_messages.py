@@ -31,8 +31,6 @@ UNREVISED = {
     "reconstruction/layer_problem.py",
     "reconstruction/least_squares.py",
     "selection.py",
-    "sparse/cost_model.py",
-    "sparse/matrix.py",
     "torch/acceleration/model_runner.py",
     "torch/layers/modules.py",
     "torch/layers/operators.py",

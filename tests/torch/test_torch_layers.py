@@ -197,7 +197,7 @@ def test_losing_layouts_and_copies_are_dropped(monkeypatch: pytest.MonkeyPatch) 
         kernel = run.args[0] if hasattr(run, "args") else "dense"
         return times[kernel]
 
-    monkeypatch.setattr("sparsam.sparse.cost_model.fastest", time)
+    monkeypatch.setattr("sparsam.sparse.calibration.fastest", time)
     layer = SparseLinear(linear)
     packed = layer.packed.nbytes
     layer(torch.randn(8, 256))

@@ -19,7 +19,7 @@ from sparsam._checks import expected
 from sparsam.bench.timing import median_seconds
 from sparsam.runtime import isa, num_threads
 from sparsam.selection import select
-from sparsam.sparse import cost_model
+from sparsam.sparse.cost_model import cpu
 from sparsam.sparse.matrix import SparseMatrix
 
 __all__ = [
@@ -171,7 +171,7 @@ def break_even(rows: Iterable[MatmulRow]) -> dict[tuple[int, int, int], float | 
 def machine() -> str:
     """The machine that the times were measured on: processor, instruction set, threads, versions."""
     versions = [f"{name} {version(name)}" for name in ("sparsam", "numpy", "torch") if find_spec(name)]
-    return f"{cost_model.cpu()}, {isa()}, {num_threads()} threads; {', '.join(versions)}"
+    return f"{cpu()}, {isa()}, {num_threads()} threads; {', '.join(versions)}"
 
 
 def geometric_mean(values: Iterable[float]) -> float:
@@ -206,9 +206,7 @@ def _row(
     linear = _milliseconds([matrix.linear for matrix in matrices], x)
     sparse = linear
     if explanation.kernel == "dense":
-        sparse = min(
-            _forced(kernel, copies, x) for kernel in cost_model.candidates(batch) if kernel != "dense"
-        )
+        sparse = min(_forced(kernel, copies, x) for kernel in ("bitmask", "panels"))
     return MatmulRow(
         problem.name,
         *problem.shape,

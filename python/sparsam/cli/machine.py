@@ -8,7 +8,7 @@ import typer
 
 from sparsam.cli.console import print_text
 from sparsam.runtime import build_info
-from sparsam.sparse import cost_model
+from sparsam.sparse import calibration, cost_model
 
 __all__ = ["register"]
 
@@ -22,11 +22,14 @@ def register(app: typer.Typer) -> None:
 def calibrate(
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
 ) -> None:
-    """Measure how long matrix products take on this machine; SparseMatrix chooses its kernels by that."""
-    machine = cost_model.calibrate(dtype, force=True).machine
-    file = cost_model.cache_file(machine)
-    kept = f"kept in {file}" if file.exists() else "not kept: it was disturbed, or there is no cache"
-    print_text(f"{machine}: {kept}")
+    """Measure how long matrix products take on this machine, half a minute; kernels are chosen by that."""
+    for measured in calibration.calibrate(dtype):
+        key = measured.costs.key
+        file = cost_model.cache_file(key)
+        print_text(
+            f"{key}: the fit is off by {measured.error:.0%} in the median, "
+            + (f"kept in {file}" if measured.stored else "not kept: it was disturbed, or there is no cache")
+        )
 
 
 def info() -> None:

@@ -1,147 +1,321 @@
-"""What a product costs on this machine: measured once, kept in the user's cache directory, and fitted.
+"""What a product costs: defaults that ship with the package, or what `sparsam calibrate` measured.
 
-For every kernel and every batch of a grid the time is taken to be
+For every kernel, and every batch of a grid, the time is taken to be
 
-    a + b (rows + cols) + c rows cols + d nnz        with a, b, c, d >= 0
+    a + b rows + c cols + d rows cols + e nnz + f (bytes beyond 2 MiB) + g (bytes beyond 32 MiB)
 
-and a, b, c, d are fitted to a few matrices of different shapes and densities, least squares of the relative
-error. Between two batches of the grid a product costs at least what it costs at the lower and at most what it
-costs at the upper one, and in between it is interpolated; beyond the grid, costs grow in proportion. How far
-the fit was off at its own measurements widens that range. Where ranges overlap, or the expected costs of two
-kernels lie within 25 %, the calibration cannot tell which is faster, and the matrix itself is timed.
+with coefficients of at least 0, where bytes are those of the weight in the form that the kernel reads: what
+does not fit the inner or the outer caches costs more. Between two batches of the grid the time is
+interpolated; beyond it, times grow in proportion.
+
+Nothing here measures, and nothing is written. A calibration is read once, and a damaged one is as good as
+none. There are no locks: looking up twice gives the same.
 """
 
 from __future__ import annotations
 
-import itertools
 import json
-import math
 import os
 import platform
-import threading
-import time
 from bisect import bisect_left
-from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from functools import cache
 from hashlib import sha256
+from importlib.resources import files
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, ClassVar
 
-import ml_dtypes  # noqa: F401 - makes NumPy know "bfloat16"
-import numpy as np
-from numpy.typing import NDArray
+from msgspec import Meta
 
 from sparsam import _core
-from sparsam.checkpoint.atomic import publish
-from sparsam.sparse.matmul import KERNELS, multiply
+from sparsam.checkpoint.json_state import Document, Positive, read
+from sparsam.sparse.blas import numpy_blas
 
 __all__ = [
+    "BATCHES",
+    "KERNEL_REVISION",
     "CostModel",
-    "Estimate",
-    "Machine",
+    "Costs",
+    "Key",
+    "Weight",
     "bucket",
     "cache_file",
-    "calibrate",
-    "candidates",
-    "contenders",
+    "calibrated",
+    "cost_model",
     "cpu",
-    "fastest",
-    "is_off",
+    "dense_key",
+    "features",
+    "forget",
+    "kernel_key",
+    "lookup",
+    "shipped",
 ]
 
-DTYPES = ("float32", "bfloat16", "float16")
 BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
-# "bitmask" expands the weights again for every few rows of x: past this batch it can only lose.
-BITMASK_BATCHES = 16
-CLOSE = 1.25
-SETTLE = 0.04  # OpenBLAS's threads wait actively for 2^26 ticks of the time stamp counter, 22 ms at 3 GHz
+BITMASK_BATCHES = 5  # of BATCHES: it expands the weights anew for every few rows of x; time grows with them
+DTYPES = ("float32", "bfloat16", "float16")
+KERNEL_REVISION = 2
+"""Count this up when kernels change so much that calibrations measured before mislead."""
 
-_SHAPES = ((128, 1024), (768, 768), (64, 64), (768, 192))
-_LARGE = (2048, 4096)  # past the inner caches; measured with the small batches, which memory limits
-_SECONDS = 5.0  # after which no further shape is begun: the machine is slow, or busy
-_BUSY = 0.5  # a fit that is off by more, in the median, is not worth keeping
-_DENSITIES = (0.7, 0.3, 0.05)
-_KINDS = (*KERNELS, "blocks")  # "blocks": "panels" where aligned groups of four rows share their columns
-_VERSION = 1
+# Kind of product -> how many of BATCHES have coefficients. "blocks": panels of aligned groups of four rows
+# that share their columns.
+KINDS = {"bitmask": BITMASK_BATCHES, "panels": len(BATCHES), "blocks": len(BATCHES), "dense": len(BATCHES)}
 
-_lock = threading.RLock()
-_known: dict[Machine, CostModel] = {}
+_INNER, _OUTER = 2 << 20, 32 << 20
+_KNOWN = 64  # costs kept in memory: one for each instruction set, dtype and number of threads in use
+_REMEDY = "delete it, or measure anew with `sparsam calibrate`"
 
-
-class Estimate(NamedTuple):
-    """Seconds: what is expected, and the range in which the truth lies if the calibration is right."""
-
-    low: float
-    expected: float
-    high: float
+Coefficient = Annotated[float, Meta(ge=0, le=1)]  # seconds
+Row = tuple[Coefficient, Coefficient, Coefficient, Coefficient, Coefficient, Coefficient, Coefficient]
 
 
 @dataclass(frozen=True)
-class Machine:
-    """What costs depend on; the calibration is kept under it."""
+class Weight:
+    """What the time of a product depends on, of the weight.
+
+    Attributes:
+        rows: Outputs.
+        cols: Inputs.
+        nnz: Stored values.
+        dtype: Of the values: "float32", "bfloat16" or "float16".
+        blocked: Whether aligned groups of four rows share their columns.
+    """
+
+    rows: int
+    cols: int
+    nnz: int
+    dtype: str
+    blocked: bool = False
+
+    @classmethod
+    def of(cls, packed: _core.Packed) -> Weight:
+        """What a packed weight is."""
+        return cls(packed.rows, packed.cols, packed.nnz, packed.dtype, packed.blocked > 0)
+
+
+@dataclass(frozen=True)
+class Key:
+    """What measured costs depend on.
+
+    Attributes:
+        cpu: The processor.
+        library: "avx512", "avx2", "generic" for our kernels; "numpy" or "torch" for dense products.
+        version: Of the kernels or of the BLAS.
+        dtype: Of the packed values, or of x and the weight in a dense product.
+        threads: That the library uses.
+    """
 
     cpu: str
-    isa: str
-    threads: int
+    library: str
+    version: str
     dtype: str
-    sparsam: str
-    numpy: str
+    threads: int
 
     def __str__(self) -> str:
-        return f"{self.cpu}, {self.isa}, {self.threads} threads, {self.dtype} values"
+        return f"{self.library}, {self.dtype}, {self.threads} threads"
+
+
+class Costs(Document, frozen=True):
+    """The coefficients of one library for one dtype and number of threads.
+
+    Attributes:
+        cpu: As in `Key`, like the next four: where and with what it was measured.
+        library: See `Key`.
+        version: See `Key`.
+        dtype: See `Key`.
+        threads: See `Key`.
+        fits: Kind of product -> for each of its batches, the coefficients.
+    """
+
+    WHAT: ClassVar[str] = "a calibration"
+    MARK: ClassVar[str] = "sparsam_costs"
+    VERSION: ClassVar[int] = 2
+
+    cpu: str
+    library: str
+    version: str
+    dtype: str
+    threads: Positive
+    fits: dict[str, list[Row]]
+
+    def __post_init__(self) -> None:
+        for kind, rows in self.fits.items():
+            if KINDS.get(kind) != len(rows) or not all(map(any, rows)):
+                wanted = f"{KINDS.get(kind, 'no')} rows of coefficients, none of them all 0"
+                msg = f"fits.{kind}: expected {wanted}; got {len(rows)} rows"
+                raise ValueError(msg)
+        dense = self.fits.keys() == {"dense"}
+        if not dense and self.fits.keys() != KINDS.keys() - {"dense"}:
+            msg = f"fits: expected those of {', '.join(KINDS)}; got those of {', '.join(self.fits)}"
+            raise ValueError(msg)
+
+    @property
+    def key(self) -> Key:
+        """What it was measured for."""
+        return Key(self.cpu, self.library, self.version, self.dtype, self.threads)
+
+    def seconds(self, kind: str, weight: Weight, batch: int) -> float:
+        """What one product is expected to take."""
+        rows, terms = self.fits[kind], features(kind, weight)
+        above = min(bisect_left(BATCHES, batch), len(rows) - 1)
+        below = above - 1 if above and batch < BATCHES[above] else above
+        low, high = (sum(map(float.__mul__, rows[i], terms)) for i in (below, above))
+        if below == above:
+            return high * max(1.0, batch / BATCHES[above])
+        share = (batch - BATCHES[below]) / (BATCHES[above] - BATCHES[below])
+        return low + share * (high - low)
+
+
+class Defaults(Document, frozen=True):
+    """The costs that ship with the package: python/sparsam/sparse/default_costs.json.
+
+    Attributes:
+        costs: For every library, dtype and some numbers of threads.
+    """
+
+    WHAT: ClassVar[str] = "the default costs"
+    MARK: ClassVar[str] = "sparsam_default_costs"
+
+    costs: list[Costs]
 
 
 @dataclass(frozen=True)
 class CostModel:
-    """The fitted costs.
+    """What every kernel costs: ours, and the dense product of one BLAS.
 
     Attributes:
-        machine: Where they were measured.
-        fits: Kind of product -> one row (a, b, c, d) for each of BATCHES.
-        errors: Kind of product -> for each of BATCHES, the largest relative error of the fit where it was
-            measured.
+        kernels: The costs of "bitmask" and "panels".
+        dense: The costs of "dense".
+        source: "default costs" or "calibrated costs": where those of the kernels are from.
     """
 
-    machine: Machine
-    fits: Mapping[str, tuple[tuple[float, ...], ...]]
-    errors: Mapping[str, tuple[float, ...]]
+    kernels: Costs
+    dense: Costs
+    source: str
 
-    def estimates(
-        self, shape: tuple[int, int], nnz: int, batch: int, *, blocked: bool
-    ) -> dict[str, Estimate]:
-        """What each kernel that can be of use for that batch costs."""
-        return {
-            kernel: self._estimate("blocks" if blocked and kernel == "panels" else kernel, shape, nnz, batch)
-            for kernel in candidates(batch)
-        }
+    def seconds(self, kernel: str, weight: Weight, batch: int) -> float:
+        """What one product is expected to take.
 
-    def _estimate(self, kind: str, shape: tuple[int, int], nnz: int, batch: int) -> Estimate:
-        features = _features(shape, nnz)
-        rows = self.fits[kind]
-        above = min(bisect_left(BATCHES, batch), len(rows) - 1)
-        below = max(above - 1, 0) if batch < BATCHES[above] else above
-        high, low = (sum(map(float.__mul__, rows[i], features)) for i in (above, below))
-        high = max(low, high)
-        grown = max(1.0, batch / BATCHES[len(rows) - 1])
-        share = (batch - BATCHES[below]) / (BATCHES[above] - BATCHES[below]) if below < above else 0.0
-        error = max(self.errors[kind][below], self.errors[kind][above])
-        expected = low + share * (high - low)
-        return Estimate(low * (1 - error) * grown, expected * grown, high * (1 + error) * grown)
+        Args:
+            kernel: "dense", "bitmask" or "panels".
+            weight: The weight.
+            batch: Rows of x.
+        """
+        if kernel == "dense":
+            return self.dense.seconds("dense", weight, batch)
+        kind = "blocks" if weight.blocked and kernel == "panels" else kernel
+        return self.kernels.seconds(kind, weight, batch)
+
+    def __str__(self) -> str:
+        kernels = self.kernels
+        return f"{self.source} ({kernels.library}, {kernels.threads} threads, {kernels.dtype} values)"
 
 
-def candidates(batch: int) -> tuple[str, ...]:
-    """The kernels that can be of use for a batch."""
-    return KERNELS if batch <= BITMASK_BATCHES else tuple(k for k in KERNELS if k != "bitmask")
+def cost_model(dtype: str, dense: Key | None = None) -> CostModel:
+    """The costs that hold now: for the active instruction set, the threads, and a BLAS.
+
+    Args:
+        dtype: Of the packed values.
+        dense: What multiplies densely; by default NumPy's BLAS.
+    """
+    kernels, source = lookup(kernel_key(dtype))
+    return CostModel(kernels, lookup(dense or dense_key())[0], source)
 
 
-def contenders(estimates: Mapping[str, Estimate]) -> list[str]:
-    """The kernels among which the estimates cannot tell which is fastest, the likeliest first."""
-    order = sorted(estimates, key=lambda kernel: estimates[kernel].expected)
-    best = estimates[order[0]]
-    return [
-        k for k in order if estimates[k].expected <= CLOSE * best.expected or estimates[k].low < best.high
-    ]
+def kernel_key(dtype: str) -> Key:
+    """Our kernels as they run now, for packed values of a dtype."""
+    version = f"revision {KERNEL_REVISION}"
+    return Key(cpu(), _core.active_isa(), version, dtype, _core.num_threads())
+
+
+def dense_key(
+    library: str = "numpy", version: str | None = None, dtype: str = "float32", threads: int | None = None
+) -> Key:
+    """Dense products of a library: NumPy's BLAS as it runs now, or what the caller says."""
+    if version is None or threads is None:
+        version, threads = numpy_blas()
+    return Key(cpu(), library, version, dtype, threads)
+
+
+def lookup(key: Key) -> tuple[Costs, str]:
+    """The costs that were calibrated for the key, or else the shipped ones, and which of the two it was."""
+    found = _known.get(key)
+    if found is None:
+        own = None if _is_off() else calibrated(key)
+        found = (shipped(key), "default costs") if own is None else (own, "calibrated costs")
+        if len(_known) >= _KNOWN:
+            _known.clear()
+        _known[key] = found
+    return found
+
+
+_known: dict[Key, tuple[Costs, str]] = {}
+
+
+def forget() -> None:
+    """Look for calibrations anew: one was just made."""
+    _known.clear()
+
+
+def shipped(key: Key) -> Costs:
+    """The default costs: those of the library and dtype with the most threads that the key has.
+
+    More threads than were measured share the work of those. A BLAS multiplies a dtype that was not measured
+    like float32, and an unknown instruction set costs what "generic" does.
+    """
+    known: dict[tuple[str, str], list[Costs]] = {}
+    for costs in _defaults().costs:
+        known.setdefault((costs.library, costs.dtype), []).append(costs)
+    likest = [(key.library, key.dtype), (key.library, "float32"), ("generic", key.dtype)]
+    found = next(known[name] for name in likest if name in known)
+    best = max(
+        (costs for costs in found if costs.threads <= key.threads),
+        key=lambda costs: costs.threads,
+        default=min(found, key=lambda costs: costs.threads),
+    )
+    share = best.threads / key.threads
+    fits = {
+        kind: [(row[0], *(share * value for value in row[1:])) for row in rows]
+        for kind, rows in best.fits.items()
+    }
+    return Costs(fits=fits, **asdict(key))  # type: ignore[arg-type]
+
+
+@cache
+def _defaults() -> Defaults:
+    file = files("sparsam.sparse") / "default_costs.json"
+    return Defaults.from_json(file.read_bytes(), "default_costs.json", "install sparsam anew")
+
+
+def calibrated(key: Key) -> Costs | None:
+    """What was measured on this machine for the key; None where there is nothing that could be it."""
+    with suppress(OSError, ValueError, RuntimeError):
+        file = cache_file(key)
+        costs = Costs.from_json(read(file, _REMEDY), str(file), _REMEDY)
+        return costs if costs.key == key else None
+    return None
+
+
+def cache_file(key: Key) -> Path:
+    """Where the calibration for a key is kept: below $XDG_CACHE_HOME, or ~/.cache."""
+    cache_home = os.environ.get("XDG_CACHE_HOME", "")
+    folder = Path(cache_home) if Path(cache_home).is_absolute() else Path.home() / ".cache"
+    digest = sha256(json.dumps(asdict(key)).encode()).hexdigest()[:16]
+    return folder / "sparsam" / f"costs-{digest}.json"
+
+
+def features(kind: str, weight: Weight) -> tuple[float, ...]:
+    """What the coefficients multiply."""
+    rows, cols, nnz = map(float, (weight.rows, weight.cols, weight.nnz))
+    width = 4 if weight.dtype == "float32" else 2
+    if kind == "dense":
+        size, nnz = 4 * rows * cols, 0.0
+    elif kind == "bitmask":
+        size = rows * cols / 8 + width * nnz
+    else:
+        size = (width + 1) * nnz
+    return 1.0, rows, cols, rows * cols, nnz, max(0.0, size - _INNER), max(0.0, size - _OUTER)
 
 
 def bucket(batch: int) -> int:
@@ -150,142 +324,7 @@ def bucket(batch: int) -> int:
     return -(-batch // step) * step
 
 
-def fastest(run: Callable[[], object], *, settle: float = SETTLE, seconds: float = 0.01) -> float:
-    """The shortest time of a run: an interruption only lengthens one, so that is the time to compare.
-
-    Args:
-        run: What to time.
-        settle: Seconds to warm up, at least once. By default long enough for the threads of another library
-            that ran just before to stop spinning, in the way of these.
-        seconds: After 3 runs, and this time or 20 runs, it is enough; after one if that is slow.
-    """
-    end = time.perf_counter() + settle
-    while True:
-        run()
-        if time.perf_counter() >= end:
-            break
-    best, end = math.inf, time.perf_counter() + seconds
-    for done in range(1, 21):
-        start = time.perf_counter()
-        run()
-        now = time.perf_counter()
-        best = min(best, now - start)
-        if now > end and (done >= 3 or best > 0.05):
-            break
-    return best
-
-
-def is_off() -> bool:
-    """Whether SPARSAM_CALIBRATION=off: then every matrix is timed, and nothing is measured beforehand.
-
-    Raises:
-        ValueError: The variable has another value.
-    """
-    value = os.environ.get("SPARSAM_CALIBRATION", "")
-    if value not in {"", "on", "off"}:
-        msg = f"environment variable SPARSAM_CALIBRATION={value!r}: expected on or off"
-        raise ValueError(msg)
-    return value == "off"
-
-
-def calibrate(dtype: str = "float32", *, force: bool = False) -> CostModel:
-    """The costs of products on this machine, with the active instruction set and number of threads.
-
-    They are measured on first use, in two or three seconds, and kept in `$XDG_CACHE_HOME/sparsam` (by default
-    ~/.cache/sparsam), unless other work disturbed the measurement. A cache that is damaged, or cannot be
-    written, is as good as none.
-
-    Args:
-        dtype: Of the packed values: "float32", "bfloat16" or "float16".
-        force: Measure again, for example because the machine was busy.
-
-    Raises:
-        ValueError: Another dtype.
-    """
-    if dtype not in DTYPES:
-        msg = f"dtype={dtype!r}: expected one of {', '.join(DTYPES)}"
-        raise ValueError(msg)
-    machine = Machine(
-        cpu(), _core.active_isa(), _core.num_threads(), dtype, _core.__version__, np.__version__
-    )
-    with _lock:
-        found = None if force else _known.get(machine) or _read(machine)
-        if found is None:
-            found = _measure(machine)
-            if np.median(list(itertools.chain.from_iterable(found.errors.values()))) < _BUSY:
-                _write(found)
-        _known[machine] = found
-        return found
-
-
-def _features(shape: tuple[int, int], nnz: int) -> tuple[float, ...]:
-    rows, cols = map(float, shape)
-    return 1.0, rows + cols, rows * cols, float(nnz)
-
-
-def _measure(machine: Machine) -> CostModel:
-    """Times every kind of product on matrices of different shapes and densities, and fits."""
-    seen: dict[tuple[str, int], dict[tuple[float, ...], float]] = {}
-    end, last = time.perf_counter() + _SECONDS, ""
-    # Twice, some time apart, and the shorter time counts: what disturbed the one may not disturb the other.
-    for shape in 2 * (*_SHAPES, _LARGE):
-        if time.perf_counter() > end and seen:
-            break
-        batches = BATCHES if shape != _LARGE else BATCHES[: BATCHES.index(BITMASK_BATCHES) + 1]
-        for kinds, weights in _samples(shape):
-            packed = _core.Packed.pack(weights.astype(machine.dtype))
-            packed.add("panels")
-            for kind, batch in itertools.product(kinds, batches):
-                kernel = "panels" if kind == "blocks" else kind
-                if kernel in candidates(batch):
-                    seconds = _time(kernel, packed, weights, batch, SETTLE if kind != last else 0.0)
-                    last = kind
-                    features = _features(shape, 0 if kind == "dense" else packed.nnz)
-                    times = seen.setdefault((kind, batch), {})
-                    times[features] = min(times.get(features, math.inf), seconds)
-    fitted = {key: _fit(np.array([*times]), np.array([*times.values()])) for key, times in seen.items()}
-    rows = {kind: [fitted[kind, n] for n in BATCHES if (kind, n) in fitted] for kind in _KINDS}
-    return CostModel(
-        machine,
-        {kind: tuple(fit for fit, _ in row) for kind, row in rows.items()},
-        {kind: tuple(error for _, error in row) for kind, row in rows.items()},
-    )
-
-
-def _samples(shape: tuple[int, int]) -> Iterator[tuple[tuple[str, ...], NDArray[np.float32]]]:
-    """Matrices, the same each time, and the kinds of products to time with them."""
-    rng = np.random.default_rng(0)
-    weights = rng.standard_normal(shape, dtype=np.float32)
-    yield ("dense",), weights
-    for density in _DENSITIES:
-        draws = rng.random(shape, dtype=np.float32)
-        yield ("bitmask", "panels"), np.where(draws < density, weights, np.float32(0))
-        yield ("blocks",), np.where(np.repeat(draws[::4], 4, axis=0) < density, weights, np.float32(0))
-
-
-def _time(kernel: str, packed: _core.Packed, dense: NDArray[np.float32], batch: int, settle: float) -> float:
-    x, y = np.ones((batch, packed.cols), np.float32), np.empty((batch, packed.rows), np.float32)
-    return fastest(lambda: multiply(kernel, packed, dense, x, None, "", y), settle=settle, seconds=1e-3)
-
-
-def _fit(features: NDArray[Any], seconds: NDArray[Any]) -> tuple[tuple[float, ...], float]:
-    """Least squares of the relative error among the nonnegative coefficients, and the largest relative error.
-
-    The best nonnegative coefficients are the unconstrained best of those features whose coefficients are not
-    0; with four features all sets can be tried.
-    """
-    relative = features / seconds[:, None]
-    n = relative.shape[1]
-    best, least = np.zeros(n), math.inf
-    for used in (list(c) for size in range(1, n + 1) for c in itertools.combinations(range(n), size)):
-        found = np.linalg.lstsq(relative[:, used], np.ones(len(relative)), rcond=None)[0]
-        error = float(np.square(relative[:, used] @ found - 1).sum())
-        if (found >= 0).all() and error < least:
-            best, least = np.zeros(n), error
-            best[used] = found
-    return tuple(map(float, best)), float(np.abs(relative @ best - 1).max())
-
-
+@cache
 def cpu() -> str:
     """The processor's name, with what tells apart models that share it."""
     fields: dict[str, str] = {}
@@ -298,52 +337,14 @@ def cpu() -> str:
     return f"{name} ({'/'.join(numbers)})" if numbers else name
 
 
-def cache_file(machine: Machine) -> Path:
-    """Where the calibration of a machine is kept."""
-    cache = os.environ.get("XDG_CACHE_HOME", "")
-    folder = Path(cache) if Path(cache).is_absolute() else Path.home() / ".cache"
-    digest = sha256(json.dumps(asdict(machine)).encode()).hexdigest()[:16]
-    return folder / "sparsam" / f"costs-{digest}.json"
+def _is_off() -> bool:
+    """Whether SPARSAM_CALIBRATION=off: then the default costs are used, whatever was calibrated.
 
-
-def _read(machine: Machine) -> CostModel | None:
-    """The stored calibration; None where there is none, or nothing that could be one."""
-    try:
-        stored = json.loads(cache_file(machine).read_bytes())
-        if stored["sparsam_costs"] != _VERSION or stored["machine"] != asdict(machine):
-            return None
-        fits = {kind: tuple(tuple(map(float, row)) for row in stored["fits"][kind]) for kind in _KINDS}
-        errors = {kind: tuple(map(float, stored["errors"][kind])) for kind in _KINDS}
-    except (
-        OSError,
-        RuntimeError,
-        ValueError,
-        TypeError,
-        LookupError,
-        AttributeError,
-        ArithmeticError,
-        RecursionError,
-    ):
-        return None
-    costs = CostModel(machine, fits, errors)
-    return costs if _valid(costs) else None
-
-
-def _valid(costs: CostModel) -> bool:
-    """Whether there is a fit for every kind of product and batch, of numbers that costs can be."""
-    for kind in _KINDS:
-        rows, errors = costs.fits[kind], costs.errors[kind]
-        length = sum(kind != "bitmask" or n <= BITMASK_BATCHES for n in BATCHES)
-        if {len(rows), len(errors)} != {length} or any(len(row) != 4 or not any(row) for row in rows):
-            return False
-        if not all(0 <= value < math.inf for value in itertools.chain(errors, *rows)):
-            return False
-    return True
-
-
-def _write(costs: CostModel) -> None:
-    with suppress(OSError, RuntimeError):
-        file = cache_file(costs.machine)
-        file.parent.mkdir(parents=True, exist_ok=True)
-        content = json.dumps({"sparsam_costs": _VERSION, **asdict(costs)}, indent=1)
-        publish({file: lambda path: path.write_text(content, encoding="utf-8")})
+    Raises:
+        ValueError: The variable has another value.
+    """
+    value = os.environ.get("SPARSAM_CALIBRATION", "")
+    if value not in {"", "on", "off"}:
+        msg = f"environment variable SPARSAM_CALIBRATION: expected on or off; got {value!r}"
+        raise ValueError(msg)
+    return value == "off"

@@ -1,22 +1,22 @@
-"""Which kernel multiplies a batch: by the calibrated costs, and by trial where they cannot tell."""
+"""Which kernel multiplies a batch: a pure function of the weight, the batch, and what kernels cost."""
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 
-import numpy as np
+from sparsam.sparse.cost_model import CostModel, Weight
+from sparsam.sparse.matmul import KERNELS
 
-from sparsam._core import Packed
-from sparsam.sparse import cost_model
-from sparsam.sparse.matmul import Floats, multiply
+__all__ = ["Candidate", "Explanation", "KernelChoice", "choose", "needed_kernels"]
 
-__all__ = ["Candidate", "Explanation", "KernelChoice", "choose", "unpack"]
+FURTHER_FORM = 1.1
+"""A kernel that needs a further form of the weight must be faster by this factor to be worth its memory."""
 
-_TRIALS = 3
-_ODD = 1.5  # times longer than the calibration holds possible
+SECOND_FORM = 1.25
+"""So much slower than the fastest may the one form that is kept be, for any batch that was prepared."""
 
 
 @dataclass(frozen=True)
@@ -25,16 +25,12 @@ class Candidate:
 
     Attributes:
         kernel: "dense", "bitmask" or "panels".
-        expected: Microseconds that the calibration predicts; None where nothing is calibrated.
-        low: The least that it may be, as far as the calibration can tell.
-        high: The most.
-        measured: Microseconds that it took on this very matrix; None where it was not tried.
+        expected: Microseconds by the cost model.
+        measured: Microseconds that it took on this very weight; None where it was not tried.
     """
 
     kernel: str
     expected: float | None = None
-    low: float | None = None
-    high: float | None = None
     measured: float | None = None
 
     def __str__(self) -> str:
@@ -42,13 +38,13 @@ class Candidate:
         if self.measured is not None:
             parts.append(f"{self.measured:,.1f} us measured on this matrix")
         if self.expected is not None:
-            parts.append(f"{self.expected:,.1f} us expected ({self.low:,.1f} to {self.high:,.1f})")
-        return f"{self.kernel:8} {'; '.join(parts) or 'not measured'}"
+            parts.append(f"{self.expected:,.1f} us expected")
+        return f"{self.kernel:8} {'; '.join(parts)}"
 
 
 @dataclass(frozen=True)
 class KernelChoice:
-    """The kernel for a batch, why, and what was considered, the likeliest first."""
+    """The kernel for a batch, why, and what was considered: the one that runs first, then by time."""
 
     kernel: str
     reason: str
@@ -78,72 +74,56 @@ class Explanation:
         return "\n  ".join((head, *map(str, self.candidates)))
 
 
-def choose(packed: Packed, dense: Floats | None, batch: int) -> tuple[KernelChoice, Floats | None]:
-    """The plan for a batch, and the dense copy if there was one or a trial made one.
+def choose(
+    weight: Weight,
+    batch: int,
+    costs: CostModel,
+    *,
+    kernels: Sequence[str] = KERNELS,
+    held: Sequence[str] | None = None,
+) -> KernelChoice:
+    """The cheapest kernel for a batch; the same arguments give the same choice.
 
     Args:
-        packed: The matrix; a trial leaves in it the layouts that it built.
-        dense: Its dense copy, if there is one.
-        batch: The number of rows of x.
+        weight: What is multiplied with.
+        batch: Rows of x.
+        costs: See `cost_model.cost_model`.
+        kernels: Those that may run.
+        held: Those whose form is there whatever is chosen. Others must be faster by `FURTHER_FORM`; by
+            default none must.
     """
-    if batch == 0 or packed.nnz == 0:
-        return KernelChoice("panels", "for there is nothing to multiply"), dense
-    if cost_model.is_off():
-        expected: Mapping[str, cost_model.Estimate] = {}
-        close: Sequence[str] = cost_model.candidates(batch)
-        why = "nothing is calibrated (SPARSAM_CALIBRATION=off)"
-    else:
-        fitted = cost_model.calibrate(packed.dtype)
-        blocked = packed.blocked > 0
-        expected = fitted.estimates((packed.rows, packed.cols), packed.nnz, batch, blocked=blocked)
-        close = cost_model.contenders(expected)
-        why = f"the calibration of this machine ({fitted.machine}) cannot tell"
-    measured: dict[str, float] = {}
-    if len(close) > 1:
-        if "dense" in close and dense is None:
-            dense = unpack(packed)
-        measured = _try(close, packed, dense, batch, expected)
-        # A time that stays impossible was that of other work, and says no more than the calibration does.
-        close = sorted(close, key=lambda kernel: min(measured[kernel], _most(expected.get(kernel))))
-        reason = f"the fastest of {len(close)} tried on this matrix, as {why}"
-    else:
-        reason = f"by the calibration of this machine ({fitted.machine})"
-    others = sorted(expected.keys() - set(close), key=lambda kernel: expected[kernel].expected)
-    found = tuple(_candidate(k, expected.get(k), measured.get(k)) for k in (*close, *others))
-    return KernelChoice(close[0], reason, found), dense
+    if batch == 0 or weight.nnz == 0:
+        return KernelChoice((*(held or ()), *kernels)[0], "since there is nothing to multiply")
+    seconds = {kernel: costs.seconds(kernel, weight, batch) for kernel in kernels}
+    free = kernels if held is None else held
+    chosen = min(kernels, key=lambda kernel: seconds[kernel] * (1.0 if kernel in free else FURTHER_FORM))
+    order = sorted(kernels, key=lambda kernel: (kernel != chosen, seconds[kernel]))
+    candidates = tuple(Candidate(kernel, 1e6 * seconds[kernel]) for kernel in order)
+    among = "" if len(kernels) == len(KERNELS) else f" among {', '.join(kernels)}"
+    return KernelChoice(chosen, f"the cheapest{among} by {costs}", candidates)
 
 
-def unpack(packed: Packed) -> Floats:
-    """The dense copy that "dense" multiplies with."""
-    dense: Floats = packed.unpack().astype(np.float32, copy=False)
-    return dense
+def needed_kernels(
+    times: Sequence[Mapping[str, float]], required: Sequence[str] = (), *, tolerance: float = SECOND_FORM
+) -> tuple[str, ...]:
+    """The fewest kernels with which every batch takes at most `tolerance` times its best time.
 
+    Args:
+        times: For each batch, the seconds that each kernel takes; one that is missing cannot be used.
+        required: Kernels that are needed in any case.
+        tolerance: See there.
 
-def _try(
-    kernels: Sequence[str],
-    packed: Packed,
-    dense: Floats | None,
-    batch: int,
-    expected: Mapping[str, cost_model.Estimate],
-) -> dict[str, float]:
-    """Seconds that the kernels take; measured again where other work on the machine seems to interfere."""
-    x, y = np.ones((batch, packed.cols), np.float32), np.empty((batch, packed.rows), np.float32)
-    found = dict.fromkeys(kernels, math.inf)
-    for form in set(kernels) - {"dense"}:
-        packed.add(form)
-    for _ in range(_TRIALS):
-        for kernel in kernels:
-            run = partial(multiply, kernel, packed, dense, x, None, "", y)
-            found[kernel] = min(found[kernel], cost_model.fastest(run))
-        if all(found[kernel] <= _most(expected.get(kernel)) for kernel in kernels):
-            break
-    return found
+    Returns:
+        `required` and what is needed beside. Among as many kernels those whose times, relative to the best
+        of each batch, sum up to the least.
+    """
 
+    def slowdowns(kernels: tuple[str, ...]) -> list[float]:
+        return [min(t.get(kernel, math.inf) for kernel in kernels) / min(t.values()) for t in times]
 
-def _most(estimate: cost_model.Estimate | None) -> float:
-    return math.inf if estimate is None else _ODD * estimate.high
-
-
-def _candidate(kernel: str, estimate: cost_model.Estimate | None, measured: float | None) -> Candidate:
-    low, expected, high = (None,) * 3 if estimate is None else (1e6 * seconds for seconds in estimate)
-    return Candidate(kernel, expected, low, high, None if measured is None else 1e6 * measured)
+    others = [kernel for kernel in KERNELS if kernel not in required]
+    for size in range(0 if required else 1, len(others) + 1):
+        sets = [(*required, *more) for more in itertools.combinations(others, size)]
+        if good := [kernels for kernels in sets if all(slow <= tolerance for slow in slowdowns(kernels))]:
+            return min(good, key=lambda kernels: sum(slowdowns(kernels)))
+    return KERNELS

@@ -1,7 +1,7 @@
 """The ways to multiply with a packed matrix, called alike.
 
-"bitmask" and "panels" are kernels of the core: the one streams the bits and values as they are stored, the
-other runs over a layout that it derives from them. "dense" is NumPy's BLAS over an unpacked copy.
+"bitmask" and "panels" are kernels of the core, each over the form of its name. "dense" is NumPy's BLAS over
+an unpacked copy.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _IDENTITY.add("panels")
 
 def multiply(
     kernel: str,
-    packed: Packed,
+    packed: Packed | None,
     dense: Floats | None,
     x: Floats,
     bias: Floats | None,
@@ -36,19 +36,21 @@ def multiply(
 
     Args:
         kernel: One of KERNELS.
-        packed: W.
-        dense: W once more, unpacked; only "dense" needs it.
+        packed: W, with the form that the kernel reads; "dense" can do without.
+        dense: W unpacked; only "dense" needs it.
         x: (n, in), in C order.
         bias: (out,), contiguous, or None.
         activation: One of ACTIVATIONS, or "".
         out: (n, out), in C order; overlaps no other argument.
     """
     if kernel != "dense":
+        assert packed is not None
         packed.linear(kernel, x, bias, activation, out)
         return
     assert dense is not None
     if not math.isfinite(np.vdot(x, x)):
         # There an infinity or a NaN times a pruned weight would be a NaN. (Large numbers: only slower.)
+        packed = packed or Packed.pack(dense)
         packed.linear(packed.forms[-1], x, bias, activation, out)
         return
     with np.errstate(all="ignore"):  # as in the kernels, infinities and NaN are results like others

@@ -1,67 +1,95 @@
-"""SparseMatrix: a pruned weight matrix, packed, and products by the kernel that is fastest for the batch."""
+"""SparseMatrix: a pruned weight matrix, packed, and products by the kernel that is cheapest for the batch."""
 
 from __future__ import annotations
 
 import operator
 import os
 import threading
-from collections.abc import Mapping
-from typing import Any, Literal, TypeAlias
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, NoReturn, TypeAlias
 
-import ml_dtypes
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
-from sparsam import checkpoint
+from sparsam import _core, checkpoint
 from sparsam._core import Packed
+from sparsam.masks import Mask
 from sparsam.patterns import NM, Block, Unstructured
-from sparsam.sparse import cost_model
-from sparsam.sparse.dispatch import Explanation, KernelChoice, choose, unpack
-from sparsam.sparse.matmul import ACTIVATIONS, KERNELS, Floats, multiply
+from sparsam.sparse.arguments import DTYPES, Activation, check_activation, check_out, inputs, vector, weights
+from sparsam.sparse.conversions import csr_of, dense_of, keep_of
+from sparsam.sparse.cost_model import bucket, cost_model
+from sparsam.sparse.dispatch import Explanation, KernelChoice, choose
+from sparsam.sparse.forms import Forms
+from sparsam.sparse.matmul import KERNELS
+from sparsam.sparse.preparation import Preparation, measure
+from sparsam.sparse.stored import from_arrays, recognise, to_arrays
 
-__all__ = ["SparseMatrix", "recognise"]
+__all__ = ["SparseMatrix"]
 
-Activation: TypeAlias = Literal["relu", "gelu", "gelu_tanh", "silu"]
 StrPath: TypeAlias = "str | os.PathLike[str]"
 
-_DTYPES: dict[str, np.dtype[Any]] = {
-    "float32": np.dtype(np.float32),
-    "bfloat16": np.dtype(ml_dtypes.bfloat16),
-    "float16": np.dtype(np.float16),
-}
-_FLOAT32 = _DTYPES["float32"]
+_FLOAT32 = DTYPES["float32"]
 _MARK = {"sparsam": "SparseMatrix 1"}
-_GROUPS = (2, 4, 8, 16, 32)
-_MOST_EMPTY_ROWS = 1 << 24  # of a matrix without columns, which still takes memory for its rows
+
+
+@dataclass(frozen=True)
+class _State:
+    """What a product reads, published as a whole.
+
+    Attributes:
+        forms: What there is to multiply with.
+        settings: Instruction set and number of threads; choices hold as long as these are active.
+        preparation: None until `prepare` is called.
+        choices: Batch -> its choice, for those used so far; at most _MAX_CHOICES.
+    """
+
+    forms: Forms
+    settings: tuple[str, int]
+    preparation: Preparation | None = None
+    choices: dict[int, KernelChoice] = field(default_factory=dict)
+
+
+_MAX_CHOICES = 256
+_publishing = threading.Lock()  # held for a comparison and an assignment, never while anything is computed
+
+
+def _after_fork() -> None:
+    """Another thread of the parent may have held the lock, and is not here to let it go."""
+    global _publishing  # noqa: PLW0603
+    _publishing = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
 
 
 class SparseMatrix:
     """A matrix (out, in), as `torch.nn.Linear` has it, of which only the nonzero weights are stored.
 
-    The stored form is one bit per weight and the nonzero values in order (docs/formats.md). What multiplies
-    depends on the batch, by costs measured on this machine: a kernel that expands the bits, a kernel over
-    panels derived from them, or, where that is faster, the dense product with a copy. `explain` tells which.
-    Layouts and copies are built when a batch first needs them, or by `prepare`, and counted in `nbytes`.
+    It is held as one bit per weight and the values in order (docs/formats.md), until a batch is cheaper by
+    another kernel: over panels of rows, or NumPy's dense product. The first such product builds that form, in
+    about the time that packing took, and it stays. A cost model says which kernel is cheapest: defaults of
+    this package, or what `sparsam calibrate` measured. Products measure nothing and write nothing.
 
-    The first product on a machine takes some seconds longer: it calibrates (`cost_model.calibrate`,
-    off with SPARSAM_CALIBRATION=off). The first product of a batch size may time its candidates. Kernels
-    round differently, in the last bits; `prepare(batch, kernel=...)` fixes one.
+    `prepare(batches)` measures the kernels on this matrix and keeps the forms that these batches need, one if
+    one will do; products then use these and build none. `explain(batch)` tells what runs and why, `nbytes`
+    counts all that is held. Kernels round differently, in the last bits; `prepare(batch, kernel=...)` fixes
+    one.
 
-    A pruned weight multiplies nothing: an infinity or a NaN in x reaches those outputs that have a nonzero
-    weight for it. A matrix may be used by several threads at once.
+    A pruned weight multiplies nothing: an infinity or a NaN in x reaches those outputs that have a stored
+    weight for it. A matrix may be used by several threads at once, and after a fork.
+
+    NumPy's functions get the dense content, `np.asarray(matrix)`; ufuncs and `array @ matrix` are errors.
     """
 
-    __slots__ = ("_dense", "_lock", "_packed", "_pattern", "_plans", "_shape")
-    __array_ufunc__ = None  # `array @ matrix` is an error, and not an attempt at arithmetic on objects
+    __slots__ = ("_pattern", "_shape", "_state")
 
     def __init__(self, packed: Packed) -> None:
-        """For this package; use `from_dense` or `load`."""
-        self._packed = packed
+        """For this package; use `from_dense`, `from_mask`, `from_scipy` or `load`."""
         self._shape = (packed.rows, packed.cols)
-        self._dense: Floats | None = None
         self._pattern: NM | Block | Unstructured | None = None
-        self._plans: dict[int, KernelChoice] = {}
-        self._lock = threading.RLock()
+        self._state = _State(Forms.of(packed), _settings())
 
     @classmethod
     def from_dense(cls, w: ArrayLike, *, dtype: DTypeLike | None = None) -> SparseMatrix:
@@ -76,20 +104,29 @@ class SparseMatrix:
             ValueError: `w` is not two-dimensional.
             TypeError: Another dtype.
         """
-        w = np.asarray(w)
-        if w.ndim != 2:
-            msg = f"w has shape {w.shape}: expected a matrix (out, in); reshape it to (shape[0], -1)"
+        return cls(Packed.pack(weights(w, dtype)))
+
+    @classmethod
+    def from_mask(
+        cls, w: ArrayLike, mask: Mask | NDArray[np.bool_], *, dtype: DTypeLike | None = None
+    ) -> SparseMatrix:
+        """Pack what a mask keeps; a weight that is kept stays so, even if it is 0.
+
+        Args:
+            w: As for `from_dense`; what it holds where the mask prunes does not matter.
+            mask: Of the shape of `w`; True where a weight is kept.
+            dtype: As for `from_dense`.
+
+        Raises:
+            ValueError: `w` is not two-dimensional, or the mask has another shape.
+            TypeError: Another dtype, or a mask that is not boolean.
+        """
+        kept_values = weights(w, dtype)
+        kept = mask if isinstance(mask, Mask) else Mask.from_array(mask)
+        if kept.shape != kept_values.shape:
+            msg = f"mask: expected shape {kept_values.shape}, as w has; got {kept.shape}"
             raise ValueError(msg)
-        if not _is_float(w.dtype):
-            msg = f"w has dtype {w.dtype}: expected float16, bfloat16, float32 or float64; use .astype"
-            raise TypeError(msg)
-        name = np.dtype(dtype).name if dtype is not None else w.dtype.name
-        if dtype is None and name == "float64":
-            name = "float32"
-        if name not in _DTYPES:
-            msg = f"dtype={dtype!r}: expected one of {', '.join(_DTYPES)}"
-            raise TypeError(msg)
-        return cls(Packed.pack(w.astype(_DTYPES[name], copy=False)))
+        return cls(Packed.from_mask(kept_values, kept._words))
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -98,12 +135,12 @@ class SparseMatrix:
 
     @property
     def nnz(self) -> int:
-        """The number of nonzero weights."""
-        return self._packed.nnz
+        """The number of stored weights."""
+        return self._state.forms.weight.nnz
 
     @property
     def density(self) -> float:
-        """The share of nonzero weights; 1.0 for a matrix without elements."""
+        """The share of stored weights; 1.0 for a matrix without elements."""
         size = self._shape[0] * self._shape[1]
         return self.nnz / size if size else 1.0
 
@@ -115,19 +152,25 @@ class SparseMatrix:
     @property
     def dtype(self) -> np.dtype[Any]:
         """The dtype of the values."""
-        return _DTYPES[self._packed.dtype]
+        return DTYPES[self._state.forms.weight.dtype]
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the stored form, the layouts derived so far, and the dense copy if one is kept."""
-        dense = self._dense
-        return self._packed.nbytes + (0 if dense is None else dense.nbytes)
+        """Bytes of all forms that are held, a dense copy included."""
+        return self._state.forms.nbytes
+
+    @property
+    def T(self) -> SparseMatrix:
+        """The transpose, packed anew."""
+        packed = self._state.forms.readable()
+        keep = Mask.from_array(keep_of(packed).T)
+        return SparseMatrix(Packed.from_mask(packed.unpack().T, keep._words))
 
     @property
     def pattern(self) -> NM | Block | Unstructured:
         """The regularity found: Block(4k, 1), NM(n, m) with m up to 32, or Unstructured()."""
         if self._pattern is None:
-            self._pattern = recognise(self._packed)
+            self._pattern = recognise(self._state.forms.readable())
         return self._pattern
 
     def linear(
@@ -153,33 +196,25 @@ class SparseMatrix:
             TypeError: An argument is not of floats.
         """
         rows, cols = self._shape
-        if type(x) is np.ndarray and x.dtype == _FLOAT32 and x.flags.c_contiguous:
-            rows_of_x = x
-        else:
-            rows_of_x = _floats("x", x)
-        if rows_of_x.ndim < 1 or rows_of_x.shape[-1] != cols:
-            msg = f"x has shape {rows_of_x.shape}: expected (..., {cols}) for a matrix of shape {self._shape}"
-            raise ValueError(msg)
-        addend = None if bias is None else _floats("bias", bias)
-        if addend is not None and addend.shape != (rows,):
-            msg = f"bias has shape {addend.shape}: expected ({rows},) for a matrix of shape {self._shape}"
-            raise ValueError(msg)
-        if activation is not None and activation not in ACTIVATIONS:
-            msg = f"activation={activation!r}: expected None or one of {', '.join(ACTIVATIONS)}"
-            raise ValueError(msg)
+        rows_of_x = inputs(x, self._shape)
+        addend = None if bias is None else vector(bias, self._shape)
+        check_activation(activation)
         shape = (*rows_of_x.shape[:-1], rows)
         y = out
         if y is not None:
-            _check_out(y, shape, {"x": x, "bias": bias})
+            check_out(y, shape, {"x": x, "bias": bias})
         if y is None or type(y) is not np.ndarray or y.dtype != _FLOAT32 or not y.flags.carray:
             y = np.empty(shape, np.float32)
         if y.size:
             batch = y.size // rows
-            plan = self._plans.get(batch) or self._plan(batch)
+            state = self._state
+            choice = state.choices.get(batch)
+            if choice is None or state.settings != _settings():
+                state, choice = self._choose(batch)
             x2, y2 = rows_of_x, y
             if len(shape) != 2:
                 x2, y2 = x2.reshape(batch, cols), y2.reshape(batch, rows)
-            multiply(plan.kernel, self._packed, self._dense, x2, addend, activation or "", y2)
+            state.forms.multiply(choice.kernel, x2, addend, activation or "", y2)
         if out is None or y is out:
             return y
         out[...] = y
@@ -190,44 +225,105 @@ class SparseMatrix:
         x = np.asarray(x)
         if x.ndim not in {1, 2} or x.shape[0] != self._shape[1]:
             expected = f"({self._shape[1]},) or ({self._shape[1]}, n)"
-            msg = f"x has shape {x.shape}: expected {expected} for a matrix of shape {self._shape}"
+            msg = f"x: expected shape {expected} for a matrix of shape {self._shape}; got {x.shape}"
             raise ValueError(msg)
         product: NDArray[Any] = self.linear(x.T).T
         return product
 
     def to_dense(self) -> NDArray[Any]:
         """The matrix with its zeros, in its dtype and C order."""
-        return self._packed.unpack()
+        return self._state.forms.readable().unpack()
 
-    def prepare(self, batch: int, *, kernel: str | None = None) -> None:
-        """Choose the kernel for a batch and build what it needs, so that the first product does not wait.
-
-        Args:
-            batch: The number of rows of x. What is chosen holds for batches of about this size.
-            kernel: "dense", "bitmask" or "panels" to fix the choice.
+    def __array__(self, dtype: DTypeLike | None = None, copy: bool | None = None) -> NDArray[Any]:
+        """The dense content, for NumPy's functions.
 
         Raises:
-            ValueError: `batch` is negative, or the kernel unknown.
+            ValueError: `copy` is False: what is packed cannot be seen without a copy.
         """
-        batch = operator.index(batch)
-        if batch < 0:
-            msg = f"batch={batch!r}: expected at least 0"
+        if copy is False:
+            msg = "copy: expected True or None, since the matrix is packed; got False; use to_dense()"
             raise ValueError(msg)
-        if kernel is None:
-            self._plan(batch)
-            return
-        if kernel not in KERNELS:
-            msg = f"kernel={kernel!r}: expected one of {', '.join(KERNELS)}"
+        return self.to_dense().astype(dtype or self.dtype, copy=False)
+
+    def __array_ufunc__(self, ufunc: np.ufunc, method: str, *inputs: Any, **kwargs: Any) -> NoReturn:
+        """Arithmetic by NumPy would unpack the matrix for every operation: it is an error."""
+        msg = f"np.{ufunc.__name__}: expected arrays; got a SparseMatrix; use .linear or .to_dense()"
+        raise TypeError(msg)
+
+    def to_scipy(self) -> Any:
+        """The matrix as a `scipy.sparse.csr_array` of float32; bfloat16 and float16 values are widened.
+
+        Raises:
+            ImportError: SciPy is not installed.
+        """
+        return csr_of(self._state.forms.readable())
+
+    @classmethod
+    def from_scipy(cls, matrix: Any, *, dtype: DTypeLike | None = None) -> SparseMatrix:
+        """Pack a SciPy sparse matrix or array of any format; what it stores stays stored, even zeros.
+
+        Args:
+            matrix: Two-dimensional, of floats; entries of one place are added up.
+            dtype: As for `from_dense`.
+
+        Raises:
+            TypeError: It is no SciPy sparse matrix, or of another dtype.
+            ValueError: It is not two-dimensional.
+        """
+        w, keep = dense_of(matrix)
+        return cls.from_mask(w, keep, dtype=dtype)
+
+    def prepare(self, batches: int | Sequence[int], *, kernel: str | None = None) -> None:
+        """Measure the kernels on this matrix, and keep only the forms that the batches need.
+
+        Takes some hundredths of a second per batch. One form is kept, unless a batch would be slower by more
+        than a quarter. What earlier calls prepared stays prepared. Products build no forms from now on: other
+        batches are multiplied with those that are held. What was measured holds for the instruction set and
+        the number of threads that it was measured with; under others the cost model chooses.
+
+        Args:
+            batches: The numbers of rows of x. What is chosen holds for batches of about these sizes.
+            kernel: "dense", "bitmask" or "panels" to fix the choice; nothing is measured then.
+
+        Raises:
+            ValueError: A batch is negative, or the kernel unknown.
+        """
+        wanted = [operator.index(n) for n in (batches if isinstance(batches, Sequence) else [batches])]
+        for batch in wanted:
+            if batch < 0:
+                msg = f"batches: expected numbers of at least 0; got {batch}"
+                raise ValueError(msg)
+        if kernel is not None and kernel not in KERNELS:
+            msg = f"kernel: expected one of {', '.join(KERNELS)}; got {kernel!r}"
             raise ValueError(msg)
-        with self._lock:
-            self._adopt(batch, KernelChoice(kernel, "as prepare() was told"))
+        settings, forms, times = _settings(), self._state.forms, {}
+        if kernel is None and self.nnz:
+            costs = cost_model(forms.weight.dtype)
+            for size in dict.fromkeys(bucket(batch) for batch in wanted if batch):
+                forms, times[size] = measure(forms, size, costs)
+        while True:
+            before = self._state
+            known = before.preparation or Preparation()
+            if before.settings != settings:
+                known = Preparation(known.told)
+            known = known.with_times(times) if kernel is None else known.with_told(wanted, kernel)
+            held = before.forms
+            if needed := known.kernels if known.told or known.times else ():
+                for name in needed:
+                    held = forms.with_kernel(name) if name in forms.kernels else held.with_kernel(name)
+                    forms = held
+                held = held.keeping(needed)
+            if self._publish(before, _State(held, settings, known)):
+                return
 
     def explain(self, batch: int) -> Explanation:
-        """Which kernel multiplies such a batch, what each would cost, and why; chooses as `prepare` does."""
+        """Which kernel multiplies such a batch, what each is expected to take, and why; measures nothing."""
         batch = operator.index(batch)
-        self.prepare(batch)
-        plan = self._plan(batch)
-        return Explanation(repr(self), batch, plan.kernel, plan.reason, plan.candidates)
+        if batch < 0:
+            msg = f"batch: expected a number of at least 0; got {batch}"
+            raise ValueError(msg)
+        _, choice = self._current(batch)
+        return Explanation(repr(self), batch, choice.kernel, choice.reason, choice.candidates)
 
     def save(self, path: StrPath) -> None:
         """Write a safetensors file of the stored form (docs/formats.md), whole or not at all.
@@ -235,9 +331,8 @@ class SparseMatrix:
         Raises:
             OSError: The file cannot be written.
         """
-        packed = self._packed
-        shape = np.array(self._shape, np.int64)
-        checkpoint.save(path, {"shape": shape, "bits": packed.bits(), "values": packed.values()}, _MARK)
+        packed = self._state.forms.readable()
+        checkpoint.save(path, to_arrays(packed), _MARK)
 
     @classmethod
     def load(cls, path: StrPath) -> SparseMatrix:
@@ -250,119 +345,61 @@ class SparseMatrix:
         read = checkpoint.load(path)
         try:
             if read.metadata != _MARK:
-                msg = f"expected the metadata {_MARK}, got {read.metadata}"
+                msg = f"metadata: expected {_MARK}; got {read.metadata}"
                 raise ValueError(msg)
-            return cls(_from_arrays(read.weights))
+            return cls(from_arrays(read.weights))
         except ValueError as error:
-            msg = f"{os.fspath(path)}: expected a SparseMatrix as save() writes it: {error}; write it again"
+            wanted = "a SparseMatrix as save() writes it"
+            msg = f"{os.fspath(path)}: expected {wanted}; got another file ({error}); write it again"
             raise ValueError(msg) from error
 
     def __reduce__(self) -> tuple[Any, ...]:
-        packed = self._packed
+        packed = self._state.forms.readable()
         return _rebuild, (*self._shape, packed.bits(), packed.values())
 
     def __repr__(self) -> str:
         rows, cols = self._shape
         share = f"{self.nnz:,} nonzero, density {self.density:.4g}"
-        return f"SparseMatrix({rows}x{cols}, {self._packed.dtype}, {share})"
+        return f"SparseMatrix({rows}x{cols}, {self.dtype}, {share})"
 
-    def _plan(self, batch: int) -> KernelChoice:
-        """The plan for a batch, made if there is none yet."""
-        with self._lock:
-            if plan := self._plans.get(cost_model.bucket(batch)):
-                self._plans[batch] = plan  # found faster next time
-                return plan
-            packed = self._packed
-            had = packed.forms
-            plan, dense = choose(packed, self._dense, batch)
-            if plan.kernel != "panels" and "panels" not in had:  # only the trial needed them
-                packed.keep(had)
-            self._adopt(batch, plan, dense)
-            return plan
+    def _current(self, batch: int) -> tuple[_State, KernelChoice]:
+        """The state as it is under the active settings, and the choice for a batch; builds nothing."""
+        state, settings = self._state, _settings()
+        if state.settings != settings:
+            known = state.preparation and Preparation(state.preparation.told)
+            state = _State(state.forms, settings, known)
+        costs = cost_model(state.forms.weight.dtype)
+        if state.preparation is not None:
+            return state, state.preparation.choice(state.forms, batch, costs)
+        return state, choose(state.forms.weight, batch, costs, held=state.forms.kernels[:1])
 
-    def _adopt(self, batch: int, plan: KernelChoice, dense: Floats | None = None) -> None:
-        """Builds what the plan needs, then publishes it: `linear` reads plans without the lock."""
-        if plan.kernel != "dense":
-            self._packed.add(plan.kernel)
-        elif self._dense is None:
-            self._dense = unpack(self._packed) if dense is None else dense
-        bucket = cost_model.bucket(batch)
-        self._plans = {n: known for n, known in self._plans.items() if cost_model.bucket(n) != bucket}
-        self._plans[bucket] = self._plans[batch] = plan
+    def _choose(self, batch: int) -> tuple[_State, KernelChoice]:
+        """The choice for a batch, with its form built, kept for the next product."""
+        while True:
+            before = self._state
+            state, choice = self._current(batch)
+            forms = state.forms.with_kernel(choice.kernel)
+            if forms is not before.forms or state is not before:
+                state = replace(state, forms=forms)
+                if not self._publish(before, state):
+                    continue
+            if len(state.choices) >= _MAX_CHOICES:
+                state.choices.clear()
+            state.choices[batch] = choice
+            return state, choice
+
+    def _publish(self, before: _State, after: _State) -> bool:
+        """Takes the new state unless another thread was faster."""
+        with _publishing:
+            if self._state is not before:
+                return False
+            self._state = after
+            return True
+
+
+def _settings() -> tuple[str, int]:
+    return _core.active_isa(), _core.num_threads()
 
 
 def _rebuild(rows: int, cols: int, bits: NDArray[np.uint8], values: NDArray[Any]) -> SparseMatrix:
     return SparseMatrix(Packed.from_parts(rows, cols, bits, values))
-
-
-def _is_float(dtype: np.dtype[Any]) -> bool:
-    return (dtype.kind == "f" and dtype.itemsize in {2, 4, 8}) or dtype.name == "bfloat16"
-
-
-def _floats(name: str, value: ArrayLike) -> Floats:
-    """The argument as float32 in C order, itself if it is that already."""
-    array = np.asarray(value)
-    if not _is_float(array.dtype):
-        expected = "float32 (bfloat16, float16 and float64 are converted)"
-        msg = f"{name} has dtype {array.dtype}: expected {expected}; convert it with .astype"
-        raise TypeError(msg)
-    return np.asarray(array, np.float32, order="C")
-
-
-def _check_out(out: NDArray[Any], shape: tuple[int, ...], others: Mapping[str, ArrayLike | None]) -> None:
-    if not isinstance(out, np.ndarray) or not _is_float(out.dtype):
-        msg = f"out is {getattr(out, 'dtype', type(out).__name__)}: expected an array of floats"
-        raise TypeError(msg)
-    if out.shape != shape:
-        msg = f"out has shape {out.shape}: expected {shape}"
-        raise ValueError(msg)
-    if not out.flags.writeable:
-        msg = "out is read-only: expected a writeable array; pass a copy"
-        raise ValueError(msg)
-    for name, other in others.items():
-        if other is not None and np.shares_memory(out, np.asarray(other)):
-            msg = f"out overlaps {name}: expected separate memory; leave out away, or pass a copy of {name}"
-            raise ValueError(msg)
-
-
-def _from_arrays(arrays: Mapping[str, NDArray[Any]]) -> Packed:
-    """The core's object; whatever does not fit together is a ValueError."""
-    if arrays.keys() != {"shape", "bits", "values"}:
-        msg = f"expected the tensors shape, bits and values, got {', '.join(map(repr, arrays))}"
-        raise ValueError(msg)
-    shape, bits, values = arrays["shape"], arrays["bits"], arrays["values"]
-    if shape.dtype != np.int64 or shape.shape != (2,) or shape.min() < 0:
-        msg = f"shape is {shape.dtype} {shape.tolist()}: expected two sizes as int64"
-        raise ValueError(msg)
-    rows, cols = shape.tolist()
-    if bits.dtype != np.uint8 or bits.shape != (rows, (cols + 7) // 8):
-        msg = f"bits are {bits.dtype} {bits.shape}: expected uint8 {(rows, (cols + 7) // 8)}"
-        raise ValueError(msg)
-    if cols == 0 and rows > _MOST_EMPTY_ROWS:
-        msg = f"{rows} rows without columns: expected at most {_MOST_EMPTY_ROWS}"
-        raise ValueError(msg)
-    if values.dtype.name not in _DTYPES or values.ndim != 1:
-        msg = f"values are {values.dtype} {values.shape}: expected a vector of {', '.join(_DTYPES)}"
-        raise ValueError(msg)
-    return Packed.from_parts(rows, cols, bits, values)
-
-
-def recognise(packed: Packed) -> NM | Block | Unstructured:
-    """The pattern that the nonzero weights follow; a weight that was kept may happen to be 0."""
-    rows, cols, nnz = packed.rows, packed.cols, packed.nnz
-    if nnz in {0, rows * cols}:
-        return Unstructured()
-    bits = packed.bits()
-    if height := packed.blocked:
-        lines = bits[::height]
-        while len(lines) % 2 == 0 and np.array_equal(lines[::2], lines[1::2]):
-            height, lines = 2 * height, lines[::2]
-        return Block(height, 1)
-    keep = np.unpackbits(bits, axis=1, count=cols, bitorder="little")
-    for size in _GROUPS:
-        if cols % size == 0:
-            groups = keep.reshape(-1, size).sum(axis=1, dtype=np.uint8)
-            most = int(groups.max())
-            if most < size and nnz > (most - 0.5) * len(groups):
-                return NM(most, size)
-    return Unstructured()

@@ -81,7 +81,7 @@ def _choose_linear(x: Tensor, weight: PackedWeight, batch: int) -> str:
     def run(kernel: str) -> None:
         weight.parts[0].linear_at(kernel, x.data_ptr(), narrow, batch, 0, "", out.data_ptr())
 
-    kernels = [name for name in cost_model.candidates(batch) if name != "dense"]
+    kernels = ["bitmask", "panels"] if batch <= 16 else ["panels"]
     return weight.choose(
         (batch, narrow),
         (cost_model.bucket(batch), narrow),

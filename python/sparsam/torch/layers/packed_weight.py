@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 import torch
 from sparsam._core import Packed
 from sparsam.patterns import NM, Block, Unstructured
-from sparsam.sparse import cost_model
-from sparsam.sparse.matrix import recognise
+from sparsam.sparse import calibration
+from sparsam.sparse.stored import recognise
 from torch import Tensor
 
 __all__ = ["DTYPES", "PackedWeight", "find", "from_array", "to_array"]
@@ -220,7 +220,7 @@ class PackedWeight:
         best = dict.fromkeys(every, math.inf)
         for _ in range(_ROUNDS):  # in turn, so that what disturbs one disturbs them all
             for name, run in every.items():
-                best[name] = min(best[name], cost_model.fastest(run, settle=0.0, seconds=2e-3))
+                best[name] = min(best[name], calibration.fastest(run, settle=0.0, seconds=2e-3))
         chosen = min(best, key=lambda name: best[name])
         if chosen == "dense":
             self._dense[dtype] = weight

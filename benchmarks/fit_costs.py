@@ -1,0 +1,89 @@
+"""Fits the default costs that ship with the package, on this machine, and merges them into a file.
+
+    OPENBLAS_NUM_THREADS=2 python benchmarks/fit_costs.py --threads 2 --isa avx512
+
+writes python/sparsam/sparse/default_costs.json: the kernels of one instruction set for each dtype of the
+values, and with `--dense` the dense products of NumPy (with the threads that its BLAS was started with) and
+of PyTorch. Entries of other libraries and numbers of threads stay as they are. Run it with nothing else on
+the machine, once for every instruction set and for 1 and 2 threads; `benchmarks/grid_matmul.py` then tells
+how good the choices are.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+import sparsam
+from sparsam.sparse import calibration, cost_model
+from sparsam.sparse.cost_model import Costs, Defaults
+
+FILE = Path(__file__).parents[1] / "python/sparsam/sparse/default_costs.json"
+
+
+def torch_product(dtype: str, w: NDArray[np.float32], x: NDArray[np.float32]) -> Callable[[], object]:
+    """The dense product of the layers."""
+    import torch  # noqa: PLC0415 - only after the kernels were timed
+
+    kind = getattr(torch, dtype)
+    run: Any = torch.nn.functional.linear
+    return partial(run, torch.from_numpy(x).to(kind), torch.from_numpy(w).to(kind))
+
+
+def measure(isa: str, threads: int, dense: bool) -> list[calibration.Measured]:
+    sparsam.set_num_threads(threads)
+    found = []
+    with sparsam.use_isa(isa):
+        for dtype in cost_model.DTYPES:
+            found.append(calibration.measure_kernels(cost_model.kernel_key(dtype)))
+    if dense:
+        import torch  # noqa: PLC0415 - as above
+
+        found.append(calibration.measure_dense(cost_model.dense_key(), calibration.numpy_product))
+        torch.set_num_threads(threads)
+        for dtype in ("float32", "bfloat16"):
+            key = cost_model.dense_key("torch", str(torch.__version__), dtype, threads)
+            with torch.inference_mode():
+                found.append(calibration.measure_dense(key, partial(torch_product, dtype)))
+    return found
+
+
+def merge(found: list[Costs], file: Path) -> None:
+    costs = {}
+    if file.exists():
+        known = Defaults.from_json(file.read_bytes(), str(file), "delete it").costs
+        costs = {(one.library, one.dtype, one.threads): one for one in known}
+    costs |= {(one.library, one.dtype, one.threads): one for one in found}
+    document = Defaults([costs[key] for key in sorted(costs)]).to_dict()
+    lines = [json.dumps(one) for one in document["costs"]]
+    head = json.dumps({key: value for key, value in document.items() if key != "costs"})[:-1]
+    file.write_text(f'{head}, "costs": [\n' + ",\n".join(lines) + "\n]}\n", encoding="utf-8")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--isa", default=sparsam.isa())
+    parser.add_argument("--threads", type=int, default=sparsam.num_threads())
+    parser.add_argument("--dense", action="store_true")
+    parser.add_argument("--output", type=Path, default=FILE)
+    arguments = parser.parse_args()
+    start = time.perf_counter()
+    found = measure(arguments.isa, arguments.threads, arguments.dense)
+    for measured in found:
+        print(f"{measured.costs.key}: the fit is off by {measured.error:.1%} in the median")  # noqa: T201
+    merge([measured.costs for measured in found], arguments.output)
+    print(f"{time.perf_counter() - start:.0f} s")  # noqa: T201
+
+
+if __name__ == "__main__":
+    main()

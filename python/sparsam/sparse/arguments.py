@@ -1,0 +1,97 @@
+"""The arguments of SparseMatrix, checked and converted."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal, TypeAlias
+
+import ml_dtypes
+import numpy as np
+from numpy.typing import ArrayLike, DTypeLike, NDArray
+
+from sparsam._checks import expected
+from sparsam.sparse.matmul import ACTIVATIONS, Floats
+
+__all__ = ["DTYPES", "Activation", "check_activation", "check_out", "inputs", "vector", "weights"]
+
+Activation: TypeAlias = Literal["relu", "gelu", "gelu_tanh", "silu"]
+
+DTYPES: dict[str, np.dtype[Any]] = {
+    "float32": np.dtype(np.float32),
+    "bfloat16": np.dtype(ml_dtypes.bfloat16),
+    "float16": np.dtype(np.float16),
+}
+_FLOAT32 = DTYPES["float32"]
+_CONVERTED = "float32 (bfloat16, float16 and float64 are converted)"
+
+
+def weights(w: ArrayLike, dtype: DTypeLike | None) -> NDArray[Any]:
+    """A matrix in the dtype that its values will have."""
+    w = np.asarray(w)
+    if w.ndim != 2:
+        msg = f"w: expected a matrix (out, in); got shape {w.shape}; reshape it to (shape[0], -1)"
+        raise ValueError(msg)
+    if not _is_float(w.dtype):
+        msg = f"w: expected dtype float16, bfloat16, float32 or float64; got {w.dtype}; use .astype"
+        raise TypeError(msg)
+    name = np.dtype(dtype).name if dtype is not None else w.dtype.name
+    if dtype is None and name == "float64":
+        name = "float32"
+    if name not in DTYPES:
+        raise TypeError(expected("dtype", dtype, f"one of {', '.join(DTYPES)}"))
+    return w.astype(DTYPES[name], copy=False)
+
+
+def inputs(x: ArrayLike, matrix: tuple[int, int]) -> Floats:
+    """X (..., in) as float32 in C order, itself if it is that already."""
+    plain = type(x) is np.ndarray and x.dtype == _FLOAT32 and x.flags.c_contiguous
+    array: Floats = x if plain else _floats("x", x)  # type: ignore[assignment]
+    if array.ndim < 1 or array.shape[-1] != matrix[1]:
+        msg = f"x: expected shape (..., {matrix[1]}) for a matrix of shape {matrix}; got {array.shape}"
+        raise ValueError(msg)
+    return array
+
+
+def vector(bias: ArrayLike, matrix: tuple[int, int]) -> Floats:
+    """A bias (out,) as float32."""
+    array = _floats("bias", bias)
+    if array.shape != matrix[:1]:
+        msg = f"bias: expected shape {matrix[:1]} for a matrix of shape {matrix}; got {array.shape}"
+        raise ValueError(msg)
+    return array
+
+
+def check_activation(activation: object) -> None:
+    """Raises ValueError for a name that is not one of ACTIVATIONS."""
+    if activation is not None and activation not in ACTIVATIONS:
+        raise ValueError(expected("activation", activation, f"None or one of {', '.join(ACTIVATIONS)}"))
+
+
+def check_out(out: NDArray[Any], shape: tuple[int, ...], others: Mapping[str, ArrayLike | None]) -> None:
+    """Raises where a result of that shape cannot be written into `out` while the others are read."""
+    if not isinstance(out, np.ndarray) or not _is_float(out.dtype):
+        msg = f"out: expected an array of floats; got {getattr(out, 'dtype', type(out).__name__)}"
+        raise TypeError(msg)
+    if out.shape != shape:
+        msg = f"out: expected shape {shape}; got {out.shape}"
+        raise ValueError(msg)
+    if not out.flags.writeable:
+        msg = "out: expected a writeable array; got a read-only one; pass a copy"
+        raise ValueError(msg)
+    for name, other in others.items():
+        if other is not None and np.shares_memory(out, np.asarray(other)):
+            msg = f"out: expected separate memory; got an overlap with {name}; leave out away, or copy {name}"
+            raise ValueError(msg)
+
+
+def _is_float(dtype: np.dtype[Any]) -> bool:
+    return (dtype.kind == "f" and dtype.itemsize in {2, 4, 8}) or dtype.name == "bfloat16"
+
+
+def _floats(name: str, value: ArrayLike) -> Floats:
+    """The argument as float32 in C order."""
+    array = np.asarray(value)
+    if not _is_float(array.dtype):
+        msg = f"{name}: expected dtype {_CONVERTED}; got {array.dtype}; convert it with .astype"
+        raise TypeError(msg)
+    return np.asarray(array, np.float32, order="C")

@@ -1,0 +1,232 @@
+"""Measuring what products cost, when asked to: `sparsam calibrate`, and benchmarks/fit_costs.py.
+
+Every kind of product is timed on matrices of different shapes and densities, and the coefficients of the cost
+model are fitted: least squares of the relative error among coefficients of at least 0.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import ml_dtypes  # noqa: F401 - makes NumPy know "bfloat16"
+import numpy as np
+from numpy.typing import NDArray
+
+from sparsam import _core
+from sparsam.checkpoint.atomic import publish
+from sparsam.sparse import cost_model
+from sparsam.sparse.cost_model import BATCHES, DTYPES, KINDS, Costs, Key, Weight, cache_file, features
+
+__all__ = ["Measured", "calibrate", "fastest", "measure_dense", "measure_kernels", "numpy_product", "store"]
+
+SETTLE = 0.04  # OpenBLAS's threads wait actively for 2^26 ticks of the time stamp counter, 22 ms at 3 GHz
+
+DenseProduct = Callable[[NDArray[np.float32], NDArray[np.float32]], Callable[[], object]]
+"""(w, x) -> what computes x W^T."""
+
+# (out, in), the largest batch: large matrices are measured with the small batches, which memory limits.
+SHAPES = (
+    ((64, 64), 512),
+    ((384, 384), 512),
+    ((768, 768), 512),
+    ((1536, 384), 512),
+    ((384, 1536), 512),
+    ((3072, 768), 512),
+    ((768, 3072), 128),
+    ((4096, 4096), 16),
+)
+_DENSITIES = (0.5, 0.25, 0.1, 0.05)
+_COLD = 1 << 22  # weights: from here on three copies are taken in turn, as the layers of a large model are
+_TRUSTED = 0.5  # median relative error: a fit that is off by more was disturbed, and is not worth keeping
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Fitted costs.
+
+    Attributes:
+        costs: The coefficients.
+        error: The median relative error of the fit where it was measured.
+        stored: Whether they were written to the cache directory.
+    """
+
+    costs: Costs
+    error: float
+    stored: bool = False
+
+    @property
+    def is_trusted(self) -> bool:
+        """Whether the fit is worth keeping; otherwise something disturbed the measurement."""
+        return self.error < _TRUSTED
+
+
+def calibrate(dtype: str = "float32") -> list[Measured]:
+    """Measure the costs of products on this machine, half a minute, and keep them in the cache directory.
+
+    Measured are our kernels, with the active instruction set and number of threads, and NumPy's BLAS. What
+    was disturbed by other work is not kept, and a cache that cannot be written is passed over.
+
+    Args:
+        dtype: Of the packed values: "float32", "bfloat16" or "float16".
+
+    Returns:
+        The costs of the kernels, and of NumPy's BLAS.
+
+    Raises:
+        ValueError: Another dtype.
+    """
+    if dtype not in DTYPES:
+        msg = f"dtype: expected one of {', '.join(DTYPES)}; got {dtype!r}"
+        raise ValueError(msg)
+    found = [
+        measure_kernels(cost_model.kernel_key(dtype)),
+        measure_dense(cost_model.dense_key(), numpy_product),
+    ]
+    return [replace(measured, stored=store(measured)) for measured in found]
+
+
+def store(measured: Measured) -> bool:
+    """Write costs into the cache directory, beside their target and renamed into place; whether it worked."""
+    if not measured.is_trusted:
+        return False
+    with suppress(OSError, ValueError, RuntimeError):
+        file = cache_file(measured.costs.key)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        if file.is_symlink():  # whoever put it there, what it points to is not ours
+            file.unlink()
+        content = measured.costs.to_json()
+        publish({file: lambda path: path.write_text(content, encoding="utf-8")})
+        cost_model.forget()
+        return True
+    return False
+
+
+def measure_kernels(key: Key) -> Measured:
+    """Times "bitmask" and "panels" with the active instruction set and threads, and fits."""
+    seen: dict[tuple[str, int], list[tuple[tuple[float, ...], float]]] = {}
+    for shape, largest in SHAPES:
+        for kinds, weights in _samples(shape):
+            packed = [_core.Packed.pack(w.astype(key.dtype)) for w in _copies(weights)]
+            for one in packed:
+                one.add("panels")
+            for kind, batch in itertools.product(kinds, BATCHES):
+                if batch <= min(largest, BATCHES[KINDS[kind] - 1]):
+                    kernel = "panels" if kind == "blocks" else kind
+                    seconds = _time_kernel(kernel, packed, batch)
+                    seen.setdefault((kind, batch), []).append((features(kind, Weight.of(packed[0])), seconds))
+    return _fit_all(key, seen)
+
+
+def measure_dense(key: Key, product: DenseProduct) -> Measured:
+    """Times the dense product of a library, and fits."""
+    seen: dict[tuple[str, int], list[tuple[tuple[float, ...], float]]] = {}
+    for shape, largest in SHAPES:
+        weights = np.random.default_rng(0).standard_normal(shape, dtype=np.float32)
+        for batch in BATCHES:
+            if batch <= largest:
+                x = np.ones((batch, shape[1]), np.float32)
+                runs = [product(w, x) for w in _copies(weights)]
+                settle = SETTLE if batch == BATCHES[0] else 0.0
+                seconds = fastest(_in_turn(runs), settle=settle, seconds=4e-3)
+                what = features("dense", Weight(*shape, nnz=0, dtype=key.dtype))
+                seen.setdefault(("dense", batch), []).append((what, seconds))
+    return _fit_all(key, seen)
+
+
+def numpy_product(w: NDArray[np.float32], x: NDArray[np.float32]) -> Callable[[], object]:
+    """The dense product of SparseMatrix."""
+    y = np.empty((len(x), len(w)), np.float32)
+    return lambda: np.dot(x, w.T, out=y)
+
+
+def fastest(run: Callable[[], object], *, settle: float = SETTLE, seconds: float = 0.01) -> float:
+    """The shortest time of a run: an interruption only lengthens one, so that is the time to compare.
+
+    Args:
+        run: What to time.
+        settle: Seconds to warm up, at least once. By default long enough for the threads of another library
+            that ran just before to stop spinning, in the way of these.
+        seconds: After 3 runs, and this time or 20 runs, it is enough; after one if that is slow.
+    """
+    end = time.perf_counter() + settle
+    while True:
+        run()
+        if time.perf_counter() >= end:
+            break
+    best, end = math.inf, time.perf_counter() + seconds
+    for done in range(1, 21):
+        start = time.perf_counter()
+        run()
+        now = time.perf_counter()
+        best = min(best, now - start)
+        if now > end and (done >= 3 or best > 0.05):
+            break
+    return best
+
+
+def _samples(shape: tuple[int, int]) -> Iterator[tuple[tuple[str, ...], NDArray[np.float32]]]:
+    """Matrices, the same each time, and the kinds of products to time with them."""
+    rng = np.random.default_rng(0)
+    weights = rng.standard_normal(shape, dtype=np.float32)
+    for density in _DENSITIES:
+        draws = rng.random(shape, dtype=np.float32)
+        yield ("bitmask", "panels"), np.where(draws < density, weights, np.float32(0))
+        if density < _DENSITIES[0]:
+            shared = np.repeat(draws[::4], 4, axis=0) < density
+            yield ("blocks",), np.where(shared, weights, np.float32(0))
+
+
+def _copies(weights: NDArray[np.float32]) -> list[NDArray[np.float32]]:
+    return [weights.copy() for _ in range(3)] if weights.size >= _COLD else [weights]
+
+
+def _time_kernel(kernel: str, packed: Sequence[_core.Packed], batch: int) -> float:
+    x, y = np.ones((batch, packed[0].cols), np.float32), np.empty((batch, packed[0].rows), np.float32)
+    runs = [lambda one=one: one.linear(kernel, x, None, "", y) for one in packed]
+    return fastest(_in_turn(runs), settle=0.0, seconds=2e-3)
+
+
+def _in_turn(runs: Sequence[Callable[[], object]]) -> Callable[[], object]:
+    turn = itertools.cycle(runs)
+
+    def run() -> None:
+        next(turn)()
+
+    return runs[0] if len(runs) == 1 else run
+
+
+def _fit_all(key: Key, seen: dict[tuple[str, int], list[tuple[tuple[float, ...], float]]]) -> Measured:
+    fits: dict[str, list[Any]] = {}
+    errors: list[float] = []
+    for (kind, _), times in seen.items():
+        row, off = _fit(np.array([what for what, _ in times]), np.array([seconds for _, seconds in times]))
+        fits.setdefault(kind, []).append(row)
+        errors += off
+    return Measured(Costs(fits=fits, **asdict(key)), float(np.median(errors)))
+
+
+def _fit(features: NDArray[Any], seconds: NDArray[Any]) -> tuple[tuple[float, ...], list[float]]:
+    """The coefficients of at least 0 with the least squares of relative errors, and these errors.
+
+    They are the unconstrained best of those features whose coefficients are not 0; with so few features all
+    sets can be tried.
+    """
+    relative = features / seconds[:, None]
+    n = relative.shape[1]
+    best, least = np.zeros(n), math.inf
+    for used in (list(c) for size in range(1, n + 1) for c in itertools.combinations(range(n), size)):
+        if not relative[:, used].any(axis=0).all():
+            continue
+        found = np.linalg.lstsq(relative[:, used], np.ones(len(relative)), rcond=None)[0]
+        error = float(np.square(relative[:, used] @ found - 1).sum())
+        if (found >= 0).all() and error < least:
+            best, least = np.zeros(n), error
+            best[used] = found
+    errors = np.abs(relative @ best - 1)
+    return tuple(float(f"{value:.4g}") for value in best), [float(error) for error in errors]

@@ -1,0 +1,88 @@
+"""The forms in which one weight is held: packed ones of the core, a dense copy, or both."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+
+import ml_dtypes
+import numpy as np
+
+from sparsam._core import Packed
+from sparsam.sparse.cost_model import Weight
+from sparsam.sparse.matmul import Floats, multiply
+
+__all__ = ["Forms"]
+
+_DTYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
+
+
+@dataclass(frozen=True, eq=False)
+class Forms:
+    """An immutable set of forms; what changes it returns another, which shares the memory.
+
+    So a product that has begun keeps what it multiplies with, and no lock is needed, which a forked child
+    could find held.
+
+    Attributes:
+        weight: What the weight is.
+        packed: The packed forms; None where the dense copy alone gives everything back.
+        dense: The dense copy in float32, which "dense" multiplies with.
+    """
+
+    weight: Weight
+    packed: Packed | None
+    dense: Floats | None = None
+
+    @classmethod
+    def of(cls, packed: Packed) -> Forms:
+        """The packed forms alone."""
+        return cls(Weight.of(packed), packed)
+
+    @property
+    def kernels(self) -> tuple[str, ...]:
+        """The kernels that can multiply with what is held."""
+        packed = () if self.packed is None else self.packed.forms
+        return packed if self.dense is None else (*packed, "dense")
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all forms."""
+        packed = 0 if self.packed is None else self.packed.nbytes
+        return packed if self.dense is None else packed + self.dense.nbytes
+
+    def readable(self) -> Packed:
+        """Packed forms to read the weight from, made for the occasion if only the dense copy is held."""
+        if self.packed is not None:
+            return self.packed
+        assert self.dense is not None
+        return Packed.pack(self.dense.astype(_DTYPES[self.weight.dtype], copy=False))
+
+    def with_kernel(self, kernel: str) -> Forms:
+        """These forms, and the one that a kernel needs."""
+        if kernel in self.kernels:
+            return self
+        if kernel == "dense":
+            dense = self.readable().unpack().astype(np.float32, copy=False)
+            return Forms(self.weight, self.packed, dense)
+        held = self.readable()
+        packed = Packed.from_buffers([held.buffer(form) for form in held.forms], trusted=True)
+        packed.add(kernel)
+        return Forms(self.weight, packed, self.dense)
+
+    def keeping(self, kernels: Collection[str]) -> Forms:
+        """Only what these kernels need, all of which are held; a packed form too if dense loses something.
+
+        The dense copy loses which weights were kept although they are 0.
+        """
+        dense = self.dense if "dense" in kernels else None
+        packed, kept = self.packed, [form for form in self.kernels if form in kernels and form != "dense"]
+        if not kept and dense is not None and np.count_nonzero(dense) == self.weight.nnz:
+            return Forms(self.weight, None, dense)
+        if packed is not None and (kept := kept or [packed.forms[0]]) != [*packed.forms]:
+            packed = Packed.from_buffers([packed.buffer(form) for form in kept], trusted=True)
+        return Forms(self.weight, packed, dense)
+
+    def multiply(self, kernel: str, x: Floats, bias: Floats | None, activation: str, out: Floats) -> None:
+        """See `matmul.multiply`."""
+        multiply(kernel, self.packed, self.dense, x, bias, activation, out)

@@ -1,0 +1,67 @@
+"""The stored form of a matrix as named arrays, and the pattern that can be read from it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sparsam._core import Packed
+from sparsam.patterns import NM, Block, Unstructured
+from sparsam.sparse.arguments import DTYPES
+
+__all__ = ["from_arrays", "recognise", "to_arrays"]
+
+_GROUPS = (2, 4, 8, 16, 32)
+_MAX_EMPTY_ROWS = 1 << 24  # of a matrix without columns, which takes memory for its rows all the same
+
+
+def to_arrays(packed: Packed) -> dict[str, NDArray[Any]]:
+    """What docs/formats.md describes: shape, bits, values."""
+    shape = np.array([packed.rows, packed.cols], np.int64)
+    return {"shape": shape, "bits": packed.bits(), "values": packed.values()}
+
+
+def from_arrays(arrays: Mapping[str, NDArray[Any]]) -> Packed:
+    """The core's object; whatever does not fit together is a ValueError."""
+    if arrays.keys() != {"shape", "bits", "values"}:
+        msg = f"tensors: expected shape, bits and values; got {', '.join(map(repr, arrays))}"
+        raise ValueError(msg)
+    shape, bits, values = arrays["shape"], arrays["bits"], arrays["values"]
+    if shape.dtype != np.int64 or shape.shape != (2,) or shape.min() < 0:
+        msg = f"shape: expected two sizes as int64; got {shape.dtype} {shape.tolist()}"
+        raise ValueError(msg)
+    rows, cols = shape.tolist()
+    if bits.dtype != np.uint8 or bits.shape != (rows, (cols + 7) // 8):
+        msg = f"bits: expected uint8 {(rows, (cols + 7) // 8)}; got {bits.dtype} {bits.shape}"
+        raise ValueError(msg)
+    if cols == 0 and rows > _MAX_EMPTY_ROWS:
+        msg = f"shape: expected at most {_MAX_EMPTY_ROWS} rows without columns; got {rows}"
+        raise ValueError(msg)
+    if values.dtype.name not in DTYPES or values.ndim != 1:
+        msg = f"values: expected a vector of {', '.join(DTYPES)}; got {values.dtype} {values.shape}"
+        raise ValueError(msg)
+    return Packed.from_parts(rows, cols, bits, values)
+
+
+def recognise(packed: Packed) -> NM | Block | Unstructured:
+    """The pattern that the nonzero weights follow; a weight that was kept may happen to be 0."""
+    rows, cols, nnz = packed.rows, packed.cols, packed.nnz
+    if nnz in {0, rows * cols}:
+        return Unstructured()
+    bits = packed.bits()
+    if height := packed.blocked:
+        lines = bits[::height]
+        while len(lines) % 2 == 0 and np.array_equal(lines[::2], lines[1::2]):
+            height, lines = 2 * height, lines[::2]
+        return Block(height, 1)
+    keep = np.unpackbits(bits, axis=1, count=cols, bitorder="little")
+    for size in _GROUPS:
+        if cols % size == 0:
+            groups = keep.reshape(-1, size).sum(axis=1, dtype=np.uint8)
+            most = int(groups.max())
+            if most < size and nnz > (most - 0.5) * len(groups):
+                return NM(most, size)
+    return Unstructured()

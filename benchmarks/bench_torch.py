@@ -1,6 +1,6 @@
 """Packed torch layers: calls, threads shared with torch, convolutions: `pytest benchmarks/bench_torch.py`.
 
-*Call*: a layer so small that its product takes next to nothing, by the kernel alone, by `SparseLinear`, by
+*Call*: a layer so small that its product takes next to nothing, by the kernel alone, by a packed layer, by
 the registered operator (what torch.compile and autograd see), and by `torch.nn.Linear`. *Turns*: dense torch
 and sparse products in turn, beside both alone, in processes that import torch before sparsam and after it;
 extra_info has the milliseconds of each and `turns_over_alone`, 1.0 where taking turns costs nothing.
@@ -10,6 +10,7 @@ Every benchmark asserts its result. SPARSAM_BENCH_MAX caps the number of weights
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import subprocess
@@ -24,7 +25,7 @@ import sparsam
 import sparsam.torch
 import torch
 from sparsam import bench
-from sparsam.torch import SparseConv2d, SparseLinear
+from sparsam.torch import pack
 
 LIMIT = int(os.environ.get("SPARSAM_BENCH_MAX", "100_000_000"))
 
@@ -53,32 +54,31 @@ def run(
     assert torch.allclose(result, expected, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("what", ["kernel", "SparseLinear", "operator", "Linear"])
+@pytest.mark.parametrize("what", ["kernel", "packed", "operator", "Linear"])
 @pytest.mark.parametrize("batch", [1, 16])
 def test_call(benchmark: BenchmarkFixture, batch: int, what: str) -> None:
     """What the layer adds to the kernel; on one thread, so that waking another is not measured."""
     linear = pruned(torch.nn.Linear(side(64, 2), side(32, 2)), 0.8)
-    layer = SparseLinear(linear)
+    layer: Any = pack(copy.deepcopy(linear), batches=[batch])
     x, threads = torch.randn(batch, linear.in_features), torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         with torch.inference_mode():
             expected = linear(x)
             layer(x)
-        kernel = layer.packed.kernel((batch, False)) or ""
-        name = "bitmask" if kernel == "dense" else kernel
-        out, part, bias = torch.empty_like(expected), layer.packed.parts[0], layer.bias
+        kernel = layer.weight.packed.kernel(batch)
+        out, part, bias = torch.empty_like(expected), layer.weight.packed.parts[0], layer.bias
         assert bias is not None
 
         def alone() -> Any:
-            part.linear_at(name, x.data_ptr(), False, batch, bias.data_ptr(), "", out.data_ptr())
+            part.linear_at(kernel, x.data_ptr(), False, batch, bias.data_ptr(), "", out.data_ptr())
             return out
 
-        operator, handle = torch.ops.sparsam.linear, layer.packed.handle
+        operator, data, outs = torch.ops.sparsam.linear, layer.weight.packed_data, len(layer.weight)
         calls = {
             "kernel": alone,
-            "SparseLinear": lambda: layer(x),
-            "operator": lambda: operator(x, handle, bias, ""),
+            "packed": lambda: layer(x),
+            "operator": lambda: operator(x, data, bias, outs, ""),
             "Linear": lambda: linear(x),
         }
         benchmark.extra_info["kernel"] = kernel
@@ -88,7 +88,7 @@ def test_call(benchmark: BenchmarkFixture, batch: int, what: str) -> None:
 
 
 TURNS = """
-import json, statistics, sys, time
+import copy, json, statistics, sys, time
 if sys.argv[1] == "first":
     import torch
 import sparsam
@@ -102,7 +102,8 @@ torch.set_num_threads(2)
 linear = torch.nn.Linear(w.shape[1], w.shape[0])
 with torch.inference_mode():
     linear.weight.copy_(torch.from_numpy(w))
-layer, x = sparsam.torch.SparseLinear(linear), torch.randn(int(sys.argv[3]), w.shape[1])
+x = torch.randn(int(sys.argv[3]), w.shape[1])
+layer = sparsam.torch.pack(copy.deepcopy(linear), batches=[len(x)])
 calls = 20
 
 def dense():
@@ -129,7 +130,7 @@ with torch.inference_mode():
             taken[run.__name__].append(time.perf_counter() - start)
 found = {name: 1e3 * statistics.median(times) / calls for name, times in taken.items()}
 found["least"] = {name: 1e3 * min(times) / calls for name, times in taken.items()}
-print(json.dumps(found | {"threads": sparsam.num_threads(), "kernel": "/".join(layer.packed.kernels)}))
+print(json.dumps(found | {"threads": sparsam.num_threads(), "kernel": "/".join(layer.weight.packed.forms)}))
 """
 
 
@@ -159,7 +160,7 @@ def test_turns(benchmark: BenchmarkFixture, batch: int, torch_is_imported: str) 
     )
 
 
-@pytest.mark.parametrize("what", ["SparseConv2d", "torch", "torch channels_last"])
+@pytest.mark.parametrize("what", ["packed", "torch", "torch channels_last"])
 @pytest.mark.parametrize("sparsity", [0.5, 0.8, 0.9])
 @pytest.mark.parametrize("batch", [1, 8])
 def test_convolution(benchmark: BenchmarkFixture, batch: int, sparsity: float, what: str) -> None:
@@ -168,7 +169,7 @@ def test_convolution(benchmark: BenchmarkFixture, batch: int, sparsity: float, w
     x = torch.randn(batch, channels, image, image)
     with torch.inference_mode():
         expected = conv(x)
-    layer: Any = SparseConv2d(conv) if what == "SparseConv2d" else conv
+    layer: Any = pack(copy.deepcopy(conv)) if what == "packed" else conv
     if what == "torch channels_last":
         layer, x = (item.to(memory_format=torch.channels_last) for item in (conv, x))
     group = f"3x3 convolution, {channels} channels, {image}x{image} s={sparsity} n={batch}"

@@ -17,6 +17,7 @@ import sparsam
 import sparsam.torch
 import torch
 from sparsam import bench
+from sparsam.torch.layers.packing import is_packed
 from torch import Tensor, nn
 
 __all__ = [
@@ -165,10 +166,11 @@ def operators(model: nn.Module, run: Callable[[], object], *, runs: int = 5) -> 
         run: A run of it.
         runs: How many to average over.
     """
-    ours = named(model, sparsam.torch.SparseLinear, sparsam.torch.SparseConv2d)
+    ours = {name: module for name, module in model.named_modules() if is_packed(module)}
     with contextlib.ExitStack() as stack:
         for layer in ours.values():
-            original, name = layer.forward, type(layer).__name__
+            fused = vars(layer).get("forward")
+            original, name = layer.forward, f"packed {type(layer).__name__}"
 
             def forward(*inputs: Tensor, _run: Any = original, _name: str = name) -> Tensor:
                 with torch.profiler.record_function(_name):
@@ -176,7 +178,10 @@ def operators(model: nn.Module, run: Callable[[], object], *, runs: int = 5) -> 
                     return found
 
             layer.forward = forward
-            stack.callback(delattr, layer, "forward")
+            if fused is None:
+                stack.callback(delattr, layer, "forward")
+            else:  # with the activation that follows
+                stack.callback(setattr, layer, "forward", fused)
         run()
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
             for _ in range(runs):

@@ -37,7 +37,6 @@ from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 
 import torch
-from sparsam.torch import SparseLinear
 from torch import Tensor, nn
 
 FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -59,7 +58,7 @@ def read() -> nn.Module:
 
 def blocks(model: Any) -> dict[str, nn.Module]:
     """The linear layers of the blocks, packed or not."""
-    return named(model.model.layers, nn.Linear, SparseLinear)
+    return named(model.model.layers, nn.Linear)
 
 
 class Decoding:

@@ -2,7 +2,7 @@
 
     python benchmarks/models/vgg.py
 
-One table of single layers (images of 32, 16, 14 and 8; batches 1 and 8): `SparseConv2d` beside torch's
+One table of single layers (images of 32, 16, 14 and 8; batches 1 and 8): packed beside torch's
 convolution in its default memory format and in channels_last; speed-ups are over both, in this order. One of
 a stack of six with ReLU and pooling, through `accelerate`. Times are taken in turn, results compared.
 """
@@ -17,11 +17,11 @@ from collections.abc import Callable
 from _shared import accelerate, describe, in_turn, named, print_disturbed, print_table, prune
 
 import torch
-from sparsam.torch import SparseConv2d
+from sparsam.torch import pack
 from torch import Tensor, nn
 
 TOLERANCE = 1e-5  # of the largest output
-DENSE, LAST, OURS = "torch", "torch, channels_last", "SparseConv2d"
+DENSE, LAST, OURS = "torch", "torch, channels_last", "packed"
 
 
 def assert_close(found: Tensor, expected: Tensor) -> None:
@@ -34,7 +34,7 @@ def layer(channels: int, image: int, batch: int, sparsity: float, seconds: float
     """Median milliseconds of one layer, by what computes it."""
     conv = nn.Conv2d(channels, channels, 3, padding=1)
     prune({"conv": conv}, sparsity)
-    sparse, copied = SparseConv2d(conv), copy.deepcopy(conv)
+    sparse, copied = pack(copy.deepcopy(conv)), copy.deepcopy(conv)
     last = copied.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     x = torch.randn(batch, channels, image, image)
     x_last = x.to(memory_format=torch.channels_last)

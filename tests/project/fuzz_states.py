@@ -99,11 +99,14 @@ def report(_: Path) -> tuple[bytes, Load]:
 
 def manifest(_: Path) -> tuple[bytes, Load]:
     """The metadata of an accelerated model, as one JSON object of JSON texts."""
+    both = ("bitmask", "panels")
     layers = {
-        "0": Entry((32, 24), "float32", 1, transposed=False, activation="relu", weight="0"),
-        "2": Entry((8, 32), "bfloat16", 1, transposed=True, activation=None, weight="2"),
-        "4": Entry((8, 32), "bfloat16", 1, transposed=True, activation=None, weight="2"),
-        "6": Entry((4, 2, 3, 3), "float16", 2, transposed=False, activation="silu", weight="6"),
+        "0": Entry((32, 24), "float32", 1, transposed=False, activation="relu", forms=both, weight="0"),
+        "2": Entry((8, 32), "bfloat16", 1, transposed=True, activation=None, forms=("bitmask",), weight="2"),
+        "4": Entry((8, 32), "bfloat16", 1, transposed=True, activation=None, forms=("bitmask",), weight="2"),
+        "6": Entry(
+            (4, 2, 3, 3), "float16", 2, transposed=False, activation="silu", forms=("panels",), weight="6"
+        ),
     }
     metadata = Manifest(layers, {"1": ("0",)}, {"0.bias": "2.bias"}).to_metadata()
     nested = {key: json.loads(text) if text[0] in "{[" else text for key, text in metadata.items()}

@@ -32,9 +32,6 @@ UNREVISED = {
     "reconstruction/least_squares.py",
     "selection.py",
     "torch/acceleration/model_runner.py",
-    "torch/layers/modules.py",
-    "torch/layers/operators.py",
-    "torch/layers/packed_weight.py",
     "torch/serialization/files.py",
     "torch/serialization/loading.py",
 }

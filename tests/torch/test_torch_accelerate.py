@@ -7,14 +7,13 @@ from typing import Any
 import numpy as np
 import pytest
 from torch.nn import functional
-from torch_cases import Clock, check_round_trip, conv_net, mlp, pruned, state
+from torch_cases import Clock, check_round_trip, conv_net, count_packed, mlp, packed, pruned, state
 
 import torch
-from sparsam.torch import SparseLinear, restore
+from sparsam.torch import pack, restore
 from sparsam.torch.acceleration import measure, memory, workflow
 from sparsam.torch.acceleration.model_runner import as_examples, difference
 from sparsam.torch.acceleration.workflow import accelerate
-from sparsam.torch.layers.packed_weight import PackedWeight
 from torch import Tensor, nn
 
 pytestmark = pytest.mark.usefixtures("clock", "one_thread")
@@ -79,20 +78,6 @@ def test_layers_that_win_in_a_model_that_loses(clock: Clock) -> None:
     assert report.before_ms == report.after_ms == 900
     assert "1,000.00 ms" in report.summary
     assert all("faster by itself" in r.reason and r.gain == 2 for r in report.layers)
-
-
-def test_a_layer_for_which_only_dense_was_chosen_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(PackedWeight, "_fastest", lambda *_: "dense")
-    report = check_round_trip(mlp(), torch.randn(5, 24))
-    assert [r.reason for r in report.layers] == ["no kernel beats dense"] * 2
-
-
-def test_a_choice_of_dense_is_made_twice(monkeypatch: pytest.MonkeyPatch) -> None:
-    chosen = iter(["dense", "panels", "panels"])
-    monkeypatch.setattr(PackedWeight, "_fastest", lambda *_: next(chosen))
-    report = accelerate(mlp(), torch.randn(5, 24))
-    assert [r.kernel for r in report.layers] == ["panels", "panels"]
-    assert next(chosen, None) is None
 
 
 def test_layers_with_few_zeros_are_left() -> None:
@@ -225,20 +210,21 @@ def test_reasons() -> None:
     }
 
 
-def test_a_layer_held_outside_the_tree_is_left() -> None:
-    class Net(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.fc = nn.Linear(8, 8)
-            self.aside = [self.fc]
+class Aside(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(8, 8)
+        self.aside = [self.fc]
 
-        def forward(self, x: Tensor) -> Tensor:
-            return self.aside[0](self.fc(x))  # type: ignore[no-any-return]
+    def forward(self, x: Tensor) -> Tensor:
+        return self.aside[0](self.fc(x))  # type: ignore[no-any-return]
 
-    model = pruned(Net())
-    report = accelerate(model, torch.randn(5, 8))
-    assert report.layers[0].reason == "also called through a reference outside the tree of modules"
-    assert type(model.fc) is nn.Linear
+
+def test_a_layer_held_outside_the_tree_is_packed_too() -> None:
+    model = pruned(Aside())
+    assert check_round_trip(model, torch.randn(5, 8)).swapped == 1
+    accelerate(model, torch.randn(5, 8))
+    assert packed(model, "fc").layer is model.aside[0]  # type: ignore[index]
 
 
 def test_a_module_at_several_places() -> None:
@@ -247,7 +233,7 @@ def test_a_module_at_several_places() -> None:
     report = check_round_trip(model, torch.randn(5, 8))
     assert [(r.name, r.inputs) for r in report.layers] == [("0", (((5, 8), 3),))]
     accelerate(model, torch.randn(5, 8))
-    assert sum(type(child) is SparseLinear for child in model.children()) == 1
+    assert count_packed(model) == 1
     assert model[0] is model[2] is model[3][0]  # type: ignore[index]
 
 
@@ -267,14 +253,14 @@ def test_an_error_leaves_the_model_as_it_was(fails: str, monkeypatch: pytest.Mon
     before = state(pruned(model).train())
 
     def broken(*_: Any) -> Any:
-        assert any(isinstance(m, SparseLinear) for m in model.modules()) == (fails != "model")
+        assert (count_packed(model) > 0) == (fails != "model")
         raise KeyboardInterrupt
 
     if fails == "freeing":
 
         def release(model: nn.Module, layers: Any) -> None:
             memory.release(model, layers)
-            assert not layers[0].original.weight.numel()
+            assert not layers[0].weight.original.numel()
             broken()
 
         monkeypatch.setattr(workflow, "release", release)
@@ -338,9 +324,6 @@ def test_under_inference_mode() -> None:
 
 def test_wrong_arguments() -> None:
     x = torch.randn(5, 24)
-    for bare in (nn.Linear(4, 4), nn.Conv2d(1, 1, 1), SparseLinear(nn.Linear(4, 4))):
-        with pytest.raises(TypeError, match="Sequential"):
-            accelerate(bare, x)
     with pytest.raises(TypeError, match="Module; got list"):
         accelerate([mlp()], x)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="compile it"):
@@ -358,18 +341,22 @@ def test_wrong_arguments() -> None:
             accelerate(mlp(), odd)
 
 
+def test_a_bare_layer() -> None:
+    linear = pruned(nn.Linear(24, 16))
+    check_round_trip(linear, torch.randn(5, 24))
+    assert accelerate(linear, torch.randn(5, 24)).layers[0].name == ""
+
+
 def test_restore_what_was_never_accelerated() -> None:
     model = mlp()
     before = state(model)
     assert restore(model) == 0
     assert state(model) == before
-    with pytest.raises(TypeError, match=r"\.restored\(\)"):
-        restore(SparseLinear(nn.Linear(4, 4)))
     with pytest.raises(TypeError, match="got int"):
         restore(3)  # type: ignore[arg-type]
-    by_hand = nn.Sequential(SparseLinear(linear := nn.Linear(4, 4)))
-    assert restore(by_hand) == 1
-    assert by_hand[0] is linear
+    weight = (linear := nn.Linear(4, 4)).weight
+    assert restore(nn.Sequential(pack(linear))) == restore(pack(linear)) == 1
+    assert linear.weight is weight
 
 
 def test_examples() -> None:

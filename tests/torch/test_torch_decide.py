@@ -15,16 +15,14 @@ def of(
     layers: dict[str, LayerTime],
     fused: list[tuple[str, ...]] | None = None,
     fast: dict[str, float] | None = None,
-    dense: tuple[str, ...] = (),
 ) -> Decision:
-    kernels = {name: ("dense",) if name in dense else ("panels",) for name in layers}
-    return decide(Times(layers, fast or {}), kernels=kernels, fused=fused or [], min_gain=GAIN)
+    return decide(Times(layers, fast or {}), fused=fused or [], min_gain=GAIN)
 
 
 def test_what_gains_enough_is_swapped() -> None:
-    found = of({"a": LayerTime(1.05, 1.0), "b": LayerTime(1.04, 1.0), "c": LayerTime(9.0, 1.0)}, dense=("c",))
+    found = of({"a": LayerTime(1.05, 1.0), "b": LayerTime(1.04, 1.0)})
     assert found.swap == ("a",)
-    assert found.reasons == {"b": "gain under 1.05", "c": "no kernel beats dense"}
+    assert found.reasons == {"b": "gain under 1.05"}
 
 
 def test_a_layer_that_wins_only_when_fused_is_swapped() -> None:

@@ -14,7 +14,7 @@ from torch_cases import ACTIVATIONS, conv_net, mlp, packed, pruned
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import torch
-from sparsam.torch import SparseLinear, load, restore, save
+from sparsam.torch import load, pack, restore, save
 from sparsam.torch.acceleration.fusion import Fused
 from sparsam.torch.acceleration.workflow import accelerate
 from torch import Tensor, nn
@@ -129,7 +129,7 @@ def test_a_model_without_packed_layers(tmp_path: Path) -> None:
 
 def test_layers_placed_by_hand(tmp_path: Path) -> None:
     linear = pruned(nn.Linear(8, 8))
-    model = nn.Sequential(SparseLinear(linear, activation="gelu"))
+    model = nn.Sequential(pack(linear, activation="gelu"))
     fresh = nn.Sequential(nn.Linear(8, 8))
     save(model, tmp_path)
     assert load(tmp_path, fresh) == 1
@@ -157,6 +157,7 @@ def test_golden_file(tmp_path: Path) -> None:
             "groups": 1,
             "transposed": False,
             "activation": "relu",
+            "forms": ["panels"],
             "weight": "0",
         }
     }
@@ -166,7 +167,7 @@ def test_golden_file(tmp_path: Path) -> None:
         "fused": {"1": ["0"]},
         "tied": {},
     }
-    assert metadata["sparsam"] == "accelerated 1"
+    assert metadata["sparsam"] == "accelerated 2"
     assert metadata["format"] == "pt"
     assert header == {
         "0.bias": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]},
@@ -213,7 +214,7 @@ def test_what_cannot_be_saved(tmp_path: Path) -> None:
     with pytest.raises(TypeError, match="_extra_state: expected a dense tensor"):
         save(Extra(nn.Linear(2, 2)), tmp_path)
     with pytest.raises(ValueError, match="Sequential"):
-        save(SparseLinear(nn.Linear(2, 2)), tmp_path)
+        save(pack(nn.Linear(2, 2)), tmp_path)
     model = nn.ModuleDict({"a": mlp()})
     accelerate(model["a"], torch.randn(3, 24))
     with pytest.raises(ValueError, match="save the whole model"):

@@ -11,7 +11,7 @@ from torch_cases import Clock, check_round_trip, mlp, packed, pruned, row, state
 from transformers import BertConfig, BertModel, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 import torch
-from sparsam.torch import SparseLinear, restore
+from sparsam.torch import restore
 from sparsam.torch.acceleration.model_runner import difference
 from sparsam.torch.acceleration.workflow import accelerate
 from torch import Tensor, nn
@@ -38,13 +38,11 @@ def test_tied_weights() -> None:
     ids = torch.randint(0, 20, (2, 5))
     assert check_round_trip(model, ids).swapped == 3
     report = accelerate(model, ids)
-    fc, again, head = (model.get_submodule(name) for name in ("fc", "again", "head"))
-    assert isinstance(fc, SparseLinear)
-    assert isinstance(again, SparseLinear)
-    assert isinstance(head, SparseLinear)
-    assert fc.packed is again.packed
-    assert fc.original.get_parameter("weight").numel() == 0  # freed
-    assert head.original.weight is model.get_parameter("embedding.weight")
+    fc, again, head = (packed(model, name) for name in ("fc", "again", "head"))
+    assert fc.layer.weight is again.layer.weight
+    assert fc.weight.original is not None
+    assert fc.weight.original.numel() == 0  # freed
+    assert head.weight.original is model.get_parameter("embedding.weight")
     assert model.get_parameter("embedding.weight").shape == (20, 16)  # not freed
     embedding, biases = 4 * 20 * 16, 2 * 4 * 16
     assert report.weights_before == embedding + 4 * 16 * 16 + biases
@@ -67,8 +65,8 @@ def test_a_weight_that_something_else_holds_is_not_freed() -> None:
     optimizer = torch.optim.SGD([model.get_parameter("2.weight")])
     report = accelerate(model, torch.randn(5, 24))
     first, second = packed(model, "0"), packed(model, "2")
-    assert first.original.get_parameter("weight").numel() == 0
-    assert second.original.get_parameter("weight").numel() == 32 * 16
+    assert first.weight.original.numel() == 0  # type: ignore[union-attr]
+    assert second.weight.original.numel() == 32 * 16  # type: ignore[union-attr]
     sizes = first.packed.nbytes + second.packed.nbytes
     assert report.weights_after == sizes + 4 * (32 + 32 * 16 + 16)
     assert len(optimizer.param_groups) == 1

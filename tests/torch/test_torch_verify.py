@@ -8,9 +8,10 @@ import pytest
 from torch_cases import Clock, check_round_trip, mlp, pruned, row, state
 
 import torch
-from sparsam.torch import SparseLinear, restore
+from sparsam.torch import restore
 from sparsam.torch.acceleration import measure
 from sparsam.torch.acceleration.workflow import accelerate
+from sparsam.torch.layers.packing import is_packed
 from torch import Tensor, nn
 
 pytestmark = pytest.mark.usefixtures("clock", "one_thread")
@@ -27,7 +28,7 @@ class Particular(nn.Module):
         self.raises = raises
 
     def forward(self, x: Tensor) -> Tensor:
-        packed = isinstance(self.blocks[1], SparseLinear)
+        packed = is_packed(self.blocks[1])
         if packed and self.raises:
             self.get_buffer("calls").add_(1)  # must be put back
             raise self.raises("what is\nthis? " + "long " * 99)

@@ -9,13 +9,13 @@ from typing import Any
 
 import sparsam.torch
 import torch
-from sparsam.torch import SparseConv2d, SparseLinear, restore
+from sparsam.torch import restore
 from sparsam.torch.acceleration.fusion import Fused
 from sparsam.torch.acceleration.install import LayerSwap
 from sparsam.torch.acceleration.measure import Budget, LayerTime, Times
 from sparsam.torch.acceleration.model_runner import ModelRunner, as_examples, difference
 from sparsam.torch.acceleration.workflow import accelerate
-from sparsam.torch.layers.modules import SparseLayer
+from sparsam.torch.layers.packing import PackedLayer, is_packed
 from torch import Tensor, nn
 
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
@@ -44,7 +44,8 @@ class Clock:
         return self.model, 1.0
 
     def compare(self, layer: Any, _activation: Any, x: Tensor, _seconds: float) -> tuple[float, float]:
-        layer(x)
+        layer.install()
+        layer.layer(x)
         return self.gains.get(str(len(x)), 2.0), 1.0
 
 
@@ -93,11 +94,16 @@ def row(report: sparsam.torch.AccelerationReport, name: str) -> sparsam.torch.La
     return next(row for row in report.layers if row.name == name)
 
 
-def packed(model: nn.Module, name: str) -> SparseLayer:
+def packed(model: nn.Module, name: str) -> PackedLayer:
     """A packed layer of a model."""
-    layer = model.get_submodule(name)
-    assert isinstance(layer, SparseLayer)
+    layer = PackedLayer.find(model.get_submodule(name))
+    assert layer is not None
     return layer
+
+
+def count_packed(model: nn.Module) -> int:
+    """How many layers of a model are packed."""
+    return sum(is_packed(module) for module in model.modules())
 
 
 @torch.no_grad()
@@ -114,15 +120,13 @@ def check_round_trip(model: nn.Module, *examples: Any) -> sparsam.torch.Accelera
     assert {name: m.training for name, m in model.named_modules()} == before["training"]
     copies = [model, copy.deepcopy(model), pickle.loads(pickle.dumps(model))]
     for accelerated in copies:
-        assert (
-            sum(isinstance(m, (SparseLinear, SparseConv2d)) for m in accelerated.modules()) == report.swapped
-        )
+        assert count_packed(accelerated) == report.swapped
         outputs = [accelerated.eval()(*call.fresh().args, **call.fresh().kwargs) for call in calls]
         assert (difference(outputs, dense) or 0) < 1e-5
         model.train(mode=False)
     for other in copies[1:]:
         assert restore(other) == report.swapped
-        assert not any(isinstance(m, (SparseLinear, SparseConv2d, Fused)) for m in other.modules())
+        assert not any(is_packed(m) or isinstance(m, Fused) for m in other.modules())
         assert {n: v.numpy().tobytes() for n, v in other.state_dict().items()} == before["values"]
     for (_, module), flag in zip(model.named_modules(), training, strict=True):
         module.training = flag

@@ -24,16 +24,17 @@ from sparsam import _core
 from sparsam.torch.acceleration.install import restore
 from sparsam.torch.acceleration.report import AccelerationReport, LayerRow
 from sparsam.torch.acceleration.workflow import accelerate
-from sparsam.torch.layers.modules import SparseConv2d, SparseLinear
+from sparsam.torch.layers.packed_tensor import PackedTensor
+from sparsam.torch.layers.packing import pack
 from sparsam.torch.serialization.files import load, save
 
 __all__ = [
     "AccelerationReport",
     "LayerRow",
-    "SparseConv2d",
-    "SparseLinear",
+    "PackedTensor",
     "accelerate",
     "load",
+    "pack",
     "restore",
     "save",
 ]

@@ -9,12 +9,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch.nn.utils import parametrize, prune
+from torch.nn.utils import prune
 
 import torch
 from sparsam.torch.acceleration.report import LayerRow
-from sparsam.torch.layers.modules import SparseLayer, is_transposed
 from sparsam.torch.layers.packed_weight import DTYPES
+from sparsam.torch.layers.packing import dense_class, is_transposed, packed_weight
 from torch import Tensor, nn
 
 __all__ = ["Candidate", "Place", "candidates", "has_hooks", "places"]
@@ -50,7 +50,7 @@ class Candidate:
     @property
     def kind(self) -> str:
         """The name of its class."""
-        return _kind(self.layer).__name__
+        return dense_class(self.layer).__name__
 
     def row(self, reason: str = "") -> LayerRow:
         """What the report says of it."""
@@ -60,7 +60,7 @@ class Candidate:
             self.kind,
             tuple(weight.shape),
             self.density,
-            dense_bytes=weight.nbytes,
+            dense_bytes=weight.numel() * weight.itemsize,
             reason=reason,
         )
 
@@ -87,14 +87,13 @@ def _every_candidate(model: nn.Module) -> tuple[list[Candidate], dict[str, Layer
     found: list[Candidate] = []
     left: dict[str, LayerRow] = {}
     for name, layer in model.named_modules():
-        if isinstance(layer, SparseLayer):
-            packed = layer.packed
-            left[name] = LayerRow(
-                name, type(layer).__name__, packed.shape, packed.density, reason="packed already"
-            )
-        elif _kind(layer) in {nn.Linear, nn.Conv1d, nn.Conv2d} or is_transposed(layer):
+        kind = dense_class(layer).__name__
+        if (weight := packed_weight(layer)) is not None:
+            density = weight.packed.density
+            left[name] = LayerRow(name, kind, tuple(weight.shape), density, reason="packed already")
+        elif isinstance(layer, (nn.Linear, nn.Conv1d, nn.Conv2d)) or is_transposed(layer):
             if reason := _obstacle(layer):
-                left[name] = LayerRow(name, _kind(layer).__name__, _shape(layer), reason=reason)
+                left[name] = LayerRow(name, kind, _shape(layer), reason=reason)
                 continue
             candidate = Candidate(name, layer, _density(layer))
             if candidate.density > _MOST:
@@ -102,7 +101,6 @@ def _every_candidate(model: nn.Module) -> tuple[list[Candidate], dict[str, Layer
             else:
                 found.append(candidate)
         elif isinstance(layer, _WEIGHTY):
-            kind = type(layer).__name__
             left[name] = LayerRow(name, kind, _shape(layer), reason=f"no kernel for {kind}")
         else:
             left |= {row.name: row for row in _stacks(name, layer)}
@@ -138,11 +136,6 @@ def has_hooks(module: nn.Module) -> bool:
     """Whether calls of it do more than its forward: hooks (those of torch's pruning aside) or a patch."""
     hooks = [hook for kind in _HOOKS for hook in getattr(module, kind).values()]
     return "forward" in vars(module) or any(not isinstance(hook, prune.BasePruningMethod) for hook in hooks)
-
-
-def _kind(layer: nn.Module) -> type[Any]:
-    """Its class before torch.nn.utils.parametrize changed that."""
-    return type(layer).__bases__[0] if parametrize.is_parametrized(layer) else type(layer)
 
 
 def _obstacle(layer: nn.Module) -> str:

@@ -8,9 +8,7 @@ from dataclasses import dataclass
 
 from sparsam.torch.acceleration.measure import LayerTime, Times
 
-__all__ = ["DENSE", "Decision", "decide", "families"]
-
-DENSE = ("dense",)
+__all__ = ["Decision", "decide", "families"]
 
 
 @dataclass(frozen=True)
@@ -31,7 +29,6 @@ class Decision:
 def decide(
     times: Times,
     *,
-    kernels: Mapping[str, tuple[str, ...]],
     fused: Iterable[Collection[str]],
     min_gain: float,
 ) -> Decision:
@@ -39,12 +36,11 @@ def decide(
 
     Args:
         times: What was measured.
-        kernels: The kernels that each layer uses.
         fused: For each activation that can be fused the layers that it follows: all of them, or it is not.
         min_gain: How many times faster a packed layer must be.
     """
     found = dict(times.layers)
-    reasons = {name: "no kernel beats dense" for name in found if kernels[name] == DENSE}
+    reasons: dict[str, str] = {}
 
     def drop_slow(names: Iterable[str]) -> None:
         for name in names:

@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 from sparsam.torch.acceleration.candidates import Place
-from sparsam.torch.layers.modules import SparseLayer
 from sparsam.torch.layers.operators import ACTIVATIONS
+from sparsam.torch.layers.packing import PackedLayer, can_activate
 from torch import Tensor, nn
 
 __all__ = ["Follower", "Fused", "Fusion", "fusions", "recognise_activation"]
@@ -43,7 +43,7 @@ class Fused(nn.Module):
         into: The names that the layers had.
     """
 
-    def __init__(self, original: nn.Module, layers: tuple[SparseLayer, ...], into: tuple[str, ...]) -> None:
+    def __init__(self, original: nn.Module, layers: tuple[nn.Module, ...], into: tuple[str, ...]) -> None:
         super().__init__()
         self._hidden = (original, layers)  # in a tuple, so that it is not registered as a submodule
         self.into = into
@@ -55,7 +55,7 @@ class Fused(nn.Module):
         return self._hidden[0]
 
     @property
-    def layers(self) -> tuple[SparseLayer, ...]:
+    def layers(self) -> tuple[nn.Module, ...]:
         """The packed layers that compute it."""
         return self._hidden[1]
 
@@ -78,25 +78,26 @@ class Fusion:
 
     Attributes:
         activation: Which one it is.
-        replacement: What stands in its place then; knows the module, and the packed layers whose outputs,
-            and nothing else, that is called with.
+        layers: The packed layers whose outputs, and nothing else, it is called with.
+        replacement: What stands in its place then.
         places: Where it is in the model.
     """
 
     activation: str
+    layers: tuple[PackedLayer, ...]
     replacement: Fused
     places: tuple[Place, ...]
 
     def install(self) -> None:
         """Makes it part of the layers."""
-        for layer in self.replacement.layers:
+        for layer in self.layers:
             layer.activation = self.activation
         for parent, attribute in self.places:
             setattr(parent, attribute, self.replacement)
 
     def remove(self) -> None:
         """Puts everything back."""
-        for layer in self.replacement.layers:
+        for layer in self.layers:
             layer.activation = None
         for parent, attribute in self.places:
             setattr(parent, attribute, self.replacement.original)
@@ -127,12 +128,13 @@ def _matches(y: Any, wanted: Tensor, close: Tensor) -> bool:
 
 
 def fusions(
-    followers: Iterable[Follower], layers: Mapping[str, SparseLayer], where: Mapping[int, Sequence[Place]]
+    followers: Iterable[Follower], layers: Mapping[str, PackedLayer], where: Mapping[int, Sequence[Place]]
 ) -> list[Fusion]:
     """What could become part of packed layers, where all of the layers that it follows are among them."""
     found = []
     for follower in followers:
-        if all(name in layers for name in follower.layers):
-            fused = Fused(follower.module, tuple(layers[name] for name in follower.layers), follower.layers)
-            found.append(Fusion(follower.activation, fused, tuple(where[id(follower.module)])))
+        packed = tuple(layers[name] for name in follower.layers if name in layers)
+        if len(packed) == len(follower.layers) and all(can_activate(one.layer) for one in packed):
+            fused = Fused(follower.module, tuple(one.layer for one in packed), follower.layers)
+            found.append(Fusion(follower.activation, packed, fused, tuple(where[id(follower.module)])))
     return found

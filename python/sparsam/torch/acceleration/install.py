@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 from sparsam.torch.acceleration.candidates import places
 from sparsam.torch.acceleration.fusion import Fused, Fusion
-from sparsam.torch.layers.modules import SparseLayer
+from sparsam.torch.layers.packing import PackedLayer, clean, is_packed
 from torch import nn
 
 __all__ = ["LayerSwap", "fast_path_owners", "fast_paths_off", "restore"]
@@ -33,15 +33,16 @@ class LayerSwap:
         """Begins with no layers, and leaves the model as it is."""
         self._model = model
         self.where = places(model)
-        self.layers: dict[str, SparseLayer] = {}
+        self.layers: dict[str, PackedLayer] = {}
         self.fusions: list[Fusion] = []
 
     def show(self, names: Collection[str]) -> None:
         """Puts the packed layers of these names into the model, and the dense ones for all others."""
         for name, layer in self.layers.items():
-            module = layer if name in names else layer.original
-            for parent, attribute in self.where[id(layer.original)]:
-                setattr(parent, attribute, module)
+            if name in names:
+                layer.install()
+            else:
+                layer.remove()
         for fusion in self.fusions:
             if set(names).issuperset(fusion.replacement.into):
                 fusion.install()
@@ -58,16 +59,13 @@ class LayerSwap:
         """Takes a layer out, of the model and of the swap, and the activation that it would compute."""
         for fusion in [one for one in self.fusions if name in one.replacement.into]:
             self.unfuse(fusion)
-        layer = self.layers.pop(name)
-        for parent, attribute in self.where[id(layer.original)]:
-            setattr(parent, attribute, layer.original)
+        self.layers.pop(name).remove()
 
     def undo(self) -> None:
         """Makes the model what it was, weights that were freed included."""
         self.show(())
         for layer in self.layers.values():
-            layer.training = layer.original.training
-            layer.restored()
+            layer.restore()
 
 
 def fast_path_owners(model: nn.Module, names: Collection[str]) -> dict[str, nn.Module]:
@@ -103,7 +101,7 @@ def _set_fast_paths(model: nn.Module, *, everywhere: bool = False) -> None:
         for kind, attribute, value in _FAST_PATHS:
             if not isinstance(module, kind) or not hasattr(module, attribute):
                 continue
-            wanted = everywhere or any(isinstance(child, SparseLayer) for child in module.modules())
+            wanted = everywhere or any(is_packed(child) for child in module.modules())
             known = vars(module)
             if wanted and _BEFORE not in known:
                 known[_BEFORE] = known[attribute]
@@ -113,31 +111,32 @@ def _set_fast_paths(model: nn.Module, *, everywhere: bool = False) -> None:
 
 
 def restore(model: nn.Module) -> int:
-    """Puts back the very modules and Parameters that `accelerate`, `load` or you replaced with packed layers.
+    """Puts back the very Parameters and activation modules that `accelerate`, `load` or `pack` replaced.
 
-    Fused activations come back too. Works on a copy of an accelerated model, and on an unpickled one. A
-    weight whose memory was freed is unpacked into its Parameter again: the same numbers, but that -0.0
-    becomes 0.0.
+    Works on a copy of an accelerated model, and on an unpickled one. A weight whose memory was freed is
+    unpacked into its Parameter again: the same numbers, but that -0.0 becomes 0.0. What was changed in a
+    packed weight is there too.
 
     Args:
-        model: The model; one that has no packed layers is left as it is.
+        model: The model, or a single layer; one in which nothing is packed is left as it is.
 
     Returns:
         The number of layers that were restored.
 
     Raises:
-        TypeError: `model` is no module, or itself a packed layer, which cannot be replaced from within.
+        TypeError: `model` is no module.
     """
-    if isinstance(model, SparseLayer) or not isinstance(model, nn.Module):
-        msg = f"restore: expected a model that holds packed layers; got {type(model).__name__}"
-        msg += "; use its .restored()" if isinstance(model, SparseLayer) else ""
+    if not isinstance(model, nn.Module):
+        msg = f"restore: expected a torch.nn.Module; got {type(model).__name__}; pass the model"
         raise TypeError(msg)
-    restored = set()
-    for parent in list(model.modules()):
-        for attribute, child in list(parent._modules.items()):
-            if isinstance(child, (SparseLayer, Fused)):
-                setattr(parent, attribute, child.restored())
-            if isinstance(child, SparseLayer):
-                restored.add(id(child))
+    restored = 0
+    for module in list(model.modules()):
+        for attribute, child in list(module._modules.items()):
+            if isinstance(child, Fused):
+                setattr(module, attribute, child.restored())
+        if (packed := PackedLayer.find(module)) is not None:
+            packed.restore()
+            restored += 1
+        clean(module)  # also where a dense weight was put in the place of a packed one
     _set_fast_paths(model)
-    return len(restored)
+    return restored

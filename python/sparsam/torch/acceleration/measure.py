@@ -9,11 +9,12 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from sparsam.torch.acceleration.install import LayerSwap, fast_path_owners, fast_paths_off
 from sparsam.torch.acceleration.model_runner import ModelRunner, Seconds
-from sparsam.torch.layers.modules import SparseLayer
+from sparsam.torch.layers.packing import PackedLayer
 from torch import Tensor, nn
 
 __all__ = ["Budget", "Interruptions", "LayerTime", "Times", "compare", "layer_times", "model_times"]
@@ -117,9 +118,9 @@ def layer_times(model: nn.Module, runner: ModelRunner, swap: LayerSwap, budget: 
     """
     best = _Best()
     fused = {f"{number}": fusion.replacement for number, fusion in enumerate(swap.fusions)}
-    dense = {("dense", name): layer.original for name, layer in swap.layers.items()}
+    dense = {("dense", name): layer.layer for name, layer in swap.layers.items()}
     dense |= {("activation", number): one.original for number, one in fused.items()}
-    packed: dict[tuple[str, str], nn.Module] = {("packed", n): layer for n, layer in swap.layers.items()}
+    packed: dict[tuple[str, str], nn.Module] = {("packed", n): one.layer for n, one in swap.layers.items()}
     packed |= {("place", number): one for number, one in fused.items()}
     owners = fast_path_owners(model, list(swap.layers))
     slow = {("slow", name): owner for name, owner in owners.items()}
@@ -171,25 +172,31 @@ def model_times(
 
 
 def compare(
-    sparse: SparseLayer, activation: nn.Module | None, x: Tensor, seconds: float
+    packed: PackedLayer, activation: nn.Module | None, x: Tensor, seconds: float
 ) -> tuple[float, float]:
     """Seconds that a layer takes by itself for one input: (dense, packed), the least of several.
 
     Args:
-        sparse: The packed layer.
+        packed: The layer; it is packed in the end.
         activation: What follows the dense layer, and what the packed one computes too; or None.
         x: The input.
         seconds: After so many no further round begins.
     """
     # Not called as a module: hooks of torch's pruning would compute the weight again.
-    dense: Callable[[Tensor], Tensor] = sparse.original.forward
-    runs = ((lambda: activation(dense(x))) if activation else (lambda: dense(x)), lambda: sparse.forward(x))
+    layer: Any = packed.layer
+    runs: tuple[Callable[[], Tensor], ...] = (
+        (lambda: activation(layer.forward(x))) if activation else (lambda: layer.forward(x)),
+        lambda: layer.forward(x),
+    )
+    turns = (packed.remove, packed.install)
     best = [math.inf, math.inf]
     with torch.no_grad(), torch.nn.utils.parametrize.cached():
-        for run in runs:
+        for turn, run in zip(turns, runs, strict=True):
+            turn()
             run()
         for _ in Budget(seconds).rounds(*_SINGLE):
             for i, run in enumerate(runs):
+                turns[i]()
                 start = time.perf_counter()
                 run()
                 best[i] = min(best[i], time.perf_counter() - start)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import sys
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Sequence
+from types import SimpleNamespace
+from typing import Any
 
 import torch
-from sparsam.torch.layers.modules import SparseLayer
+from sparsam.torch.layers.packed_tensor import PackedTensor
+from sparsam.torch.layers.packing import PackedLayer, packed_weight
 from torch import Tensor, nn
 
 __all__ = ["parameter_bytes", "release"]
@@ -16,16 +18,13 @@ __all__ = ["parameter_bytes", "release"]
 def parameter_bytes(model: nn.Module) -> int:
     """Bytes of a model's parameters, each counted once, of packed weights and of what is kept behind them."""
     tensors: dict[tuple[int, int], int] = {}
-    packed: dict[int, int] = {}
     for module in model.modules():
-        owners = [module]
-        if isinstance(module, SparseLayer):
-            packed[id(module.packed)] = module.packed.nbytes
-            owners.append(module.original)
-        for owner in owners:
-            for parameter in owner.parameters():
-                tensors[_memory(parameter)] = _nbytes(parameter)
-    return sum(tensors.values()) + sum(packed.values())
+        found = [parameter for parameter in module._parameters.values() if parameter is not None]
+        if (packed := packed_weight(module)) is not None:
+            found += [packed] if packed.original is None else [packed, packed.original]  # type: ignore[list-item]
+        for parameter in found:
+            tensors[_memory(parameter)] = _nbytes(parameter)
+    return sum(tensors.values())
 
 
 def _memory(parameter: Tensor) -> tuple[int, int]:
@@ -36,33 +35,54 @@ def _memory(parameter: Tensor) -> tuple[int, int]:
 
 def _nbytes(parameter: Tensor) -> int:
     """Bytes of a Parameter of any layout."""
+    if isinstance(parameter, PackedTensor):
+        return parameter.nbytes
     if parameter.layout is torch.sparse_coo:
         parts = (parameter._indices(), parameter._values())
         return sum(part.nbytes for part in parts)
     return parameter.numel() * parameter.itemsize
 
 
-def release(model: nn.Module, layers: Sequence[SparseLayer]) -> None:
-    """Frees the dense weights behind packed layers of which nothing else holds the Parameter."""
+def release(model: nn.Module, layers: Sequence[PackedLayer]) -> None:
+    """Frees the dense weights behind packed layers that unpack to them and that nothing else holds."""
     in_use = {id(parameter) for parameter in model.parameters()}
-    holders = Counter(id(layer.original._parameters.get("weight")) for layer in layers)
     for layer in layers:
-        parameters = layer.original._parameters
-        key = id(parameters.get("weight"))
-        if "weight" not in parameters or key in in_use or not _owns_memory(parameters["weight"]):
-            continue
-        if _references(parameters) - _ONCE + 1 <= holders[key]:
+        if _is_free(layer.weight, in_use):
             layer.release()
 
 
-def _owns_memory(tensor: Tensor | None) -> bool:
-    return tensor is not None and tensor.untyped_storage().nbytes() == tensor.nbytes
+def discard(model: nn.Module, weights: Sequence[PackedTensor]) -> list[PackedTensor]:
+    """Frees the dense weights that packed ones replace, whatever they hold; returns those still in use."""
+    in_use = {id(parameter) for parameter in model.parameters()}
+    kept = []
+    for weight in weights:
+        content = weight._content
+        if _is_free(weight, in_use):
+            content.released = True
+            content.original.data = content.original.data.new_empty(0)  # type: ignore[union-attr]
+        else:
+            kept.append(weight)
+    return kept
 
 
-def _references(parameters: Mapping[str, Tensor | None]) -> int:
-    """How many references Python knows to the weight."""
-    return sys.getrefcount(parameters["weight"])
+def _is_free(weight: PackedTensor, in_use: Collection[int]) -> bool:
+    """Whether nothing but the packed weight holds the dense one."""
+    content = weight._content
+    dense = content.original
+    if dense is None or id(dense) in in_use or not _owns_memory(dense):
+        return False
+    del dense
+    return _references(content) <= _ONCE
 
 
-# What that is where one dictionary holds it and nothing else.
-_ONCE = _references({"weight": nn.Parameter(torch.empty(1))})
+def _owns_memory(tensor: Tensor) -> bool:
+    return tensor.untyped_storage().nbytes() == tensor.nbytes
+
+
+def _references(content: Any) -> int:
+    """How many references Python knows to the dense weight."""
+    return sys.getrefcount(content.original)
+
+
+# What that is where one object holds it and nothing else.
+_ONCE = _references(SimpleNamespace(original=nn.Parameter(torch.empty(1))))

@@ -94,7 +94,7 @@ def _row(candidate: Candidate, swap: LayerSwap, outcome: Outcome) -> LayerRow:
         row,
         pattern=str(layer.packed.pattern),
         packed_bytes=layer.packed.nbytes,
-        kernel="/".join(layer.packed.kernels),
+        kernel="/".join(layer.packed.forms),
         dense_ms=1e3 * seconds.dense,
         sparse_ms=1e3 * seconds.packed,
         activation=layer.activation if swapped else None,

@@ -1,30 +1,43 @@
-"""Packed layers for dense ones."""
+"""Packed weights for layers, in the forms that suit what the layers are called with."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Mapping
+from typing import Any
 
 import torch
 from sparsam.torch.acceleration.candidates import Candidate
-from sparsam.torch.layers.modules import SparseConv2d, SparseLayer, SparseLinear, is_transposed
+from sparsam.torch.layers.packing import PackedLayer, is_transposed
 from torch import nn
 
 __all__ = ["is_convolution", "pack"]
 
 
-def pack(found: Iterable[Candidate], dtype: torch.dtype | None) -> dict[str, SparseLayer]:
-    """Packed layers by name; those whose weights are one Parameter share one packed weight."""
-    packed: dict[str, SparseLayer] = {}
-    first: dict[tuple[int, bool, int], SparseLayer] = {}
+def pack(
+    found: Iterable[Candidate], dtype: torch.dtype | None, batches: Mapping[str, Collection[int]]
+) -> dict[str, PackedLayer]:
+    """Packed layers by name, not in the model yet; those whose weights are one Parameter share a packed one.
+
+    Args:
+        found: The layers.
+        dtype: What to store values as.
+        batches: The numbers of rows that linear layers are called with, by name.
+    """
+    packed: dict[str, PackedLayer] = {}
+    first: dict[tuple[int, bool, int], PackedLayer] = {}
+    rows: dict[int, set[int]] = {}
     for candidate in found:
         layer = candidate.layer
-        kind = SparseConv2d if is_convolution(layer) else SparseLinear
-        tied = first.get(key := _tie(layer))
-        packed[candidate.name] = sparse = kind(layer, dtype=dtype)
-        if tied is not None:
-            sparse.packed = tied.packed
-        elif "weight" in layer._parameters:
-            first[key] = sparse
+        key = _tie(layer)
+        if key in first and "weight" in layer._parameters:
+            made = PackedLayer(layer, first[key].weight)
+        else:
+            made = first[key] = PackedLayer.of(layer, dtype=dtype)
+        packed[candidate.name] = made
+        rows.setdefault(id(made.weight), set()).update(batches.get(candidate.name, ()))
+    for made in first.values():
+        if (wanted := rows[id(made.weight)]) and not is_convolution(made.layer):
+            made.weight.prepare(sorted(wanted))
     return packed
 
 
@@ -34,4 +47,5 @@ def is_convolution(layer: nn.Module) -> bool:
 
 
 def _tie(layer: nn.Module) -> tuple[int, bool, int]:
-    return id(layer.weight), is_transposed(layer), getattr(layer, "groups", 1)
+    weight: Any = layer._parameters.get("weight")
+    return id(layer if weight is None else weight), is_transposed(layer), getattr(layer, "groups", 1)

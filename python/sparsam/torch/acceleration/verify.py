@@ -11,14 +11,12 @@ from sparsam.torch.acceleration.decide import Decision, families
 from sparsam.torch.acceleration.fusion import Fusion
 from sparsam.torch.acceleration.install import LayerSwap
 from sparsam.torch.acceleration.measure import Budget
-from sparsam.torch.acceleration.model_runner import ModelRunner, difference, removed
-from torch import nn
+from sparsam.torch.acceleration.model_runner import ModelRunner, difference
 
 __all__ = ["DIFFERS", "Gain", "Trial", "fuse", "settle", "try_out"]
 
 DIFFERS = "with it packed, outputs differ"
 _MESSAGE = 120  # characters of an error in a report
-_STRAY = "also called through a reference outside the tree of modules"
 
 
 @dataclass(frozen=True)
@@ -63,13 +61,11 @@ def try_out(
         tolerance: The largest difference of an output, relative to the largest, that is none.
         budget: When it is spent, a whole family of layers is left for one of them.
     """
-    strays = _Strays(swap)
-    with removed(strays.watch()):
-        outputs, why = _attempt(runner, swap, tuple(swap.layers), reference, tolerance)
-    reasons = dict.fromkeys(strays.found, _STRAY)
+    outputs, why = _attempt(runner, swap, tuple(swap.layers), reference, tolerance)
+    reasons: dict[str, str] = {}
     if why:
         good: tuple[str, ...] = ()
-        for family in families({name: layer.packed.shape for name, layer in swap.layers.items()}):
+        for family in families({name: layer.weight.shape for name, layer in swap.layers.items()}):
             _, why = _attempt(runner, swap, good + family, reference, tolerance)
             if not why:
                 good += family
@@ -130,7 +126,7 @@ def settle(runner: ModelRunner, swap: LayerSwap, decision: Decision, budget: Bud
         return Gain(decision.swap, before, after)
     saved = {
         family: sum(decision.times[name].saved for name in family)
-        for family in families({name: swap.layers[name].packed.shape for name in decision.swap})
+        for family in families({name: swap.layers[name].weight.shape for name in decision.swap})
     }
     rest = sorted(saved, key=lambda family: saved[family])
     while len(rest) > 1 and budget.left():
@@ -161,22 +157,3 @@ def _attempt(
 def _alike(runner: ModelRunner, swap: LayerSwap, unfused: Sequence[Any], tolerance: float) -> bool:
     outputs, why = _attempt(runner, swap, tuple(swap.layers), unfused, tolerance)
     return not why and difference(outputs, unfused) is not None
-
-
-class _Strays:
-    """Dense layers that are called although packed ones stand in their places."""
-
-    def __init__(self, swap: LayerSwap) -> None:
-        self._layers = {name: layer.original for name, layer in swap.layers.items()}
-        self.found: list[str] = []
-
-    def watch(self) -> Any:
-        for name, layer in self._layers.items():
-            yield layer.register_forward_pre_hook(self._note(name))
-
-    def _note(self, name: str) -> Any:
-        def called(_: nn.Module, __: Any) -> None:
-            if name not in self.found:
-                self.found.append(name)
-
-        return called

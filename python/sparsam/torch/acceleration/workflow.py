@@ -13,7 +13,7 @@ from torch.nn.parameter import is_lazy
 import torch
 from sparsam.torch.acceleration import measure
 from sparsam.torch.acceleration.candidates import Candidate, candidates
-from sparsam.torch.acceleration.decide import DENSE, Decision, decide
+from sparsam.torch.acceleration.decide import Decision, decide
 from sparsam.torch.acceleration.fusion import fusions
 from sparsam.torch.acceleration.install import LayerSwap
 from sparsam.torch.acceleration.measure import Budget, Times
@@ -24,7 +24,6 @@ from sparsam.torch.acceleration.outcome import Outcome, closing, in_order, rows_
 from sparsam.torch.acceleration.pack import is_convolution, pack
 from sparsam.torch.acceleration.report import AccelerationReport
 from sparsam.torch.acceleration.verify import Gain, fuse, settle, try_out
-from sparsam.torch.layers.modules import SparseLayer, is_transposed
 from sparsam.torch.layers.packed_weight import DTYPES
 from torch import Tensor, nn
 
@@ -133,7 +132,12 @@ def _by_examples(
     """Runs the model with examples, dense and packed."""
     seen = observe(model, runner, found, swap.where)
     reasons = {name: why for name, calls in seen.calls.items() if (why := _unsuitable(calls))}
-    swap.layers = pack([one for one in found if one.name not in reasons], dtype)
+    batches = {
+        name: {max(1, math.prod(shape[:-1])) for shape in calls}
+        for name, calls in seen.calls.items()
+        if name not in reasons
+    }
+    swap.layers = pack([one for one in found if one.name not in reasons], dtype, batches)
     narrow = _is_narrow(swap)
     rounded = narrow or dtype not in {None, torch.float32}
     tolerance = _WHOLE_NARROW if rounded else _WHOLE
@@ -141,9 +145,6 @@ def _by_examples(
     reasons |= trial.reasons
     if not swap.layers:
         return Outcome(seen.calls, Decision((), {}, {}), reasons, _dense(runner))
-    for layer in swap.layers.values():
-        if layer.packed.kernels == DENSE:  # other work may have disturbed that choice: let it be made again
-            layer.packed.forget()
     fuse(
         runner,
         swap,
@@ -172,14 +173,14 @@ def _by_rows(
     """Times linear layers alone."""
     reasons = {one.name: "needs example_inputs" for one in found if is_convolution(one.layer)}
     linear = [one for one in found if one.name not in reasons]
-    swap.layers = pack(linear, dtype)
+    swap.layers = pack(linear, dtype, {one.name: _ROWS for one in linear})
     swap.fusions = fusions(observe_sequences(model, linear, swap.where), swap.layers, swap.where)
     swap.show(swap.layers)
     follows = {name: one.replacement.original for one in swap.fusions for name in one.replacement.into}
     each = min(_SINGLE, budget.seconds / max(1, len(_ROWS) * len(swap.layers)))
     calls, times = {}, {}
     for name, layer in swap.layers.items():
-        inputs = [_draw(rows, layer.packed.cols, layer.packed.dtype) for rows in _ROWS]
+        inputs = [_draw(rows, layer.packed.cols, layer.weight.dtype) for rows in _ROWS]
         calls[name] = Counter({tuple(x.shape): 1 for x in inputs})
         pairs = [measure.compare(layer, follows.get(name), x, each) for x in inputs]
         times[name] = measure.LayerTime(
@@ -191,7 +192,6 @@ def _by_rows(
 def _decide(swap: LayerSwap, times: Times, min_gain: float) -> Decision:
     return decide(
         times,
-        kernels={name: layer.packed.kernels for name, layer in swap.layers.items()},
         fused=[fusion.replacement.into for fusion in swap.fusions],
         min_gain=min_gain,
     )
@@ -213,7 +213,7 @@ def _unsuitable(calls: Counter[Any]) -> str:
 def _is_narrow(swap: LayerSwap) -> bool:
     """Whether some layer computes with less than float32."""
     autocast = torch.is_autocast_enabled("cpu")
-    return autocast or any(layer.packed.dtype != torch.float32 for layer in swap.layers.values())
+    return autocast or any(layer.weight.dtype != torch.float32 for layer in swap.layers.values())
 
 
 def _draw(rows: int, width: int, dtype: torch.dtype) -> Tensor:
@@ -224,8 +224,6 @@ def _draw(rows: int, width: int, dtype: torch.dtype) -> Tensor:
 def _install(swap: LayerSwap, outcome: Outcome) -> None:
     """Puts in what won, in the modes that the model is in now."""
     swap.show(outcome.swapped)
-    for name in outcome.swapped:
-        swap.layers[name].training = swap.layers[name].original.training
     for fusion in swap.fusions:
         fusion.replacement.training = fusion.replacement.original.training
 
@@ -237,12 +235,6 @@ def _check(model: object, dtype: object, **positive: object) -> None:
     name = type(model).__name__
     if isinstance(model, torch.jit.ScriptModule) or name == "OptimizedModule":
         msg = f"model: expected one that is not compiled yet; got a {name}; accelerate it, then compile it"
-        raise TypeError(msg)
-    if isinstance(model, (nn.Linear, nn.Conv1d, nn.Conv2d, SparseLayer)) or is_transposed(model):
-        msg = (
-            f"model: expected a module that holds layers; got a bare {name}, which cannot be replaced from "
-            "within; wrap it in torch.nn.Sequential(layer), or use SparseLinear(layer) or SparseConv2d(layer)"
-        )
         raise TypeError(msg)
     if lazy := [name for name, parameter in model.named_parameters() if is_lazy(parameter)]:
         msg = f"{lazy[0]}: expected a model that ran before; got one without a shape; call it once before"

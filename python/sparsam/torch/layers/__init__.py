@@ -1,1 +1,6 @@
-"""Layers whose weights are packed, and the operators that multiply with them. Imports `sparse`."""
+"""Packed weights as tensors, operators that multiply with them, layers that hold them. Imports `sparse`.
+
+`packed_weight` has the bytes of a weight, `packed_tensor` the tensor that stands for the dense one,
+`products` the functions of PyTorch that reach `operators` with it, and `packing` puts it into layers and
+takes it out.
+"""

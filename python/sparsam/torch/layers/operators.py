@@ -1,27 +1,23 @@
-"""The products as functions of tensors, and as operators that torch.compile and autograd know.
+"""The products as functions of tensors, and as operators that torch.compile, export and autograd know.
 
-`sparsam::linear` and `sparsam::conv2d` take the number of a `PackedWeight` in place of a tensor. `learns`, a
-tensor that requires a gradient, makes going backward an error even where x requires none. In eager mode
-without gradients the layers call the functions themselves: the dispatcher would cost more than a small
-product.
+`sparsam::linear`, `sparsam::conv2d` and `sparsam::unpack` take the bytes of a packed weight as a tensor, so
+that a graph owns its weights. In eager mode packed tensors call the functions themselves: the dispatcher
+would cost more than a small product.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from functools import partial
-from typing import Any, NoReturn
+from typing import Any
 
-from torch.autograd import forward_ad
 from torch.nn import functional
 
 import torch
-from sparsam.sparse import cost_model
-from sparsam.torch.layers.packed_weight import DTYPES, PackedWeight, find
+from sparsam.torch.layers.packed_weight import DTYPES, PackedWeight
 from torch import Tensor
 
-__all__ = ["ACTIVATIONS", "conv2d", "is_plain", "linear", "refuse"]
+__all__ = ["ACTIVATIONS", "NO_DERIVATIVE", "check", "conv2d", "linear", "unpack"]
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "": lambda x: x,
@@ -31,7 +27,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": functional.silu,
 }
 
-_NO_DERIVATIVE = (
+NO_DERIVATIVE = (
     "backward or forward-mode differentiation through a packed layer: its weights are fixed and have no "
     "gradient; call sparsam.torch.restore(model) before training, or run it under torch.no_grad()"
 )
@@ -49,52 +45,36 @@ def linear(x: Tensor, weight: PackedWeight, bias: Tensor | None, activation: str
         bias: (out,) or None.
         activation: "", "relu", "gelu", "gelu_tanh" or "silu".
     """
-    _check(x)
-    *leading, last = x.shape if x.ndim else (0,)
+    check(x)
     rows, cols = weight.rows, weight.cols
-    if last != cols or not x.ndim:
-        msg = f"x has shape {tuple(x.shape)}: expected (..., {cols}) for a weight {weight.shape}"
+    if not x.ndim or x.shape[-1] != cols:
+        msg = f"x: expected shape (..., {cols}); got {tuple(x.shape)}; the weight is ({rows}, {cols})"
         raise ValueError(msg)
     if x.dtype is torch.float16:
         return linear(x.float(), weight, bias, activation).half()
     x = x.contiguous()
     bias = _plain_bias(bias, rows)
-    out = x.new_empty((*leading, rows))
-    batch = math.prod(leading)
-    if not batch or not rows:
+    out = x.new_empty((*x.shape[:-1], rows))
+    if not out.numel():
         return out
-    narrow = x.dtype is torch.bfloat16
-    kernel = weight.kernel((batch, narrow)) or _choose_linear(x, weight, batch)
-    if kernel == "dense":
-        y = functional.linear(x, weight.dense(x.dtype), None if bias is None else bias.to(x.dtype))
-        return ACTIVATIONS[activation](y)
-    add = 0 if bias is None else bias.data_ptr()
-    weight.parts[0].linear_at(kernel, x.data_ptr(), narrow, batch, add, activation, out.data_ptr())
-    return out
-
-
-def _choose_linear(x: Tensor, weight: PackedWeight, batch: int) -> str:
-    """Times the kernels on x itself; batches of about that size share the choice."""
-    narrow = x.dtype is torch.bfloat16
-    out = x.new_empty((batch, weight.rows))
-
-    def run(kernel: str) -> None:
-        weight.parts[0].linear_at(kernel, x.data_ptr(), narrow, batch, 0, "", out.data_ptr())
-
-    kernels = ["bitmask", "panels"] if batch <= 16 else ["panels"]
-    return weight.choose(
-        (batch, narrow),
-        (cost_model.bucket(batch), narrow),
-        x.dtype,
-        {name: partial(run, name) for name in reversed(kernels)},
-        lambda matrix: functional.linear(x, matrix),
+    batch = math.prod(x.shape[:-1])
+    weight.parts[0].linear_at(
+        weight.kernel(batch),
+        x.data_ptr(),
+        x.dtype is torch.bfloat16,
+        batch,
+        0 if bias is None else bias.data_ptr(),
+        activation,
+        out.data_ptr(),
     )
+    return out
 
 
 def conv2d(
     x: Tensor,
     weight: PackedWeight,
     bias: Tensor | None,
+    taps: Sequence[int],
     stride: Sequence[int],
     padding: Sequence[int],
     dilation: Sequence[int],
@@ -106,93 +86,53 @@ def conv2d(
         x: (n, in, height, width), float32, bfloat16 or float16.
         weight: W (out, in / groups, kernel height, kernel width).
         bias: (out,) or None.
-        stride: For height and width, and so are
+        taps: The size of the kernel, height and width, and so are
+        stride: and
         padding: zeros on either side, and
         dilation: the distance of taps.
         activation: As for `linear`.
     """
     if x.dtype in {torch.float16, torch.bfloat16}:
-        return conv2d(x.float(), weight, bias, stride, padding, dilation, activation).to(x.dtype)
-    _check(x)
+        return conv2d(x.float(), weight, bias, taps, stride, padding, dilation, activation).to(x.dtype)
+    check(x)
     x = x.contiguous()
-    bias = _plain_bias(bias, weight.shape[0])
-    out = x.new_empty(_conv2d_shape(x, weight, stride, padding, dilation))
+    outs, groups = weight.groups * weight.rows, weight.groups
+    bias = _plain_bias(bias, outs)
+    channels = groups * weight.cols // math.prod(taps)
+    out = x.new_empty(_conv2d_shape(x, channels, outs, taps, stride, padding, dilation))
     if not out.numel():
         return out
-    images, channels, *image = x.shape
-    taps = _taps(weight)
-    geometry = (tuple(image), taps, tuple(stride), tuple(padding), tuple(dilation))
-    x_stride, out_stride = channels * image[0] * image[1], out[0].numel()
-
-    def run() -> None:
-        for group, part in enumerate(weight.parts):
-            part.conv2d_at(
-                x.data_ptr() + group * (x_stride // weight.groups) * x.itemsize,
-                x_stride,
-                images,
-                *geometry,  # type: ignore[arg-type]
-                0 if bias is None else bias.data_ptr() + group * weight.rows * bias.itemsize,
-                activation,
-                out.data_ptr() + group * (out_stride // weight.groups) * out.itemsize,
-                out_stride,
-            )
-
-    def dense(kernels: Tensor) -> Tensor:
-        kernels = kernels.reshape(*kernels.shape[:2], *taps)
-        y = functional.conv2d(x, kernels, bias, stride, padding, dilation, weight.groups)
-        return ACTIVATIONS[activation](y)
-
-    key = (images, *geometry)
-    kernel = weight.kernel(key)
-    if kernel is None:
-        # Sizes of signals and images come in any number: those alike, to a power of two, share the choice.
-        alike = (cost_model.bucket(images), *(size.bit_length() for size in image), *geometry[1:])
-        kernel = weight.choose(key, alike, x.dtype, {"panels": run}, dense)
-    if kernel == "dense":
-        return dense(weight.dense(x.dtype))
-    run()
+    geometry: Any = (tuple(x.shape[2:]), tuple(taps), tuple(stride), tuple(padding), tuple(dilation))
+    x_stride, out_stride = x[0].numel(), out[0].numel()
+    for group, part in enumerate(weight.parts):
+        part.conv2d_at(  # type: ignore[call-arg]
+            x.data_ptr() + group * (x_stride // groups) * x.itemsize,
+            x_stride,
+            x.shape[0],
+            *geometry,
+            0 if bias is None else bias.data_ptr() + group * weight.rows * bias.itemsize,
+            activation,
+            out.data_ptr() + group * (out_stride // groups) * out.itemsize,
+            out_stride,
+        )
     return out
 
 
-def is_plain(x: Tensor) -> bool:
-    """Whether a function of memory may be called for x: nobody traces, differentiates or watches."""
-    return (
-        type(x) is Tensor
-        and not torch.compiler.is_compiling()
-        and not (x.requires_grad and torch.is_grad_enabled())
-        and not x.is_neg()
-        and forward_ad._current_level < 0
-        and not torch._C._are_functorch_transforms_active()
-        and torch._C._get_tracing_state() is None
-        and torch._C._len_torch_dispatch_stack() == 0
-    )
+def unpack(data: Tensor, rows: int, cols: int, dtype: torch.dtype) -> Tensor:
+    """The dense weight (rows, cols), in a dtype, of the bytes of a packed one."""
+    return PackedWeight.read(data).unpack().to(dtype).reshape(rows, cols)
 
 
-def refuse(x: Tensor) -> None:
-    """Raises for an x that is no plain tensor and that an operator would answer wrongly, or with a riddle.
-
-    Forward-mode AD and the transforms of torch.func would take the product for a constant. Going backward is
-    an error of its own.
-    """
-    if torch.compiler.is_compiling():
-        return
-    if type(x) is Tensor:
-        _check(x)
-    kinds = {str(level.key()) for level in torch._C._functorch.get_interpreter_stack() or ()}
-    dual = forward_ad._current_level >= 0 and forward_ad.unpack_dual(x).tangent is not None  # type: ignore[no-untyped-call]
-    if dual or not kinds.isdisjoint({"TransformType.Grad", "TransformType.Jvp"}):
-        raise RuntimeError(_NO_DERIVATIVE)
-
-
-def _check(x: Tensor) -> None:
+def check(x: Tensor) -> None:
+    """Raises for an x that kernels cannot read."""
     if x.device.type != "cpu":
-        msg = f"x is on {x.device}: expected the CPU, where packed weights are; use x.cpu()"
+        msg = f"x: expected a tensor on the CPU, where packed weights are; got one on {x.device}; use x.cpu()"
         raise ValueError(msg)
     if x.dtype not in DTYPES:
-        msg = f"x is {x.dtype}: expected one of {', '.join(map(str, DTYPES))}"
+        msg = f"x: expected one of {', '.join(map(str, DTYPES))}; got {x.dtype}; convert it with x.to()"
         raise TypeError(msg)
     if x.layout is not torch.strided:
-        msg = f"x is {x.layout}: expected a dense tensor; use x.to_dense()"
+        msg = f"x: expected a dense tensor; got {x.layout}; use x.to_dense()"
         raise TypeError(msg)
 
 
@@ -201,57 +141,79 @@ def _plain_bias(bias: Tensor | None, outputs: int) -> Tensor | None:
     if bias is None:
         return None
     if bias.numel() != outputs or bias.ndim != 1:
-        msg = f"bias has shape {tuple(bias.shape)}: expected ({outputs},)"
+        msg = f"bias: expected shape ({outputs},); got {tuple(bias.shape)}; pass one number for each output"
         raise ValueError(msg)
     return bias.float().contiguous()
 
 
 def _conv2d_shape(
-    x: Tensor, weight: PackedWeight, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]
+    x: Tensor,
+    channels: int,
+    outs: int,
+    taps: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
 ) -> list[int]:
-    out, channels, *_ = weight.shape
-    kernel = _taps(weight)
-    if x.ndim != 4 or x.shape[1] != channels * weight.groups:
-        msg = f"x has shape {tuple(x.shape)}: expected (n, {channels * weight.groups}, height, width)"
+    if x.ndim != 4 or x.shape[1] != channels:
+        msg = f"x: expected shape (n, {channels}, height, width); got {tuple(x.shape)}; reshape it"
         raise ValueError(msg)
     sizes = [
-        (x.shape[2 + i] + 2 * padding[i] - dilation[i] * (kernel[i] - 1) - 1) // stride[i] + 1 for i in (0, 1)
+        (x.shape[2 + i] + 2 * padding[i] - dilation[i] * (taps[i] - 1) - 1) // stride[i] + 1 for i in (0, 1)
     ]
     if min(sizes) < 1:
-        msg = f"x has shape {tuple(x.shape)}: expected images of at least the size of the kernel {kernel}"
+        least = f"images of at least the size of the kernel {tuple(taps)}"
+        msg = f"x: expected {least}; got {tuple(x.shape)}; pad it"
         raise ValueError(msg)
-    return [x.shape[0], out, *sizes]
-
-
-def _taps(weight: PackedWeight) -> tuple[int, int]:
-    """Height and width of a kernel; those of a Conv1d are one row high."""
-    taps = weight.shape[2:]
-    return (1, taps[0]) if len(taps) == 1 else (taps[0], taps[1])
-
-
-def _refuse(ctx: Any, *grads: Tensor) -> NoReturn:  # noqa: ARG001
-    raise RuntimeError(_NO_DERIVATIVE)
+    return [x.shape[0], outs, *sizes]
 
 
 def _register() -> None:
-    _library.define(  # type: ignore[no-untyped-call]
-        "linear(Tensor x, int weight, Tensor? bias, str activation, Tensor? learns=None) -> Tensor",
-        tags=_tags,
+    geometry = "int[2] taps, int[2] stride, int[2] padding, int[2] dilation"
+    schemas = (
+        "linear(Tensor x, Tensor weight, Tensor? bias, int out, str activation)",
+        f"conv2d(Tensor x, Tensor weight, Tensor? bias, int out, {geometry}, str activation)",
+        "unpack(Tensor weight, int rows, int cols, ScalarType dtype)",
+        "refuse(Tensor gradient, Tensor like)",
     )
-    _library.define(  # type: ignore[no-untyped-call]
-        "conv2d(Tensor x, int weight, Tensor? bias, int[2] stride, int[2] padding, int[2] dilation, "
-        "str activation, Tensor? learns=None) -> Tensor",
-        tags=_tags,
-    )
-    _library.impl("linear", lambda x, w, b, act, _=None: linear(x, find(w), b, act), "CPU")  # type: ignore[no-untyped-call]
-    _library.impl("conv2d", lambda x, w, *rest: conv2d(x, find(w), *rest[:5]), "CPU")  # type: ignore[no-untyped-call]
-    fakes: dict[str, Callable[..., Tensor]] = {
-        "linear": lambda x, w, *_: x.new_empty((*x.shape[:-1], find(w).rows)),
-        "conv2d": lambda x, w, b, *rest: x.new_empty(_conv2d_shape(x, find(w), *rest[:3])),  # noqa: ARG005
+    for schema in schemas:
+        _library.define(f"{schema} -> Tensor", tags=_tags)  # type: ignore[no-untyped-call]
+    read = PackedWeight.read
+    eager: dict[str, Callable[..., Tensor]] = {
+        "linear": lambda x, w, b, _, activation: linear(x, read(w), b, activation),
+        "conv2d": lambda x, w, b, _, *rest: conv2d(x, read(w), b, *rest),
+        "unpack": unpack,
+        "refuse": _refuse,
     }
-    for name, fake in fakes.items():
-        torch.library.register_fake(f"sparsam::{name}", fake, lib=_library)
-        torch.library.register_autograd(f"sparsam::{name}", _refuse, lib=_library)
+    fakes: dict[str, Callable[..., Tensor]] = {
+        "linear": lambda x, _, b, out, *rest: x.new_empty((*x.shape[:-1], out)),  # noqa: ARG005
+        "conv2d": lambda x, _, b, out, *rest: x.new_empty(_conv2d_shape(x, x.shape[1], out, *rest[:4])),  # noqa: ARG005
+        "unpack": lambda w, rows, cols, dtype: w.new_empty((rows, cols), dtype=dtype),
+        "refuse": lambda _, like: torch.empty_like(like),
+    }
+    for name, function in eager.items():
+        _library.impl(name, function, "CPU")  # type: ignore[no-untyped-call]
+        torch.library.register_fake(f"sparsam::{name}", fakes[name], lib=_library)
+    for name in ("linear", "conv2d"):
+        torch.library.register_autograd(
+            f"sparsam::{name}", _backward, setup_context=_keep_inputs, lib=_library
+        )
+
+
+def _refuse(_: Tensor, like: Tensor) -> Tensor:  # noqa: ARG001
+    raise RuntimeError(NO_DERIVATIVE)
+
+
+def _keep_inputs(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ARG001
+    x, _, bias, *_ = inputs
+    ctx.save_for_backward(x, *(() if bias is None else (bias,)))
+    ctx.others = len(inputs) - 3
+
+
+def _backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
+    """Raises when it runs, and not before: a graph may be traced with it."""
+    x, *bias = (torch.ops.sparsam.refuse(gradient, saved) for saved in ctx.saved_tensors)
+    return x, None, bias[0] if bias else None, *(None,) * ctx.others
 
 
 _register()

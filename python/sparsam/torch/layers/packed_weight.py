@@ -1,105 +1,96 @@
-"""PackedWeight: what the weight of a layer became, and the choice of what multiplies with it."""
+"""PackedWeight: the bytes of a packed weight as one tensor, and the core's matrices over them."""
 
 from __future__ import annotations
 
-import itertools
-import math
-import os
-import threading
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Sequence
 from typing import Any
-from weakref import WeakValueDictionary
 
 import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
+from torch.utils.weak import WeakTensorKeyDictionary
 
 import torch
 from sparsam._core import Packed
 from sparsam.patterns import NM, Block, Unstructured
 from sparsam.sparse import calibration
+from sparsam.sparse.cost_model import BATCHES, BITMASK_BATCHES
 from sparsam.sparse.stored import recognise
 from torch import Tensor
 
-__all__ = ["DTYPES", "PackedWeight", "find", "from_array", "to_array"]
+__all__ = ["DTYPES", "PackedWeight", "from_array", "join", "pack_matrix", "to_array"]
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
+_ALIGN = 64
+_HEADER, _KIND, _BYTES = 128, 12, 96  # of a form: the size of its header; where that has its kind and size
+_FEW = BATCHES[BITMASK_BATCHES - 1]  # rows up to which "bitmask" may be the fastest
 _ROUNDS = 3
-_PROCESS = os.getpid()  # in a forked child, torch's own products wait for threads that are gone
-_handles = itertools.count(1)
-_living: WeakValueDictionary[int, PackedWeight] = WeakValueDictionary()
+
+_known: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # the bytes -> their PackedWeight
 
 
 class PackedWeight:
-    """A weight as one packed matrix for each group of its channels. Its content never changes.
+    """What the bytes of a packed weight hold: a matrix (rows x cols) for each group of channels.
 
-    Deep copies are the object itself, and layers whose weights are tied share one.
+    The bytes are a vector of uint8 that never changes: group after group, and of each its forms
+    (docs/formats.md). Layers, files and graphs own the bytes; this is the core's view of them.
 
     Attributes:
-        parts: The packed matrices, each `rows` x `cols`.
-        shape: The shape of the tensor that was packed.
-        dtype: Its dtype, which `unpack` returns; `value_dtype` is what the values are stored as.
-        transposed: Whether that tensor was (in, out).
-        handle: A number that names this object to the registered operators for as long as it lives.
+        parts: The matrix of each group.
+        rows: The rows of each part.
+        cols: Its columns.
+        forms: The forms that each part has.
     """
 
-    def __init__(
-        self,
-        parts: tuple[Packed, ...],
-        shape: tuple[int, ...],
-        dtype: torch.dtype,
-        *,
-        transposed: bool = False,
-    ) -> None:
-        """For this package; use `pack`."""
+    def __init__(self, parts: tuple[Packed, ...], address: int) -> None:
+        """For this package; use `pack_matrix` and `read`."""
         self.parts = parts
-        self.shape = shape
-        self.dtype = dtype
-        self.transposed = transposed
         self.rows, self.cols = parts[0].rows, parts[0].cols
-        self.handle = next(_handles)
-        _living[self.handle] = self
-        self._dense: dict[torch.dtype, Tensor] = {}
-        self._casts: WeakValueDictionary[torch.dtype, PackedWeight] = WeakValueDictionary()
-        self._kernels: dict[Hashable, str] = {}
-        self._lock = threading.RLock()
+        self.forms = parts[0].forms
+        self._kernels = (self.forms[0], self.forms[-1])  # for few and for many rows of x
+        self._address = address
 
     @classmethod
-    def pack(
-        cls,
-        weight: Tensor,
-        *,
-        dtype: torch.dtype | None = None,
-        groups: int = 1,
-        transposed: bool = False,
-    ) -> PackedWeight:
-        """Packs a tensor (out, in / groups, ...); pruned is what is exactly 0.
-
-        Args:
-            weight: float32, bfloat16 or float16, on the CPU.
-            dtype: What to store the values as, one of these too; by default as they are.
-            groups: Output channels split into so many groups, each a matrix of its own.
-            transposed: `weight` is (in, out), as in the Conv1D of Hugging Face's GPT-2.
+    def read(cls, data: Tensor) -> PackedWeight:
+        """The weight that these bytes hold, checked the first time.
 
         Raises:
-            TypeError: Another dtype.
-            ValueError: The tensor is not on the CPU.
+            ValueError: They hold none, or one that is damaged.
         """
-        values = dtype or weight.dtype
-        for what, got in (("weight", weight.dtype), ("dtype", values)):
-            if got not in DTYPES:
-                msg = (
-                    f"{what} is {got}: expected one of {', '.join(map(str, DTYPES))}; convert the model first"
-                )
-                raise TypeError(msg)
-        if weight.device.type != "cpu":
-            msg = f"weight is on {weight.device}: expected the CPU; move the model there first, with .cpu()"
-            raise ValueError(msg)
-        matrix = weight.detach().to(values)
-        matrix = matrix.T if transposed else matrix.flatten(1)
-        parts = tuple(Packed.pack(to_array(part)) for part in matrix.chunk(groups))
-        return cls(parts, tuple(weight.shape), weight.dtype, transposed=transposed)
+        found: PackedWeight | None = _known.get(data)  # type: ignore[no-untyped-call]
+        if found is None or found._address != data.data_ptr():  # torch may move what is shared
+            found = _adopt(data, trusted=False)
+        return found
+
+    def with_forms(self, forms: Sequence[str]) -> Tensor:
+        """The bytes of the same weight in these forms."""
+        copies = [Packed.from_buffers([p.buffer(f) for f in p.forms], trusted=True) for p in self.parts]
+        return join(copies, forms)
+
+    def best_form(self, batches: Sequence[int]) -> str:
+        """The form that is fastest for these batches, measured on this weight where both can be.
+
+        It is one, for two take more than the dense weight does at 50 % zeros. For more than 16 rows, and for
+        convolutions, it is "panels".
+
+        Args:
+            batches: The numbers of rows of x, all equally often.
+        """
+        if self.nnz == 0 or len(self.parts) > 1 or max(batches) > _FEW:
+            return "panels"
+        both = PackedWeight.read(self.with_forms(("bitmask", "panels")))
+        return min(both.forms, key=lambda form: sum(both._seconds(form, batch) for batch in batches))
+
+    def _seconds(self, form: str, batch: int) -> float:
+        x, y = np.ones((batch, self.cols), np.float32), np.empty((batch, self.rows), np.float32)
+        part = self.parts[0]
+        run = lambda: part.linear(form, x, None, "", y)  # noqa: E731
+        return min(calibration.fastest(run, settle=0.0, seconds=1e-3) for _ in range(_ROUNDS))
+
+    def kernel(self, batch: int) -> str:
+        """The form to multiply a batch with: where there are two, "bitmask" for up to 16 rows."""
+        return self._kernels[batch > _FEW]
 
     @property
     def groups(self) -> int:
@@ -107,25 +98,25 @@ class PackedWeight:
         return len(self.parts)
 
     @property
-    def value_dtype(self) -> torch.dtype:
+    def dtype(self) -> torch.dtype:
         """The dtype that the values are stored as."""
         return getattr(torch, self.parts[0].dtype)  # type: ignore[no-any-return]
 
     @property
     def nnz(self) -> int:
-        """The number of nonzero weights."""
+        """The number of stored weights."""
         return sum(part.nnz for part in self.parts)
 
     @property
     def density(self) -> float:
-        """The share of nonzero weights; 1.0 where there are no weights."""
-        return self.nnz / size if (size := math.prod(self.shape)) else 1.0
+        """The share of stored weights; 1.0 where there are no weights."""
+        size = self.groups * self.rows * self.cols
+        return self.nnz / size if size else 1.0
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the packed form, of the layouts derived from it and of dense copies that are kept."""
-        dense = sum(tensor.nbytes for tensor in self._dense.values())
-        return dense + sum(part.nbytes for part in self.parts)
+        """Bytes of all forms."""
+        return sum(part.nbytes for part in self.parts)
 
     @property
     def pattern(self) -> NM | Block | Unstructured:
@@ -133,133 +124,75 @@ class PackedWeight:
         return recognise(self.parts[0])
 
     def unpack(self) -> Tensor:
-        """The tensor as it was; a pruned -0.0 comes back as 0.0, and narrower values as they are."""
-        matrix = torch.cat([from_array(part.unpack()) for part in self.parts]).to(self.dtype)
-        return matrix.T.contiguous() if self.transposed else matrix.reshape(self.shape)
-
-    def astype(self, dtype: torch.dtype) -> PackedWeight:
-        """This weight for a layer that computes in another dtype."""
-        if dtype == self.dtype:
-            return self
-        with self._lock:
-            if (known := self._casts.get(dtype)) is not None:  # for a layer whose weight is tied
-                return known
-            values = dtype if self.value_dtype == self.dtype else self.value_dtype
-            self._casts[dtype] = cast = PackedWeight.pack(
-                self.unpack().to(dtype), dtype=values, groups=self.groups, transposed=self.transposed
-            )
-            return cast
-
-    def dense(self, dtype: torch.dtype) -> Tensor:
-        """The unpacked weight that dense products use: (out, in, ...), kept from now on."""
-        with self._lock:
-            if dtype not in self._dense:
-                self._dense[dtype] = self._oriented(dtype)
-            return self._dense[dtype]
-
-    def _oriented(self, dtype: torch.dtype) -> Tensor:
-        weight = self.unpack().to(dtype)
-        return weight.T.contiguous() if self.transposed else weight
-
-    @property
-    def kernels(self) -> tuple[str, ...]:
-        """The kernels that were chosen so far, in the order of first use."""
-        return tuple(dict.fromkeys(self._kernels.values()))
-
-    def forget(self) -> None:
-        """Drops all choices, and the dense copy made for them: the next product chooses again."""
-        with self._lock:
-            self._kernels.clear()
-            self._dense.clear()
-
-    def kernel(self, key: Hashable) -> str | None:
-        """What was chosen for a key before."""
-        return self._kernels.get(key)
-
-    def choose(
-        self,
-        key: Hashable,
-        bucket: Hashable,
-        dtype: torch.dtype,
-        runs: Mapping[str, Callable[[], object]],
-        dense: Callable[[Tensor], object],
-    ) -> str:
-        """Times the ways to multiply and keeps the fastest.
-
-        Args:
-            key: What `kernel` will be asked for.
-            bucket: Keys of one bucket share the choice.
-            dtype: Of x.
-            runs: Kernel -> a product with it.
-            dense: The dense product, given the unpacked weight.
-        """
-        with self._lock:
-            if bucket not in self._kernels:
-                had = self.parts[0].forms
-                for part, form in itertools.product(self.parts, runs):
-                    part.add(form)
-                chosen = self._kernels[bucket] = self._fastest(dtype, runs, dense)
-                if chosen != "panels" and "panels" not in had:  # only the trial needed them
-                    for part in self.parts:
-                        part.keep(had)
-            self._kernels[key] = self._kernels[bucket]
-            return self._kernels[key]
-
-    def _fastest(
-        self,
-        dtype: torch.dtype,
-        runs: Mapping[str, Callable[[], object]],
-        dense: Callable[[Tensor], object],
-    ) -> str:
-        if self.nnz == 0:
-            return next(iter(runs))
-        every = dict(runs)
-        if os.getpid() == _PROCESS or torch.get_num_threads() == 1:
-            weight = self._dense[dtype] if dtype in self._dense else self._oriented(dtype)
-            every["dense"] = lambda: dense(weight)
-        best = dict.fromkeys(every, math.inf)
-        for _ in range(_ROUNDS):  # in turn, so that what disturbs one disturbs them all
-            for name, run in every.items():
-                best[name] = min(best[name], calibration.fastest(run, settle=0.0, seconds=2e-3))
-        chosen = min(best, key=lambda name: best[name])
-        if chosen == "dense":
-            self._dense[dtype] = weight
-        return chosen
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> PackedWeight:
-        return self
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        arrays = [(part.rows, part.cols, part.bits(), part.values()) for part in self.parts]
-        return _rebuild, (arrays, self.shape, self.dtype, self.transposed)
-
-    def __repr__(self) -> str:
-        values = "" if self.value_dtype == self.dtype else f", {self.value_dtype} values"
-        return f"PackedWeight({'x'.join(map(str, self.shape))}, density {self.density:.4g}{values})"
+        """The weight (groups x rows, cols) in `dtype`; a pruned -0.0 comes back as 0.0."""
+        arrays = [from_array(part.unpack()) for part in self.parts]
+        return arrays[0] if len(arrays) == 1 else torch.cat(arrays)
 
 
-def find(handle: int) -> PackedWeight:
-    """The living weight of that handle.
-
-    Raises:
-        RuntimeError: There is none: its layer is gone, or lives in another process.
-    """
-    try:
-        return _living[handle]
-    except KeyError:
-        msg = f"no packed weight {handle} in this process: its layer was deleted, or compiled elsewhere"
-        raise RuntimeError(msg) from None
+def pack_matrix(matrix: NDArray[Any], *, groups: int = 1, forms: Sequence[str] = ("panels",)) -> Tensor:
+    """The bytes of an array (groups x rows, cols) of floats; pruned is what is exactly 0."""
+    return join([Packed.pack(part) for part in np.split(matrix, groups)], forms)
 
 
-def _after_fork() -> None:
-    """Frees the locks in a child, and lets no product wait for torch's threads, which it has not."""
-    for weight in list(_living.values()):
-        weight._lock = threading.RLock()
-        weight._kernels = {key: kernel for key, kernel in weight._kernels.items() if kernel != "dense"}
+def join(parts: Sequence[Packed], forms: Sequence[str]) -> Tensor:
+    """The bytes of these matrices, one for each group, in these forms; the matrices keep no others."""
+    for part in parts:
+        for form in forms:
+            part.add(form)
+        part.keep(list(forms))
+    if len(parts) == len(forms) == 1:  # the memory of the core itself
+        data = torch.from_numpy(np.asarray(_Memory(parts[0].buffer(forms[0]))))
+        _known[data] = PackedWeight(tuple(parts), data.data_ptr())
+    else:
+        data = torch.from_numpy(np.concatenate([part.buffer(form) for part in parts for form in part.forms]))
+        _adopt(data, trusted=True)
+    return data
 
 
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork)
+def _adopt(data: Tensor, *, trusted: bool) -> PackedWeight:
+    """Makes the bytes known."""
+    if data.device.type != "cpu" or data.dtype != torch.uint8 or data.ndim != 1:
+        msg = (
+            f"packed weight: expected a vector of uint8 on the CPU; got {data.dtype} of shape "
+            f"{tuple(data.shape)} on {data.device}; pack the layer again"
+        )
+        raise ValueError(msg)
+    whole = data.detach().contiguous()  # not `data`: what is known of it must not keep it alive
+    if whole.data_ptr() % _ALIGN:
+        whole = whole.clone()
+    buffers = _split(whole.numpy())
+    forms = 2 if len(buffers) > 1 and buffers[0][_KIND] != buffers[1][_KIND] else 1
+    pieces = [buffers[i : i + forms] for i in range(0, len(buffers), forms)]
+    parts = tuple(Packed.from_buffers(piece, trusted=trusted) for piece in pieces)
+    if len({(part.rows, part.cols, part.dtype, part.forms) for part in parts}) > 1:
+        msg = "packed weight: expected groups of one shape; got others; pack the layer again"
+        raise ValueError(msg)
+    found = _known[data] = PackedWeight(parts, data.data_ptr())
+    return found
+
+
+class _Memory:
+    """Memory of the core as torch takes it, which warns of arrays that nobody may write. Nobody does."""
+
+    def __init__(self, buffer: NDArray[np.uint8]) -> None:
+        self._owner = buffer
+        address, _ = buffer.__array_interface__["data"]
+        self.__array_interface__ = {**buffer.__array_interface__, "data": (address, False)}
+
+
+def _split(data: NDArray[np.uint8]) -> list[NDArray[np.uint8]]:
+    """The forms that follow each other."""
+    found, start = [], 0
+    while start < len(data):
+        length = int.from_bytes(data[start + _BYTES : start + _BYTES + 8].tobytes(), "little")
+        if not _HEADER <= length <= len(data) - start:
+            break
+        found.append(data[start : start + length])
+        start += length
+    if start < len(data) or not found:
+        msg = f"packed weight: expected whole forms; got {len(data)} bytes; pack the layer again"
+        raise ValueError(msg)
+    return found
 
 
 def to_array(tensor: Tensor) -> NDArray[Any]:
@@ -274,13 +207,3 @@ def from_array(array: NDArray[Any]) -> Tensor:
     if array.dtype == ml_dtypes.bfloat16:
         return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
     return torch.from_numpy(array)
-
-
-def _rebuild(
-    arrays: list[tuple[int, int, NDArray[np.uint8], NDArray[Any]]],
-    shape: tuple[int, ...],
-    dtype: torch.dtype,
-    transposed: bool,
-) -> PackedWeight:
-    parts = tuple(Packed.from_parts(*part) for part in arrays)
-    return PackedWeight(parts, shape, dtype, transposed=transposed)

@@ -15,10 +15,10 @@ import torch
 from sparsam.checkpoint import FILE_NAME, safetensors_format
 from sparsam.checkpoint.atomic import publish
 from sparsam.torch.acceleration.fusion import Fused
-from sparsam.torch.layers.modules import SparseLayer
 from sparsam.torch.layers.packed_weight import PackedWeight, from_array
+from sparsam.torch.layers.packing import PackedLayer, is_packed
 from sparsam.torch.serialization.loading import Loaded
-from sparsam.torch.serialization.manifest import Entry, Manifest, dtype_name
+from sparsam.torch.serialization.manifest import Entry, Manifest
 from torch import Tensor, nn
 
 __all__ = ["load", "save"]
@@ -41,29 +41,22 @@ def save(model: nn.Module, directory: StrPath) -> None:
         ValueError: The model is itself a packed layer, or lacks the layers that compute a fused activation.
         OSError: The file cannot be written.
     """
-    if isinstance(model, SparseLayer):
+    layers = {name: found for name, module in _every(model) if (found := _own_packed(module)) is not None}
+    if "" in layers:
         msg = "save: expected a model that holds packed layers; got one layer; wrap it in torch.nn.Sequential"
         raise ValueError(msg)
-    layers = {name: module for name, module in _every(model) if isinstance(module, SparseLayer)}
-    names = {id(layer): name for name, layer in layers.items()}
-    fused: dict[str, tuple[str, ...]] = {}
-    for name, module in _every(model):
-        if isinstance(module, Fused):
-            if any(id(layer) not in names for layer in module.layers):
-                msg = f"{name}: expected the layers that compute it in the same model; save the whole model"
-                raise ValueError(msg)
-            fused[name] = tuple(names[id(layer)] for layer in module.layers)
+    fused = _fused(model, {id(layer.layer): name for name, layer in layers.items()})
+    activations = {name for into in fused.values() for name in into}
     entries: dict[str, Entry] = {}
     tensors: dict[str, Tensor] = {}
     stored: dict[int, str] = {}
     for name, layer in layers.items():
-        packed = layer.packed
-        first = stored.setdefault(id(packed), name)
+        first = stored.setdefault(id(layer.weight), name)
         if first == name:
-            tensors |= _packed_tensors(name, packed)
-        dtype = dtype_name(packed.dtype)
-        entries[name] = Entry(packed.shape, dtype, packed.groups, packed.transposed, layer.activation, first)
-    rest, tied = _once(_rest(model.state_dict(), layers))
+            tensors |= _packed_tensors(name, layer.packed)
+        activation = layer.activation if name in activations or not _fuses(model, layer) else None
+        entries[name] = Entry.of(layer, activation, first)
+    rest, tied = _once(_rest(model.state_dict(keep_vars=True), layers))
     if clash := sorted(rest.keys() & tensors.keys()):
         msg = f"{clash[0]}: expected no tensor of that name beside the packed weights; rename it"
         raise ValueError(msg)
@@ -99,7 +92,7 @@ def load(directory: StrPath, model: nn.Module) -> int:
         OSError: It cannot be read.
     """
     file = Path(directory) / FILE_NAME
-    if isinstance(model, SparseLayer) or any(isinstance(m, (SparseLayer, Fused)) for m in model.modules()):
+    if any(is_packed(module) or isinstance(module, Fused) for module in model.modules()):
         msg = f"{file}: expected a dense model to load into, got one with packed layers; restore() it first"
         raise ValueError(msg)
     with safetensors_format.open_file(file, "pt") as handle:
@@ -119,7 +112,33 @@ def _every(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     yield from model.named_modules(remove_duplicate=False)
 
 
-def _rest(state: Mapping[str, Any], layers: Mapping[str, SparseLayer]) -> dict[str, Tensor]:
+def _own_packed(module: nn.Module) -> PackedLayer | None:
+    """A layer with a packed weight of its own: one that is computed from Parameters is saved as these are."""
+    return PackedLayer.find(module) if "weight" in module._parameters else None
+
+
+def _fused(model: nn.Module, names: Mapping[int, str]) -> dict[str, tuple[str, ...]]:
+    """Activations by name, and the layers that compute them, all of which are saved packed."""
+    inside = {id(module) for module in model.modules()}
+    fused: dict[str, tuple[str, ...]] = {}
+    for name, module in _every(model):
+        if isinstance(module, Fused):
+            if any(id(layer) not in inside for layer in module.layers):
+                msg = f"{name}: expected the layers that compute it in the same model; save the whole model"
+                raise ValueError(msg)
+            if all(id(layer) in names for layer in module.layers):
+                fused[name] = tuple(names[id(layer)] for layer in module.layers)
+    return fused
+
+
+def _fuses(model: nn.Module, layer: PackedLayer) -> bool:
+    """Whether the activation of a layer stands for a module of the model."""
+    return any(
+        layer.layer is one for module in model.modules() if isinstance(module, Fused) for one in module.layers
+    )
+
+
+def _rest(state: Mapping[str, Any], layers: Mapping[str, PackedLayer]) -> dict[str, Tensor]:
     """The state dict without the weights of packed layers."""
     packed = {f"{name}.weight" for name in layers}
     rest = {name: value for name, value in state.items() if name not in packed}

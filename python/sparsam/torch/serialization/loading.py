@@ -13,10 +13,10 @@ import torch
 from sparsam._core import Packed
 from sparsam.torch.acceleration.fusion import Fused, Fusion, recognise_activation
 from sparsam.torch.acceleration.install import LayerSwap
-from sparsam.torch.acceleration.memory import release
-from sparsam.torch.acceleration.pack import is_convolution
-from sparsam.torch.layers.modules import SparseConv2d, SparseLayer, SparseLinear, is_transposed
-from sparsam.torch.layers.packed_weight import DTYPES, PackedWeight, to_array
+from sparsam.torch.acceleration.memory import discard
+from sparsam.torch.layers.packed_tensor import Content, Layout, PackedTensor
+from sparsam.torch.layers.packed_weight import DTYPES, join, to_array
+from sparsam.torch.layers.packing import PackedLayer, is_transposed
 from sparsam.torch.serialization.manifest import Entry, Manifest, dtype_name
 from torch import Tensor, nn
 
@@ -34,7 +34,7 @@ class Loaded:
     """
 
     manifest: Manifest
-    packed: dict[str, PackedWeight]
+    packed: dict[str, Content]
     rest: dict[str, Tensor]
 
     @classmethod
@@ -68,34 +68,40 @@ class Loaded:
         """Gives the model these weights, and the packed layers; returns how many these are."""
         modules = dict(model.named_modules(remove_duplicate=False))
         swap = LayerSwap(model)
-        sparse: dict[int, SparseLayer] = {}
+        weights = {name: self._weight(name, content, modules) for name, content in self.packed.items()}
+        layers: dict[int, PackedLayer] = {}
         fused: set[int] = set()
+        for name, entry in self.manifest.layers.items():
+            module = modules[name]
+            if id(module) not in layers:
+                layer = PackedLayer(module, weights[entry.weight])
+                layer.activation = entry.activation
+                layers[id(module)] = swap.layers[name] = layer
+        for name, into in self.manifest.fused.items():
+            module = modules[name]
+            if id(module) not in fused:
+                fused.add(id(module))
+                computing = tuple(layers[id(modules[one])] for one in into)
+                replacement = Fused(module, tuple(layer.layer for layer in computing), into)
+                places = tuple(swap.where[id(module)])
+                swap.fusions.append(Fusion(computing[0].activation or "", computing, replacement, places))
         with torch.inference_mode(False), torch.no_grad():
-            for name, entry in self.manifest.layers.items():
-                modules[name].get_parameter("weight").copy_(self.packed[entry.weight].unpack())
-            model.load_state_dict(
-                self.rest, strict=False
-            )  # after the packed ones, which may be rounded and tied
-            for name, entry in self.manifest.layers.items():
-                module, weight = modules[name], self.packed[entry.weight]
-                if id(module) not in sparse:
-                    kind = SparseConv2d if is_convolution(module) else SparseLinear
-                    layer = kind(module, dtype=weight.value_dtype, activation=entry.activation)
-                    layer.packed = weight
-                    sparse[id(module)] = swap.layers[name] = layer
-            for name, into in self.manifest.fused.items():
-                module = modules[name]
-                if id(module) not in fused:
-                    fused.add(id(module))
-                    replacement = Fused(module, tuple(sparse[id(modules[n])] for n in into), into)
-                    activation = self.manifest.layers[into[0]].activation or ""
-                    swap.fusions.append(Fusion(activation, replacement, tuple(swap.where[id(module)])))
             swap.show(swap.layers)
-            release(model, list(swap.layers.values()))
+            for weight in discard(model, list(weights.values())):
+                weight.original.copy_(weight.to_dense())  # type: ignore[union-attr]
+                weight._content.changed = False
+            model.load_state_dict(self.rest, strict=False)
         return len(swap.layers)
 
+    def _weight(self, name: str, content: Content, modules: Mapping[str, nn.Module]) -> PackedTensor:
+        content.original = modules[name]._parameters["weight"]
+        content.changed = True
+        assert content.original is not None
+        content.learns = content.original.requires_grad
+        return PackedTensor.of_content(content)
 
-def _packed(name: str, entry: Entry, tensors: Mapping[str, Tensor]) -> PackedWeight:
+
+def _packed(name: str, entry: Entry, tensors: Mapping[str, Tensor]) -> Content:
     """The packed weight of a layer; whatever does not fit together is a ValueError."""
     bits, values = tensors[f"{name}.weight.bits"], tensors[f"{name}.weight.values"]
     rows, cols = entry.shape[0], math.prod(entry.shape[1:])
@@ -117,7 +123,8 @@ def _packed(name: str, entry: Entry, tensors: Mapping[str, Tensor]) -> PackedWei
         msg = f"layer {name!r}: expected a value for each bit, got {len(values)} more"
         raise ValueError(msg)
     dtype: torch.dtype = getattr(torch, entry.dtype)
-    return PackedWeight(tuple(parts), entry.shape, dtype, transposed=entry.transposed)
+    layout = Layout(entry.shape, dtype, entry.groups, entry.transposed)
+    return Content(join(parts, entry.forms), layout)
 
 
 def _check_modules(manifest: Manifest, modules: Mapping[str, nn.Module]) -> None:
@@ -133,7 +140,7 @@ def _check_modules(manifest: Manifest, modules: Mapping[str, nn.Module]) -> None
         weight = module.get_parameter("weight")
         shape, dtype = tuple(weight.shape), dtype_name(weight.dtype)
         groups = getattr(module, "groups", 1)
-        own = Entry(shape, dtype, groups, is_transposed(module), entry.activation, entry.weight)
+        own = Entry(shape, dtype, groups, is_transposed(module), entry.activation, entry.forms, entry.weight)
         if own != entry or weight.device.type != "cpu":
             msg = (
                 f"layer {name!r} is {entry.describe()}, and in the model {own.describe()} on {weight.device}"

@@ -13,12 +13,14 @@ from msgspec import Meta
 from sparsam.checkpoint.json_state import Count, Positive, convert, decode
 from sparsam.torch.layers.operators import ACTIVATIONS
 from sparsam.torch.layers.packed_weight import DTYPES
+from sparsam.torch.layers.packing import PackedLayer
 
 __all__ = ["Entry", "Manifest", "dtype_name"]
 
 T = TypeVar("T")
 
-_MARK = "accelerated 1"
+_MARK = "accelerated 2"
+_FORMS = (("bitmask",), ("panels",), ("bitmask", "panels"))
 _ACTIVATIONS = tuple(filter(None, ACTIVATIONS))
 _DTYPES = tuple(str(dtype).removeprefix("torch.") for dtype in DTYPES)
 
@@ -32,6 +34,7 @@ class Entry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         groups: The groups of a convolution; otherwise 1.
         transposed: Whether the dense weight is (in, out).
         activation: What is applied to its sums, or None.
+        forms: The forms that its packed weight has in memory.
         weight: The layer under whose name the weight is stored: itself, or one that shares it.
     """
 
@@ -40,7 +43,15 @@ class Entry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     groups: Positive
     transposed: bool
     activation: str | None
+    forms: tuple[str, ...]
     weight: str
+
+    @classmethod
+    def of(cls, layer: PackedLayer, activation: str | None, weight: str) -> Entry:
+        """What there is to say of a layer."""
+        layout = layer.weight._content.layout
+        shape, dtype, groups, transposed = layout.shape, layout.dtype, layout.groups, layout.transposed
+        return cls(shape, dtype_name(dtype), groups, transposed, activation, layer.packed.forms, weight)
 
     def describe(self) -> str:
         """What identifies the layer to a reader of an error."""
@@ -107,7 +118,7 @@ def dtype_name(dtype: object) -> str:
 
 
 def _stored(entry: Entry) -> tuple[object, ...]:
-    return entry.shape, entry.dtype, entry.groups, entry.transposed
+    return entry.shape, entry.dtype, entry.groups, entry.transposed, entry.forms
 
 
 def _decoded(metadata: Mapping[str, str], key: str, kind: type[T]) -> T:
@@ -126,6 +137,8 @@ def _entry(name: str, value: object) -> Entry:
         field, wanted = "transposed", f"false for the weight {entry.describe()}"
     elif entry.activation is not None and entry.activation not in _ACTIVATIONS:
         field, wanted = "activation", f"null or one of {', '.join(_ACTIVATIONS)}"
+    elif entry.forms not in _FORMS or (entry.groups > 1 and entry.forms != ("panels",)):
+        field, wanted = "forms", f"one of {', '.join(map(str, map(list, _FORMS)))}"
     if field:
         msg = f"{source}: field {field}: expected {wanted}; got {getattr(entry, field)!r:.60}"
         raise ValueError(msg)

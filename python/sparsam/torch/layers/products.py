@@ -1,0 +1,233 @@
+"""Which functions of PyTorch multiply with a packed tensor, and how their arguments are read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from torch.autograd import forward_ad
+from torch.nn import functional
+
+import torch
+from sparsam.torch.layers import operators
+from sparsam.torch.layers.operators import NO_DERIVATIVE
+from sparsam.torch.layers.packed_weight import DTYPES
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from sparsam.torch.layers.packed_tensor import Content
+
+__all__ = ["HANDLERS", "addmm", "convolve", "linear"]
+
+_aten = torch.ops.aten
+_FROZEN = torch._C._functions.DelayedError  # an identity with a derivative that raises
+
+
+def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str = "") -> Any:
+    """activation(input W^T + bias) where the weight (out, in) is packed; else NotImplemented."""
+    return _linear(input, weight, bias, activation) if _orientation(weight) == "rows" else NotImplemented
+
+
+def addmm(
+    input: Tensor,
+    mat1: Tensor,
+    mat2: Tensor,
+    *,
+    beta: float = 1,
+    alpha: float = 1,
+    out: None = None,
+    activation: str = "",
+) -> Any:
+    """activation(mat1 W + input) where the weight (in, out) is packed; else NotImplemented."""
+    if beta != 1 or alpha != 1 or out is not None or input.ndim != 1 or _orientation(mat2) != "columns":
+        return NotImplemented
+    return _linear(mat1, mat2, input, activation)
+
+
+def _matmul(input: Tensor, other: Tensor, *, out: None = None) -> Any:
+    if out is not None or _orientation(other) != "columns":
+        return NotImplemented
+    return _linear(input, other, None, "")
+
+
+def convolve(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: int | Sequence[int] = 1,
+    padding: int | str | Sequence[int] = 0,
+    dilation: int | Sequence[int] = 1,
+    groups: int = 1,
+    activation: str = "",
+) -> Any:
+    """Activation of a convolution of signals or images where the weight is packed; else NotImplemented."""
+    content = getattr(weight, "_content", None)
+    if content is None or weight._views or content.layout.groups != groups:  # type: ignore[attr-defined]
+        return NotImplemented
+    flat = weight.ndim == 3  # signals are images of one row
+    rank = weight.ndim - 1
+    if hasattr(input, "_content"):
+        return NotImplemented
+    if input.ndim not in {rank, rank + 1}:
+        msg = (
+            f"x: expected {rank} axes, or {rank + 1} with a batch; got shape {tuple(input.shape)}; reshape it"
+        )
+        raise ValueError(msg)
+    taps, steps, reach = (
+        _pair(value, 1, flat=flat) for value in (content.layout.shape[2:], stride, dilation)
+    )
+    x = _autocast(input)
+    if isinstance(padding, str):
+        x, around = _pad(x, padding, taps, reach, flat=flat)
+    else:
+        around = _pair(padding, 0, flat=flat)
+    images = x if x.ndim == rank + 1 else x[None]
+    images = images[:, :, None] if flat else images
+    y = _conv2d(images, weight, bias, (taps, steps, around, reach), activation)
+    y = y[:, :, 0] if flat else y
+    return y if x.ndim == rank + 1 else y[0]
+
+
+def _conv1d(*args: Any, **kwargs: Any) -> Any:
+    return convolve(*args, **kwargs) if _dimensions(args, kwargs) == 3 else NotImplemented
+
+
+def _conv2d_of_images(*args: Any, **kwargs: Any) -> Any:
+    return convolve(*args, **kwargs) if _dimensions(args, kwargs) == 4 else NotImplemented
+
+
+def _dimensions(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
+    weight: Tensor = args[1] if len(args) > 1 else kwargs["weight"]
+    return weight.ndim
+
+
+HANDLERS: Mapping[Any, Callable[..., Any]] = {
+    functional.linear: linear,
+    functional.conv1d: _conv1d,
+    functional.conv2d: _conv2d_of_images,
+    torch.addmm: addmm,
+    Tensor.addmm: addmm,
+    torch.mm: _matmul,
+    Tensor.mm: _matmul,
+    torch.matmul: _matmul,
+    Tensor.matmul: _matmul,
+    Tensor.__matmul__: _matmul,
+}
+
+
+def _orientation(weight: Any) -> str:
+    """Where a packed matrix has its outputs: in "rows" or "columns"; "" for another tensor or view."""
+    content = getattr(weight, "_content", None)
+    if content is None:
+        return ""
+    layout, views = content.layout, weight._views
+    turned = layout.transposed
+    if views:
+        if len(views) > 1 or len(layout.shape) != 2 or weight.shape != layout.shape[::-1]:
+            return ""
+        func, args, *_ = views[0]
+        if func is _aten.permute.default:
+            turn = args[0][0] % 2 == 1
+        elif func is _aten.transpose.int:
+            turn = args[0] % 2 != args[1] % 2
+        else:
+            turn = func is _aten.t.default
+        if not turn:
+            return ""
+        turned = not turned
+    elif len(layout.shape) != 2:
+        return ""
+    return "columns" if turned else "rows"
+
+
+def _linear(x: Tensor, weight: Any, bias: Tensor | None, activation: str) -> Any:
+    if hasattr(x, "_content") or hasattr(bias, "_content"):
+        return NotImplemented
+    content = weight._content
+    x = _autocast(x)
+    if _is_plain(x):
+        if not (torch.is_grad_enabled() and _needs_gradient(x, content, bias)):
+            return operators.linear(x, content.weight, bias, activation)
+        with torch.no_grad():
+            y = operators.linear(x, content.weight, bias, activation)
+        return _FROZEN(NO_DERIVATIVE, 1)(y.requires_grad_())
+    _refuse(x)
+    outs = content.layout.matrix[0]
+    return torch.ops.sparsam.linear(x, content.data, bias, outs, activation)
+
+
+def _conv2d(x: Tensor, weight: Any, bias: Tensor | None, geometry: Any, activation: str) -> Tensor:
+    content = weight._content
+    if _is_plain(x):
+        if not (torch.is_grad_enabled() and _needs_gradient(x, content, bias)):
+            return operators.conv2d(x, content.weight, bias, *geometry, activation)  # type: ignore[call-arg]
+        with torch.no_grad():
+            y = operators.conv2d(x, content.weight, bias, *geometry, activation)  # type: ignore[call-arg]
+        return _FROZEN(NO_DERIVATIVE, 1)(y.requires_grad_())
+    _refuse(x)
+    outs = content.layout.shape[0]
+    found: Tensor = torch.ops.sparsam.conv2d(x, content.data, bias, outs, *geometry, activation)
+    return found
+
+
+def _needs_gradient(x: Tensor, content: Content, bias: Tensor | None) -> bool:
+    return x.requires_grad or content.learns or (bias is not None and bias.requires_grad)
+
+
+def _is_plain(x: Tensor) -> bool:
+    """Whether a function of memory may be called for x: nobody traces, differentiates or watches."""
+    return (
+        type(x) is Tensor
+        and not torch.compiler.is_compiling()
+        and not x.is_neg()
+        and forward_ad._current_level < 0
+        and not torch._C._are_functorch_transforms_active()
+        and torch._C._get_tracing_state() is None
+        and torch._C._len_torch_dispatch_stack() == 0
+    )
+
+
+def _refuse(x: Tensor) -> None:
+    """Raises for an x that is no plain tensor and that an operator would answer wrongly, or with a riddle.
+
+    Forward-mode AD and the transforms of torch.func would take the product for a constant. Going backward is
+    an error of its own.
+    """
+    if torch.onnx.is_in_onnx_export():
+        msg = "ONNX: expected dense layers; got a packed one; call sparsam.torch.restore(model) first"
+        raise RuntimeError(msg)
+    if torch.compiler.is_compiling():
+        return
+    if type(x) is Tensor:
+        operators.check(x)
+    kinds = {str(level.key()) for level in torch._C._functorch.get_interpreter_stack() or ()}
+    dual = forward_ad._current_level >= 0 and forward_ad.unpack_dual(x).tangent is not None  # type: ignore[no-untyped-call]
+    if dual or not kinds.isdisjoint({"TransformType.Grad", "TransformType.Jvp"}):
+        raise RuntimeError(NO_DERIVATIVE)
+
+
+def _autocast(x: Tensor) -> Tensor:
+    """X as autocast would hand it to a linear layer."""
+    if torch.is_autocast_enabled("cpu") and x.dtype in DTYPES:
+        return x.to(torch.get_autocast_dtype("cpu"))
+    return x
+
+
+def _pad(
+    x: Tensor, padding: str, taps: tuple[int, int], dilation: tuple[int, int], *, flat: bool
+) -> tuple[Tensor, tuple[int, int]]:
+    """X with zeros where "same" wants unequally many on both sides, and how many are still to come."""
+    total = [d * (k - 1) if padding == "same" else 0 for k, d in zip(taps, dilation, strict=True)]
+    if all(n % 2 == 0 for n in total):
+        return x, (total[0] // 2, total[1] // 2)
+    sides = [(n // 2, n - n // 2) for n in (total[1:] if flat else reversed(total))]
+    return functional.pad(x, [n for side in sides for n in side]), (0, 0)
+
+
+def _pair(value: int | Sequence[int], first: int, *, flat: bool) -> tuple[int, int]:
+    if isinstance(value, int):
+        return (first, value) if flat else (value, value)
+    values = tuple(value)
+    if flat:
+        return first, values[0]
+    return values if len(values) == 2 else (values[0], values[0])

@@ -135,14 +135,18 @@ def survives(file: Path) -> bool:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--n", type=int, default=100_000, help="mutated files")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="stop after so long, if sooner")
     parser.add_argument("--seed", type=int, default=0, help="the first mutation's; the next has the next")
     arguments: Any = parser.parse_args()
     memory = Path("/dev/shm")
-    loaded, start = 0, time.perf_counter()
+    done, loaded, start = 0, 0, time.perf_counter()
     with tempfile.TemporaryDirectory(dir=memory if os.access(memory, os.W_OK) else None) as name:
         file = Path(name) / "mutated"
         originals = seeds(Path(name))
         for seed in range(arguments.seed, arguments.seed + arguments.n):
+            if time.perf_counter() - start > arguments.seconds:
+                break
+            done += 1
             rng = random.Random(seed)
             file.write_bytes(mutate(rng.choice(originals), rng))
             try:
@@ -152,8 +156,8 @@ def main() -> int:
                 raise
     seconds = time.perf_counter() - start
     sys.stdout.write(
-        f"{arguments.n} mutated files on {sparsam.isa()}: {loaded} still loaded and multiplied, "
-        f"{arguments.n - loaded} were refused; {seconds:.0f} s\n"
+        f"{done} mutated files on {sparsam.isa()}: {loaded} still loaded and multiplied, "
+        f"{done - loaded} were refused; {seconds:.0f} s\n"
     )
     return 0
 

@@ -27,9 +27,26 @@ Words expand(const Words& tile_words, std::size_t rows, std::size_t cols, std::s
   return words;
 }
 
+// First and past-the-last byte of each array.
+py::array_t<std::uint64_t> byte_ranges(const std::vector<py::array>& arrays) {
+  py::array_t<std::uint64_t> ranges({static_cast<py::ssize_t>(arrays.size()), py::ssize_t{2}});
+  std::uint64_t* to = ranges.mutable_data();
+  for (const py::array& a : arrays) {
+    std::uint64_t start = reinterpret_cast<std::uintptr_t>(a.data()), end = start;
+    for (py::ssize_t i = 0; i < a.ndim(); ++i) {
+      const py::ssize_t reach = (a.shape(i) - 1) * a.strides(i);
+      (reach < 0 ? start : end) += static_cast<std::uint64_t>(reach);
+    }
+    *to++ = start;
+    *to++ = a.size() == 0 ? start : end + static_cast<std::uint64_t>(a.itemsize());
+  }
+  return ranges;
+}
+
 }  // namespace
 
 void register_masks(py::module_& m) {
+  m.def("byte_ranges", &byte_ranges, py::arg("arrays"));
   m.def("count_bits", &count, py::arg("words"));
   m.def("apply_mask", &apply, py::arg("array"), py::arg("words"), py::arg("out"));
   m.def("expand_tiles", &expand, py::arg("tile_words"), py::arg("rows"), py::arg("cols"),

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from itertools import pairwise
 from typing import Any
 
 from numpy.typing import NDArray
 
 from sparsam._pools import Pool
-from sparsam.masks import _byte_range, _check_apart
+from sparsam.masks import _check_apart
 
 
 def find_shared(arrays: Mapping[str, NDArray[Any]], pools: Iterable[Pool]) -> dict[str, str]:
@@ -39,9 +38,7 @@ def find_shared(arrays: Mapping[str, NDArray[Any]], pools: Iterable[Pool]) -> di
             raise ValueError(msg)
         shared[name] = other
     own = {name: arrays[name] for name in first.values()}
-    ranges = sorted(map(_byte_range, own.values()))
-    if any(end > start for (_, end), (start, _) in pairwise(ranges)):
-        _check_apart(own, own)
+    _check_apart(own, own)
     return shared
 
 

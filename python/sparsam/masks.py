@@ -247,12 +247,15 @@ def _check_apart(arrays: Mapping[str, NDArray[Any]], outs: Mapping[str, NDArray[
     A sweep over byte ranges. Where two ranges meet it is asked whether they share an element, which columns
     of one matrix do not.
     """
-    if len(arrays) < 2:
+    others = [out for name, out in outs.items() if out is not arrays[name]]
+    if len(arrays) < 2 or not _ranges_meet([*arrays.values(), *others]):
         return
     ranges = sorted(
-        (*_byte_range(array), name, group is outs, array)
+        (start, end, name, group is outs, array)
         for group in (arrays, outs)
-        for name, array in group.items()
+        for (name, array), (start, end) in zip(
+            group.items(), _core.byte_ranges(list(group.values())).tolist(), strict=True
+        )
         if array.size
     )
     open_ranges: list[tuple[int, int, str, bool, NDArray[Any]]] = []
@@ -270,11 +273,7 @@ def _check_apart(arrays: Mapping[str, NDArray[Any]], outs: Mapping[str, NDArray[
         open_ranges.append((start, end, name, written, array))
 
 
-def _byte_range(array: NDArray[Any]) -> tuple[int, int]:
-    start = end = array.__array_interface__["data"][0]
-    if array.flags.c_contiguous:
-        return start, start + array.nbytes
-    for length, stride in zip(array.shape, array.strides, strict=True):
-        start += min((length - 1) * stride, 0)
-        end += max((length - 1) * stride, 0)
-    return start, end + array.itemsize
+def _ranges_meet(arrays: list[NDArray[Any]]) -> bool:
+    ranges = _core.byte_ranges([array for array in arrays if array.size])
+    starts, ends = ranges[np.argsort(ranges[:, 0])].T
+    return bool((starts[1:] < np.maximum.accumulate(ends)[:-1]).any())

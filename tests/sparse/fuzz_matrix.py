@@ -2,7 +2,7 @@
 
     python tests/sparse/fuzz_matrix.py --n 100000
 
-Not collected by pytest. Meant to run again, and with a core built with -DSPARSAM_SANITIZE=ON, where a file
+Not collected by pytest. CI runs it for a minute on a core with sanitizers and checks of ranges, where a file
 that gets as far as a kernel and makes it read out of bounds is found out. Prints what it did; any other
 exception ends it with a traceback and the seed of the mutation, a crash just ends it.
 """

@@ -2,7 +2,6 @@
 // weights are streamed, and the first touch of small pages can take longer than the packing itself.
 #pragma once
 #include <cstddef>
-#include <cstdlib>
 #include <memory>
 
 namespace sparsam {
@@ -20,7 +19,8 @@ class Memory {
 
  private:
   struct Free {
-    void operator()(char* p) const { std::free(p); }
+    std::size_t mapped;  // bytes that came from the system, 0 where the heap's
+    void operator()(char* p) const;
   };
   std::unique_ptr<char, Free> data_;
   std::size_t bytes_ = 0;

@@ -216,14 +216,62 @@ void gather(const float* x, const std::uint32_t* columns, std::size_t n, std::si
   if (vectors == 4) gather_tile<4>(x, columns, n, depth, sources, tile);
 }
 
+// The offsets of one step, read at once.
+template <std::size_t kBytes>
+struct Step;
+template <>
+struct Step<1> {
+  using Word = std::uint8_t;
+};
+template <>
+struct Step<2> {
+  using Word = std::uint16_t;
+};
+template <>
+struct Step<4> {
+  using Word = std::uint32_t;
+};
+template <>
+struct Step<8> {
+  using Word = std::uint64_t;
+};
+
+// The four entries of one step: sum[r] += weight r * the column of x that its offset names.
+template <class Offset, std::size_t kVectors, bool kShared, class Value, class Word>
+SPARSAM_INLINE void panel_step(const Value* value, Word offsets, const float* tile,
+                               Floats::Reg (&sum)[4][kVectors]) {
+  constexpr std::size_t kStride = kVectors * kLanes, kBits = 8 * sizeof(Offset);
+  Floats::Reg weight[4];
+  Floats::broadcast4(value, weight);
+  if constexpr (kShared) {
+    const float* x = tile + static_cast<std::size_t>(offsets) * kStride;
+#pragma GCC unroll 4
+    for (std::size_t v = 0; v < kVectors; ++v) {
+      Floats::Reg column = Floats::load(x + v * kLanes);
+      Floats::keep_in_register(column);
+#pragma GCC unroll 4
+      for (std::size_t r = 0; r < 4; ++r) sum[r][v] = Floats::fma(weight[r], column, sum[r][v]);
+    }
+  } else {
+#pragma GCC unroll 4
+    for (std::size_t r = 0; r < 4; ++r) {
+      const float* x = tile + static_cast<std::size_t>(static_cast<Offset>(offsets >> (kBits * r))) * kStride;
+#pragma GCC unroll 4
+      for (std::size_t v = 0; v < kVectors; ++v)
+        sum[r][v] = Floats::fma(weight[r], Floats::load(x + v * kLanes), sum[r][v]);
+    }
+  }
+}
+
 // One block: the sums of a unit's four rows stay in registers while its entries stream by. Rows come sorted
 // by their number of entries, so the loop's length is the same many times in a row and no branch is
 // mispredicted per entry. The offsets are read one step ahead: an address that waits for a load holds up the
-// loads behind it.
+// loads behind it. A tile of one vector has too few sums to hide the latency of adding to them, so every
+// other step adds to a second set.
 template <class Value, class Offset, std::size_t kVectors, bool kShared>
 void panel_block(const PanelView& w, const PanelBlock* block, bool first, const float* tile, float* sums) {
   constexpr std::size_t kStride = kVectors * kLanes, kOffsets = kShared ? 1 : 4;
-  constexpr std::size_t kStep = kOffsets * sizeof(Offset), kBits = 8 * sizeof(Offset);
+  using Word = typename Step<kOffsets * sizeof(Offset)>::Word;
   const std::uint16_t* header = w.headers + kUnitHeader * block[0].unit;
   const std::uint16_t* const last = w.headers + kUnitHeader * block[1].unit;
   const Offset* offset = static_cast<const Offset*>(w.offsets) + kOffsets * block[0].step;
@@ -239,37 +287,30 @@ void panel_block(const PanelView& w, const PanelBlock* block, bool first, const 
         sum[r][v] = first ? Floats::zero() : Floats::load(row[r] + v * kLanes);
     }
     const Value* const end = value + 4 * static_cast<std::size_t>(header[0]);
-    std::uint64_t next = 0;
-    __builtin_memcpy(&next, offset, kStep);
-    while (value != end) {
-      if constexpr (kVectors <= 2) __builtin_prefetch(reinterpret_cast<const char*>(value) + 2048);
-      if constexpr (kVectors == 1) __builtin_prefetch(reinterpret_cast<const char*>(offset) + 1024);
-      const std::uint64_t now = next;
-      __builtin_memcpy(&next, offset + kOffsets, kStep);
-      Floats::Reg weight[4];
-      Floats::broadcast4(value, weight);
-      if constexpr (kShared) {
-        const float* x = tile + static_cast<std::size_t>(now) * kStride;
-#pragma GCC unroll 4
-        for (std::size_t v = 0; v < kVectors; ++v) {
-          Floats::Reg column = Floats::load(x + v * kLanes);
-          Floats::keep_in_register(column);
-#pragma GCC unroll 4
-          for (std::size_t r = 0; r < 4; ++r) sum[r][v] = Floats::fma(weight[r], column, sum[r][v]);
-        }
-      } else {
-#pragma GCC unroll 4
-        for (std::size_t r = 0; r < 4; ++r) {
-          const float* x =
-              tile +
-              (static_cast<std::size_t>(now >> (kBits * r)) & ((std::size_t{1} << kBits) - 1)) * kStride;
-#pragma GCC unroll 4
-          for (std::size_t v = 0; v < kVectors; ++v)
-            sum[r][v] = Floats::fma(weight[r], Floats::load(x + v * kLanes), sum[r][v]);
-        }
+    Word next;
+    __builtin_memcpy(&next, offset, sizeof next);
+    if constexpr (kVectors == 1) {
+      Floats::Reg more[4][kVectors] = {
+          {Floats::zero()}, {Floats::zero()}, {Floats::zero()}, {Floats::zero()}};
+      for (const Value* const pairs = value + (end - value) / 8 * 8; value != pairs; value += 8) {
+        __builtin_prefetch(reinterpret_cast<const char*>(value) + 2048);
+        __builtin_prefetch(reinterpret_cast<const char*>(offset) + 1024);
+        const Word now = next;
+        Word then;
+        __builtin_memcpy(&then, offset + kOffsets, sizeof then);
+        __builtin_memcpy(&next, offset + 2 * kOffsets, sizeof next);
+        panel_step<Offset, kVectors, kShared>(value, now, tile, sum);
+        panel_step<Offset, kVectors, kShared>(value + 4, then, tile, more);
+        offset += 2 * kOffsets;
       }
-      offset += kOffsets;
-      value += 4;
+#pragma GCC unroll 4
+      for (std::size_t r = 0; r < 4; ++r) sum[r][0] = Floats::add(sum[r][0], more[r][0]);
+    }
+    for (; value != end; value += 4, offset += kOffsets) {
+      if constexpr (kVectors == 2) __builtin_prefetch(reinterpret_cast<const char*>(value) + 2048);
+      const Word now = next;
+      __builtin_memcpy(&next, offset + kOffsets, sizeof next);
+      panel_step<Offset, kVectors, kShared>(value, now, tile, sum);
     }
 #pragma GCC unroll 4
     for (std::size_t r = 0; r < 4; ++r)

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 import sparsam
 from sparsam import NM, Block, SparseMatrix, Unstructured, checkpoint
+from sparsam._core import Packed
 from sparsam.sparse import matmul
 
 KERNELS = matmul.KERNELS
@@ -577,14 +578,34 @@ def test_repr() -> None:
     assert repr(golden()) == "SparseMatrix(2x9, float32, 3 nonzero, density 0.1667)"
 
 
-def test_activations_saturate(isa: str) -> None:
-    matrix = SparseMatrix.from_dense(np.ones((1, 1), np.float32))
-    x = np.array([[-3e38], [-1e4], [3e38], [np.inf], [np.nan]], np.float32)
-    for activation in ("silu", "gelu_tanh"):
-        y = matrix.linear(x, activation=activation)[:, 0]
-        assert np.abs(y[:2]).max() < 1e-30
-        assert y[2:4].tolist() == x[2:4, 0].tolist()
-        assert np.isnan(y[4])
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("batch", [1, 5, 40])
+@pytest.mark.parametrize("narrow", [False, True])
+def test_activations_of_infinities_and_nan(isa: str, kernel: str, batch: int, narrow: bool) -> None:
+    """As torch has them: -inf times a gate of 0 is NaN; everywhere in y."""
+    special = np.array([-np.inf, np.inf, np.nan, -3e38, 3e38, -1e4, 0.0], np.float32)
+    expected: dict[str, list[float]] = {
+        "": special.tolist(),
+        "relu": [0, np.inf, np.nan, 0, 3e38, 0, 0],
+        "gelu": (gated := [np.nan, np.inf, np.nan, 0, 3e38, 0, 0]),
+        "gelu_tanh": gated,
+        "silu": gated,
+    }
+    w = np.eye(67, dtype=np.float32)
+    x = np.resize(special, (batch, 67))
+    for activation, values in expected.items():
+        wanted = np.resize(np.array(values, np.float32), (batch, 67))
+        if narrow:
+            if kernel == "dense":
+                continue
+            packed = Packed.pack(w)
+            packed.add(kernel)
+            x16, y16 = x.astype(ml_dtypes.bfloat16), np.empty((batch, 67), ml_dtypes.bfloat16)
+            packed.linear_at(kernel, x16.ctypes.data, True, batch, 0, activation, y16.ctypes.data)
+            y = y16.astype(np.float32)
+        else:
+            y = fixed(w, kernel, batch).linear(x, activation=activation or None)  # type: ignore[arg-type]
+        np.testing.assert_allclose(y, wanted, rtol=1e-2 if narrow else 1e-6, atol=1e-30)
 
 
 def test_a_shape_beyond_memory_is_refused() -> None:

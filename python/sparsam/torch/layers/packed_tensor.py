@@ -64,15 +64,20 @@ class Content:
         self.released = False
         self.changed = False
         self.learns = original is not None and original.requires_grad
-        self._read: tuple[Tensor, PackedWeight] | None = None
+        self.read: PackedWeight | None = None  # what `data` holds, once it was asked for
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if name == "data":
+            self.read = None
 
     @property
     def weight(self) -> PackedWeight:
         """The matrices that the bytes hold."""
-        read, data = self._read, self.data
-        if read is None or read[0] is not data:
-            self._read = read = (data, PackedWeight.read(data))
-        return read[1]
+        read = self.read
+        if read is None:
+            self.read = read = PackedWeight.read(self.data)
+        return read
 
     def unpack(self) -> Tensor:
         """The dense tensor."""

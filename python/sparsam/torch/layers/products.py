@@ -12,7 +12,7 @@ import torch
 from sparsam.torch.layers import operators
 from sparsam.torch.layers.operators import NO_DERIVATIVE
 from sparsam.torch.layers.packed_weight import DTYPES
-from torch import Tensor
+from torch import Tensor, nn
 
 if TYPE_CHECKING:
     from sparsam.torch.layers.packed_tensor import Content
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 __all__ = ["HANDLERS", "addmm", "convolve", "linear"]
 
 _aten = torch.ops.aten
+_BIASES = (nn.Parameter, Tensor, type(None))
 _FROZEN = torch._C._functions.DelayedError  # an identity with a derivative that raises
 
 
@@ -121,6 +122,8 @@ def _orientation(weight: Any) -> str:
     if content is None:
         return ""
     layout, views = content.layout, weight._views
+    if not views and not layout.transposed and len(layout.shape) == 2:
+        return "rows"  # first, for it is asked in each call of a linear layer
     turned = layout.transposed
     if views:
         if len(views) > 1 or len(layout.shape) != 2 or weight.shape != layout.shape[::-1]:
@@ -141,13 +144,15 @@ def _orientation(weight: Any) -> str:
 
 
 def _linear(x: Tensor, weight: Any, bias: Tensor | None, activation: str) -> Any:
-    if hasattr(x, "_content") or hasattr(bias, "_content"):
+    if (type(x) is not Tensor and hasattr(x, "_content")) or (
+        type(bias) not in _BIASES and hasattr(bias, "_content")
+    ):
         return NotImplemented
     content = weight._content
     x = _autocast(x)
     if _is_plain(x):
         if not (torch.is_grad_enabled() and _needs_gradient(x, content, bias)):
-            return operators.linear(x, content.weight, bias, activation)
+            return operators.linear(x, content.read or content.weight, bias, activation)
         with torch.no_grad():
             y = operators.linear(x, content.weight, bias, activation)
         return _FROZEN(NO_DERIVATIVE, 1)(y.requires_grad_())

@@ -144,9 +144,16 @@ def join(parts: Sequence[Packed], forms: Sequence[str]) -> Tensor:
         data = torch.from_numpy(np.asarray(_Memory(parts[0].buffer(forms[0]))))
         _known[data] = PackedWeight(tuple(parts), data.data_ptr())
     else:
-        data = torch.from_numpy(np.concatenate([part.buffer(form) for part in parts for form in part.forms]))
+        buffers = [part.buffer(form) for part in parts for form in part.forms]
+        data = _aligned(sum(map(len, buffers)))
+        np.concatenate(buffers, out=data.numpy())
         _adopt(data, trusted=True)
     return data
+
+
+def _aligned(size: int) -> Tensor:
+    """Bytes at an address that torch aligns, as NumPy does not."""
+    return torch.empty(size, dtype=torch.uint8, device="cpu")
 
 
 def _adopt(data: Tensor, *, trusted: bool) -> PackedWeight:
@@ -159,7 +166,9 @@ def _adopt(data: Tensor, *, trusted: bool) -> PackedWeight:
         raise ValueError(msg)
     whole = data.detach().contiguous()  # not `data`: what is known of it must not keep it alive
     if whole.data_ptr() % _ALIGN:
-        whole = whole.clone()
+        copied = _aligned(len(whole))
+        copied.numpy()[:] = whole.numpy()  # not by torch, whose threads a forked child has not
+        whole = copied
     buffers = _split(whole.numpy())
     forms = 2 if len(buffers) > 1 and buffers[0][_KIND] != buffers[1][_KIND] else 1
     pieces = [buffers[i : i + forms] for i in range(0, len(buffers), forms)]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any, Literal, TypeAlias
 
 import ml_dtypes
@@ -21,7 +20,6 @@ DTYPES: dict[str, np.dtype[Any]] = {
     "bfloat16": np.dtype(ml_dtypes.bfloat16),
     "float16": np.dtype(np.float16),
 }
-_FLOAT32 = DTYPES["float32"]
 _CONVERTED = "float32 (bfloat16, float16 and float64 are converted)"
 
 
@@ -44,8 +42,7 @@ def weights(w: ArrayLike, dtype: DTypeLike | None) -> NDArray[Any]:
 
 def inputs(x: ArrayLike, matrix: tuple[int, int]) -> Floats:
     """X (..., in) as float32 in C order, itself if it is that already."""
-    plain = type(x) is np.ndarray and x.dtype == _FLOAT32 and x.flags.c_contiguous
-    array: Floats = x if plain else _floats("x", x)  # type: ignore[assignment]
+    array = _floats("x", x)
     if array.ndim < 1 or array.shape[-1] != matrix[1]:
         msg = f"x: expected shape (..., {matrix[1]}) for a matrix of shape {matrix}; got {array.shape}"
         raise ValueError(msg)
@@ -67,8 +64,8 @@ def check_activation(activation: object) -> None:
         raise ValueError(expected("activation", activation, f"None or one of {', '.join(ACTIVATIONS)}"))
 
 
-def check_out(out: NDArray[Any], shape: tuple[int, ...], others: Mapping[str, ArrayLike | None]) -> None:
-    """Raises where a result of that shape cannot be written into `out` while the others are read."""
+def check_out(out: NDArray[Any], shape: tuple[int, ...], x: ArrayLike, bias: ArrayLike | None) -> None:
+    """Raises where a result of that shape cannot be written into `out` while x and bias are read."""
     if not isinstance(out, np.ndarray) or not _is_float(out.dtype):
         msg = f"out: expected an array of floats; got {getattr(out, 'dtype', type(out).__name__)}"
         raise TypeError(msg)
@@ -78,8 +75,10 @@ def check_out(out: NDArray[Any], shape: tuple[int, ...], others: Mapping[str, Ar
     if not out.flags.writeable:
         msg = "out: expected a writeable array; got a read-only one; pass a copy"
         raise ValueError(msg)
-    for name, other in others.items():
-        if other is not None and np.shares_memory(out, np.asarray(other)):
+    for name, other in (("x", x), ("bias", bias)):
+        if other is None:
+            continue
+        if np.shares_memory(out, other if type(other) is np.ndarray else np.asarray(other)):
             msg = f"out: expected separate memory; got an overlap with {name}; leave out away, or copy {name}"
             raise ValueError(msg)
 

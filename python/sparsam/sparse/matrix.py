@@ -12,8 +12,8 @@ from typing import Any, NoReturn, TypeAlias
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
-from sparsam import _core, checkpoint
-from sparsam._core import Packed
+from sparsam import checkpoint
+from sparsam._core import Packed, active_isa, num_threads
 from sparsam.masks import Mask
 from sparsam.patterns import NM, Block, Unstructured
 from sparsam.sparse.arguments import DTYPES, Activation, check_activation, check_out, inputs, vector, weights
@@ -21,7 +21,7 @@ from sparsam.sparse.conversions import csr_of, dense_of, keep_of
 from sparsam.sparse.cost_model import bucket, cost_model
 from sparsam.sparse.dispatch import Explanation, KernelChoice, choose
 from sparsam.sparse.forms import Forms
-from sparsam.sparse.matmul import KERNELS
+from sparsam.sparse.matmul import KERNELS, multiply
 from sparsam.sparse.preparation import Preparation, measure
 from sparsam.sparse.stored import from_arrays, recognise, to_arrays
 
@@ -196,25 +196,30 @@ class SparseMatrix:
             TypeError: An argument is not of floats.
         """
         rows, cols = self._shape
-        rows_of_x = inputs(x, self._shape)
+        if type(x) is np.ndarray and x.dtype == _FLOAT32 and x.flags.c_contiguous and x.shape[-1:] == (cols,):
+            rows_of_x = x  # nothing to check or convert: small products take no longer than this function
+        else:
+            rows_of_x = inputs(x, self._shape)
         addend = None if bias is None else vector(bias, self._shape)
-        check_activation(activation)
+        if activation is not None:
+            check_activation(activation)
         shape = (*rows_of_x.shape[:-1], rows)
         y = out
         if y is not None:
-            check_out(y, shape, {"x": x, "bias": bias})
+            check_out(y, shape, x, bias)
         if y is None or type(y) is not np.ndarray or y.dtype != _FLOAT32 or not y.flags.carray:
             y = np.empty(shape, np.float32)
         if y.size:
             batch = y.size // rows
             state = self._state
             choice = state.choices.get(batch)
-            if choice is None or state.settings != _settings():
+            if choice is None or state.settings != (active_isa(), num_threads()):
                 state, choice = self._choose(batch)
             x2, y2 = rows_of_x, y
             if len(shape) != 2:
                 x2, y2 = x2.reshape(batch, cols), y2.reshape(batch, rows)
-            state.forms.multiply(choice.kernel, x2, addend, activation or "", y2)
+            forms = state.forms
+            multiply(choice.kernel, forms.packed, forms.dense, x2, addend, activation or "", y2)
         if out is None or y is out:
             return y
         out[...] = y
@@ -398,7 +403,7 @@ class SparseMatrix:
 
 
 def _settings() -> tuple[str, int]:
-    return _core.active_isa(), _core.num_threads()
+    return active_isa(), num_threads()
 
 
 def _rebuild(rows: int, cols: int, bits: NDArray[np.uint8], values: NDArray[Any]) -> SparseMatrix:

@@ -27,16 +27,19 @@ from sparsam.torch.acceleration.workflow import accelerate
 from sparsam.torch.layers.packed_tensor import PackedTensor
 from sparsam.torch.layers.packing import pack
 from sparsam.torch.serialization.files import load, save
+from sparsam.torch.sparse_tensors import from_sparse_tensor, to_sparse_tensor
 
 __all__ = [
     "AccelerationReport",
     "LayerRow",
     "PackedTensor",
     "accelerate",
+    "from_sparse_tensor",
     "load",
     "pack",
     "restore",
     "save",
+    "to_sparse_tensor",
 ]
 
 if not any(

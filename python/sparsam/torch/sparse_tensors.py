@@ -1,0 +1,51 @@
+"""PyTorch's sparse tensors in and out of SparseMatrix."""
+
+from __future__ import annotations
+
+import numpy as np
+
+import torch
+from sparsam.sparse.conversions import keep_of
+from sparsam.sparse.matrix import SparseMatrix
+from torch import Tensor
+
+__all__ = ["from_sparse_tensor", "to_sparse_tensor"]
+
+_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def from_sparse_tensor(tensor: Tensor) -> SparseMatrix:
+    """Pack a sparse tensor; what it stores stays stored, even zeros.
+
+    Args:
+        tensor: (out, in), of any sparse layout, on the CPU: float32, float64, bfloat16 or float16. Entries of
+            one place are added up; float64 is rounded to float32.
+
+    Raises:
+        TypeError: It is no sparse tensor, or of another dtype.
+        ValueError: It is not two-dimensional, or not on the CPU.
+    """
+    if tensor.layout == torch.strided or tensor.dtype not in _DTYPES:
+        wanted = "a sparse tensor of float32, float64, bfloat16 or float16"
+        msg = f"tensor: expected {wanted}; got {tensor.layout} of {tensor.dtype}; use from_dense or .to"
+        raise TypeError(msg)
+    if tensor.ndim != 2 or tensor.device.type != "cpu":
+        wanted = "two dimensions (out, in), on the CPU"
+        msg = f"tensor: expected {wanted}; got {tuple(tensor.shape)} on {tensor.device}; reshape or move it"
+        raise ValueError(msg)
+    entries = tensor.detach().to_sparse().coalesce()
+    rows, cols = entries.indices().numpy()
+    keep = np.zeros(tuple(tensor.shape), np.bool_)
+    keep[rows, cols] = True
+    weights = np.zeros(keep.shape, np.float32)
+    weights[rows, cols] = entries.values().float().numpy()
+    narrow = {torch.bfloat16: "bfloat16", torch.float16: "float16"}
+    return SparseMatrix.from_mask(weights, keep, dtype=narrow.get(tensor.dtype, "float32"))
+
+
+def to_sparse_tensor(matrix: SparseMatrix) -> Tensor:
+    """The matrix as a tensor of layout torch.sparse_coo and its dtype, every stored weight an entry."""
+    packed = matrix._state.forms.readable()
+    values = torch.from_numpy(packed.values().astype(np.float32)).to(getattr(torch, packed.dtype))
+    places = torch.from_numpy(np.stack(np.nonzero(keep_of(packed))))
+    return torch.sparse_coo_tensor(places, values, matrix.shape, is_coalesced=True, check_invariants=False)

@@ -36,11 +36,11 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from sparsam import scores
-from sparsam._checks import check_sparsity, expected, to_arrays
-from sparsam._floats import standard_floats
-from sparsam._names import NamePatterns, closest, matching
-from sparsam._orientation import Weights, as_weights
 from sparsam.config import ALLOCATIONS, Allocation, AllocationLike, Scorer
+from sparsam.inputs.checks import check_sparsity, expected, to_arrays
+from sparsam.inputs.float_mode import standard_floats
+from sparsam.inputs.names import NamePatterns, closest, matching
+from sparsam.orientation import Weights, as_weights
 from sparsam.patterns import NM, Block, Pattern, Slices, Unstructured
 from sparsam.selection import _check_dtype, _select_groups, score_tensor
 from sparsam.statistics import InputStatistics

@@ -12,8 +12,9 @@ from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, TypeAlias, TypedDict
 
-from sparsam._checks import ReadOnly, check_sparsity, expected, positive, set_fields
-from sparsam._vocabulary import (
+from sparsam.inputs.checks import ReadOnly, check_sparsity, expected, positive, set_fields
+from sparsam.patterns import NM, Block, Pattern, Slices, Tied, Unstructured, as_ties
+from sparsam.vocabulary import (
     ALLOCATIONS,
     METHODS,
     SCHEDULES,
@@ -29,7 +30,6 @@ from sparsam._vocabulary import (
     Scope,
     Scorer,
 )
-from sparsam.patterns import NM, Block, Pattern, Slices, Tied, Unstructured, as_ties
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack

@@ -15,10 +15,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sparsam import _core
-from sparsam._names import NamePatterns, closest
-from sparsam._orientation import mask_as_stored, outputs_first
 from sparsam.config import PruningConfig
+from sparsam.inputs.names import NamePatterns, closest
 from sparsam.masks import Mask
+from sparsam.orientation import mask_as_stored, outputs_first
 from sparsam.patterns import Block, Pattern, Slices, Tied
 from sparsam.selection import _refuse_nan, _select_entries
 from sparsam.tiles import count_groups, tile_sizes, tiling_of

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
-from sparsam._checks import ReadOnly, expected, integer, positive, set_fields
+from sparsam.inputs.checks import ReadOnly, expected, integer, positive, set_fields
 
 MAX_GROUP = 256
 

@@ -16,18 +16,18 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from sparsam import scores
-from sparsam._checks import to_arrays
-from sparsam._floats import standard_floats
-from sparsam._orientation import mask_as_stored, outputs_first
-from sparsam._pools import Pool, batched, check_patterns, make_pools
-from sparsam._sharing import find_shared
-from sparsam._tensors import is_tensor, to_torch
 from sparsam.config import ConfigFields, PruningConfig, Scorer
 from sparsam.coupling import select_tied, tied_patterns
+from sparsam.inputs.checks import to_arrays
+from sparsam.inputs.float_mode import standard_floats
+from sparsam.inputs.tensors import is_tensor, to_torch
 from sparsam.masks import Mask, _check_apart
+from sparsam.orientation import mask_as_stored, outputs_first
 from sparsam.patterns import Unstructured
+from sparsam.pools import Pool, batched, check_patterns, make_pools
 from sparsam.report import LayerStats, Report, measure
 from sparsam.selection import Pruned, _refuse_nan, pruned_last, score_tensor, select_into
+from sparsam.sharing import find_shared
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from types import TracebackType
 
 from sparsam import _core
-from sparsam._checks import expected
+from sparsam.inputs.checks import expected
 
 
 def isa() -> str:

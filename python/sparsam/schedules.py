@@ -36,8 +36,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from numbers import Real
 
-from sparsam._checks import expected
 from sparsam.config import SCHEDULES, Schedule, ScheduleLike, check_growing
+from sparsam.inputs.checks import expected
 
 
 class _Curve(ABC):

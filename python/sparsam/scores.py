@@ -47,8 +47,8 @@ from typing import Any, ClassVar, NamedTuple, TypeVar
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from sparsam._checks import expected
 from sparsam.config import METHODS, Scorer
+from sparsam.inputs.checks import expected
 from sparsam.statistics import InputStatistics
 
 Value = TypeVar("Value")

@@ -15,11 +15,11 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from sparsam import _core
-from sparsam._checks import check_sparsity, expected
-from sparsam._floats import standard_floats
-from sparsam._orientation import as_stored, mask_as_stored, outputs_first
 from sparsam.config import Scope, Scorer
+from sparsam.inputs.checks import check_sparsity, expected
+from sparsam.inputs.float_mode import standard_floats
 from sparsam.masks import Mask, _check_apart, _check_overlap
+from sparsam.orientation import as_stored, mask_as_stored, outputs_first
 from sparsam.patterns import NM, Block, Pattern, Slices, Unstructured
 from sparsam.scores import traits
 from sparsam.tiles import matrix_shape, tile_sizes, tiling_of

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from sparsam._checks import to_arrays
 from sparsam.coupling import check_ties
+from sparsam.inputs.checks import to_arrays
 from sparsam.masks import Mask
 from sparsam.patterns import Slices, Tied, as_ties
 

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from sparsam._checks import positive
+from sparsam.inputs.checks import positive
 
 __all__ = ["CentredMoments", "InputStatistics"]
 

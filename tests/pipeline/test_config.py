@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 
 from sparsam import allocation, scores
-from sparsam._checks import check_sparsity
 from sparsam.config import (
     ALLOCATIONS,
     METHODS,
@@ -19,6 +18,7 @@ from sparsam.config import (
     PruningConfig,
     check_growing,
 )
+from sparsam.inputs.checks import check_sparsity
 from sparsam.patterns import NM, Block, Pattern, Slices, Unstructured
 from sparsam.schedules import Cosine, Polynomial, resolve
 from sparsam.training.iterative import IterativePruner

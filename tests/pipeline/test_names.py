@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import sparsam
-from sparsam._names import NamePatterns, closest, matching
+from sparsam.inputs.names import NamePatterns, closest, matching
 from sparsam.patterns import NM, Slices, Tied
 
 TEXT = st.text("ab.*?[]!1", max_size=5)

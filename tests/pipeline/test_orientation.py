@@ -12,10 +12,10 @@ from numpy.typing import NDArray
 
 import sparsam
 from sparsam import select
-from sparsam._orientation import as_stored, outputs_first
 from sparsam.allocation import OWL, Global
 from sparsam.analysis.lottery import find_ticket
 from sparsam.config import PruningConfig
+from sparsam.orientation import as_stored, outputs_first
 from sparsam.patterns import NM, Block, Pattern, Slices, Tied, Unstructured
 from sparsam.pruner import MagnitudePruner
 from sparsam.scores import RIA, Saliency, Wanda

@@ -14,35 +14,28 @@ import sparsam
 PACKAGE = Path(sparsam.__file__).parent
 STAGES = [
     "patterns",
+    "vocabulary",
     "config",
     "schedules",
     "statistics",
     "scores",
     "masks",
+    "orientation",
     "tiles",
     "selection",
     "allocation",
     "coupling",
+    "pools",
+    "sharing",
     "report",
     "pruner",
     "shrinking",
     "runtime",
 ]
-# What serves several stages, and the first stage that may use it.
-SHARED = {
-    "_tensors": "patterns",
-    "_checks": "patterns",
-    "_names": "patterns",
-    "_vocabulary": "config",
-    "_floats": "scores",
-    "_orientation": "tiles",
-    "_pools": "report",
-    "_sharing": "report",
-}
-# A shared module stands just before the first stage that may use it.
-PLACE = {name: 10 * place for place, name in enumerate(STAGES)}
-PLACE |= {name: PLACE[stage] - 9 + i for i, (name, stage) in enumerate(SHARED.items())}
-PIPELINE = {*STAGES, *SHARED, "_core"}
+PLACE = {name: place for place, name in enumerate(STAGES)}
+# What every stage may import.
+BASIS = {"_core", "inputs"}
+PIPELINE = {*STAGES, *BASIS}
 
 FOLDERS = sorted(path.parent.name for path in PACKAGE.glob("*/__init__.py"))
 
@@ -58,7 +51,7 @@ def allowed(folder: str) -> set[str]:
 
 
 def imported(source: str) -> Iterator[tuple[int, str]]:
-    """Line and name of what a module imports from the package: a stage, a shared module or a folder."""
+    """Line and name of what a module imports from the package: a stage or a folder."""
     tree = ast.parse(source)
     typing_only = {
         inner
@@ -83,13 +76,13 @@ def imported(source: str) -> Iterator[tuple[int, str]]:
 
 def test_every_module_has_its_place() -> None:
     found = {path.stem for path in PACKAGE.glob("*.py")} - {"__init__", "__main__"}
-    assert found == {*STAGES, *SHARED}
+    assert found == set(STAGES)
 
 
-@pytest.mark.parametrize("name", [*STAGES, *SHARED])
+@pytest.mark.parametrize("name", STAGES)
 def test_the_pipeline_imports_only_upwards(name: str) -> None:
     for line, other in imported((PACKAGE / f"{name}.py").read_text()):
-        assert other == "_core" or PLACE.get(other, PLACE[name]) < PLACE[name], (
+        assert other in BASIS or PLACE.get(other, PLACE[name]) < PLACE[name], (
             f"{name}.py:{line} imports {other}"
         )
 

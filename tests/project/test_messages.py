@@ -78,7 +78,7 @@ def texts(node: ast.AST, functions: dict[str, ast.FunctionDef]) -> Iterator[str]
         case ast.IfExp(body=one, orelse=other):
             yield from texts(one, functions)
             yield from texts(other, functions)
-        case ast.Call(func=ast.Name(id="expected")):  # the shared helper of _checks.py
+        case ast.Call(func=ast.Name(id="expected")):  # the shared helper of inputs/checks.py
             yield "WHAT: expected X; got Y"
         case ast.Call(func=ast.Name(id=name)) if name in functions:
             others = {key: value for key, value in functions.items() if key != name}

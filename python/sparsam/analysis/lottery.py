@@ -15,12 +15,12 @@ from typing import Any, NamedTuple
 from numpy.typing import ArrayLike, NDArray
 
 from sparsam import scores
-from sparsam._checks import check_sparsity, expected, integer, positive, to_arrays
-from sparsam._pools import Pool, check_patterns, make_pools
 from sparsam.analysis.random_masks import count_groups, draw_masks, generator
 from sparsam.config import PruningConfig
+from sparsam.inputs.checks import check_sparsity, expected, integer, positive, to_arrays
 from sparsam.masks import Mask
 from sparsam.patterns import NM
+from sparsam.pools import Pool, check_patterns, make_pools
 from sparsam.pruner import configured, describe, prune_pools
 from sparsam.report import Report
 from sparsam.training.callbacks import Arrays, Masks, evaluate_finite, sparsity_of, validate_returned_weights

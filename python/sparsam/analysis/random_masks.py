@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sparsam._orientation import Weights, mask_as_stored, mask_outputs_first
-from sparsam._pools import Pool
 from sparsam.coupling import _pruned, _tied_rival
 from sparsam.masks import Mask
+from sparsam.orientation import Weights, mask_as_stored, mask_outputs_first
 from sparsam.patterns import NM, Pattern, Tied, Unstructured
+from sparsam.pools import Pool
 from sparsam.tiles import tiling_of
 
 _Arrays = Mapping[str, NDArray[Any]]

@@ -12,14 +12,14 @@ from typing import Any, NamedTuple
 
 from numpy.typing import ArrayLike
 
-from sparsam._checks import check_sparsity, integer, positive, to_arrays
-from sparsam._pools import make_pools
 from sparsam.analysis.sensitivity_report import SensitivityReport
 from sparsam.checkpoint.json_state import to_number
 from sparsam.config import AllocationLike, Override, PruningConfig
 from sparsam.coupling import members
+from sparsam.inputs.checks import check_sparsity, integer, positive, to_arrays
 from sparsam.masks import Mask
 from sparsam.patterns import NM, Unstructured
+from sparsam.pools import make_pools
 from sparsam.pruner import PruningResult, configured, prune
 from sparsam.report import LayerStats, Report, measure
 from sparsam.training.callbacks import Arrays, Masks, evaluate_finite, sparsity_of, validate_returned_weights

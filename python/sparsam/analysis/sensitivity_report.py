@@ -13,13 +13,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sparsam._checks import check_sparsity, expected
-from sparsam._orientation import as_weights
 from sparsam.analysis.knapsack import Level, choose, give_back, share
 from sparsam.analysis.report_document import REMEDY, ReportDocument, restored, stored
 from sparsam.analysis.sensitivity_curve import SensitivityCurve
 from sparsam.checkpoint.atomic import publish
 from sparsam.checkpoint.json_state import read
+from sparsam.inputs.checks import check_sparsity, expected
+from sparsam.orientation import as_weights
 from sparsam.patterns import Block, Slices, Unstructured
 from sparsam.report import printable
 from sparsam.tiles import count_groups

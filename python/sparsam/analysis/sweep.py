@@ -17,9 +17,6 @@ from typing import Any
 
 from numpy.typing import ArrayLike, NDArray
 
-from sparsam._checks import check_sparsity, expected, positive, to_arrays
-from sparsam._names import NamePatterns, closest, matching
-from sparsam._pools import check_patterns, make_pools
 from sparsam.analysis.executor import TaskError, TaskRunner
 from sparsam.analysis.sensitivity_curve import SensitivityCurve, SensitivityPoint
 from sparsam.analysis.sensitivity_report import SensitivityReport
@@ -27,7 +24,10 @@ from sparsam.analysis.sweep_plan import DENSE, Task, rounds
 from sparsam.analysis.sweep_store import SweepStore
 from sparsam.config import PruningConfig
 from sparsam.coupling import members
+from sparsam.inputs.checks import check_sparsity, expected, positive, to_arrays
+from sparsam.inputs.names import NamePatterns, closest, matching
 from sparsam.patterns import NM, Pattern, Tied, Unstructured
+from sparsam.pools import check_patterns, make_pools
 from sparsam.pruner import configured, prune
 from sparsam.scores import resolve
 from sparsam.training.callbacks import Arrays, evaluate_finite

@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sparsam._checks import expected
 from sparsam.bench.timing import median_seconds
+from sparsam.inputs.checks import expected
 from sparsam.runtime import isa, num_threads
 from sparsam.selection import select
 from sparsam.sparse.cost_model import cpu

@@ -11,8 +11,8 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
-from sparsam._checks import expected
 from sparsam.bench.timing import median_seconds
+from sparsam.inputs.checks import expected
 from sparsam.masks import Mask
 from sparsam.selection import select_many, threshold
 

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any, cast
 
 from sparsam import checkpoint
-from sparsam._checks import expected
 from sparsam.config import MethodLike, OverrideLike
+from sparsam.inputs.checks import expected
 from sparsam.patterns import NM, Block, Pattern, Slices, Unstructured
 from sparsam.scores import Magnitude, Random
 

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from sparsam._checks import check_sparsity
 from sparsam.checkpoint.atomic import check_target, publish
+from sparsam.inputs.checks import check_sparsity
 from sparsam.plot.labels import labels, shortened
 from sparsam.report import Report
 from sparsam.selection import threshold

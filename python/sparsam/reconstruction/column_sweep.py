@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from sparsam import _core
-from sparsam._checks import check_sparsity, expected, positive
+from sparsam.inputs.checks import check_sparsity, expected, positive
 from sparsam.masks import Mask
 from sparsam.patterns import NM, Pattern, Unstructured
 from sparsam.reconstruction.layer_problem import (

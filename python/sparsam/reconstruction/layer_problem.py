@@ -10,7 +10,7 @@ from typing import Any, Protocol, TypeAlias
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from sparsam._checks import expected
+from sparsam.inputs.checks import expected
 from sparsam.masks import Mask
 from sparsam.selection import is_weight_dtype
 

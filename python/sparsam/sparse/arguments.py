@@ -8,7 +8,7 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
-from sparsam._checks import expected
+from sparsam.inputs.checks import expected
 from sparsam.sparse.matmul import ACTIVATIONS, Floats
 
 __all__ = ["DTYPES", "Activation", "check_activation", "check_out", "inputs", "vector", "weights"]

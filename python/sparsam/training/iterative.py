@@ -17,11 +17,11 @@ from typing import Any, Generic, TypeVar, overload
 from numpy.typing import ArrayLike, NDArray
 
 from sparsam import schedules, scores
-from sparsam._checks import check_sparsity, expected, to_arrays
-from sparsam._pools import Pool, check_patterns, make_pools
 from sparsam.config import ConfigFields, PruningConfig, ScheduleLike, ScheduleName, is_explicit
+from sparsam.inputs.checks import check_sparsity, expected, to_arrays
 from sparsam.masks import Mask
 from sparsam.patterns import NM
+from sparsam.pools import Pool, check_patterns, make_pools
 from sparsam.pruner import SINGLE, configured, describe, prune_pools
 from sparsam.report import Report
 from sparsam.training.callbacks import Arrays, Masks, sparsity_of, validate_returned_weights

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from sparsam._checks import check_sparsity, expected, integer, positive
+from sparsam.inputs.checks import check_sparsity, expected, integer, positive
 from sparsam.masks import Mask
 from sparsam.selection import _refuse_nan, is_weight_dtype
 

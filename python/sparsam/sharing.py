@@ -7,8 +7,8 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from sparsam._pools import Pool
 from sparsam.masks import _check_apart
+from sparsam.pools import Pool
 
 
 def find_shared(arrays: Mapping[str, NDArray[Any]], pools: Iterable[Pool]) -> dict[str, str]:

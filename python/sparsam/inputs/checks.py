@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from sparsam._tensors import is_model, is_tensor, to_numpy
+from sparsam.inputs.tensors import is_model, is_tensor, to_numpy
 
 ValueT_co = TypeVar("ValueT_co", covariant=True)
 
@@ -47,6 +47,7 @@ def check_sparsity(what: str, value: object) -> float:
 
 
 def integer(what: str, value: Any) -> int:
+    """Returns `value` as an int, or raises the ValueError that names `what`."""
     try:
         if not isinstance(value, bool):
             return operator.index(value)
@@ -56,6 +57,7 @@ def integer(what: str, value: Any) -> int:
 
 
 def positive(what: str, value: object) -> int:
+    """Returns `value` as an int of at least 1, or raises the ValueError that names `what`."""
     number = integer(what, value)
     if number < 1:
         raise ValueError(expected(what, value, "an integer of at least 1"))

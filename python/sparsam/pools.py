@@ -9,13 +9,13 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from sparsam._floats import standard_floats
-from sparsam._names import NamePatterns, closest, matching
-from sparsam._orientation import Weights, mask_outputs_first
 from sparsam.allocation import allocate_groups
 from sparsam.config import PruningConfig, Scope
 from sparsam.coupling import members, tied_sparsities
+from sparsam.inputs.float_mode import standard_floats
+from sparsam.inputs.names import NamePatterns, closest, matching
 from sparsam.masks import Mask
+from sparsam.orientation import Weights, mask_outputs_first
 from sparsam.patterns import NM, Block, Pattern, Slices, Tied
 from sparsam.selection import DTYPES, is_weight_dtype
 from sparsam.tiles import count_pruned

@@ -121,7 +121,7 @@ def test_the_real_model(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
 def test_models_that_disagree(monkeypatch: pytest.MonkeyPatch) -> None:
     from sparsam.demo import minilm as demo  # noqa: PLC0415
 
-    def spoil(model: Any, inputs: Any) -> Any:
+    def spoil(model: Any, inputs: Any, **options: Any) -> Any:
         model.embeddings.LayerNorm.bias.data[::2] += 1.0
         return None
 

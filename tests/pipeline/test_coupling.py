@@ -198,6 +198,7 @@ def test_a_tensor_in_two_ties_loses_what_either_prunes() -> None:
     assert result.report.layers[0].pattern == "tied slices axis -1 size 2"
 
 
+@pytest.mark.filterwarnings("ignore:tensor .* got zeros and ones only")
 @settings(deadline=None, max_examples=60)
 @given(data=st.data(), sparsity=st.floats(0, 1), scope=st.sampled_from(["layer", "global"]))
 def test_counts_are_exact_and_members_agree(data: st.DataObject, sparsity: float, scope: Scope) -> None:

@@ -42,12 +42,12 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     """Every layer of a torch model wins by 2, unless a test says otherwise; no choice depends on time."""
     from torch_cases import Clock  # noqa: PLC0415 - imports torch
 
-    from sparsam.torch.acceleration import measure  # noqa: PLC0415
+    from sparsam.torch.acceleration import measurement  # noqa: PLC0415
     from sparsam.torch.layers.packed_weight import PackedWeight  # noqa: PLC0415
 
     clock = Clock()
     for name in ("layer_times", "model_times", "compare"):
-        monkeypatch.setattr(measure, name, getattr(clock, name))
+        monkeypatch.setattr(measurement, name, getattr(clock, name))
     monkeypatch.setattr(PackedWeight, "_seconds", lambda _, form, __: 1.0 + (form == "bitmask"))
     return clock
 

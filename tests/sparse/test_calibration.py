@@ -43,7 +43,7 @@ def test_a_calibration_is_measured_and_kept(
     assert dense.stored
     assert kernels.costs.key == cost_model.kernel_key("bfloat16")
     assert dense.costs.key == cost_model.dense_key()
-    found = cost_model.cost_model("bfloat16")
+    found = cost_model.current_costs("bfloat16")
     assert (found.kernels, found.dense) == (kernels.costs, dense.costs)
     assert found.source == "calibrated costs"
     assert len(list(cache.iterdir())) == 2

@@ -127,18 +127,18 @@ def test_the_blas_of_numpy(threads: int) -> None:
 
 def test_a_calibration_is_used_for_its_key_only(cache: Path) -> None:
     key = cost_model.kernel_key("float32")
-    assert cost_model.cost_model("float32").source == "default costs"
+    assert cost_model.current_costs("float32").source == "default costs"
     costs = Costs(fits=made().kernels.fits, **asdict(key))
     write(costs)
-    found = cost_model.cost_model("float32")
+    found = cost_model.current_costs("float32")
     assert (found.source, found.kernels) == ("calibrated costs", costs)
-    assert cost_model.cost_model("bfloat16").source == "default costs"
+    assert cost_model.current_costs("bfloat16").source == "default costs"
     sparsam.set_num_threads(3)
-    assert cost_model.cost_model("float32").source == "default costs"
+    assert cost_model.current_costs("float32").source == "default costs"
     sparsam.set_num_threads(None)
     for name in sparsam.available_isas():
         with sparsam.use_isa(name):
-            assert (cost_model.cost_model("float32").source == "calibrated costs") == (name == key.library)
+            assert (cost_model.current_costs("float32").source == "calibrated costs") == (name == key.library)
 
 
 def test_few_costs_are_kept_in_memory(cache: Path) -> None:
@@ -150,11 +150,11 @@ def test_few_costs_are_kept_in_memory(cache: Path) -> None:
 def test_the_environment_turns_calibrations_off(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write(Costs(fits=made().kernels.fits, **asdict(cost_model.kernel_key("float32"))))
     monkeypatch.setenv("SPARSAM_CALIBRATION", "off")
-    assert cost_model.cost_model("float32").source == "default costs"
+    assert cost_model.current_costs("float32").source == "default costs"
     cost_model.forget()
     monkeypatch.setenv("SPARSAM_CALIBRATION", "never")
     with pytest.raises(ValueError, match="SPARSAM_CALIBRATION: expected on or off; got 'never'"):
-        cost_model.cost_model("float32")
+        cost_model.current_costs("float32")
 
 
 # Damaged calibrations
@@ -192,7 +192,7 @@ DAMAGE = ("other version", "other machine", "no threads", "a kernel is missing",
 def multiplies() -> None:
     """With whatever is in the cache, products run by the default costs."""
     cost_model.forget()
-    assert cost_model.cost_model("float32").source == "default costs"
+    assert cost_model.current_costs("float32").source == "default costs"
     matrix = sparsam.SparseMatrix.from_dense([[0.0, 1.0], [2.0, 0.0]])
     assert matrix.linear([[3.0, 4.0]]).tolist() == [[4.0, 6.0]]
 

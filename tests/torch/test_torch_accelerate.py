@@ -11,7 +11,7 @@ from torch_cases import Clock, check_round_trip, conv_net, count_packed, mlp, pa
 
 import torch
 from sparsam.torch import pack, restore
-from sparsam.torch.acceleration import measure, memory, workflow
+from sparsam.torch.acceleration import measurement, memory, workflow
 from sparsam.torch.acceleration.model_runner import as_examples, difference
 from sparsam.torch.acceleration.workflow import accelerate
 from torch import Tensor, nn
@@ -265,7 +265,7 @@ def test_an_error_leaves_the_model_as_it_was(fails: str, monkeypatch: pytest.Mon
 
         monkeypatch.setattr(workflow, "release", release)
     elif fails == "timing":
-        monkeypatch.setattr(measure, "layer_times", broken)
+        monkeypatch.setattr(measurement, "layer_times", broken)
     else:
         model.register_forward_hook(broken)
     with pytest.raises(KeyboardInterrupt):

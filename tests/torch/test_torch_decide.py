@@ -5,8 +5,8 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sparsam.torch.acceleration.decide import Decision, decide, families
-from sparsam.torch.acceleration.measure import LayerTime, Times
+from sparsam.torch.acceleration.decision import Decision, decide, families
+from sparsam.torch.acceleration.measurement import LayerTime, Times
 
 GAIN = 1.05
 

@@ -12,7 +12,7 @@ from torch_cases import Clock, count_packed, mlp, packed, state
 
 import torch
 from sparsam.torch import AccelerationReport, LayerRow, restore
-from sparsam.torch.acceleration import measure
+from sparsam.torch.acceleration import measurement
 from sparsam.torch.acceleration.model_runner import difference
 from sparsam.torch.acceleration.report_text import fold, folded_name
 from sparsam.torch.acceleration.workflow import accelerate
@@ -121,11 +121,11 @@ def test_sizes() -> None:
 
 def test_a_disturbed_measurement_is_said_to_be_one(monkeypatch: pytest.MonkeyPatch) -> None:
     count = itertools.count(step=1000)
-    monkeypatch.setattr(measure, "_switches", lambda: next(count))
+    monkeypatch.setattr(measurement, "_switches", lambda: next(count))
     report = accelerate(mlp(), torch.randn(5, 24))
     assert report.disturbed
     assert "times    may mislead" in str(report)
-    monkeypatch.setattr(measure, "_switches", lambda: 5)
+    monkeypatch.setattr(measurement, "_switches", lambda: 5)
     report = accelerate(mlp(), torch.randn(5, 24))
     assert not report.disturbed
     assert "may mislead" not in str(report)
@@ -143,15 +143,15 @@ def test_names_cannot_command_a_terminal() -> None:
     assert "\x1b" not in str(accelerate(model, torch.randn(2, 24)))
 
 
-REAL = {name: getattr(measure, name) for name in ("layer_times", "model_times", "compare")}
+REAL = {name: getattr(measurement, name) for name in ("layer_times", "model_times", "compare")}
 
 
 @pytest.fixture
 def real_times(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, function in REAL.items():
-        monkeypatch.setattr(measure, name, function)
+        monkeypatch.setattr(measurement, name, function)
     for name in ("_LAYERS", "_MODEL", "_SINGLE"):
-        monkeypatch.setattr(measure, name, (2, 3, 0.0))
+        monkeypatch.setattr(measurement, name, (2, 3, 0.0))
 
 
 @pytest.mark.usefixtures("real_times")

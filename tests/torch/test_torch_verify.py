@@ -9,7 +9,7 @@ from torch_cases import Clock, check_round_trip, mlp, pruned, row, state
 
 import torch
 from sparsam.torch import restore
-from sparsam.torch.acceleration import measure
+from sparsam.torch.acceleration import measurement
 from sparsam.torch.acceleration.workflow import accelerate
 from sparsam.torch.layers.packing import is_packed
 from torch import Tensor, nn
@@ -95,14 +95,14 @@ class Encoder(nn.Module):
 
 
 def test_the_fast_path_of_an_encoder_is_measured_where_one_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(measure, "layer_times", layer_times)
-    seen: list[measure.Times] = []
+    monkeypatch.setattr(measurement, "layer_times", layer_times)
+    seen: list[measurement.Times] = []
 
-    def watched(*args: Any) -> measure.Times:
+    def watched(*args: Any) -> measurement.Times:
         seen.append(layer_times(*args))
         return seen[-1]
 
-    monkeypatch.setattr(measure, "layer_times", watched)
+    monkeypatch.setattr(measurement, "layer_times", watched)
     accelerate(pruned(Encoder()), torch.randn(2, 5, 8))
     accelerate(mlp(), torch.randn(5, 24))
     assert [set(times.fast_paths) for times in seen] == [{"encoder"}, set()]
@@ -110,14 +110,17 @@ def test_the_fast_path_of_an_encoder_is_measured_where_one_is(monkeypatch: pytes
     assert set(seen[0].layers) == {f"encoder.layers.{i}.linear{j}" for i in (0, 1) for j in (1, 2)} | {"head"}
 
 
-layer_times, model_times = measure.layer_times, measure.model_times
+layer_times, model_times = measurement.layer_times, measurement.model_times
 
 
 def test_layers_that_save_less_than_the_fast_path_stay_dense(monkeypatch: pytest.MonkeyPatch) -> None:
-    def slow(_: Any, __: Any, swap: Any, ___: Any) -> measure.Times:
-        return measure.Times({name: measure.LayerTime(2.0, 1.0) for name in swap.layers}, {"encoder": 5.0})
+    def slow(_: Any, __: Any, swap: Any, ___: Any) -> measurement.Times:
+        times = {name: measurement.LayerTime(2.0, 1.0) for name in swap.layers}
+        return measurement.Times(times, {"encoder": 5.0})
+            {name: measurement.LayerTime(2.0, 1.0) for name in swap.layers}, {"encoder": 5.0}
+        )
 
-    monkeypatch.setattr(measure, "layer_times", slow)
+    monkeypatch.setattr(measurement, "layer_times", slow)
     model = pruned(Encoder())
     report = check_round_trip(model, torch.randn(2, 5, 8))
     assert [r.name for r in report.layers if r.swapped] == ["head"]
@@ -142,7 +145,7 @@ def test_the_best_part_of_what_wins_is_taken(monkeypatch: pytest.MonkeyPatch, cl
         tried.append(tuple(names))
         return 1.0, 2.0 if "down" in names else 0.5
 
-    monkeypatch.setattr(measure, "model_times", times)
+    monkeypatch.setattr(measurement, "model_times", times)
     clock.gains = {"up": 4.0, "down": 3.0, "head": 2.0}
     model = pruned(Net())
     report = accelerate(model, torch.randn(5, 8))
@@ -172,8 +175,8 @@ def test_the_model_runs_at_most_forty_times(layers: int, wins: bool, monkeypatch
         model_times(*args)
         return 2.0, 1.0
 
-    monkeypatch.setattr(measure, "layer_times", layer_times)
-    monkeypatch.setattr(measure, "model_times", gains)
+    monkeypatch.setattr(measurement, "layer_times", layer_times)
+    monkeypatch.setattr(measurement, "model_times", gains)
     model = Counted(layers)
     report = accelerate(pruned(model), torch.randn(5, 16), min_gain=1e-9 if wins else 1e9)
     assert report.swapped == (layers if wins else 0)

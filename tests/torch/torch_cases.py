@@ -11,8 +11,8 @@ import sparsam.torch
 import torch
 from sparsam.torch import restore
 from sparsam.torch.acceleration.fusion import Fused
-from sparsam.torch.acceleration.install import LayerSwap
-from sparsam.torch.acceleration.measure import Budget, LayerTime, Times
+from sparsam.torch.acceleration.installation import LayerSwap
+from sparsam.torch.acceleration.measurement import Budget, LayerTime, Times
 from sparsam.torch.acceleration.model_runner import ModelRunner, as_examples, difference
 from sparsam.torch.acceleration.workflow import accelerate
 from sparsam.torch.layers.packing import PackedLayer, is_packed

@@ -14,7 +14,7 @@ from sparsam.bench import machine
 from sparsam.checkpoint.atomic import check_target, publish
 from sparsam.demo.digits import ALLOWED_LOSS, DemoResult
 
-__all__ = ["check", "page", "write"]
+__all__ = ["check", "render", "write"]
 
 _STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 60em; margin: 2em auto; padding: 0 1em; color: #222; }
@@ -40,11 +40,11 @@ def check(file: Path) -> None:
 
 def write(result: DemoResult, file: Path) -> None:
     """Writes the page, completely or not at all; OSError if it cannot be written."""
-    text = page(result)
+    text = render(result)
     publish({file: lambda path: path.write_text(text, encoding="utf-8")})
 
 
-def page(result: DemoResult) -> str:
+def render(result: DemoResult) -> str:
     """Returns the page as HTML; ValueError if matplotlib is not installed."""
     total = result.report.total
     trained_on = result.recovery_passes * len(result.steps)

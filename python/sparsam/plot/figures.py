@@ -11,20 +11,17 @@ from collections.abc import Iterable, Mapping, Sequence, Sized
 from itertools import cycle
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from sparsam.checkpoint.atomic import check_target, publish
 from sparsam.inputs.checks import check_sparsity
-from sparsam.plot.labels import labels, shortened
+from sparsam.plot.axis_labels import labels, shortened
+from sparsam.plot.shapes import Sensitivity, Speedup
 from sparsam.report import Report
 from sparsam.selection import threshold
-
-if TYPE_CHECKING:
-    from sparsam.analysis.sensitivity_report import SensitivityReport
-    from sparsam.bench.matmul import MatmulRow
 
 StrPath: TypeAlias = str | PathLike[str]
 
@@ -68,7 +65,7 @@ def check(file: StrPath) -> None:
     check_target(file)
 
 
-def speedups(rows: Iterable[MatmulRow], file: StrPath, caption: str) -> Any:
+def speedups(rows: Iterable[Speedup], file: StrPath, caption: str) -> Any:
     """Draws the speed-up over the dense product against sparsity: a line for each shape and batch.
 
     Args:
@@ -138,7 +135,7 @@ def degradation(
     return _finished(figure, file)
 
 
-def sensitivity_map(report: SensitivityReport, file: StrPath | None = None) -> Any:
+def sensitivity_map(report: Sensitivity, file: StrPath | None = None) -> Any:
     """Draws losses as colours: a row for each tensor or group, the most sensitive at the top.
 
     Cells show their numbers as long as there are few; a hatched cell was not measured.
@@ -180,7 +177,7 @@ def sensitivity_map(report: SensitivityReport, file: StrPath | None = None) -> A
     return _finished(figure, file)
 
 
-def sensitivity_curves(report: SensitivityReport, file: StrPath | None = None) -> Any:
+def sensitivity_curves(report: Sensitivity, file: StrPath | None = None) -> Any:
     """Draws the score against the sparsity of each tensor alone; of many, the most sensitive ones.
 
     Args:

@@ -42,8 +42,8 @@ __all__ = [
     "bucket",
     "cache_file",
     "calibrated",
-    "cost_model",
     "cpu",
+    "current_costs",
     "dense_key",
     "features",
     "forget",
@@ -212,7 +212,7 @@ class CostModel:
         return f"{self.source} ({kernels.library}, {kernels.threads} threads, {kernels.dtype} values)"
 
 
-def cost_model(dtype: str, dense: Key | None = None) -> CostModel:
+def current_costs(dtype: str, dense: Key | None = None) -> CostModel:
     """The costs that hold now: for the active instruction set, the threads, and a BLAS.
 
     Args:

@@ -87,7 +87,7 @@ def choose(
     Args:
         weight: What is multiplied with.
         batch: Rows of x.
-        costs: See `cost_model.cost_model`.
+        costs: See `cost_model.current_costs`.
         kernels: Those that may run.
         held: Those whose form is there whatever is chosen. Others must be faster by `FURTHER_FORM`; by
             default none must.

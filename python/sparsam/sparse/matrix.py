@@ -18,7 +18,7 @@ from sparsam.masks import Mask
 from sparsam.patterns import NM, Block, Unstructured
 from sparsam.sparse.arguments import DTYPES, Activation, check_activation, check_out, inputs, vector, weights
 from sparsam.sparse.conversions import csr_of, dense_of, keep_of
-from sparsam.sparse.cost_model import bucket, cost_model
+from sparsam.sparse.cost_model import bucket, current_costs
 from sparsam.sparse.dispatch import Explanation, KernelChoice, choose
 from sparsam.sparse.forms import Forms
 from sparsam.sparse.matmul import KERNELS, multiply
@@ -303,7 +303,7 @@ class SparseMatrix:
             raise ValueError(msg)
         settings, forms, times = _settings(), self._state.forms, {}
         if kernel is None and self.nnz:
-            costs = cost_model(forms.weight.dtype)
+            costs = current_costs(forms.weight.dtype)
             for size in dict.fromkeys(bucket(batch) for batch in wanted if batch):
                 forms, times[size] = measure(forms, size, costs)
         while True:
@@ -373,7 +373,7 @@ class SparseMatrix:
         if state.settings != settings:
             known = state.preparation and Preparation(state.preparation.told)
             state = _State(state.forms, settings, known)
-        costs = cost_model(state.forms.weight.dtype)
+        costs = current_costs(state.forms.weight.dtype)
         if state.preparation is not None:
             return state, state.preparation.choice(state.forms, batch, costs)
         return state, choose(state.forms.weight, batch, costs, held=state.forms.kernels[:1])

@@ -21,7 +21,7 @@ except ImportError as error:
     raise ImportError(msg) from error
 
 from sparsam import _core
-from sparsam.torch.acceleration.install import restore
+from sparsam.torch.acceleration.installation import restore
 from sparsam.torch.acceleration.report import AccelerationReport, LayerRow
 from sparsam.torch.acceleration.workflow import accelerate
 from sparsam.torch.layers.packed_tensor import PackedTensor

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from sparsam.torch.acceleration.candidates import Place
+from sparsam.torch.acceleration.candidate_layers import Place
 from sparsam.torch.layers.operators import ACTIVATIONS
 from sparsam.torch.layers.packing import PackedLayer, can_activate
 from torch import Tensor, nn

@@ -8,11 +8,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sparsam.torch.acceleration.candidates import Candidate
-from sparsam.torch.acceleration.decide import Decision
-from sparsam.torch.acceleration.install import LayerSwap
+from sparsam.torch.acceleration.candidate_layers import Candidate
+from sparsam.torch.acceleration.decision import Decision
+from sparsam.torch.acceleration.installation import LayerSwap
 from sparsam.torch.acceleration.report import LayerRow
-from sparsam.torch.acceleration.verify import DIFFERS, Gain
+from sparsam.torch.acceleration.verification import DIFFERS, Gain
 from torch import nn
 
 __all__ = ["Outcome", "closing", "in_order", "rows_of"]

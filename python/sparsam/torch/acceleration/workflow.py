@@ -11,19 +11,19 @@ from typing import Any
 from torch.nn.parameter import is_lazy
 
 import torch
-from sparsam.torch.acceleration import measure
-from sparsam.torch.acceleration.candidates import Candidate, candidates
-from sparsam.torch.acceleration.decide import Decision, decide
+from sparsam.torch.acceleration import measurement
+from sparsam.torch.acceleration.candidate_layers import Candidate, candidates
+from sparsam.torch.acceleration.decision import Decision, decide
 from sparsam.torch.acceleration.fusion import fusions
-from sparsam.torch.acceleration.install import LayerSwap
-from sparsam.torch.acceleration.measure import Budget, Times
+from sparsam.torch.acceleration.installation import LayerSwap
+from sparsam.torch.acceleration.measurement import Budget, Times
 from sparsam.torch.acceleration.memory import parameter_bytes, release
 from sparsam.torch.acceleration.model_runner import ModelRunner, as_examples, difference
-from sparsam.torch.acceleration.observe import observe, observe_sequences
+from sparsam.torch.acceleration.observation import observe, observe_sequences
 from sparsam.torch.acceleration.outcome import Outcome, closing, in_order, rows_of
-from sparsam.torch.acceleration.pack import is_convolution, pack
+from sparsam.torch.acceleration.packing import is_convolution, pack
 from sparsam.torch.acceleration.report import AccelerationReport
-from sparsam.torch.acceleration.verify import Gain, fuse, settle, try_out
+from sparsam.torch.acceleration.verification import Gain, fuse, settle, try_out
 from sparsam.torch.layers.packed_weight import DTYPES
 from torch import Tensor, nn
 
@@ -88,7 +88,7 @@ def accelerate(
     """
     _check(model, dtype, min_gain=min_gain, seconds=seconds)
     examples = None if example_inputs is None else as_examples(example_inputs)
-    interruptions = measure.Interruptions()
+    interruptions = measurement.Interruptions()
     with torch.inference_mode(False), torch.no_grad():
         found, left = candidates(model, _patterns(exclude))
         bytes_before = parameter_bytes(model)
@@ -152,7 +152,7 @@ def _by_examples(
         trial.outputs,
         tolerance=_FUSED_NARROW if narrow else _FUSED,
     )
-    times = measure.layer_times(model, runner, swap, budget)
+    times = measurement.layer_times(model, runner, swap, budget)
     decision = _decide(swap, times, min_gain)
     if not decision.swap:
         return Outcome(seen.calls, decision, reasons, _dense(runner))
@@ -182,8 +182,8 @@ def _by_rows(
     for name, layer in swap.layers.items():
         inputs = [_draw(rows, layer.packed.cols, layer.weight.dtype) for rows in _ROWS]
         calls[name] = Counter({tuple(x.shape): 1 for x in inputs})
-        pairs = [measure.compare(layer, follows.get(name), x, each) for x in inputs]
-        times[name] = measure.LayerTime(
+        pairs = [measurement.compare(layer, follows.get(name), x, each) for x in inputs]
+        times[name] = measurement.LayerTime(
             *(statistics.geometric_mean(each) for each in zip(*pairs, strict=True))
         )
     return Outcome(calls, _decide(swap, Times(times, {}), min_gain), reasons)

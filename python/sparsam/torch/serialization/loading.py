@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from sparsam._core import Packed
 from sparsam.torch.acceleration.fusion import Fused, Fusion, recognise_activation
-from sparsam.torch.acceleration.install import LayerSwap
+from sparsam.torch.acceleration.installation import LayerSwap
 from sparsam.torch.acceleration.memory import discard
 from sparsam.torch.layers.packed_tensor import Content, Layout, PackedTensor
 from sparsam.torch.layers.packed_weight import DTYPES, join, to_array

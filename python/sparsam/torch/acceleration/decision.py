@@ -6,7 +6,7 @@ import re
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 
-from sparsam.torch.acceleration.measure import LayerTime, Times
+from sparsam.torch.acceleration.measurement import LayerTime, Times
 
 __all__ = ["Decision", "decide", "families"]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 
-from sparsam.torch.acceleration.candidates import places
+from sparsam.torch.acceleration.candidate_layers import places
 from sparsam.torch.acceleration.fusion import Fused, Fusion
 from sparsam.torch.layers.packing import PackedLayer, clean, is_packed
 from torch import nn

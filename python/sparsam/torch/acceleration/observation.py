@@ -13,9 +13,9 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 import torch
-from sparsam.torch.acceleration.candidates import Candidate, Place, has_hooks
+from sparsam.torch.acceleration.candidate_layers import Candidate, Place, has_hooks
 from sparsam.torch.acceleration.fusion import Follower, recognise_activation
-from sparsam.torch.acceleration.install import fast_paths_off
+from sparsam.torch.acceleration.installation import fast_paths_off
 from sparsam.torch.acceleration.model_runner import ModelRunner, removed
 from torch import Tensor, nn
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from sparsam.torch.acceleration.install import LayerSwap, fast_path_owners, fast_paths_off
+from sparsam.torch.acceleration.installation import LayerSwap, fast_path_owners, fast_paths_off
 from sparsam.torch.acceleration.model_runner import ModelRunner, Seconds
 from sparsam.torch.layers.packing import PackedLayer
 from torch import Tensor, nn

@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import torch
-from sparsam.torch.acceleration.candidates import Candidate
+from sparsam.torch.acceleration.candidate_layers import Candidate
 from sparsam.torch.layers.packing import PackedLayer, is_transposed
 from torch import nn
 

@@ -6,11 +6,11 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from sparsam.torch.acceleration import measure
-from sparsam.torch.acceleration.decide import Decision, families
+from sparsam.torch.acceleration import measurement
+from sparsam.torch.acceleration.decision import Decision, families
 from sparsam.torch.acceleration.fusion import Fusion
-from sparsam.torch.acceleration.install import LayerSwap
-from sparsam.torch.acceleration.measure import Budget
+from sparsam.torch.acceleration.installation import LayerSwap
+from sparsam.torch.acceleration.measurement import Budget
 from sparsam.torch.acceleration.model_runner import ModelRunner, difference
 
 __all__ = ["DIFFERS", "Gain", "Trial", "fuse", "settle", "try_out"]
@@ -121,7 +121,7 @@ def settle(runner: ModelRunner, swap: LayerSwap, decision: Decision, budget: Bud
         decision: Which of them win by themselves.
         budget: When it is spent, no further family is tried.
     """
-    before, after = measure.model_times(runner, swap, decision.swap, budget)
+    before, after = measurement.model_times(runner, swap, decision.swap, budget)
     if after < before:
         return Gain(decision.swap, before, after)
     saved = {
@@ -132,7 +132,7 @@ def settle(runner: ModelRunner, swap: LayerSwap, decision: Decision, budget: Bud
     while len(rest) > 1 and budget.left():
         rest = rest[1:]
         names = tuple(name for name in decision.swap if any(name in family for family in rest))
-        dense, fewer = measure.model_times(runner, swap, names, budget, again=True)
+        dense, fewer = measurement.model_times(runner, swap, names, budget, again=True)
         if fewer < dense:
             return Gain(names, dense, fewer, after)
     return Gain((), before, before, after)

@@ -117,8 +117,6 @@ def test_layers_that_save_less_than_the_fast_path_stay_dense(monkeypatch: pytest
     def slow(_: Any, __: Any, swap: Any, ___: Any) -> measurement.Times:
         times = {name: measurement.LayerTime(2.0, 1.0) for name in swap.layers}
         return measurement.Times(times, {"encoder": 5.0})
-            {name: measurement.LayerTime(2.0, 1.0) for name in swap.layers}, {"encoder": 5.0}
-        )
 
     monkeypatch.setattr(measurement, "layer_times", slow)
     model = pruned(Encoder())

@@ -158,3 +158,29 @@ def test_rows(benchmark: BenchmarkFixture, shape: tuple[int, int], dtype: str, p
         function = np.sort if peer == "numpy sort" else lambda a, axis: np.partition(a, k - 1, axis=axis)
         values = run(benchmark, group, x, lambda: function(np.abs(x), axis=1))
         assert ((np.abs(x) < values[:, k - 1 : k]) <= ~kept).all()
+
+
+@pytest.mark.parametrize("tensors", ["10,000 of 16x16", "560 with 560 overrides"])
+@pytest.mark.parametrize("peer", ["sparsam", "numpy loop"])
+def test_many_small_tensors(benchmark: BenchmarkFixture, tensors: str, peer: str) -> None:
+    """`prune` beside a loop that makes the same: np.partition, a mask and the pruned array of each tensor."""
+    count, side = (min(10_000, LIMIT // 256), 16) if tensors.startswith("10") else (560, 64)
+    x = np.random.default_rng(0).standard_normal((count, side, side), dtype=np.float32)
+    weights = {f"layers.{i}.weight": w for i, w in enumerate(x)}
+    shares = np.linspace(0.3, 0.8, count) if count == 560 else np.full(count, 0.5)
+    sparsities = dict(zip(weights, shares.tolist(), strict=True))
+    options: dict[str, Any] = {"overrides": sparsities} if count == 560 else {"target_sparsity": 0.5}
+
+    def loop() -> dict[str, NDArray[np.float32]]:
+        pruned = {}
+        for name, w in weights.items():
+            k = round(sparsities[name] * w.size)
+            magnitudes = np.abs(w)
+            pruned[name] = w * (magnitudes > np.partition(magnitudes.ravel(), k - 1)[k - 1])
+        return pruned
+
+    expected = loop()
+    function = loop if peer == "numpy loop" else lambda: sparsam.prune(weights, **options).weights
+    benchmark.extra_info["tensors"] = count
+    result = run(benchmark, f"many small tensors: {tensors}", x, function)
+    assert all(np.array_equal(result[name], expected[name]) for name in weights)

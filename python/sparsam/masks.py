@@ -233,10 +233,10 @@ def _check_shape(shape: tuple[int, ...]) -> None:
 
 def _check_overlap(weights: NDArray[Any], out: NDArray[Any]) -> None:
     """Refuse an output that is a shifted view of the input: kernels read and write piece by piece."""
-    same = weights.__array_interface__["data"][0] == out.__array_interface__["data"][0]
-    if same and weights.strides == out.strides:
+    if out is weights or not np.may_share_memory(weights, out):
         return
-    if np.may_share_memory(weights, out):
+    same = weights.__array_interface__["data"][0] == out.__array_interface__["data"][0]
+    if not (same and weights.strides == out.strides):
         msg = "out: expected the weights themselves (in place) or separate memory; got what overlaps them"
         raise ValueError(msg)
 

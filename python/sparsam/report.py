@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -71,7 +72,14 @@ def measure(
     dense = array.size * array.itemsize
     packed = min(dense, (array.size + 7) // 8 + nonzero * array.itemsize)
     share = pruned / array.size if array.size else 0.0
-    return LayerStats(name, array.size, pruned, share, array.shape, array.dtype.name, pattern, dense, packed)
+    dtype = _dtype_name(array.dtype)
+    return LayerStats(name, array.size, pruned, share, array.shape, dtype, pattern, dense, packed)
+
+
+@lru_cache(maxsize=64)
+def _dtype_name(dtype: np.dtype[Any]) -> str:
+    """The name, which NumPy composes anew each time."""
+    return str(dtype.name)
 
 
 def printable(text: str) -> str:

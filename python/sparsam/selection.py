@@ -254,8 +254,7 @@ def score_tensor(
     A `transposed` tensor is handed over as (out, in) if the method needs that, and its scores come back as it
     is stored.
     """
-    says = traits(method)
-    if transposed and says.needs_rows_as_outputs:
+    if transposed and traits(method).needs_rows_as_outputs:
         ranked = as_stored(np.asarray(method.score(name, outputs_first(tensor))))
     else:
         ranked = np.asarray(method.score(name, tensor))
@@ -267,7 +266,7 @@ def score_tensor(
             f"{', '.join(DTYPES)} from {method!r}; got shape {ranked.shape} and dtype {ranked.dtype}"
         )
         raise ValueError(msg)
-    if not says.ranks_by_magnitude and (ranked < 0).any():
+    if not traits(method).ranks_by_magnitude and (ranked < 0).any():
         msg = f"tensor {name!r}: expected scores of at least 0 from {method!r}; got {ranked.min()}"
         raise ValueError(msg)
     return ranked

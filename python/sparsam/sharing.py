@@ -7,6 +7,7 @@ from typing import Any
 
 from numpy.typing import NDArray
 
+from sparsam import _core
 from sparsam.masks import _check_apart
 from sparsam.pools import Pool
 
@@ -23,10 +24,10 @@ def find_shared(arrays: Mapping[str, NDArray[Any]], pools: Iterable[Pool]) -> di
             pool_of.setdefault(name, pool)
     first: dict[tuple[Any, ...], str] = {}
     shared: dict[str, str] = {}
-    for name, array in arrays.items():
-        if name not in pool_of or not array.size:
-            continue
-        place = (array.__array_interface__["data"][0], array.shape, array.strides, array.dtype)
+    pruned = {name: array for name, array in arrays.items() if name in pool_of and array.size}
+    starts = _core.byte_ranges(list(pruned.values()))[:, 0].tolist()
+    for (name, array), start in zip(pruned.items(), starts, strict=True):
+        place = (start, array.shape, array.strides, array.dtype)
         other = first.setdefault(place, name)
         if other == name:
             continue

@@ -39,7 +39,7 @@ def costs(monkeypatch: pytest.MonkeyPatch) -> Callable[[CostModel], None]:
     """Sets the cost model that matrices see."""
 
     def use(model: CostModel) -> None:
-        monkeypatch.setattr(module, "cost_model", lambda *_: model)
+        monkeypatch.setattr(module, "current_costs", lambda *_: model)
 
     return use
 

@@ -205,7 +205,9 @@ class Mask:
         """Whether two masks are the same; of what else holds an array, where it equals the booleans."""
         if isinstance(other, Mask):
             return self._shape == other._shape and bool(np.array_equal(self._words, other._words))
-        return self.to_array() == np.asarray(other) if hasattr(other, "__array__") else NotImplemented
+        if not hasattr(other, "__array__"):
+            return NotImplemented
+        return np.equal(self.to_array(), np.asarray(other))  # which raises for other shapes, in old NumPy too
 
     def __ne__(self, other: object) -> Any:
         """The opposite of `==`."""

@@ -13,14 +13,24 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import transformers
-from zoo_modules import Attention, ConvNet, Tagger, Tied
+from zoo_modules import Attention, ConvNet, Curious, Signals, Tagger, Tied
 
 import sparsam
 import torch
 from sparsam.torch import LayerRow
 from torch import Tensor, nn
 
-__all__ = ["REAL", "TINY", "ZOO", "Size", "Specimen", "exported", "magnitude_pruned", "stays"]
+__all__ = [
+    "REAL",
+    "TINY",
+    "ZOO",
+    "Size",
+    "Specimen",
+    "exported_file",
+    "from_exported",
+    "magnitude_pruned",
+    "stays",
+]
 
 
 @dataclass(frozen=True)
@@ -68,6 +78,10 @@ class Size:
         """Random images."""
         return torch.randn(self.batch, 3, self.image, self.image)
 
+    def signals(self, channels: int) -> Tensor:
+        """Random signals."""
+        return torch.randn(self.batch, channels, 8 * self.tokens)
+
 
 TINY = Size(width=32, layers=2, batch=2, tokens=6, image=32)
 REAL = Size(width=512, layers=4, batch=4, tokens=64, image=96)
@@ -113,13 +127,18 @@ def stays(layers: Iterable[LayerRow]) -> Counter[tuple[str, str]]:
     return Counter((row.kind, row.reason) for row in layers if not row.swapped)
 
 
-def exported(model: nn.Module, example: Any) -> nn.Module:
-    """The model as it comes out of a file of torch.export."""
+def exported_file(model: nn.Module, example: Any) -> io.BytesIO:
+    """The file that torch.export makes of the model."""
     args, kwargs = ((), example) if isinstance(example, dict) else (example, {})
     program = torch.export.export(model, args if isinstance(args, tuple) else (args,), kwargs)
     file = io.BytesIO()
     torch.export.save(program, file)
     file.seek(0)
+    return file
+
+
+def from_exported(file: io.BytesIO) -> nn.Module:
+    """The model as it comes out of a file of torch.export."""
     return torch.export.load(file).module()
 
 
@@ -199,6 +218,10 @@ def _clip(size: Size) -> tuple[nn.Module, Any]:
     text, image = _blocks(size) | _ends(size), _vit(size)
     config = transformers.CLIPConfig(text_config=text, vision_config=image, projection_dim=size.width)
     return transformers.CLIPModel(config), {"input_ids": size.ids(), "pixel_values": size.images()}
+
+
+def _whisper(size: Size) -> dict[str, Any]:
+    return _towers(size) | {"num_mel_bins": 16, "max_source_positions": size.tokens}
 
 
 def _plain(make: Callable[[Size], nn.Module], draw: Callable[[Size], Any]) -> Build:
@@ -316,4 +339,24 @@ ZOO: tuple[Specimen, ...] = (
     Specimen("LSTM tagger", "plain", _tagger(nn.LSTM), {("LSTM", "no kernel for LSTM"): 1}),
     Specimen("GRU tagger", "plain", _tagger(nn.GRU), {("GRU", "no kernel for GRU"): 1}),
     Specimen("tied weights", "plain", _plain(lambda s: Tied(s.width, s.words), Size.ids)),
+    Specimen("FalconModel", "decoder", _text("FalconModel", lambda s: {"ffn_hidden_size": s.wide})),
+    Specimen(
+        "MobileNetV2Model",
+        "vision",
+        _vision("MobileNetV2Model", lambda s: {"depth_multiplier": s.width / 512}),
+    ),
+    Specimen(
+        "WhisperModel",
+        "speech",
+        _hugging_face(
+            "WhisperModel",
+            _whisper,
+            lambda s: {
+                "input_features": torch.randn(s.batch, 16, 2 * s.tokens),
+                "decoder_input_ids": s.ids(),
+            },
+        ),
+    ),
+    Specimen("Signals", "plain", _plain(lambda s: Signals(s.width, s.layers), lambda s: s.signals(4))),
+    Specimen("layers read in forward", "plain", _plain(lambda s: Curious(s.width), lambda s: s.signals(3))),
 )

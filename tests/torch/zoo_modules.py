@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from torch.nn import functional
+from transformers.pytorch_utils import Conv1D
 
 from torch import Tensor, nn
 
-__all__ = ["Attention", "ConvNet", "Tagger", "Tied"]
+__all__ = ["Attention", "ConvNet", "Curious", "Signals", "Tagger", "Tied"]
 
 
 class ConvNet(nn.Module):
@@ -32,6 +33,25 @@ class ConvNet(nn.Module):
         x = self.grouped(self.dilated(x).relu()) + x
         x = self.up(self.reflect(self.circular(x).relu()))
         return self.head(x)  # type: ignore[no-any-return]
+
+
+class Signals(nn.Module):
+    """Causal dilated convolutions of signals, gated."""
+
+    def __init__(self, width: int, layers: int) -> None:
+        super().__init__()
+        self.first = nn.Conv1d(4, width, 1)
+        self.filters = nn.ModuleList(nn.Conv1d(width, 2 * width, 3, dilation=2**i) for i in range(layers))
+        self.mixes = nn.ModuleList(nn.Conv1d(width, width, 1) for _ in range(layers))
+        self.depthwise = nn.Conv1d(width, width, 5, padding=2, groups=width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        for causal, mix in zip(self.filters, self.mixes, strict=True):
+            before = causal.dilation[0] * (causal.kernel_size[0] - 1)  # type: ignore[operator,index]
+            value, gate = causal(functional.pad(x, (before, 0))).chunk(2, 1)
+            x = x + mix(value.tanh() * gate.sigmoid())
+        return self.depthwise(x)  # type: ignore[no-any-return]
 
 
 class Attention(nn.Module):
@@ -76,3 +96,29 @@ class Tied(nn.Module):
     def forward(self, ids: Tensor) -> Tensor:
         x = functional.gelu(self.first(self.embedding(ids)))
         return self.head(self.second(x))  # type: ignore[no-any-return]
+
+
+class Curious(nn.Module):
+    """Reads in `forward` what its layers are, as code of others does."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv1d(3, width, 4, stride=2, padding=1)
+        self.fc1 = nn.Linear(width, 2 * width)
+        self.fc2 = Conv1D(width, 2 * width)
+
+    def lengths(self, length: int) -> int:
+        conv = self.conv
+        reach = conv.dilation[0] * (conv.kernel_size[0] - 1)
+        return (length + 2 * int(conv.padding[0]) - reach - 1) // conv.stride[0] + 1
+
+    def forward(self, x: Tensor) -> Tensor:
+        own = next(self.parameters())
+        x = x.to(own.device, own.dtype)
+        length, conv = self.lengths(x.shape[-1]), self.conv
+        x = conv(x)[..., :length].reshape(
+            len(x), length * (conv.out_channels // conv.groups) // conv.in_channels, -1
+        )
+        x = functional.pad(x, (0, self.fc1.in_features - x.shape[-1]))
+        x = self.fc1(x.to(self.fc1.weight.dtype)).relu()
+        return self.fc2(x.to(self.fc2.weight.device)).reshape(len(x), -1, self.fc2.nf)  # type: ignore[no-any-return]

@@ -49,7 +49,7 @@ class Signals(nn.Module):
         x = self.first(x)
         for causal, mix in zip(self.filters, self.mixes, strict=True):
             before = causal.dilation[0] * (causal.kernel_size[0] - 1)  # type: ignore[operator,index]
-            value, gate = causal(functional.pad(x, (before, 0))).chunk(2, 1)
+            value, gate = causal(functional.pad(x, (before, 0))).chunk(2, 1)  # type: ignore[arg-type]
             x = x + mix(value.tanh() * gate.sigmoid())
         return self.depthwise(x)  # type: ignore[no-any-return]
 
@@ -105,7 +105,7 @@ class Curious(nn.Module):
         super().__init__()
         self.conv = nn.Conv1d(3, width, 4, stride=2, padding=1)
         self.fc1 = nn.Linear(width, 2 * width)
-        self.fc2 = Conv1D(width, 2 * width)
+        self.fc2 = Conv1D(width, 2 * width)  # type: ignore[no-untyped-call]
 
     def lengths(self, length: int) -> int:
         conv = self.conv

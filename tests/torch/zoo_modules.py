@@ -48,7 +48,7 @@ class Signals(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = self.first(x)
         for causal, mix in zip(self.filters, self.mixes, strict=True):
-            before = causal.dilation[0] * (causal.kernel_size[0] - 1)  # type: ignore[operator,index]
+            before = causal.dilation[0] * (causal.kernel_size[0] - 1)  # type: ignore[index]
             value, gate = causal(functional.pad(x, (before, 0))).chunk(2, 1)  # type: ignore[arg-type]
             x = x + mix(value.tanh() * gate.sigmoid())
         return self.depthwise(x)  # type: ignore[no-any-return]

@@ -268,8 +268,8 @@ def _check_apart(arrays: Mapping[str, NDArray[Any]], outs: Mapping[str, NDArray[
                 continue
             if np.may_share_memory(array, other, max_work=1000):  # type: ignore[arg-type]
                 msg = (
-                    f"tensors {other_name!r} and {name!r}: expected separate memory, since pruning one in "
-                    "place changes the other; got shared memory; pass copies, or leave in place out"
+                    f"tensors {other_name!r} and {name!r}: expected separate memory, since weights that "
+                    "both hold would be decided twice; got shared memory; pass copies"
                 )
                 raise ValueError(msg)
         open_ranges.append((start, end, name, written, array))

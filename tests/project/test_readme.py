@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 import sparsam
+import sparsam.torch
 
 ROOT = Path(__file__).parents[2]
 DOCUMENTS = sorted(
@@ -63,3 +64,12 @@ def test_links_lead_somewhere(document: str) -> None:
 def test_every_public_name_is_on_the_map() -> None:
     named = set(re.findall(r"^\| `(\w+)` \|", read("docs/api.md"), re.MULTILINE))
     assert named == set(sparsam.__all__)
+
+
+def test_every_public_name_is_in_the_reference() -> None:
+    text = "".join(path.read_text(encoding="utf-8") for path in ROOT.glob("docs/reference/*.md"))
+    shown = re.findall(r"^::: sparsam\.(?:checkpoint\.)?(\w+)$", text, re.MULTILINE)
+    written = re.findall(r"`sparsam\.(\w+)` is", text)
+    assert {*sparsam.__all__} <= {*shown, *written, "checkpoint"}
+    of_torch = re.findall(r"^::: sparsam\.torch\.(\w+)$", text, re.MULTILINE)
+    assert sorted(of_torch) == sorted(sparsam.torch.__all__)

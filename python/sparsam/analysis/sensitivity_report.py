@@ -128,7 +128,7 @@ class SensitivityReport:
 
         Raises:
             ValueError: The target is outside [0, 1], or above `max_sparsity`; a tensor is in two curves, as
-            one that is in two ties.
+                one that is in two ties.
         """
         needed = round(check_sparsity("target", target) * self.params)
         names = [name for curve in self.curves for name, _ in curve.tensors]

@@ -2,71 +2,63 @@
 
 The inputs themselves are not kept. Sums and sums of squares are float64 whatever the dtype of the inputs:
 squares of float16 values are exact in it, and a sum of n terms is off by at most about n * 1.1e-16 of the sum
-of magnitudes. Second moments are those of centred inputs, from which the others follow: those of a block of
-rows around the block's mean are products of matrices, and blocks are merged in float64 by the formula of
-Chan, Golub and LeVeque ("Updating formulae and a pairwise algorithm for computing sample variances", 1979).
-
-The products are float32 unless the inputs are float64. With c_j the centred values of input j, the moment of
-i and j is then off by at most 2^-14 ||c_i|| ||c_j|| (a block has 512 rows, and each product and each sum is
-rounded to 2^-24), in practice by some 2^-22 of it; with float64 inputs by at most 2^-43
-of it, for means of up to 8000 standard deviations.
+of magnitudes. How second moments are summed up, and how exactly, is told in `moments.py`.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from sparsam.inputs.checks import positive
+from sparsam.inputs.checks import expected, positive
+from sparsam.moments import CentredMoments, Moments
 
 __all__ = ["CentredMoments", "InputStatistics"]
 
 _ROWS = 512  # of a block: more make the bound worse, fewer the accumulation in float64 slower
-_COLUMNS = 256  # of a strip of products: it is added while the caches hold it
 _PIECE = 1 << 22  # elements of a block at most
-# Where the largest value of each column lies between, squares of its differences are normal float32 numbers.
-_SMALL, _LARGE = 2.0**-30, 2.0**50
-
-
-@dataclass(frozen=True)
-class CentredMoments:
-    """Second moments of inputs around their mean; pass it as `h` to minimise what a bias cannot correct.
-
-    Attributes:
-        gram: The sum of (x - mean)(x - mean)^T, (in_features, in_features), symmetric.
-        mean: The mean of each input, (in_features,).
-        count: How many inputs were seen.
-        precision: The rounding unit of the products that went into `gram`.
-    """
-
-    gram: NDArray[np.float64]
-    mean: NDArray[np.float64]
-    count: int
-    precision: float
 
 
 class InputStatistics:
     """Streaming sums over the inputs x of a layer with `in_features` inputs; `a + b` merges two.
 
     With `gram`, second moments are kept as well, `in_features` squared numbers, which weight updates need
-    and scores do not. Objects can be pickled, so parts can be gathered in several processes and merged:
-    `a + b` equals, but for the rounding of the sums, one object that was updated with the inputs of both.
+    and scores do not. With `targets`, so are those of x with the outputs y that are wanted for it, by which
+    `refit(..., cross=)` fits a layer to the outputs of a dense network; layers that share their inputs share
+    one object, with their targets side by side. Rows may have weights.
+
+    Objects can be pickled, so parts can be gathered in several processes and merged: `a + b` equals, but for
+    the rounding of the sums, one object that was updated with the inputs of both.
     """
 
-    def __init__(self, in_features: int, *, gram: bool = True) -> None:
-        """Starts with no inputs; ValueError unless `in_features` is an integer of at least 1."""
-        self.in_features = positive("InputStatistics: in_features", in_features)
-        self._count = 0
-        self._sum: NDArray[np.float64] = np.zeros(self.in_features)
-        self._squares: NDArray[np.float64] = np.zeros(self.in_features)
-        self._moments = _Moments.empty(self.in_features) if gram else None
+    def __init__(self, in_features: int, *, gram: bool = True, targets: int | None = None) -> None:
+        """Starts with no inputs.
 
-    def update(self, x: ArrayLike) -> InputStatistics:
+        Args:
+            in_features: How many inputs the layer has.
+            gram: Whether to keep second moments.
+            targets: How many wanted outputs come with each input; None for none.
+
+        Raises:
+            ValueError: A number that is no integer of at least 1, or targets without `gram`.
+        """
+        self.in_features = positive("InputStatistics: in_features", in_features)
+        self.targets = None if targets is None else positive("InputStatistics: targets", targets)
+        if targets is not None and not gram:
+            raise ValueError(expected("InputStatistics: gram", gram, "True with targets"))
+        self._count = 0
+        self._weight = 0.0
+        self._inputs = _Sums.empty(self.in_features)
+        self._outputs = _Sums.empty(self.targets or 0)
+        self._moments = Moments.empty(self.in_features, self.targets or 0) if gram else None
+
+    def update(
+        self, x: ArrayLike, targets: ArrayLike | None = None, *, weights: ArrayLike | None = None
+    ) -> InputStatistics:
         """Adds inputs.
 
         Beside the sums, memory holds one block of at most 512 inputs at a time.
@@ -74,38 +66,35 @@ class InputStatistics:
         Args:
             x: (..., in_features), of any floating dtype and strides; the axes before the last count samples,
                 as tokens or im2col patches. Not modified.
+            targets: The wanted outputs y, (..., targets) with the same axes before the last, of any floating
+                dtype; only, and always, where `targets` was given.
+            weights: How much each row counts, of the shape of these axes, at least 0; 1 by default. Rows of
+                weight 0, as padding is, are left out: not counted, and free to hold what is not finite.
 
         Returns:
             This object.
 
         Raises:
-            ValueError: Another last axis, a NaN or an infinity, or squares beyond float64; the statistics are
-                then as they were.
-            TypeError: x is not floating-point.
+            ValueError: Shapes that do not fit together, a NaN or an infinity, negative weights, squares
+                beyond float64, or targets missing or not asked for; the statistics are then as they were.
+            TypeError: x or targets are not floating-point, or weights are not numbers.
         """
-        inputs = np.asarray(x)
-        if inputs.dtype.kind != "f" and inputs.dtype.name != "bfloat16":
-            msg = f"inputs: expected floating-point numbers; got dtype {inputs.dtype}; convert with .astype()"
-            raise TypeError(msg)
-        if inputs.ndim == 0 or inputs.shape[-1] != self.in_features:
-            msg = f"inputs: expected shape (..., {self.in_features}); got {inputs.shape}"
-            raise ValueError(msg)
-        rows = inputs.reshape(-1, self.in_features)
-        total, squares = self._sum, self._squares
-        for start, block in _blocks(rows):
-            part = block.astype(np.float64, copy=False)
-            _refuse_not_finite(part, start, inputs.shape)
-            with np.errstate(over="ignore"):
-                total = total + part.sum(axis=0)
-                squares = squares + np.einsum("ij,ij->j", part, part)
-            if not np.isfinite(squares).all() or not np.isfinite(total).all():
-                most = np.abs(part).max()
-                msg = f"inputs: expected squares within float64; got values up to {most:g}; scale them down"
-                raise ValueError(msg)
+        inputs = _checked("inputs", x, self.in_features)
+        wanted = self._checked_targets(targets, inputs.shape)
+        shares = None if weights is None else _checked_weights(weights, inputs.shape[:-1])
+        given = [("inputs", inputs)] if wanted is None else [("inputs", inputs), ("targets", wanted)]
+        found = [self._inputs, self._outputs]
+        count, weight = self._count, self._weight
+        for block in _blocks([array for _, array in given], shares):
+            for i, (name, array) in enumerate(given):
+                found[i] = found[i].with_block(name, block, block.arrays[i], array.shape)
+            count += len(block.arrays[0])
+            weight += len(block.arrays[0]) if block.weights is None else float(block.weights.sum())
         if self._moments is not None:
-            for _, block in _blocks(rows):
-                self._moments.add(block)
-        self._count, self._sum, self._squares = self._count + len(rows), total, squares
+            for block in _blocks([array for _, array in given], shares):
+                self._moments.add(block.arrays, block.weights)
+        self._count, self._weight = count, weight
+        self._inputs, self._outputs = found
         return self
 
     @property
@@ -114,24 +103,46 @@ class InputStatistics:
         return self._count
 
     @property
+    def weight(self) -> float:
+        """The sum of the weights of the inputs; `count` where none were given."""
+        return self._weight
+
+    @property
     def mean(self) -> NDArray[np.float64]:
         """The mean of each input, (in_features,); ValueError before the first."""
-        return _frozen(self._sum / self._seen())
+        return _frozen(self._inputs.total / self._seen())
 
     @property
     def rms(self) -> NDArray[np.float64]:
         """sqrt(mean of x_j^2), (in_features,): Wanda's ||X_j||_2 over sqrt(count); ValueError before any."""
-        return _frozen(np.sqrt(self._squares / self._seen()))
+        return _frozen(np.sqrt(self._inputs.squares / self._seen()))
 
     @property
     def sum_squares(self) -> NDArray[np.float64]:
         """The sum of x_j^2 of each input, (in_features,)."""
-        return _frozen(self._squares)
+        return _frozen(self._inputs.squares)
+
+    @property
+    def target_mean(self) -> NDArray[np.float64]:
+        """The mean of each target, (targets,); ValueError without targets, or before the first."""
+        self._target_moments()
+        return _frozen(self._outputs.total / self._seen())
+
+    @property
+    def target_squares(self) -> NDArray[np.float64]:
+        """The sum of y_i^2 of each target, (targets,); ValueError without targets."""
+        self._target_moments()
+        return _frozen(self._outputs.squares)
 
     @property
     def gram(self) -> NDArray[np.float64]:
         """The sum of x x^T, (in_features, in_features), symmetric; ValueError if gram=False."""
-        return _frozen(self._second_moments().raw())
+        return _frozen(self._second_moments().gram())
+
+    @property
+    def cross(self) -> NDArray[np.float64]:
+        """The sum of y x^T, (targets, in_features); ValueError without targets."""
+        return _frozen(self._target_moments().raw_cross())
 
     @property
     def centred(self) -> CentredMoments:
@@ -140,8 +151,22 @@ class InputStatistics:
         They are sums of products of centred inputs, not a difference of large sums, so the diagonal is
         never negative, and exactly 0 for a constant input.
         """
-        moments, count = self._second_moments(), self._seen()
-        return CentredMoments(moments.centred(), _frozen(moments.mean), count, moments.precision)
+        moments, weight = self._second_moments(), self._seen()
+        with_targets: dict[str, Any] = {}
+        if self.targets is not None:
+            with_targets = {
+                "cross": _frozen(moments.cross.copy()),
+                "target_mean": _frozen(moments.target_mean),
+                "target_squares": _frozen(moments.target_squares),
+            }
+        return CentredMoments(
+            _frozen(moments.centred_gram()),
+            _frozen(moments.mean),
+            self._count,
+            moments.precision,
+            weight,
+            **with_targets,
+        )
 
     @property
     def precision(self) -> float:
@@ -152,37 +177,58 @@ class InputStatistics:
         """Returns new statistics over the inputs of both; ValueError where they do not fit together."""
         if not isinstance(other, InputStatistics):
             return NotImplemented
-        if self.in_features != other.in_features:
-            got = f"{self.in_features} and {other.in_features}"
-            msg = f"InputStatistics: expected the same in_features; got {got}"
-            raise ValueError(msg)
+        for what in ("in_features", "targets"):
+            mine, theirs = getattr(self, what), getattr(other, what)
+            if mine != theirs:
+                msg = f"InputStatistics: expected the same {what}; got {mine} and {theirs}; gather both alike"
+                raise ValueError(msg)
         if (self._moments is None) != (other._moments is None):
             msg = "InputStatistics: expected the same gram=; got True and False; gather both alike"
             raise ValueError(msg)
         merged = InputStatistics(self.in_features, gram=False)
-        merged._count = self._count + other._count
-        merged._sum = self._sum + other._sum
-        merged._squares = self._squares + other._squares
+        merged.targets = self.targets
+        merged._count, merged._weight = self._count + other._count, self._weight + other._weight
+        merged._inputs = self._inputs.plus(other._inputs)
+        merged._outputs = self._outputs.plus(other._outputs)
         if self._moments is not None and other._moments is not None:
             merged._moments = self._second_moments().merged(other._second_moments())
         return merged
 
     def __repr__(self) -> str:
+        targets = "" if self.targets is None else f", targets={self.targets}"
         gram = self._moments is not None
-        return f"InputStatistics(in_features={self.in_features}, gram={gram}, count={self._count})"
+        return f"InputStatistics(in_features={self.in_features}, gram={gram}{targets}, count={self._count})"
 
-    def _seen(self) -> int:
+    def _checked_targets(self, targets: ArrayLike | None, shape: tuple[int, ...]) -> NDArray[Any] | None:
+        if self.targets is None:
+            if targets is not None:
+                msg = "targets: expected none; got some; give their number to InputStatistics(targets=)"
+                raise ValueError(msg)
+            return None
+        if targets is None:
+            msg = f"targets: expected an array of shape (..., {self.targets}); got none; give one with each x"
+            raise ValueError(msg)
+        wanted = _checked("targets", targets, self.targets)
+        if wanted.shape[:-1] != shape[:-1]:
+            msg = f"targets: expected shape {(*shape[:-1], self.targets)}; got {wanted.shape}"
+            raise ValueError(msg)
+        return wanted
+
+    def _seen(self) -> float:
         if self._count == 0:
             msg = "InputStatistics: expected at least one input; got none; call update(x) first"
             raise ValueError(msg)
-        return self._count
+        return self._weight
 
-    def _second_moments(self) -> _Moments:
+    def _target_moments(self) -> Moments:
+        if self.targets is None:
+            msg = "InputStatistics: expected targets=; got None; gather them again with their number"
+            raise ValueError(msg)
+        return self._second_moments()
+
+    def _second_moments(self) -> Moments:
         if self._moments is None:
             msg = "InputStatistics: expected gram=True; got gram=False; gather them again"
-            raise ValueError(msg)
-        if self._moments.count != self._count:
-            msg = "InputStatistics: expected whole updates; got an interrupted one; gather them again"
             raise ValueError(msg)
         if self._moments.count != self._count:
             msg = "InputStatistics: expected whole updates; got an interrupted one; gather them again"
@@ -190,124 +236,109 @@ class InputStatistics:
         return self._moments
 
 
-@dataclass
-class _Moments:
-    """Second moments around the mean.
+@dataclass(frozen=True)
+class _Block:
+    """Rows of each array, in float32 or float64, with their weights and where they come from."""
 
-    Attributes:
-        count: Of how many inputs.
-        mean: (in,); of a constant input exactly that.
-        sums: (in, in), of which the strips from the diagonal to the right are right; all if `whole`.
-        precision: The largest rounding unit of what was added.
-        whole: Whether `sums` is symmetric.
-        shared: Whether `sums` was handed out, so that it may not change any more.
-    """
+    arrays: list[NDArray[Any]]
+    weights: NDArray[np.float64] | None
+    places: NDArray[np.intp] | range
 
-    count: int
-    mean: NDArray[np.float64]
-    sums: NDArray[np.float64]
-    precision: float = float(np.finfo(np.float64).eps)
-    whole: bool = True
-    shared: bool = False
+
+@dataclass(frozen=True)
+class _Sums:
+    """The sum and the sum of squares of each column, each (width,)."""
+
+    total: NDArray[np.float64]
+    squares: NDArray[np.float64]
 
     @classmethod
-    def empty(cls, inputs: int) -> _Moments:
-        return cls(0, np.zeros(inputs), np.zeros((inputs, inputs)))
+    def empty(cls, width: int) -> _Sums:
+        return cls(np.zeros(width), np.zeros(width))
 
-    def add(self, block: NDArray[Any]) -> None:
-        """Adds a block of finite inputs."""
-        count, before = self.count + len(block), self.count
-        self.count, self.whole = count, False  # first, so that an interrupted addition shows
-        if self.shared:
-            self.sums, self.shared = self.sums.copy(), False
-        dtype = np.float32 if _fits_float32(block) else np.float64
-        # Less the first row, and only then less the mean: what is constant gives exactly 0.
-        rows = np.empty((len(block) + 1, block.shape[1]), dtype)
-        centred = np.subtract(block, block[0], out=rows[:-1], dtype=dtype)
-        offset = centred.mean(axis=0, dtype=np.float64)
-        centred -= offset.astype(dtype)
-        distance = block[0].astype(np.float64) + offset - self.mean
-        # Chan's term for two means, as one more row.
-        rows[-1] = math.sqrt(before * len(block) / count) * distance
-        for start in range(0, rows.shape[1], _COLUMNS):
-            strip = slice(start, start + _COLUMNS)
-            self.sums[strip, start:] += rows[:, strip].T @ rows[:, start:]
-        self.mean = self.mean + distance * (len(block) / count)
-        self.precision = max(self.precision, float(np.finfo(dtype).eps))
+    def plus(self, other: _Sums) -> _Sums:
+        return _Sums(self.total + other.total, self.squares + other.squares)
 
-    def merged(self, other: _Moments) -> _Moments:
-        """The moments of the inputs of both."""
-        count = self.count + other.count
-        if not self.count or not other.count:
-            one = self if self.count else other
-            return replace(one, sums=one.sums.copy(), shared=False)
-        distance = other.mean - self.mean
-        sums = self.sums + other.sums
-        for start in range(0, len(sums), _COLUMNS):
-            strip = slice(start, start + _COLUMNS)
-            term = distance[strip, None] * distance
-            sums[strip] += term * (self.count * other.count / count)
-        mean = self.mean + distance * (other.count / count)
-        precision = max(self.precision, other.precision)
-        return _Moments(count, mean, sums, precision, self.whole and other.whole)
-
-    def centred(self) -> NDArray[np.float64]:
-        """The sums of (x - mean)(x - mean)^T, read-only and never changed again."""
-        self._complete()
-        self.shared = True
-        return _frozen(self.sums)
-
-    def raw(self) -> NDArray[np.float64]:
-        """The sums of x x^T, a new array."""
-        self._complete()
-        result = np.empty_like(self.sums)
-        for start in range(0, len(result), _COLUMNS):
-            strip = slice(start, start + _COLUMNS)
-            np.multiply(self.mean[strip, None], self.mean, out=result[strip])
-            result[strip] *= self.count
-            result[strip] += self.sums[strip]
+    def with_block(self, name: str, block: _Block, rows: NDArray[Any], shape: tuple[int, ...]) -> _Sums:
+        """These and a block's; ValueError for what is not finite, or squares beyond float64."""
+        wide = rows.astype(np.float64, copy=False)
+        _refuse_not_finite(name, wide, block.places, shape)
+        with np.errstate(over="ignore", invalid="ignore"):
+            if block.weights is None:
+                added = _Sums(wide.sum(axis=0), np.einsum("ij,ij->j", wide, wide))
+            else:
+                added = _Sums(block.weights @ wide, np.einsum("i,ij,ij->j", block.weights, wide, wide))
+            result = self.plus(added)
+        if not np.isfinite(result.squares).all() or not np.isfinite(result.total).all():
+            most = np.abs(wide).max()
+            msg = f"{name}: expected squares within float64; got values up to {most:g}; scale them down"
+            raise ValueError(msg)
         return result
 
-    def _complete(self) -> None:
-        """Mirrors what is right of the diagonal."""
-        for start in range(0, 0 if self.whole else len(self.sums), _COLUMNS):
-            strip = slice(start, start + _COLUMNS)
-            self.sums[strip, strip] = np.triu(self.sums[strip, strip]) + np.triu(self.sums[strip, strip], 1).T
-            self.sums[start + _COLUMNS :, strip] = self.sums[strip, start + _COLUMNS :].T
-        self.whole = True
+
+def _checked(name: str, values: ArrayLike, width: int) -> NDArray[Any]:
+    array = np.asarray(values)
+    if array.dtype.kind != "f" and array.dtype.name != "bfloat16":
+        msg = f"{name}: expected floating-point numbers; got dtype {array.dtype}; convert with .astype()"
+        raise TypeError(msg)
+    if array.ndim == 0 or array.shape[-1] != width:
+        msg = f"{name}: expected shape (..., {width}); got {array.shape}"
+        raise ValueError(msg)
+    return array
 
 
-def _blocks(rows: NDArray[Any]) -> Iterator[tuple[int, NDArray[Any]]]:
-    """The rows in blocks, with the index of the first of each; a dtype that BLAS lacks becomes float32."""
-    step = max(1, min(_ROWS, _PIECE // rows.shape[1]))
-    for start in range(0, len(rows), step):
-        block = rows[start : start + step]
-        narrow = block.dtype.name in ("float16", "bfloat16") or block.dtype == np.float32
-        yield start, np.ascontiguousarray(block, np.float32 if narrow else np.float64)
+def _checked_weights(weights: ArrayLike, shape: tuple[int, ...]) -> NDArray[np.float64]:
+    """The weights of the rows, in order."""
+    array = np.asarray(weights)
+    if array.dtype.kind not in "fbiu" and array.dtype.name != "bfloat16":
+        msg = f"weights: expected numbers; got dtype {array.dtype}; convert with .astype()"
+        raise TypeError(msg)
+    if array.shape != shape:
+        msg = f"weights: expected shape {shape}, one for each row; got {array.shape}"
+        raise ValueError(msg)
+    flat = array.astype(np.float64).reshape(-1)
+    bad = np.flatnonzero(~(np.isfinite(flat) & (flat >= 0)))
+    if bad.size:
+        index = tuple(int(i) for i in np.unravel_index(bad[0], shape or (1,)))
+        msg = f"weights: expected finite numbers of at least 0; got {flat[bad[0]]} at index {index}"
+        raise ValueError(msg)
+    return flat
 
 
-def _fits_float32(block: NDArray[Any]) -> bool:
-    """Whether the products of a block can be float32: no column's values are too large or small for that."""
-    if block.dtype != np.float32:
-        return False
-    largest = np.maximum(block.max(axis=0), -block.min(axis=0))
-    return bool(((largest == 0) | ((largest >= _SMALL) & (largest <= _LARGE))).all())
+def _blocks(arrays: list[NDArray[Any]], weights: NDArray[np.float64] | None) -> Iterator[_Block]:
+    """The rows of all arrays in blocks, without those of weight 0, as float32 or float64."""
+    rows = [array.reshape(-1, array.shape[-1]) for array in arrays]
+    step = max(1, min(_ROWS, _PIECE // sum(array.shape[1] for array in rows)))
+    for start in range(0, len(rows[0]), step):
+        places: NDArray[np.intp] | range = range(start, min(start + step, len(rows[0])))
+        parts = [array[start : start + step] for array in rows]
+        shares = None if weights is None else weights[start : start + step]
+        if shares is not None and not shares.all():
+            kept = np.flatnonzero(shares)
+            places, shares, parts = kept + start, shares[kept], [part[kept] for part in parts]
+        if len(parts[0]):
+            yield _Block([_native(part) for part in parts], shares, places)
 
 
-def _refuse_not_finite(part: NDArray[np.float64], start: int, shape: tuple[int, ...]) -> None:
+def _native(block: NDArray[Any]) -> NDArray[Any]:
+    narrow = block.dtype.name in ("float16", "bfloat16") or block.dtype == np.float32
+    return np.ascontiguousarray(block, np.float32 if narrow else np.float64)
+
+
+def _refuse_not_finite(
+    name: str, part: NDArray[np.float64], places: NDArray[np.intp] | range, shape: tuple[int, ...]
+) -> None:
     bad = ~np.isfinite(part)
     if bad.any():
         row, column = (int(i) for i in np.argwhere(bad)[0])
-        at = (*(int(i) for i in np.unravel_index(start + row, shape[:-1] or (1,))), column)
+        at = (*(int(i) for i in np.unravel_index(int(places[row]), shape[:-1] or (1,))), column)
         index = at if len(shape) > 1 else (column,)
-        msg = (
-            f"inputs: expected finite numbers; got {part[row, column]} at index {index}; leave that input out"
-        )
+        msg = f"{name}: expected finite numbers; got {part[row, column]} at index {index}; leave that row out"
         raise ValueError(msg)
 
 
 def _frozen(array: NDArray[np.float64]) -> NDArray[np.float64]:
-    """A read-only view; sums are replaced by an update, never changed, so it stays what it was."""
+    """A read-only view; what it shows is replaced by an update, never changed, so it stays what it was."""
     view: NDArray[np.float64] = array.view()
     view.flags.writeable = False
     return view

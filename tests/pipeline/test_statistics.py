@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from cases import DTYPES
-from sparsam import statistics
+from sparsam import moments, statistics
 from sparsam.statistics import InputStatistics
 
 
@@ -59,7 +59,7 @@ def test_strides_and_pieces_do_not_matter(monkeypatch: pytest.MonkeyPatch) -> No
     x = np.random.default_rng(0).integers(-9, 9, (20, 6)).astype(np.float32)  # sums are exact
     whole = InputStatistics(6).update(x)
     monkeypatch.setattr(statistics, "_PIECE", 13)
-    monkeypatch.setattr(statistics, "_COLUMNS", 4)
+    monkeypatch.setattr(moments, "_COLUMNS", 4)
     for view in (x, np.asfortranarray(x), x[::-1], np.repeat(x, 2, axis=1)[:, ::2], x.reshape(4, 5, 6)):
         s = InputStatistics(6).update(view)
         assert s.count == 20
@@ -181,7 +181,7 @@ def test_an_interrupted_update_is_noticed(monkeypatch: pytest.MonkeyPatch) -> No
     def interrupted(*_: object) -> bool:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(statistics, "_fits_float32", interrupted)
+    monkeypatch.setattr(moments, "_centre", interrupted)
     with pytest.raises(KeyboardInterrupt):
         s.update(inputs(5, 4))
     with pytest.raises(ValueError, match="expected whole updates; got an interrupted one"):

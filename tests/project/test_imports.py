@@ -17,6 +17,7 @@ STAGES = [
     "vocabulary",
     "config",
     "schedules",
+    "moments",
     "statistics",
     "scores",
     "masks",

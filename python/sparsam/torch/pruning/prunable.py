@@ -1,0 +1,243 @@
+"""Which weights of a model can be pruned, and which stay dense by default, and why."""
+
+from __future__ import annotations
+
+import contextlib
+import fnmatch
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias
+
+from torch.nn.utils import parametrize
+
+import torch
+from sparsam.torch.layers.packed_weight import DTYPES
+from sparsam.torch.layers.packing import is_transposed, packed_weight
+from torch import Tensor, nn
+
+__all__ = ["Kind", "PrunableWeight", "prunable_weights"]
+
+Kind: TypeAlias = Literal["linear", "convolution", "attention", "recurrent"]
+
+_TABLES = (nn.Embedding, nn.EmbeddingBag)
+
+
+@dataclass(frozen=True)
+class PrunableWeight:
+    """A weight of a model that can be pruned.
+
+    Attributes:
+        name: Its key in the model's state_dict; of a weight with several, the first.
+        module: The module that holds it.
+        attribute: Under which name.
+        kind: "linear": of nn.Linear or Hugging Face's Conv1D; "convolution": of nn.Conv1d or nn.Conv2d;
+            "attention": of the projections of nn.MultiheadAttention, that of its outputs included;
+            "recurrent": of nn.LSTM, nn.GRU, nn.RNN and their cells.
+        transposed: Whether it is stored as (in, out), as Hugging Face's Conv1D has it.
+        groups: Of a convolution: how many groups of outputs see inputs of their own; else 1.
+    """
+
+    name: str
+    module: nn.Module
+    attribute: str
+    kind: Kind
+    transposed: bool = False
+    groups: int = 1
+
+    @property
+    def parameter(self) -> nn.Parameter:
+        """The weight itself."""
+        found: nn.Parameter = self.module._parameters[self.attribute]  # type: ignore[assignment]
+        return found
+
+
+def prunable_weights(
+    model: nn.Module, *, exclude: Sequence[str] = ()
+) -> tuple[list[PrunableWeight], dict[str, str]]:
+    """Finds the weights that can be pruned, in the order of the model's state_dict.
+
+    Dense by default stay: embeddings; what shares its memory with an embedding; the output layer of a
+    language model, which is what `get_output_embeddings` returns, or a linear layer outside of lists of
+    modules that has the shape of the largest embedding; parameters of fewer than two axes (biases, norms);
+    kinds of layers for which the methods have no inputs (transposed and three-dimensional convolutions,
+    matrices of experts in one Parameter).
+
+    Args:
+        model: The model.
+        exclude: Names of weights or of modules, or shell-style patterns of them, that are left out.
+
+    Returns:
+        The weights, and the name of each parameter of two or more axes that stays dense -> why.
+
+    Raises:
+        ValueError: A weight that could be pruned and is not excluded is packed, parametrized, sparse, on the
+            meta device or not initialised; its dtype is none of float16, bfloat16, float32, float64.
+
+    Warns:
+        UserWarning: A pattern of `exclude` matches no weight.
+    """
+    heads = _heads(model)
+    tables = {
+        _memory(table.weight): name for name, table in model.named_modules() if isinstance(table, _TABLES)
+    }
+    found: list[PrunableWeight] = []
+    dense: dict[str, str] = {}
+    seen: dict[int, str] = {}
+    matched: set[str] = set()
+    for weight, reason in _every_weight(model):
+        names = (weight.name, weight.name.removesuffix(f".{weight.attribute}"))
+        hits = [pattern for pattern in exclude for name in names if _matches(name, pattern)]
+        matched.update(hits)
+        if hits or reason:
+            dense[weight.name] = "excluded" if hits else reason
+            continue
+        _check(weight)
+        tensor = weight.parameter
+        if tensor.numel() == 0:
+            dense[weight.name] = "no weights"
+        elif id(tensor) in seen:
+            dense[weight.name] = f"the same as {seen[id(tensor)]}"
+        elif _memory(tensor) in tables:
+            dense[weight.name] = f"shared with the embedding {tables[_memory(tensor)]}"
+        elif id(weight.module) in heads:
+            dense[weight.name] = "head of a language model"
+        else:
+            seen[id(tensor)] = weight.name
+            found.append(weight)
+    for pattern in exclude:
+        if pattern not in matched:
+            message = f"exclude: expected names or patterns of weights; got {pattern!r}, which matches none"
+            warnings.warn(message, UserWarning, stacklevel=3)
+    return found, dense
+
+
+def _matches(name: str, pattern: str) -> bool:
+    return name == pattern or fnmatch.fnmatchcase(name, pattern)
+
+
+def _every_weight(model: nn.Module) -> Iterator[tuple[PrunableWeight, str]]:
+    """The weights of every module once, each with why its kind stays dense, if it does."""
+    projections = {
+        id(module.out_proj) for module in model.modules() if isinstance(module, nn.MultiheadAttention)
+    }
+    for path, module in model.named_modules():
+        if isinstance(module, parametrize.ParametrizationList):
+            continue
+        prefix = f"{path}." if path else ""
+        own = _weights_of(module, projection=id(module) in projections)
+        yield from (
+            (PrunableWeight(prefix + attribute, module, attribute, kind, transposed, groups), "")
+            for attribute, kind, transposed, groups in own
+        )
+        taken = {name for attribute, *_ in own for name in (attribute, f"{attribute}_orig")}
+        for attribute, parameter in module._parameters.items():
+            if attribute in taken or parameter is None or isinstance(parameter, nn.UninitializedParameter):
+                continue
+            if parameter.ndim < 2 or attribute.startswith("bias"):
+                continue
+            weight = PrunableWeight(prefix + attribute, module, attribute, "linear")
+            yield weight, _why_dense(module, attribute, parameter)
+
+
+def _weights_of(module: nn.Module, *, projection: bool) -> list[tuple[str, Kind, bool, int]]:
+    """(attribute, kind, transposed, groups) of the weights of a module that methods know the inputs of."""
+    if isinstance(module, nn.Linear):
+        return [("weight", "attention" if projection else "linear", False, 1)]
+    if isinstance(module, (nn.Conv1d, nn.Conv2d)):
+        return [("weight", "convolution", False, module.groups)]
+    if is_transposed(module):
+        return [("weight", "linear", True, 1)]
+    if isinstance(module, nn.MultiheadAttention):
+        projections = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
+        return [(name, "attention", False, 1) for name in projections if _has(module, name)]
+    if isinstance(module, (nn.RNNBase, nn.RNNCellBase)):
+        names = tuple(name for name in module._parameters if name.startswith(("weight_ih", "weight_hh")))
+        return [(name, "recurrent", False, 1) for name in names]
+    return []
+
+
+def _has(module: nn.Module, attribute: str) -> bool:
+    return module._parameters.get(attribute) is not None or parametrize.is_parametrized(module, attribute)
+
+
+def _why_dense(module: nn.Module, attribute: str, parameter: Tensor) -> str:
+    """Why a parameter of two or more axes of such a module stays dense."""
+    kind = type(module).__name__
+    if isinstance(module, _TABLES):
+        return "embedding"
+    if isinstance(module, nn.RNNBase):
+        return f"{attribute} of {kind}: the inputs of a projection of hidden states are not seen"
+    if isinstance(module, nn.modules.conv._ConvNd):
+        return f"no method for {kind}"
+    if parameter.ndim == 3:
+        return f"{parameter.shape[0]} matrices in one Parameter"
+    return f"parameter of {kind}, which is no linear layer or convolution"
+
+
+def _heads(model: nn.Module) -> set[int]:
+    """The output layers of language models, by id."""
+    heads: set[int] = set()
+    getter = getattr(model, "get_output_embeddings", None)
+    if callable(getter):
+        with contextlib.suppress(NotImplementedError):
+            heads.add(id(getter()))
+    tables = [module.weight for module in model.modules() if isinstance(module, _TABLES)]
+    if not tables:
+        return heads
+    largest = max(tables, key=lambda table: table.shape[0]).shape
+    listed = {
+        id(inner)
+        for module in model.modules()
+        if isinstance(module, (nn.ModuleList, nn.Sequential))
+        for inner in module.modules()
+    }
+    for module in model.modules():
+        if isinstance(module, nn.Linear) and id(module) not in listed and packed_weight(module) is None:
+            weight = module._parameters.get("weight")
+            if weight is not None and weight.shape == largest:
+                heads.add(id(module))
+    return heads
+
+
+def _memory(tensor: Tensor) -> tuple[Any, ...]:
+    """What two tensors of one memory have in common."""
+    if (
+        tensor.device.type == "meta"
+        or tensor.layout is not torch.strided
+        or isinstance(tensor, nn.UninitializedParameter)
+    ):
+        return (id(tensor),)
+    return (tensor.device, tensor.data_ptr(), tensor.shape)
+
+
+def _check(weight: PrunableWeight) -> None:
+    """Raises the ValueError that says why a weight cannot be pruned as it is."""
+    module, attribute = weight.module, weight.attribute
+    parameter = module._parameters.get(attribute)
+    got, do = "", ""
+    if attribute == "weight" and packed_weight(module) is not None:
+        got, do = "a packed one", "call sparsam.torch.restore(model) first"
+    elif parametrize.is_parametrized(module, attribute):
+        got = "one computed by a parametrization"
+        do = f"call torch.nn.utils.parametrize.remove_parametrizations(module, {attribute!r}) first"
+    elif f"{attribute}_orig" in module._parameters:
+        got = "one that torch.nn.utils.prune computes"
+        do = f"call torch.nn.utils.prune.remove(module, {attribute!r}) first"
+    elif parameter is None:
+        got, do = f"a {type(getattr(module, attribute, None)).__name__}", "exclude it"
+    elif isinstance(parameter, nn.UninitializedParameter):
+        got, do = "one without a shape", "run the model once, so that its lazy layers know their shapes"
+    elif parameter.layout is not torch.strided:
+        layout = str(parameter.layout).removeprefix("torch.")
+        got, do = f"one of the layout {layout}", "make it dense with .to_dense()"
+    elif type(parameter) is not nn.Parameter and type(parameter.data) is not Tensor:
+        got, do = f"a {type(parameter).__name__}", "exclude it, or make it a plain Parameter"
+    elif parameter.device.type == "meta":
+        got, do = "one on the meta device, which has no values", "load the weights first"
+    elif parameter.dtype not in {*DTYPES, torch.float64}:
+        got, do = f"one of {str(parameter.dtype).removeprefix('torch.')}", "convert it, or exclude it"
+    if got:
+        wanted = "a dense floating-point Parameter"
+        msg = f"weight {weight.name!r}: expected {wanted}; got {got}; {do}"
+        raise ValueError(msg)

@@ -27,7 +27,8 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "tests" / "torch"))
 
-from zoo_models import REAL, ZOO, Size, Specimen, magnitude_pruned, stays
+from zoo_models import ZOO
+from zoo_specimen import REAL, Size, Specimen, magnitude_pruned, stays
 
 CLOSE = 1e-4  # the largest difference of an output, relative to the largest
 HEADER = (

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
+from torch.nn import utils
+from torch.nn.utils import parametrizations
 from torch_cases import Clock, check_round_trip, mlp, pruned
 
 import torch
 from sparsam.torch import restore
+from sparsam.torch.acceleration.model_runner import difference
 from sparsam.torch.acceleration.workflow import accelerate
 from torch import Tensor, nn
 
@@ -46,6 +51,52 @@ def test_weights_of_other_layouts_are_left(layout: str) -> None:
     assert [(r.swapped, r.reason) for r in report.layers] == [(False, f"its weight is {layout}"), (True, "")]
     assert restore(model) == 1
     assert model[0].weight.layout is getattr(torch, layout)  # type: ignore[index]
+
+
+COMPUTED: dict[str, Callable[..., nn.Module]] = {
+    "weight_norm": parametrizations.weight_norm,
+    "weight_norm over a row": lambda layer: parametrizations.weight_norm(layer, dim=1),
+    "spectral_norm": parametrizations.spectral_norm,
+    "orthogonal": parametrizations.orthogonal,
+    "old weight_norm": utils.weight_norm,
+    "old spectral_norm": utils.spectral_norm,
+}
+LAYERS: dict[str, Callable[[], nn.Module]] = {
+    "Linear": lambda: nn.Linear(12, 12),
+    "Conv1d": lambda: nn.Conv1d(12, 12, 3, padding=1, groups=2),
+    "Conv2d": lambda: nn.Conv2d(12, 12, 3, padding=1),
+    "ConvTranspose1d": lambda: nn.ConvTranspose1d(12, 12, 3, padding=1),
+}
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+@pytest.mark.parametrize("norm", COMPUTED)
+@pytest.mark.filterwarnings("ignore:`torch.nn.utils.weight_norm` is deprecated:FutureWarning")
+def test_computed_weights(norm: str, layer: str) -> None:
+    """Each is packed or left with a reason, once, and the model answers as before."""
+    model = nn.Sequential(LAYERS[layer](), nn.Tanh(), COMPUTED[norm](LAYERS[layer]()))
+    x = torch.randn(*{"Linear": (5,), "Conv2d": (2, 12, 7)}.get(layer, (2, 12)), 12)
+    dense = pruned(model)(x)
+    density = torch.count_nonzero(model[2].weight) / model[2].weight.numel()  # type: ignore[arg-type, operator]
+    before = {name: id(parameter) for name, parameter in model.named_parameters()}
+    report = accelerate(model, x)
+    if "Transpose" in layer:
+        reason = "no kernel for ConvTranspose1d"
+    elif norm.startswith("old"):
+        reason = f"its weight is computed by a hook of torch.nn.utils, {type_of_hook(model[2])}"
+    else:
+        reason = "too few zeros" if density > 0.9 else ""
+    assert [(r.name, r.kind, r.reason) for r in report.layers][1:] == [("2", layer, reason)]
+    assert float(difference(model(x), dense) or 0) < 1e-5
+    model.load_state_dict(model.state_dict())
+    assert restore(model) == report.swapped
+    assert {name: id(parameter) for name, parameter in model.named_parameters()} == before
+    torch.testing.assert_close(model(x), dense)
+
+
+def type_of_hook(layer: nn.Module) -> str:
+    (hook,) = layer._forward_pre_hooks.values()
+    return type(hook).__name__
 
 
 @pytest.mark.parametrize(

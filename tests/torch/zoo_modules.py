@@ -9,7 +9,7 @@ from transformers.pytorch_utils import Conv1D
 
 from torch import Tensor, nn
 
-__all__ = ["Attention", "ConvNet", "Curious", "Signals", "Tagger", "Tied"]
+__all__ = ["Attention", "ConvNet", "Curious", "Scaled", "Signals", "Tagger", "Tied"]
 
 
 class ConvNet(nn.Module):
@@ -122,3 +122,10 @@ class Curious(nn.Module):
         x = functional.pad(x, (0, self.fc1.in_features - x.shape[-1]))
         x = self.fc1(x.to(self.fc1.weight.dtype)).relu()
         return self.fc2(x.to(self.fc2.weight.device)).reshape(len(x), -1, self.fc2.nf)  # type: ignore[no-any-return]
+
+
+class Scaled(nn.Linear):
+    """A linear layer with a forward of its own."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return functional.linear(input, self.weight, self.bias) * 0.5

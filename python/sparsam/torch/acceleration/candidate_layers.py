@@ -9,7 +9,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch.nn.utils import prune
+from torch.nn.utils import parametrize, prune
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 
 import torch
 from sparsam.torch.acceleration.report import LayerRow
@@ -102,7 +104,7 @@ def _every_candidate(model: nn.Module) -> tuple[list[Candidate], dict[str, Layer
                 found.append(candidate)
         elif isinstance(layer, _WEIGHTY):
             left[name] = LayerRow(name, kind, _shape(layer), reason=f"no kernel for {kind}")
-        else:
+        elif not isinstance(layer, parametrize.ParametrizationList):  # whose Parameters are no weights yet
             left |= {row.name: row for row in _stacks(name, layer)}
     return found, left
 
@@ -140,6 +142,9 @@ def has_hooks(module: nn.Module) -> bool:
 
 def _obstacle(layer: nn.Module) -> str:
     """Why a layer of a kind that can be packed cannot be."""
+    for hook in layer._forward_pre_hooks.values():
+        if isinstance(hook, (WeightNorm, SpectralNorm)) and hook.name == "weight":
+            return f"its weight is computed by a hook of torch.nn.utils, {type(hook).__name__}"
     if has_hooks(layer):
         return "has hooks"
     for hook in layer._forward_pre_hooks.values():

@@ -101,8 +101,8 @@ class Budget:
             yield number
 
     def choose(self, seconds: Seconds) -> float:
-        """Seconds by the clock, or, where other work disturbed since the beginning, of the CPUs' own."""
-        return seconds.cpu / torch.get_num_threads() if self._interruptions.many() else seconds.wall
+        """Seconds by the clock, or, where other work disturbed since the beginning, of the CPU's own."""
+        return seconds.cpu if self._interruptions.many() else seconds.wall
 
 
 def layer_times(model: nn.Module, runner: ModelRunner, swap: LayerSwap, budget: Budget) -> Times:
@@ -150,7 +150,7 @@ def model_times(
 ) -> tuple[float, float]:
     """Seconds that the model takes for all examples: (dense, with these layers packed).
 
-    Medians by the clock; where other work disturbs, the least of the CPUs' own.
+    Medians by the clock; where other work disturbs, the least of the CPU's own.
 
     Args:
         runner: Runs the model.

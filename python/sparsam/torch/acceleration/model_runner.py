@@ -30,7 +30,8 @@ class Seconds(NamedTuple):
 
     Attributes:
         wall: By the clock.
-        cpu: Of all threads of this process together: what other work takes in between is not in it.
+        cpu: Of the CPU, for the calling thread, which takes part in all that threads do together: what other
+            work takes in between is not in it. Of the others the kernel knows it to some milliseconds only.
     """
 
     wall: float
@@ -160,7 +161,7 @@ class ModelRunner(AbstractContextManager["ModelRunner"]):
 
 
 def _clocks() -> Seconds:
-    return Seconds(time.perf_counter(), time.process_time())
+    return Seconds(time.perf_counter(), time.thread_time())
 
 
 @contextmanager

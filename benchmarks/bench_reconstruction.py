@@ -21,7 +21,7 @@ from pytest_benchmark.fixture import BenchmarkFixture
 
 import sparsam
 from sparsam import _core
-from sparsam.reconstruction import admm, column_sweep, obs, reconstruction_error, refit
+from sparsam.reconstruction import admm, admm_mask, column_sweep, obs, reconstruction_error, refit
 from sparsam.reconstruction.layer_problem import to_layer
 
 LIMIT = int(os.environ.get("SPARSAM_BENCH_MAX", "100_000_000"))
@@ -174,7 +174,7 @@ def test_obs(benchmark: BenchmarkFixture, peer: str) -> None:
     assert reconstruction_error(w, result, h) < magnitude_error()
 
 
-@pytest.mark.parametrize("method", ["refit", "admm", "admm finds mask"])
+@pytest.mark.parametrize("method", ["refit", "admm", "admm finds mask", "admm_mask, refit"])
 def test_least_squares(benchmark: BenchmarkFixture, method: str) -> None:
     w, h = layer()
     mask = sparsam.select(w, SPARSITY)
@@ -183,6 +183,7 @@ def test_least_squares(benchmark: BenchmarkFixture, method: str) -> None:
         "refit": lambda: refit(w, h, mask),
         "admm": lambda: admm(w, h, mask).weights,
         "admm finds mask": lambda: admm(w, h, sparsity=SPARSITY).weights,
+        "admm_mask, refit": lambda: refit(w, h, admm_mask(w, h, sparsity=SPARSITY)),
     }
     result = run(benchmark, "least squares", calls[method], 2)
     assert np.count_nonzero(result) == mask.count

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from sparsam import Mask, prune
 from sparsam.allocation import allocate
 from sparsam.analysis.sweep import SensitivityReport
-from sparsam.reconstruction import admm, obs, refit
+from sparsam.reconstruction import admm_mask, obs, refit
 from sparsam.statistics import InputStatistics
 
 Array = NDArray[Any]
@@ -78,8 +78,8 @@ def obs_mask(name: str, array: Array, gram: Array, sparsity: float) -> Mask:
     return obs(array, gram, sparsity=sparsity, name=name).mask
 
 
-def admm_mask(name: str, array: Array, gram: Array, sparsity: float) -> Mask:
-    return admm(array, gram, sparsity=sparsity, damping=0.01, name=name).mask
+def by_admm(name: str, array: Array, gram: Array, sparsity: float) -> Mask:
+    return admm_mask(array, gram, sparsity=sparsity, damping=0.01, name=name)
 
 
 def _uniform(known: Known, sparsity: float) -> dict[str, float]:
@@ -96,16 +96,16 @@ ONE_SHOT: dict[str, OneShot] = {
     "obs + refit, uniform": lambda known, s: by_refit(obs_mask, known, _uniform(known, s)),
     "obs + refit, lamp": lambda known, s: by_refit(obs_mask, known, allocate(known.weights, s, "lamp")),
     "obs + refit, sensitivity": lambda known, s: by_refit(obs_mask, known, known.refitted.allocate(s)),
-    "admm + refit, uniform": lambda known, s: by_refit(admm_mask, known, _uniform(known, s)),
-    "admm + refit, lamp": lambda known, s: by_refit(admm_mask, known, allocate(known.weights, s, "lamp")),
-    "admm + refit, sensitivity": lambda known, s: by_refit(admm_mask, known, known.refitted.allocate(s)),
+    "admm + refit, uniform": lambda known, s: by_refit(by_admm, known, _uniform(known, s)),
+    "admm + refit, lamp": lambda known, s: by_refit(by_admm, known, allocate(known.weights, s, "lamp")),
+    "admm + refit, sensitivity": lambda known, s: by_refit(by_admm, known, known.refitted.allocate(s)),
 }
 
 IN_SEQUENCE: dict[str, tuple[Choose, Callable[[Known, float], dict[str, float]]]] = {
     "in sequence, obs, uniform": (obs_mask, _uniform),
-    "in sequence, admm, uniform": (admm_mask, _uniform),
-    "in sequence, admm, lamp": (admm_mask, lambda known, s: allocate(known.weights, s, "lamp")),
-    "in sequence, admm, sensitivity": (admm_mask, lambda known, s: known.refitted.allocate(s)),
+    "in sequence, admm, uniform": (by_admm, _uniform),
+    "in sequence, admm, lamp": (by_admm, lambda known, s: allocate(known.weights, s, "lamp")),
+    "in sequence, admm, sensitivity": (by_admm, lambda known, s: known.refitted.allocate(s)),
 }
 
 

@@ -60,9 +60,9 @@ def test_the_dense_outputs_are_what_is_aimed_at_without_it(problem: Problem) -> 
 @pytest.mark.parametrize(
     ("cross", "error", "words"),
     [
-        (np.zeros((7, 19)), ValueError, r"'w'.*shape \(7, 19\): expected \(7, 20\)"),
-        (np.full((7, 20), np.nan), ValueError, r"'w'.*nan at index \(0, 0\)"),
-        (np.zeros((7, 20), int), TypeError, "'w'.*int64: expected float32 or float64"),
+        (np.zeros((7, 19)), ValueError, r"'w': expected shape \(7, 20\); got \(7, 19\)"),
+        (np.full((7, 20), np.nan), ValueError, r"'w'.*got nan at index \(0, 0\)"),
+        (np.zeros((7, 20), int), TypeError, "'w': expected dtype float32 or float64; got int64"),
     ],
 )
 def test_refuses_moments_that_do_not_fit(

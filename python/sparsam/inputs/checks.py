@@ -43,7 +43,8 @@ def check_sparsity(what: str, value: object) -> float:
         number = float(value)
         if 0 <= number <= 1:
             return number
-    raise ValueError(expected(what, value, "a number from 0 (dense) to 1 (all pruned)"))
+    do = "pass a fraction such as 0.5, not a percentage"
+    raise ValueError(expected(what, value, "a number from 0 (dense) to 1 (all pruned)", do))
 
 
 def integer(what: str, value: Any) -> int:
@@ -53,14 +54,14 @@ def integer(what: str, value: Any) -> int:
             return operator.index(value)
     except TypeError:
         pass
-    raise ValueError(expected(what, value, "an integer"))
+    raise ValueError(expected(what, value, "an integer", "convert it with int()"))
 
 
 def positive(what: str, value: object) -> int:
     """Returns `value` as an int of at least 1, or raises the ValueError that names `what`."""
     number = integer(what, value)
     if number < 1:
-        raise ValueError(expected(what, value, "an integer of at least 1"))
+        raise ValueError(expected(what, value, "an integer of at least 1", "raise it"))
     return number
 
 
@@ -85,23 +86,28 @@ def set_fields(instance: object, **fields: object) -> None:
 
 
 def to_array(name: str, value: ArrayLike) -> NDArray[Any]:
-    """Returns `value` as a plain array without copying one; integers outside arrays become float64.
+    """Returns the tensor as a plain array without copying one; integers outside arrays become float64.
 
     Torch tensors become arrays on their memory.
     """
+    return array_of(f"tensor {name!r}", value)
+
+
+def array_of(what: str, value: ArrayLike) -> NDArray[Any]:
+    """As `to_array`, for what is no named tensor: errors begin with `what`."""
     if type(value) is np.ndarray:
         return value
     if is_tensor(value):
-        return to_numpy(f"tensor {name!r}", value)
+        return to_numpy(what, value)
     if is_model(value):
         msg = (
-            f"{name}: expected arrays or tensors by name; got the model {type(value).__name__}; pass its "
+            f"{what}: expected arrays or tensors by name; got the model {type(value).__name__}; pass its "
             "state_dict(), or use sparsam.torch, which takes models"
         )
         raise TypeError(msg)
     if type(value).__module__.startswith("scipy.sparse"):
         msg = (
-            f"tensor {name!r}: expected a dense array; got scipy.sparse's {type(value).__name__}; convert it "
+            f"{what}: expected a dense array; got scipy.sparse's {type(value).__name__}; convert it "
             "with .toarray()"
         )
         raise TypeError(msg)
@@ -109,7 +115,8 @@ def to_array(name: str, value: ArrayLike) -> NDArray[Any]:
         array = np.asarray(value)
     except (TypeError, ValueError) as error:
         msg = (
-            f"tensor {name!r}: expected what NumPy can make an array of; got {type(value).__name__} ({error})"
+            f"{what}: expected what NumPy can make an array of; got {type(value).__name__} ({error}); pass "
+            "an array, a tensor or nested lists of numbers"
         )
         raise ValueError(msg) from error
     if not hasattr(value, "__array__") and array.dtype.kind in "biu":
@@ -120,12 +127,14 @@ def to_array(name: str, value: ArrayLike) -> NDArray[Any]:
 def to_arrays(weights: object, what: str = "weights") -> dict[str, NDArray[Any]]:
     """Returns the values of a mapping as plain arrays; TypeError for none, or a name that is not text."""
     if is_model(weights):
-        to_array(what, weights)  # type: ignore[arg-type]
+        array_of(what, weights)  # type: ignore[arg-type]
     if not isinstance(weights, Mapping):
-        msg = f"{what}: expected a mapping from names to arrays; got {type(weights).__name__}"
+        got = type(weights).__name__
+        msg = f"{what}: expected a mapping from names to arrays; got {got}; pass {{'name': array}}"
         raise TypeError(msg)
     for name in weights:
         if not isinstance(name, str):
-            msg = f"{what}: expected names as keys; got {name!r} of type {type(name).__name__}"
+            got = f"{name!r} of type {type(name).__name__}"
+            msg = f"{what}: expected names as keys; got {got}; convert them with str()"
             raise TypeError(msg)
     return {name: to_array(name, value) for name, value in weights.items()}

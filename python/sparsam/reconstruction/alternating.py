@@ -18,6 +18,8 @@ from sparsam.reconstruction.layer_problem import (
     Moments,
     Reconstruction,
     corrected_bias,
+    mask_and_more,
+    neither_mask_nor_sparsity,
     to_damping,
     to_keep,
     to_layer,
@@ -57,22 +59,17 @@ def admm(
     `refit`, which factorises each row's own system: to within 1 % of its error, but where errors are below a
     millionth of the outputs' energy and G is near singular (of condition 1e9, up to some times as much).
 
-    Without a mask (Meng et al., "ALPS", 2024): B = (W G - V + rho D) (G + rho I)^-1, D = what `select`
-    keeps of B + V / rho, V += rho (B - D), by one eigendecomposition of G. Every third iteration rho grows,
-    by 1.3 where more than 10 % of the support changed since the third before, by 1.2 above 0.5 %, by 1.1
-    above 0, until nothing changes; if nothing changed from the start, it begins again with a fifth of rho,
-    5 times at most. Then the weights are refitted on the support as `refit` does.
+    Without a mask, `admm_mask` finds it, and the weights are then fitted on it as `refit` does.
 
     Args:
         w: Dense weights, (out, in) or (out, in, ...), which is taken as (out, in * ...); float16, bfloat16,
-            float32 or float64. Computed in float64, but for the search of a mask, which is in float32 unless
-            w is float64. Not modified.
+            float32 or float64. Computed in float64. Not modified.
         h: The sum or mean of x x^T, (in, in), float32 or float64; or what has it as `gram`
             (`InputStatistics`).
         mask: Which weights are kept, of the shape of w.
         sparsity: Without a mask: in [0, 1], exactly `round(sparsity * n)` groups of the pattern are pruned;
             for NM 1 - n/m or 0, and 1 - n/m if left out.
-        pattern: Without a mask: any; groups are compared by the sum of squares of B + V / rho.
+        pattern: Without a mask: any.
         iterations: At most so many; 20 with a mask, 300 without if left out.
         rho: The penalty, at first: 1 with a mask, 0.1 without if left out.
         damping: Added to the diagonal of G: draws weights back to W.
@@ -92,23 +89,15 @@ def admm(
     layer = to_layer(w, h, name)
     inputs = layer.matrix.shape[1]
     middle = None if bias is None else to_mean(h, mean, inputs, name)
-    added, bound = to_damping(damping), tolerance(h, inputs)
-    roots = np.sqrt(np.where(layer.live, layer.gram.diagonal(), 1.0))
-    # Relative to the largest, which changes no choice: so float32 is wide enough for all inputs.
-    scale = np.where(layer.live, roots / (roots.max(initial=0, where=layer.live) or 1.0), 1.0)
-    scaled = replace(layer, matrix=layer.matrix * scale, gram=layer.gram / np.outer(roots, roots))
+    added = to_damping(damping)
+    scaled, scale = _scaled(layer)
     if mask is None:
-        rounds, penalty = positive("iterations", 300 if iterations is None else iterations), _rho(rho, 0.1)
-        share = pattern.sparsity if sparsity is None and isinstance(pattern, NM) else sparsity
-        if share is None:
-            msg = f"admm for tensor {name!r}: expected a mask or a sparsity"
-            raise ValueError(msg)
-        found = _find_mask(scaled, share, pattern, rounds, penalty, added)
-        result = solve(scaled, to_keep(found, layer), added, bound)
+        search = _search(name, sparsity, pattern, iterations, rho)
+        found = _find_mask(scaled, *search, added)
+        result = solve(scaled, to_keep(found, layer), added, tolerance(h, inputs))
     else:
         if sparsity is not None or pattern != Unstructured():
-            msg = f"mask for tensor {name!r} says what is kept: expected no sparsity and no pattern"
-            raise ValueError(msg)
+            raise mask_and_more(name, sparsity, pattern)
         rounds, penalty = positive("iterations", 20 if iterations is None else iterations), _rho(rho, 1.0)
         found, keep = mask, to_keep(mask, layer)
         gram = scaled.gram + added * np.eye(inputs)
@@ -119,12 +108,75 @@ def admm(
     return Reconstruction(weights, found, corrected, added)
 
 
+def admm_mask(
+    w: ArrayLike,
+    h: Moments,
+    *,
+    sparsity: float | None = None,
+    pattern: Pattern = Unstructured(),  # noqa: B008 - frozen
+    iterations: int | None = None,
+    rho: float | None = None,
+    damping: float = 0.0,
+    name: str = "weights",
+) -> Mask:
+    """The mask that `admm` finds, without new weights: for those who fit the weights themselves.
+
+    By growing penalties (Meng et al., "ALPS", 2024), on inputs scaled as in `admm`:
+    B = (W G - V + rho D) (G + rho I)^-1, D = what `select` keeps of B + V / rho, V += rho (B - D), by one
+    eigendecomposition of G. Every third iteration rho grows, by 1.3 where more than 10 % of the support
+    changed since the third before, by 1.2 above 0.5 %, by 1.1 above 0, until nothing changes; if nothing
+    changed from the start, it begins again with a fifth of rho, 5 times at most. Weights of dead inputs
+    (H_jj = 0) are pruned first.
+
+    Args:
+        w: Dense weights, (out, in) or (out, in, ...), which is taken as (out, in * ...); float16, bfloat16,
+            float32 or float64. Computed in float32, or in float64 if w is. Not modified.
+        h: The sum or mean of x x^T, (in, in), float32 or float64; or what has it as `gram`
+            (`InputStatistics`).
+        sparsity: In [0, 1], exactly `round(sparsity * n)` groups of the pattern are pruned; for NM 1 - n/m or
+            0, and 1 - n/m if left out.
+        pattern: Any; groups are compared by the sum of squares of B + V / rho.
+        iterations: At most so many; 300 if left out.
+        rho: The penalty, at first; 0.1 if left out.
+        damping: Added to the diagonal of G: draws weights back to W.
+        name: What errors call the tensor.
+
+    Returns:
+        The mask, of the shape of w: that of `admm` with the same arguments.
+
+    Raises:
+        ValueError: Shapes that do not fit together; numbers that are not finite; an h that is not symmetric
+            or has a negative diagonal; no sparsity.
+        TypeError: Another dtype.
+    """
+    layer, added = to_layer(w, h, name), to_damping(damping)
+    return _find_mask(_scaled(layer)[0], *_search(name, sparsity, pattern, iterations, rho), added)
+
+
+def _scaled(layer: Layer) -> tuple[Layer, NDArray[np.float64]]:
+    """The layer with a diagonal of H of 1, and what its columns were multiplied with, up to a constant."""
+    roots = np.sqrt(np.where(layer.live, layer.gram.diagonal(), 1.0))
+    # Relative to the largest, which changes no choice: so float32 is wide enough for all inputs.
+    scale = np.where(layer.live, roots / (roots.max(initial=0, where=layer.live) or 1.0), 1.0)
+    return replace(layer, matrix=layer.matrix * scale, gram=layer.gram / np.outer(roots, roots)), scale
+
+
+def _search(
+    name: str, sparsity: float | None, pattern: Pattern, iterations: int | None, rho: float | None
+) -> tuple[float, Pattern, int, float]:
+    """The checked arguments of `_find_mask`."""
+    share = pattern.sparsity if sparsity is None and isinstance(pattern, NM) else sparsity
+    if share is None:
+        raise neither_mask_nor_sparsity(name)
+    return share, pattern, positive("iterations", 300 if iterations is None else iterations), _rho(rho, 0.1)
+
+
 def _rho(rho: float | None, default: float) -> float:
     if rho is None:
         return default
     if not isinstance(rho, bool) and isinstance(rho, Real) and 0 < float(rho) < math.inf:
         return float(rho)
-    raise ValueError(expected("rho", rho, "a finite number above 0"))
+    raise ValueError(expected("rho", rho, "a finite number above 0", "leave it out for the default"))
 
 
 def _update(

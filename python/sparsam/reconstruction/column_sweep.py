@@ -18,7 +18,9 @@ from sparsam.reconstruction.layer_problem import (
     Moments,
     Reconstruction,
     corrected_bias,
+    mask_and_more,
     mean_diagonal,
+    neither_mask_nor_sparsity,
     to_damping,
     to_keep,
     to_layer,
@@ -94,7 +96,7 @@ def obs(
     inputs = layer.matrix.shape[1]
     middle = None if bias is None else to_mean(h, mean, inputs, name)
     if positive("block", block) > _MAX_BLOCK_COLUMNS:
-        raise ValueError(expected("block", block, f"1 to {_MAX_BLOCK_COLUMNS} columns"))
+        raise ValueError(expected("block", block, f"1 to {_MAX_BLOCK_COLUMNS} columns", "pass 128, say"))
     choice = _choose_from(layer, sparsity, pattern, mask, scope)
     upper, used = _inverse_factor(layer, to_damping(damping))
     matrix = _sweep(layer, upper.astype(layer.matrix.dtype), choice, block)
@@ -125,24 +127,22 @@ def _choose_from(
     layer: Layer, sparsity: float | None, pattern: Pattern, mask: Mask | None, scope: str
 ) -> _Choice:
     if scope not in ("layer", "row"):
-        raise ValueError(expected("scope", scope, "'layer' or 'row'"))
+        do = "prune layers with a global scope by sparsam.prune, then call refit"
+        raise ValueError(expected("scope", scope, "'layer' or 'row'", do))
     if mask is not None:
         if sparsity is not None or pattern != Unstructured() or scope != "layer":
-            msg = f"mask for tensor {layer.name!r} says what is kept: expected no sparsity, pattern or scope"
-            raise ValueError(msg)
+            raise mask_and_more(layer.name, sparsity, pattern, scope)
         return _Choice(to_keep(mask, layer))
     keep = np.ones(layer.matrix.shape, np.bool_)
     if isinstance(pattern, NM):
         return _Choice(keep, groups=_groups(layer, sparsity, pattern))
     if not isinstance(pattern, Unstructured):
-        msg = (
-            f"pattern={pattern!r} for tensor {layer.name!r}: obs chooses Unstructured() or NM(n, m); choose "
-            "with select(w, sparsity, pattern) and pass mask="
+        do = "choose with select(w, sparsity, pattern), and pass mask="
+        raise TypeError(
+            expected(f"pattern for tensor {layer.name!r}", pattern, "Unstructured() or NM(n, m)", do)
         )
-        raise TypeError(msg)
     if sparsity is None:
-        msg = f"obs for tensor {layer.name!r}: expected a sparsity or a mask"
-        raise ValueError(msg)
+        raise neither_mask_nor_sparsity(layer.name)
     share, by_row = check_sparsity("sparsity", sparsity), scope == "row"
     rows = keep[:1] if by_row else keep
     pruned, dead = round(share * rows.size), rows[:, ~layer.live]
@@ -157,16 +157,14 @@ def _groups(layer: Layer, sparsity: float | None, pattern: NM) -> NM | None:
     if share == 0:
         return None
     if not math.isclose(share, pattern.sparsity, rel_tol=1e-9):
-        msg = (
-            f"sparsity={sparsity!r} for tensor {layer.name!r}: {pattern!r} keeps {pattern.n} of every "
-            f"{pattern.m}, so expected {pattern.sparsity:g} (or 0)"
-        )
-        raise ValueError(msg)
+        wanted = f"{pattern.sparsity:g} (or 0), as {pattern!r} keeps {pattern.n} of every {pattern.m}"
+        do = "leave sparsity out, or pass another pattern"
+        raise ValueError(expected(f"sparsity for tensor {layer.name!r}", sparsity, wanted, do))
     columns = layer.matrix.shape[1]
     if columns % pattern.m:
         msg = (
-            f"tensor {layer.name!r} has shape {layer.weights.shape}: {pattern!r} needs rows (here of "
-            f"{columns}) that are a multiple of {pattern.m}; exclude the tensor, or use another pattern"
+            f"tensor {layer.name!r}: expected rows that are a multiple of {pattern.m} long, for {pattern!r}; "
+            f"got {columns}, of shape {layer.weights.shape}; exclude the tensor, or use another pattern"
         )
         raise ValueError(msg)
     return pattern
@@ -233,8 +231,8 @@ def _inverse_factor(layer: Layer, damping: float) -> tuple[NDArray[np.float64], 
             damping = max(10 * damping, 1e-8)
             if damping > 1:
                 msg = (
-                    f"h for tensor {layer.name!r} is not positive definite even with its mean diagonal "
-                    "added: expected the sum or mean of x x^T"
+                    f"h for tensor {layer.name!r}: expected a positive semidefinite matrix; got one that is "
+                    "not positive definite even with its mean diagonal added; pass the sum or mean of x x^T"
                 )
                 raise ValueError(msg) from None
 

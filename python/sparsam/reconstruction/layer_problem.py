@@ -10,8 +10,9 @@ from typing import Any, Protocol, TypeAlias
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from sparsam.inputs.checks import expected
+from sparsam.inputs.checks import array_of, expected, to_array
 from sparsam.masks import Mask
+from sparsam.patterns import Pattern
 from sparsam.selection import is_weight_dtype
 
 
@@ -62,8 +63,8 @@ class Layer:
             result = matrix.astype(self.weights.dtype, copy=False).reshape(self.weights.shape)
         if not np.isfinite(result.astype(np.float32) if result.itemsize < 4 else result).all():
             msg = (
-                f"tensor {self.name!r}: its new weights exceed {self.weights.dtype}; raise damping, or pass "
-                "the weights in a wider dtype"
+                f"tensor {self.name!r}: expected new weights within the range of {self.weights.dtype}; got "
+                f"{np.abs(matrix).max():.3g}; raise damping, or pass the weights in a wider dtype"
             )
             raise ValueError(msg)
         return result
@@ -71,21 +72,20 @@ class Layer:
 
 def to_layer(weights: ArrayLike, h: Moments, name: str, dtype: Any = np.float64) -> Layer:
     """Checks weights and moments; `dtype` is that of the matrix."""
-    array = np.asarray(weights)
+    array = to_array(name, weights)
     if not is_weight_dtype(array.dtype):
-        msg = (
-            f"tensor {name!r} has dtype {array.dtype}: expected float16, bfloat16, float32 or float64 "
-            "in native byte order; convert with .astype()"
-        )
-        raise TypeError(msg)
+        raise TypeError(_dtype_error(f"tensor {name!r}", array.dtype))
     if array.ndim < 2:
-        msg = f"tensor {name!r} has shape {array.shape}: expected a matrix (out, in), or (out, in, ...)"
+        msg = (
+            f"tensor {name!r}: expected a matrix (out, in), or (out, in, ...); got shape {array.shape}; "
+            "leave out tensors that no input is multiplied with, such as biases"
+        )
         raise ValueError(msg)
     matrix = np.array(array, dtype, order="C").reshape(array.shape[0], math.prod(array.shape[1:]))
     if not np.isfinite(matrix).all():
         row, column = (int(i) for i in np.argwhere(~np.isfinite(matrix))[0])
         at = tuple(int(i) for i in np.unravel_index(row * matrix.shape[1] + column, array.shape))
-        msg = f"tensor {name!r} is {matrix[row, column]} at index {at}: expected finite weights; repair it"
+        msg = f"tensor {name!r}: expected finite weights; got {matrix[row, column]} at index {at}; repair it"
         raise ValueError(msg)
     gram = to_gram(h, matrix.shape[1], name)
     return Layer(name, array, matrix, gram, gram.diagonal() > 0)
@@ -93,17 +93,18 @@ def to_layer(weights: ArrayLike, h: Moments, name: str, dtype: Any = np.float64)
 
 def to_gram(h: Moments, inputs: int, name: str) -> NDArray[np.float64]:
     """H as float64 in C order, checked: shape, finite, symmetric, no negative diagonal."""
+    what = f"h for tensor {name!r}"
     if getattr(h, "count", None) == 0:
-        msg = f"h for tensor {name!r} has seen no input: call update(x) of the statistics first"
+        msg = f"{what}: expected statistics of some inputs; got none; call update(x) first"
         raise ValueError(msg)
-    given = np.asarray(getattr(h, "gram", h))
+    given = array_of(what, _gram(h))
     if given.dtype not in (np.float32, np.float64):
-        msg = f"h for tensor {name!r} has dtype {given.dtype}: expected float32 or float64"
+        msg = f"{what}: expected dtype float32 or float64; got {given.dtype}; convert it with .astype()"
         raise TypeError(msg)
     if given.shape != (inputs, inputs):
         msg = (
-            f"h for tensor {name!r} has shape {given.shape}: expected {(inputs, inputs)}, the sum of x x^T "
-            "over its inputs; a convolution's inputs are its im2col patches"
+            f"{what}: expected shape {(inputs, inputs)}, the sum of x x^T over its inputs; got "
+            f"{given.shape}; pass statistics of this layer's inputs (of a convolution: its im2col patches)"
         )
         raise ValueError(msg)
     gram = np.ascontiguousarray(given, np.float64)
@@ -115,40 +116,75 @@ def to_gram(h: Moments, inputs: int, name: str) -> NDArray[np.float64]:
         down, across = gram @ signs, signs @ gram
     if not np.isfinite(down).all():
         at = tuple(int(i) for i in np.argwhere(~np.isfinite(gram))[0]) if not np.isfinite(gram).all() else ()
-        what = f"is {gram[at]} at index {at}" if at else "has sums beyond float64"
-        msg = f"h for tensor {name!r} {what}: expected finite numbers; leave such inputs out"
+        got = f"{gram[at]} at index {at}" if at else "sums beyond float64"
+        msg = f"{what}: expected finite numbers; got {got}; leave out the inputs that caused it"
         raise ValueError(msg)
     diagonal = gram.diagonal()
     if (np.abs(down - across) > 1e-4 * math.sqrt(inputs) * np.abs(diagonal).max()).any():
-        msg = f"h for tensor {name!r} is not symmetric: expected the sum or mean of x x^T"
+        msg = (
+            f"{what}: expected a symmetric matrix; got one that is not; pass the sum or mean of x x^T, both "
+            "triangles of it"
+        )
         raise ValueError(msg)
     if (diagonal < 0).any():
         at = (int(np.argmax(diagonal < 0)),) * 2
-        msg = f"h for tensor {name!r} is {gram[at]} at index {at}: expected sums of squares, at least 0"
+        msg = (
+            f"{what}: expected sums of squares, at least 0, on the diagonal; got {gram[at]} at index {at}; "
+            "pass InputStatistics.centred where a mean was subtracted"
+        )
         raise ValueError(msg)
     return gram
+
+
+def _gram(h: Moments) -> ArrayLike:
+    return h.gram if hasattr(h, "gram") else h
+
+
+def _dtype_error(what: str, dtype: np.dtype[Any]) -> str:
+    return (
+        f"{what}: expected dtype float16, bfloat16, float32 or float64 in native byte order; got {dtype}; "
+        "convert it with .astype()"
+    )
 
 
 def tolerance(h: Moments, inputs: int) -> float:
     """Below which share of its diagonal a pivot is noise: 4 sqrt(in) times the rounding unit of h."""
     precision = getattr(h, "precision", None)
     if precision is None:
-        precision = np.finfo(np.asarray(getattr(h, "gram", h)).dtype).eps
+        precision = np.finfo(np.asarray(_gram(h)).dtype).eps
     return float(4 * math.sqrt(inputs) * precision)
 
 
 def to_keep(mask: Mask, layer: Layer) -> NDArray[np.bool_]:
     """The mask as a new boolean matrix (out, in)."""
     if not isinstance(mask, Mask):
-        got = type(mask).__name__
         msg = (
-            f"mask for tensor {layer.name!r}: expected a Mask; got {got}; use Mask.from_array() or sparsity="
+            f"mask for tensor {layer.name!r}: expected a Mask; got {type(mask).__name__}; use "
+            "Mask.from_array() or sparsity="
         )
         raise TypeError(msg)
     if mask.shape != layer.weights.shape:
-        msg = f"mask for tensor {layer.name!r} has shape {mask.shape}: expected {layer.weights.shape}"
+        msg = (
+            f"mask for tensor {layer.name!r}: expected shape {layer.weights.shape}; got {mask.shape}; pass "
+            "the mask of this tensor"
+        )
         raise ValueError(msg)
     return mask.to_array().reshape(layer.matrix.shape)
+
+
+def mask_and_more(name: str, sparsity: float | None, pattern: Pattern, scope: str = "layer") -> ValueError:
+    """The error of a mask that comes with other ways of saying what is kept."""
+    got = f"sparsity={sparsity!r}, pattern={pattern!r} and scope={scope!r}"
+    msg = (
+        f"mask for tensor {name!r}: expected it alone, as it says what is kept; got {got} with it; pass the "
+        "mask or the others"
+    )
+    return ValueError(msg)
+
+
+def neither_mask_nor_sparsity(name: str) -> ValueError:
+    """The error of a call that does not say what is kept."""
+    return ValueError(f"tensor {name!r}: expected a mask or a sparsity; got neither; pass mask= or sparsity=")
 
 
 def to_damping(damping: object) -> float:
@@ -157,7 +193,7 @@ def to_damping(damping: object) -> float:
         number = float(damping)
         if 0 <= number < math.inf:
             return number
-    raise ValueError(expected("damping", damping, "a finite number of at least 0"))
+    raise ValueError(expected("damping", damping, "a finite number of at least 0", "pass 0.01, say"))
 
 
 def mean_diagonal(layer: Layer) -> float:
@@ -171,15 +207,37 @@ def to_mean(h: Moments, mean: ArrayLike | None, inputs: int, name: str) -> NDArr
     found = getattr(h, "mean", None) if mean is None and hasattr(h, "gram") else mean
     if found is None:
         msg = (
-            f"bias for tensor {name!r} needs the mean of the inputs: pass mean=, or InputStatistics for h; "
-            "or leave bias out"
+            f"mean for tensor {name!r}: expected the mean of the inputs, which the bias needs; got None; "
+            "pass mean=, or InputStatistics for h, or leave bias out"
         )
         raise ValueError(msg)
-    values = np.asarray(found, np.float64)
-    if values.shape != (inputs,) or not np.isfinite(values).all():
-        msg = f"mean for tensor {name!r} has shape {values.shape}: expected {inputs} finite numbers"
+    return _to_mean(f"mean for tensor {name!r}", found, inputs)
+
+
+def _to_mean(what: str, mean: ArrayLike, inputs: int) -> NDArray[np.float64]:
+    values = to_floats(what, mean)
+    if values.shape != (inputs,):
+        msg = (
+            f"{what}: expected shape ({inputs},), one number per input; got {values.shape}; pass "
+            "x.mean(axis=0)"
+        )
+        raise ValueError(msg)
+    if not np.isfinite(values).all():
+        at = int(np.argmin(np.isfinite(values)))
+        msg = (
+            f"{what}: expected finite numbers; got {values[at]} at index {at}; leave out the inputs that "
+            "caused it"
+        )
         raise ValueError(msg)
     return values
+
+
+def to_floats(what: str, value: ArrayLike) -> NDArray[np.float64]:
+    """The value as a float64 array; TypeError for what is not made of real numbers."""
+    given = array_of(what, value)
+    if not is_weight_dtype(given.dtype) and given.dtype.kind not in "iuf":
+        raise TypeError(_dtype_error(what, given.dtype))
+    return given.astype(np.float64)
 
 
 def corrected_bias(bias: ArrayLike, w: ArrayLike, w_new: ArrayLike, mean: ArrayLike) -> NDArray[Any]:
@@ -199,27 +257,25 @@ def corrected_bias(bias: ArrayLike, w: ArrayLike, w_new: ArrayLike, mean: ArrayL
 
     Raises:
         ValueError: Shapes that do not fit together, or numbers that are not finite.
-        TypeError: Another dtype of bias.
+        TypeError: Another dtype.
     """
-    old, new = np.asarray(w), np.asarray(w_new)
-    array = np.asarray(bias)
+    old, new, array = to_floats("w", w), to_floats("w_new", w_new), array_of("bias", bias)
     if not is_weight_dtype(array.dtype):
-        msg = f"bias has dtype {array.dtype}: expected float16, bfloat16, float32 or float64"
-        raise TypeError(msg)
+        raise TypeError(_dtype_error("bias", array.dtype))
     if old.ndim < 2 or old.shape != new.shape or array.shape != old.shape[:1]:
         msg = (
-            f"bias {array.shape}, w {old.shape} and w_new {new.shape}: expected (out,), and twice (out, in) "
-            "or (out, in, ...)"
+            "bias, w and w_new: expected shapes (out,), and twice (out, in) or (out, in, ...); got "
+            f"{array.shape}, {old.shape} and {new.shape}; pass the weights before and after, and their bias"
         )
         raise ValueError(msg)
-    difference = (old.astype(np.float64) - new.astype(np.float64)).reshape(old.shape[0], -1)
-    values = np.asarray(mean, np.float64)
-    if values.shape != (math.prod(old.shape[1:]),):
-        msg = f"mean has shape {values.shape}: expected ({math.prod(old.shape[1:])},), one number per input"
-        raise ValueError(msg)
-    result = array.astype(np.float64) + difference @ values
+    difference = (old - new).reshape(old.shape[0], math.prod(old.shape[1:]))
+    result = array.astype(np.float64) + difference @ _to_mean("mean", mean, difference.shape[1])
     if not np.isfinite(result).all():
-        msg = "bias, w, w_new or mean is not finite: expected finite numbers"
+        at = int(np.argmin(np.isfinite(result)))
+        msg = (
+            f"bias, w and w_new: expected finite numbers; got a correction of {result[at]} for output {at}; "
+            "repair that row"
+        )
         raise ValueError(msg)
     return result.astype(array.dtype)
 
@@ -244,7 +300,10 @@ def reconstruction_error(w: ArrayLike, w_new: ArrayLike, h: Moments) -> float:
     old = to_layer(w, h, "w")
     new = to_layer(w_new, old.gram, "w_new")
     if old.weights.shape != new.weights.shape:
-        msg = f"w has shape {old.weights.shape}, w_new {new.weights.shape}: expected the same"
+        msg = (
+            f"w_new: expected the shape of w, {old.weights.shape}; got {new.weights.shape}; pass the new "
+            "weights of the same layer"
+        )
         raise ValueError(msg)
     error = quadratic(old.matrix - new.matrix, old.gram)
     energy = quadratic(old.matrix, old.gram)

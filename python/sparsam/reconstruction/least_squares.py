@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from sparsam import _core
+from sparsam.inputs.checks import array_of
 from sparsam.masks import Mask
 from sparsam.reconstruction.layer_problem import (
     Layer,
@@ -85,19 +86,20 @@ def refit(
 
 def to_cross(cross: ArrayLike, layer: Layer) -> NDArray[np.float64]:
     """The cross moments as float64, checked: shape and finite."""
-    given = np.asarray(cross)
+    what = f"cross for tensor {layer.name!r}"
+    given = array_of(what, cross)
     if given.dtype not in (np.float32, np.float64):
-        msg = f"cross for tensor {layer.name!r} has dtype {given.dtype}: expected float32 or float64"
+        msg = f"{what}: expected dtype float32 or float64; got {given.dtype}; convert it with .astype()"
         raise TypeError(msg)
     if given.shape != layer.matrix.shape:
         msg = (
-            f"cross for tensor {layer.name!r} has shape {given.shape}: expected {layer.matrix.shape}, the "
-            "sum of y x^T over outputs y and inputs x"
+            f"{what}: expected shape {layer.matrix.shape}; got {given.shape}; pass the sum of y x^T over "
+            "outputs y and inputs x"
         )
         raise ValueError(msg)
     if not np.isfinite(given).all():
         at = tuple(int(i) for i in np.argwhere(~np.isfinite(given))[0])
-        msg = f"cross for tensor {layer.name!r} is {given[at]} at index {at}: expected finite numbers"
+        msg = f"{what}: expected finite numbers; got {given[at]} at index {at}; leave out what caused it"
         raise ValueError(msg)
     return given.astype(np.float64, order="C")
 

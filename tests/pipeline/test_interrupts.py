@@ -26,13 +26,15 @@ LONG: dict[str, Callable[[Any], Any]] = {
 
 @contextmanager
 def interrupted(after: float) -> Iterator[None]:
-    """Sends this process SIGINT after some seconds, as a terminal does."""
+    """Sends this process SIGINT after some seconds, as a terminal does; a background job may ignore it."""
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
     timer = threading.Timer(after, lambda: signal.raise_signal(signal.SIGINT))
     timer.start()
     try:
         yield
     finally:
         timer.join()
+        signal.signal(signal.SIGINT, handler)
 
 
 @pytest.mark.parametrize("call", LONG)

@@ -31,7 +31,7 @@ from cases import model
 from sparsam import IterativePruner, Mask, PruningConfig, checkpoint, sensitivity
 from sparsam.analysis.sensitivity_report import SensitivityReport
 from sparsam.analysis.sweep_store import SweepStore
-from sparsam.torch.serialization.manifest import Entry, Manifest
+from sparsam.torch.serialization.manifest import Layer, Manifest, Weight
 from sparsam.training.run_identity import RunIdentity
 from sparsam.training.saved_run import StateDir
 
@@ -100,15 +100,20 @@ def report(_: Path) -> tuple[bytes, Load]:
 def manifest(_: Path) -> tuple[bytes, Load]:
     """The metadata of an accelerated model, as one JSON object of JSON texts."""
     both = ("bitmask", "panels")
-    layers = {
-        "0": Entry((32, 24), "float32", 1, transposed=False, activation="relu", forms=both, weight="0"),
-        "2": Entry((8, 32), "bfloat16", 1, transposed=True, activation=None, forms=("bitmask",), weight="2"),
-        "4": Entry((8, 32), "bfloat16", 1, transposed=True, activation=None, forms=("bitmask",), weight="2"),
-        "6": Entry(
-            (4, 2, 3, 3), "float16", 2, transposed=False, activation="silu", forms=("panels",), weight="6"
-        ),
+    weights = {
+        "0.weight": Weight((32, 24), "float32", transposed=False),
+        "2.weight": Weight((8, 32), "bfloat16", transposed=True),
+        "6.weight": Weight((4, 2, 3, 3), "float16", transposed=False),
     }
-    metadata = Manifest(layers, {"1": ("0",)}, {"0.bias": "2.bias"}).to_metadata()
+    layers = {
+        "0": Layer(1, "relu", both, None),
+        "2": Layer(1, None, ("bitmask",), None),
+        "4": Layer(1, None, ("bitmask",), None),
+        "6": Layer(2, "silu", ("panels",), None),
+        "8": Layer(1, None, ("panels",), "bfloat16"),
+    }
+    tied = {"0.bias": "2.bias", "4.weight": "2.weight"}
+    metadata = Manifest(weights, layers, {"1": ("0",)}, tied, ("positions",)).to_metadata()
     nested = {key: json.loads(text) if text[0] in "{[" else text for key, text in metadata.items()}
 
     def load(data: bytes) -> None:

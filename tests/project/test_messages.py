@@ -28,8 +28,6 @@ UNREVISED = {
     "plot/figures.py",
     "selection.py",
     "torch/acceleration/model_runner.py",
-    "torch/serialization/files.py",
-    "torch/serialization/loading.py",
 }
 
 

@@ -15,48 +15,57 @@ from sparsam.torch.layers.operators import ACTIVATIONS
 from sparsam.torch.layers.packed_weight import DTYPES
 from sparsam.torch.layers.packing import PackedLayer
 
-__all__ = ["Entry", "Manifest", "dtype_name"]
+__all__ = ["BITS", "MARK", "Layer", "Manifest", "Weight", "dtype_name"]
 
 T = TypeVar("T")
 
-_MARK = "accelerated 2"
+MARK = "accelerated 3"
+BITS = "_bits"  # what follows a weight's name in the name of its bits
+
 _FORMS = (("bitmask",), ("panels",), ("bitmask", "panels"))
 _ACTIVATIONS = tuple(filter(None, ACTIVATIONS))
 _DTYPES = tuple(str(dtype).removeprefix("torch.") for dtype in DTYPES)
 
 
-class Entry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A packed layer.
+class Weight(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A tensor that is stored as values and bits.
 
     Attributes:
-        shape: The shape of its dense weight.
-        dtype: The dtype of that, by name; the values may be stored as another.
-        groups: The groups of a convolution; otherwise 1.
-        transposed: Whether the dense weight is (in, out).
-        activation: What is applied to its sums, or None.
-        forms: The forms that its packed weight has in memory.
-        weight: The layer under whose name the weight is stored: itself, or one that shares it.
+        shape: Its shape, dense.
+        dtype: Its dtype, dense; the values may be stored as another.
+        transposed: Whether it is (in, out), and the rows of the bits belong to outputs.
     """
 
     shape: Annotated[tuple[Count, ...], Meta(min_length=2)]
     dtype: str
-    groups: Positive
     transposed: bool
-    activation: str | None
-    forms: tuple[str, ...]
-    weight: str
-
-    @classmethod
-    def of(cls, layer: PackedLayer, activation: str | None, weight: str) -> Entry:
-        """What there is to say of a layer."""
-        layout = layer.weight._content.layout
-        shape, dtype, groups, transposed = layout.shape, layout.dtype, layout.groups, layout.transposed
-        return cls(shape, dtype_name(dtype), groups, transposed, activation, layer.packed.forms, weight)
 
     def describe(self) -> str:
-        """What identifies the layer to a reader of an error."""
-        shape = "x".join(map(str, self.shape))
-        return f"{shape} {self.dtype}" + (f" in {self.groups} groups" if self.groups > 1 else "")
+        """What identifies it to a reader of an error."""
+        return f"{'x'.join(map(str, self.shape))} {self.dtype}"
+
+
+class Layer(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A layer whose weight is packed in memory too.
+
+    Attributes:
+        groups: The groups of a convolution; otherwise 1.
+        activation: What is applied to its sums, or None.
+        forms: The forms that its packed weight has in memory.
+        computed: The dtype of the packed values where the weight is computed from other tensors, by
+            torch.nn.utils.parametrize or prune; None where it is a tensor of its own.
+    """
+
+    groups: Positive
+    activation: str | None
+    forms: tuple[str, ...]
+    computed: str | None
+
+    @classmethod
+    def of(cls, layer: PackedLayer, activation: str | None, *, computed: bool) -> Layer:
+        """What there is to say of a layer."""
+        weight = layer.packed
+        return cls(weight.groups, activation, weight.forms, dtype_name(weight.dtype) if computed else None)
 
 
 @dataclass(frozen=True)
@@ -64,20 +73,27 @@ class Manifest:
     """All that the metadata says.
 
     Attributes:
+        weights: The tensors that are stored as values and bits.
         layers: The packed layers by name.
         fused: Name of an activation module -> names of the layers that compute it.
         tied: Name of a tensor -> the name under which the same memory is stored.
+        buffers: The tensors that are stored though the model's state dict lacks them.
     """
 
-    layers: dict[str, Entry]
+    weights: dict[str, Weight]
+    layers: dict[str, Layer]
     fused: dict[str, tuple[str, ...]]
     tied: dict[str, str]
+    buffers: tuple[str, ...] = ()
+
+    def stored(self, name: str) -> str:
+        """The name under which a tensor is stored."""
+        return self.tied.get(name, name)
 
     def to_metadata(self) -> dict[str, str]:
         """The metadata of the file."""
-        layers = msgspec.to_builtins(self.layers)
-        parts = {"layers": layers, "fused": self.fused, "tied": self.tied}
-        return {"format": "pt", "sparsam": _MARK, **{key: json.dumps(part) for key, part in parts.items()}}
+        parts = {name: json.dumps(msgspec.to_builtins(part)) for name, part in vars(self).items()}
+        return {"format": "pt", "sparsam": MARK, **parts}
 
     @classmethod
     def from_metadata(cls, metadata: Mapping[str, str]) -> Manifest:
@@ -86,30 +102,42 @@ class Manifest:
         Raises:
             ValueError: It is not what `to_metadata` writes.
         """
-        mark = metadata.get("sparsam")
-        if mark != _MARK:
-            msg = f"metadata: expected sparsam={_MARK!r}; got {mark!r:.200}"
+        if (mark := metadata.get("sparsam")) != MARK:
+            msg = f"metadata: expected sparsam={MARK!r}; got {mark!r:.200}"
             raise ValueError(msg)
+        found = _decoded(metadata, "weights", dict[str, Any])
+        weights = {name: _weight(name, value) for name, value in found.items()}
         found = _decoded(metadata, "layers", dict[str, Any])
-        layers = {name: _entry(name, value) for name, value in found.items()}
-        for name, entry in layers.items():
-            first = layers.get(entry.weight)
-            if first is None or first.weight != entry.weight or _stored(first) != _stored(entry):
-                got = f"{entry.weight!r:.200}"
-                msg = f"layer {name!r}: expected its weight under a like layer; got {got}"
-                raise ValueError(msg)
+        layers = {name: _layer(name, value) for name, value in found.items()}
         fused = _decoded(metadata, "fused", dict[str, tuple[str, ...]])
+        tied = _decoded(metadata, "tied", dict[str, str])
+        buffers = _decoded(metadata, "buffers", tuple[str, ...])
+        for name, source in tied.items():
+            if source in tied or name in weights:
+                msg = f"tensor {name!r}: expected to be tied to one that is stored; got {source!r:.200}"
+                raise ValueError(msg)
         for name, into in fused.items():
             computed = {layers[n].activation if n in layers else None for n in into}
             if len(computed) != 1 or None in computed:
                 msg = f"activation {name!r}: expected the layers that compute it; got {into!r:.200}"
                 raise ValueError(msg)
-        tied = _decoded(metadata, "tied", dict[str, str])
-        if unstored := [name for name, source in tied.items() if source in tied]:
-            got = f"{tied[unstored[0]]!r:.200}"
-            msg = f"tensor {unstored[0]!r}: expected to be tied to one that is stored; got {got}"
+        manifest = cls(weights, layers, fused, tied, buffers)
+        for name in layers:
+            manifest._check_layer(name)
+        return manifest
+
+    def _check_layer(self, name: str) -> None:
+        layer = self.layers[name]
+        if layer.computed is not None:
+            return
+        stored = self.stored(f"{name}.weight")
+        weight = self.weights.get(stored)
+        if weight is None:
+            msg = f"layer {name!r}: expected values and bits of its weight; got none under {stored!r:.200}"
             raise ValueError(msg)
-        return cls(layers, fused, tied)
+        if weight.shape[0] % layer.groups or (weight.transposed and layer.groups > 1):
+            msg = f"layer {name!r}: field groups: expected a divisor of its rows; got {layer.groups}"
+            raise ValueError(msg)
 
 
 def dtype_name(dtype: object) -> str:
@@ -117,29 +145,31 @@ def dtype_name(dtype: object) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _stored(entry: Entry) -> tuple[object, ...]:
-    return entry.shape, entry.dtype, entry.groups, entry.transposed, entry.forms
-
-
 def _decoded(metadata: Mapping[str, str], key: str, kind: type[T]) -> T:
     return decode(metadata.get(key, ""), kind, f"metadata {key!r}")
 
 
-def _entry(name: str, value: object) -> Entry:
-    source = f"layer {name!r}"
-    entry = convert(value, Entry, source)
-    field, wanted = "", ""
-    if entry.dtype not in _DTYPES:
-        field, wanted = "dtype", f"one of {', '.join(_DTYPES)}"
-    elif entry.shape[0] % entry.groups:
-        field, wanted = "groups", f"a divisor of {entry.shape[0]} rows"
-    elif entry.transposed and (entry.groups > 1 or len(entry.shape) > 2):
-        field, wanted = "transposed", f"false for the weight {entry.describe()}"
-    elif entry.activation is not None and entry.activation not in _ACTIVATIONS:
-        field, wanted = "activation", f"null or one of {', '.join(_ACTIVATIONS)}"
-    elif entry.forms not in _FORMS or (entry.groups > 1 and entry.forms != ("panels",)):
-        field, wanted = "forms", f"one of {', '.join(map(str, map(list, _FORMS)))}"
-    if field:
-        msg = f"{source}: field {field}: expected {wanted}; got {getattr(entry, field)!r:.60}"
+def _weight(name: str, value: object) -> Weight:
+    weight = convert(value, Weight, source := f"weight {name!r}")
+    if weight.dtype not in _DTYPES:
+        msg = f"{source}: field dtype: expected one of {', '.join(_DTYPES)}; got {weight.dtype!r:.60}"
         raise ValueError(msg)
-    return entry
+    if weight.transposed and len(weight.shape) > 2:
+        msg = f"{source}: field transposed: expected false for {weight.describe()}; got true"
+        raise ValueError(msg)
+    return weight
+
+
+def _layer(name: str, value: object) -> Layer:
+    layer = convert(value, Layer, source := f"layer {name!r}")
+    field, wanted = "", ""
+    if layer.activation is not None and layer.activation not in _ACTIVATIONS:
+        field, wanted = "activation", f"null or one of {', '.join(_ACTIVATIONS)}"
+    elif layer.forms not in _FORMS or (layer.groups > 1 and layer.forms != ("panels",)):
+        field, wanted = "forms", f"one of {', '.join(map(str, map(list, _FORMS)))}"
+    elif layer.computed is not None and layer.computed not in _DTYPES:
+        field, wanted = "computed", f"null or one of {', '.join(_DTYPES)}"
+    if field:
+        msg = f"{source}: field {field}: expected {wanted}; got {getattr(layer, field)!r:.60}"
+        raise ValueError(msg)
+    return layer

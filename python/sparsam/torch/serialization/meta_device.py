@@ -1,0 +1,82 @@
+"""Models on the meta device: which tensors have no memory, and giving it to them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+from torch.nn.utils import prune
+
+import torch
+from sparsam.torch.layers.packing import packed_weight
+from torch import Tensor, nn
+
+__all__ = ["materialize", "tie", "unsaved_tensors"]
+
+
+def unsaved_tensors(model: nn.Module) -> Iterator[str]:
+    """The names of the tensors on the meta device that are no Parameters: buffers and plain attributes."""
+    for prefix, module in model.named_modules():
+        hooks = [
+            one for one in module._forward_pre_hooks.values() if isinstance(one, prune.BasePruningMethod)
+        ]
+        computed = {hook._tensor_name for hook in hooks}
+        for own in (module._buffers, vars(module)):
+            for name, value in own.items():
+                if isinstance(value, Tensor) and value.is_meta and name not in computed:
+                    yield f"{prefix}.{name}".removeprefix(".")
+
+
+def tie(model: nn.Module, tied: Mapping[str, str]) -> None:
+    """Makes one Parameter of those on the meta device that are one; `init_empty_weights` takes them apart.
+
+    Args:
+        model: The model.
+        tied: Name of a tensor -> the name of the one that it is.
+    """
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    for name, source in tied.items():
+        one, other = parameters.get(name), parameters.get(source)
+        if one is not None and other is not None and one.is_meta and other.is_meta:
+            prefix, _, own = name.rpartition(".")
+            setattr(model.get_submodule(prefix), own, other)
+
+
+def materialize(model: nn.Module) -> None:
+    """Gives memory to what is on the meta device, and none to dense weights behind packed ones.
+
+    Tensors that were one are one afterwards. What they hold is undefined.
+    """
+    made: dict[int, tuple[Tensor, Tensor]] = {}  # with the old one, whose id is not to be given again
+
+    def real(tensor: Tensor) -> Tensor:
+        if id(tensor) not in made:
+            empty = torch.empty_like(tensor, device="cpu")
+            made[id(tensor)] = tensor, _like(tensor, empty)
+        return made[id(tensor)][1]
+
+    for module in model.modules():
+        for name, parameter in list(module._parameters.items()):
+            if parameter is not None and parameter.is_meta:
+                setattr(module, name, real(parameter))
+        for name, buffer in list(module._buffers.items()):
+            if buffer is not None and buffer.is_meta:
+                module._buffers[name] = real(buffer)
+    for module in model.modules():
+        weight = packed_weight(module)
+        if weight is None or (dense := weight.original) is None or not dense.is_meta:
+            continue
+        content = weight._content
+        if id(dense) in made:
+            content.original = made[id(dense)][1]  # type: ignore[assignment]
+        else:
+            empty = _like(dense, torch.empty(0, dtype=dense.dtype, device="cpu"))
+            content.original, content.released = empty, True  # type: ignore[assignment]
+
+
+def _like(old: Tensor, new: Tensor) -> Tensor:
+    """The new tensor as a Parameter where the old one is one."""
+    if not isinstance(old, nn.Parameter):
+        return new
+    parameter = nn.Parameter(new, requires_grad=old.requires_grad)
+    vars(parameter).update(vars(old))
+    return parameter

@@ -1,0 +1,163 @@
+"""The pruned weights of a file on their way into a model."""
+
+from __future__ import annotations
+
+from typing import Any, TypeAlias
+
+from torch.nn.utils import prune
+
+import torch
+from sparsam._core import Packed
+from sparsam.torch.acceleration.fusion import Fused, Fusion
+from sparsam.torch.acceleration.installation import LayerSwap
+from sparsam.torch.acceleration.memory import discard
+from sparsam.torch.layers.packed_tensor import Content, Layout, PackedTensor
+from sparsam.torch.layers.packed_weight import join
+from sparsam.torch.layers.packing import PackedLayer
+from sparsam.torch.serialization.encoding import Encoded, matrix_shape
+from sparsam.torch.serialization.manifest import Layer, Manifest
+from torch import Tensor, nn
+
+__all__ = ["StoredWeights"]
+
+_Use: TypeAlias = "tuple[str, int, tuple[str, ...]]"  # stored name, groups, forms; () for a dense tensor
+
+
+class StoredWeights:
+    """The weights that a file holds as values and bits.
+
+    `add` each, then `pack`, `unpack` and `install`, in this order: packed weights are put in before dense
+    ones, so that a model on the meta device never needs memory for both.
+
+    Attributes:
+        manifest: What the file says of them.
+    """
+
+    def __init__(self, manifest: Manifest) -> None:
+        """Begins with none."""
+        self.manifest = manifest
+        self._parts: dict[_Use, list[Packed]] = {}
+        self._layers: dict[int, PackedLayer] = {}  # by the id of the module
+        self._own = {f"{n}.weight" for n, layer in manifest.layers.items() if layer.computed is None}
+
+    def add(self, name: str, encoded: Encoded) -> None:
+        """Takes one.
+
+        Raises:
+            ValueError: Values and bits do not fit together.
+        """
+        weight = self.manifest.weights[name]
+        rows, cols = matrix_shape(weight.shape, transposed=weight.transposed)
+        layers = self.manifest.layers.items()
+        uses = {self._use(n, layer) for n, layer in layers if self._uses(n, layer, name)}
+        for use in uses or {(name, 1, ())}:
+            self._parts[use] = encoded.parts(name, rows, cols, use[1])
+
+    def pack(self, model: nn.Module) -> None:
+        """Puts the packed weights into the layers that have one of their own, and frees their dense ones."""
+        modules = dict(model.named_modules(remove_duplicate=False))
+        claims = self._claims(model)
+        users: dict[_Use, dict[int, tuple[nn.Module, Layer]]] = {}
+        for name, layer in self.manifest.layers.items():
+            if layer.computed is None:
+                module = modules[name]
+                users.setdefault(self._use(name, layer), {})[id(module)] = module, layer
+        for use, found in users.items():
+            weight = self._packed_tensor(use, next(iter(found.values()))[0], claims)
+            for key, (module, layer) in found.items():
+                packed = self._layers[key] = PackedLayer(module, weight)
+                packed.activation = layer.activation
+                packed.install()
+            for kept in discard(model, [weight]):
+                if kept.original is not None and not kept.original.is_meta:
+                    kept.original.copy_(kept.to_dense())
+
+    def unpack(self, model: nn.Module) -> None:
+        """Fills the tensors of the model that are dense in memory and pruned in the file."""
+        found: dict[str, Tensor] = dict(model.named_buffers(remove_duplicate=False))
+        found |= dict(model.named_parameters(remove_duplicate=False))
+        other: dict[str, Tensor] = {}
+        filled: set[int] = set()
+        for name in model.state_dict(keep_vars=True):
+            stored = self.manifest.stored(name)
+            if stored not in self.manifest.weights or name in self._own:
+                continue
+            if name not in found:
+                other[name] = self._dense(stored)
+            elif id(found[name]) not in filled:
+                filled.add(id(found[name]))
+                found[name].copy_(self._dense(stored))
+        if other:
+            model.load_state_dict(other, strict=False)
+        self._parts.clear()
+
+    def install(self, model: nn.Module) -> int:
+        """Packs the weights that are computed, and the activations into their layers.
+
+        Returns:
+            The number of packed layers.
+        """
+        modules = dict(model.named_modules(remove_duplicate=False))
+        swap = LayerSwap(model)
+        for name, layer in self.manifest.layers.items():
+            module = modules[name]
+            if id(module) not in self._layers:
+                self._layers[id(module)] = _pack_computed(module, layer)
+            if self._layers[id(module)] not in swap.layers.values():
+                swap.layers[name] = self._layers[id(module)]
+        seen: set[int] = set()
+        for name, into in self.manifest.fused.items():
+            module = modules[name]
+            if id(module) in seen:
+                continue
+            seen.add(id(module))
+            computing = tuple(self._layers[id(modules[one])] for one in into)
+            replacement = Fused(module, tuple(layer.layer for layer in computing), into)
+            places = tuple(swap.where[id(module)])
+            swap.fusions.append(Fusion(computing[0].activation or "", computing, replacement, places))
+        named = {id(layer): name for name, layer in swap.layers.items()}
+        for fusion in swap.fusions:
+            fusion.replacement.into = tuple(named[id(layer)] for layer in fusion.layers)
+        swap.show(swap.layers)
+        return len(swap.layers)
+
+    def _uses(self, name: str, layer: Layer, stored: str) -> bool:
+        return layer.computed is None and self.manifest.stored(f"{name}.weight") == stored
+
+    def _use(self, name: str, layer: Layer) -> _Use:
+        return self.manifest.stored(f"{name}.weight"), layer.groups, layer.forms
+
+    def _claims(self, model: nn.Module) -> dict[int, set[str]]:
+        """Under which names the file stores what is one Parameter of the model."""
+        claims: dict[int, set[str]] = {}
+        for name, tensor in model.state_dict(keep_vars=True).items():
+            claims.setdefault(id(tensor), set()).add(self.manifest.stored(name))
+        return claims
+
+    def _packed_tensor(self, use: _Use, module: nn.Module, claims: dict[int, set[str]]) -> PackedTensor:
+        stored, groups, forms = use
+        weight = self.manifest.weights[stored]
+        dense: Any = module._parameters["weight"]
+        layout = Layout(tuple(weight.shape), dense.dtype, groups, weight.transposed)
+        one = len(claims[id(dense)]) == 1  # else restoring must not give one Parameter two values
+        content = Content(join(self._parts[use], forms), layout, dense if one else None)
+        content.learns = dense.requires_grad
+        return PackedTensor.of_content(content)
+
+    def _dense(self, stored: str) -> Tensor:
+        parts = next(parts for use, parts in self._parts.items() if use[0] == stored)
+        weight = self.manifest.weights[stored]
+        rows, cols = matrix_shape(weight.shape, transposed=weight.transposed)
+        matrix = Encoded.unpacked(parts, (rows, cols))
+        return matrix.T if weight.transposed else matrix.reshape(weight.shape)
+
+
+def _pack_computed(module: nn.Module, layer: Layer) -> PackedLayer:
+    for hook in module._forward_pre_hooks.values():
+        if isinstance(hook, prune.BasePruningMethod):
+            hook(module, ())
+    packed = PackedLayer.of(module, dtype=getattr(torch, layer.computed or ""))
+    packed.activation = layer.activation
+    if packed.packed.forms != layer.forms:
+        packed.weight._content.data = packed.packed.with_forms(layer.forms)
+    return packed

@@ -79,9 +79,13 @@ class ERK:
     def __post_init__(self) -> None:
         power = self.power
         if isinstance(power, bool) or not isinstance(power, Real) or not 0 <= power < math.inf:
-            raise ValueError(expected("ERK: power", power, "a finite number of at least 0"))
+            raise ValueError(
+                expected("ERK: power", power, "a finite number of at least 0", "leave it out for 1")
+            )
         if not isinstance(self.include_kernel, bool):
-            raise ValueError(expected("ERK: include_kernel", self.include_kernel, "True or False"))
+            raise ValueError(
+                expected("ERK: include_kernel", self.include_kernel, "True or False", "pass one of them")
+            )
 
     def shares(self, weights: Arrays, target: float, pattern: Grouping, /) -> dict[str, float]:
         """Returns 1 - density for every tensor."""
@@ -122,7 +126,9 @@ class Global:
 
     def __post_init__(self) -> None:
         if not isinstance(scores.resolve(self.scorer), Scorer) or isinstance(self.scorer, type):
-            raise ValueError(expected("Global: scorer", self.scorer, "a method's name or object"))
+            raise ValueError(
+                expected("Global: scorer", self.scorer, "a method's name or object", "pass 'magnitude', say")
+            )
 
     def shares(self, weights: Arrays, target: float, pattern: Grouping, /) -> dict[str, float]:
         """Returns the sparsities that one threshold leads to; ValueError for a NaN, with its place."""
@@ -172,9 +178,10 @@ class OWL:
             number = isinstance(value, Real) and not isinstance(value, bool)
             if not number or not low <= value <= most or value == math.inf:
                 wanted = "a number from 0 to 0.5" if what == "spread" else "a finite number above 0"
-                raise ValueError(expected(f"OWL: {what}", value, wanted))
+                raise ValueError(expected(f"OWL: {what}", value, wanted, "leave it out for the default"))
         if not isinstance(self.blocks, Mapping) and not callable(self.blocks):
-            raise ValueError(expected("OWL: blocks", self.blocks, "a mapping or function, name -> block"))
+            wanted = "a mapping or function, name -> block"
+            raise ValueError(expected("OWL: blocks", self.blocks, wanted, "leave it out for layers"))
 
     def shares(self, weights: Arrays, target: float, pattern: Grouping, /) -> dict[str, float]:
         """Returns the sparsity of each tensor's block; ValueError where statistics or a block are missing."""
@@ -235,7 +242,9 @@ class Explicit:
     def __post_init__(self) -> None:
         if not isinstance(self.sparsities, Mapping):
             wanted = "a mapping from names or patterns to sparsities"
-            raise ValueError(expected("Explicit: sparsities", self.sparsities, wanted))
+            raise ValueError(
+                expected("Explicit: sparsities", self.sparsities, wanted, "pass {'fc1.weight': 0.5, ...}")
+            )
         for name, value in self.sparsities.items():
             check_sparsity(f"allocation[{name!r}]", value)
 
@@ -292,7 +301,8 @@ def resolve(method: AllocationLike) -> Allocation:
     if isinstance(method, Allocation) and not isinstance(method, type):
         return method
     names = ", ".join(map(repr, ALLOCATIONS))
-    raise ValueError(expected("allocation", method, f"{names}, an Allocation, or a mapping to sparsities"))
+    wanted = f"{names}, an Allocation, or a mapping to sparsities"
+    raise ValueError(expected("allocation", method, wanted, "pass one of the names"))
 
 
 @standard_floats
@@ -340,7 +350,10 @@ def allocate_groups(
     """`allocate` over tensors of any rank, none of which gets less than its floor, a number of groups."""
     if not isinstance(pattern, Grouping):
         why = f"pattern {pattern}, which has one sparsity" if isinstance(pattern, NM) else repr(pattern)
-        msg = f"allocation: expected the pattern Unstructured(), Block or Slices; got {why}"
+        msg = (
+            f"allocation: expected the pattern Unstructured(), Block or Slices; got {why}; use allocation "
+            "'uniform' for N:M"
+        )
         raise ValueError(msg)
     allocation = resolve(method)
     sizes = _sizes(arrays, pattern)
@@ -349,11 +362,13 @@ def allocate_groups(
     for name in arrays:
         share = shares.get(name)
         if not isinstance(share, Real) or not -1e-9 <= share <= 1 + 1e-9:
-            raise ValueError(expected(f"{allocation!r}: share of tensor {name!r}", share, "one in [0, 1]"))
+            what, do = f"{allocation!r}: share of tensor {name!r}", "return a share for each tensor"
+            raise ValueError(expected(what, share, "one in [0, 1]", do))
     wanted = {name: min(max(float(shares[name]), 0.0), 1.0) * size for name, size in sizes.items()}
     if abs(sum(wanted.values()) - total) > len(sizes) + 1e-9 * total:
         got = sum(wanted.values()) / sum(sizes.values())
-        raise ValueError(expected(f"{allocation!r}: total of its shares", got, f"the target {target}"))
+        what, do = f"{allocation!r}: total of its shares", "share out the target exactly"
+        raise ValueError(expected(what, got, f"the target {target}", do))
     least = {name: (floors or {}).get(name, 0) for name in sizes}
     counts = _rounded(_above(wanted, least, total), sizes, least, total)
     return {name: counts[name] / size if size else target for name, size in sizes.items()}
@@ -365,7 +380,7 @@ def _sizes(weights: Arrays, pattern: Grouping) -> dict[str, int]:
 
 
 def _above(wanted: Mapping[str, float], floors: Mapping[str, int], total: int) -> dict[str, float]:
-    """The larger of wish and floor; the surplus is taken from what exceeds the floors, in proportion."""
+    """At least the floors; the surplus is taken in proportion from what exceeds them."""
     if not any(floors.values()):
         return dict(wanted)
     base = {name: float(floors[name]) for name in wanted}
@@ -378,7 +393,7 @@ def _above(wanted: Mapping[str, float], floors: Mapping[str, int], total: int) -
 def _rounded(
     wanted: Mapping[str, float], sizes: Mapping[str, int], floors: Mapping[str, int], total: int
 ) -> dict[str, int]:
-    """Whole counts of that total, by largest remainder; what is whole but for rounding errors counts so."""
+    """Whole counts with that total, by largest remainder; rounding errors are no remainders."""
     counts = {name: min(math.floor(count + 1e-6), sizes[name]) for name, count in wanted.items()}
     fractions = {name: wanted[name] - counts[name] for name in counts}
     left = total - sum(counts.values())

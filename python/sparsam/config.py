@@ -1,7 +1,7 @@
 """What to prune, and how much: `PruningConfig`, which checks itself.
 
-What a word means is the business of the stage that carries it out: `sparsam.schedules` and `sparsam.scores`
-turn names into objects, `sparsam.selection` applies a pattern.
+The stages give names their meaning: `sparsam.schedules` and `sparsam.scores` turn them into objects,
+`sparsam.selection` applies a pattern.
 """
 
 from __future__ import annotations
@@ -75,7 +75,9 @@ class Override:
 
     def __post_init__(self) -> None:
         if self.sparsity is None and self.pattern is None:
-            raise ValueError(expected("Override", None, "a sparsity, a pattern or both"))
+            raise ValueError(
+                expected("Override", None, "a sparsity, a pattern or both", "pass sparsity=, say")
+            )
         pattern = None if self.pattern is None else _pattern("Override: pattern", self.pattern)
         sparsity = None if self.sparsity is None else check_sparsity("Override: sparsity", self.sparsity)
         if isinstance(pattern, NM):
@@ -96,7 +98,7 @@ class Override:
         return replace(self, sparsity=sparsity)
 
     def scaled(self, share: float) -> Override:
-        """Returns it at a share of its sparsity; N:M has but one."""
+        """Returns it at a share of its sparsity; N:M has only one."""
         return self if self.sparsity is None else self.at(self.sparsity * share)
 
 
@@ -155,8 +157,8 @@ class PruningConfig:
             `Slices`, else among themselves, since a weight does not compare with a head. A member must not
             be excluded, and may be overridden only by a sparsity that all members of its tie have, to within
             one weight: that of the tie, outside the pool of a global scope. It may be in two ties, across
-            different axes (the rows of a middle layer and its columns): each is decided on the weights as
-            they are, and what one of them prunes is pruned.
+            different axes (the rows of a middle layer and its columns): each is decided on the original
+            weights, and what either of them prunes is pruned.
         transposed: Names or patterns of the tensors that are stored as (in, out): Hugging Face's Conv1D,
             Keras. Patterns, scope "row" and the scores that depend on inputs see them as (out, in); the last
             two axes of a tensor of more than two, as of Keras' (height, width, in, out), as its first two.
@@ -179,9 +181,7 @@ class PruningConfig:
     ties: tuple[Tied, ...] = ()
     transposed: tuple[str, ...] = ()
 
-    if (
-        TYPE_CHECKING
-    ):  # The dataclass makes it; this is what may be written, where the fields are what is kept.
+    if TYPE_CHECKING:  # The dataclass makes it; this is what callers may pass, the fields are what is stored.
 
         def __init__(
             self,
@@ -239,11 +239,11 @@ def check_growing(what: str, values: Iterable[object]) -> tuple[float, ...]:
         check_sparsity(f"{what}, iteration {i}", value) for i, value in enumerate(values, start=1)
     )
     if not checked:
-        raise ValueError(expected(what, values, "at least one sparsity"))
+        raise ValueError(expected(what, values, "at least one sparsity", "give one for each iteration"))
     for i, (before, after) in enumerate(pairwise(checked), start=2):
         if after < before:
             wanted = f"at least {before}, since what is pruned stays pruned"
-            raise ValueError(expected(f"{what}, iteration {i}", after, wanted))
+            raise ValueError(expected(f"{what}, iteration {i}", after, wanted, "sort them"))
     return checked
 
 
@@ -295,7 +295,7 @@ def _nm_sparsity(what: str, pattern: NM, sparsity: float | None) -> float:
 def _one_of(what: str, value: object, allowed: tuple[str, ...]) -> str:
     if isinstance(value, str) and value in allowed:
         return value
-    raise ValueError(expected(what, value, _either(allowed)))
+    raise ValueError(expected(what, value, _either(allowed), "pass one of them"))
 
 
 def _method(value: object) -> str | Scorer:
@@ -303,27 +303,40 @@ def _method(value: object) -> str | Scorer:
         return value
     if isinstance(value, str) and value in METHODS:
         return value
-    raise ValueError(expected("method", value, f"{_either(METHODS)}, or an object with score(name, weights)"))
+    raise ValueError(
+        expected(
+            "method", value, f"{_either(METHODS)}, or an object with score(name, weights)", "pass one of them"
+        )
+    )
 
 
 def _allocation(value: object) -> Any:
     if isinstance(value, Mapping):
         for name in value:
             if not isinstance(name, str):
-                raise ValueError(expected("allocation", name, "names or shell-style patterns as keys"))
+                raise ValueError(
+                    expected(
+                        "allocation", name, "names or shell-style patterns as keys", "convert them with str()"
+                    )
+                )
         return ReadOnly({name: check_sparsity(f"allocation[{name!r}]", own) for name, own in value.items()})
     if isinstance(value, Allocation) and not isinstance(value, type):
         return value
     if isinstance(value, str) and value in ALLOCATIONS:
         return value
     others = "an object of sparsam.allocation, or a mapping from names to sparsities"
-    raise ValueError(expected("allocation", value, f"{_either(ALLOCATIONS)}, {others}"))
+    raise ValueError(expected("allocation", value, f"{_either(ALLOCATIONS)}, {others}", "pass one of them"))
 
 
 def _check_together(scope: str, allocation: object, pattern: Pattern) -> None:
     if scope == "row" and isinstance(pattern, (Block, Slices)):
         raise ValueError(
-            expected("pattern", str(pattern), "Unstructured() or NM with scope 'row', which stays in a row")
+            expected(
+                "pattern",
+                str(pattern),
+                "Unstructured() or NM with scope 'row', which stays in a row",
+                "use scope 'layer'",
+            )
         )
     if allocation == "uniform":
         return
@@ -335,7 +348,7 @@ def _check_together(scope: str, allocation: object, pattern: Pattern) -> None:
         raise ValueError(msg)
     if isinstance(pattern, NM):
         wanted = f"'uniform' with pattern {pattern}, which has one sparsity"
-        raise ValueError(expected("allocation", allocation, wanted))
+        raise ValueError(expected("allocation", allocation, wanted, "leave it out"))
 
 
 def _schedule(value: object) -> Any:
@@ -347,14 +360,19 @@ def _schedule(value: object) -> Any:
     elif isinstance(value, Iterable):
         return check_growing("schedule", tuple(value))
     others = "an object of sparsam.schedules, a list of sparsities, a function of progress"
-    raise ValueError(expected("schedule", value, f"{_either(SCHEDULES)}, {others}"))
+    raise ValueError(expected("schedule", value, f"{_either(SCHEDULES)}, {others}", "pass one of them"))
 
 
 def _pattern(what: str, value: object) -> Pattern:
     if isinstance(value, Pattern):
         return value
     raise ValueError(
-        expected(what, value, "Unstructured(), NM(n, m), Block(rows, cols) or Slices(axis, size)")
+        expected(
+            what,
+            value,
+            "Unstructured(), NM(n, m), Block(rows, cols) or Slices(axis, size)",
+            "pass one of them",
+        )
     )
 
 
@@ -363,23 +381,32 @@ def _names(what: str, value: object) -> tuple[str, ...]:
     for name in names:
         if not isinstance(name, str):
             wanted = 'names or shell-style patterns, such as ("head*", "*.norm.*")'
-            raise ValueError(expected(what, name, wanted))
+            raise ValueError(expected(what, name, wanted, "pass text"))
     return names
 
 
 def _overrides(value: object, pattern: Pattern) -> Mapping[str, Override]:
     if not isinstance(value, Mapping):
         raise ValueError(
-            expected("overrides", value, "a mapping from name patterns to sparsities or patterns")
+            expected(
+                "overrides",
+                value,
+                "a mapping from name patterns to sparsities or patterns",
+                "pass {'head*': 0.5}, say",
+            )
         )
     for name in value:
         if not isinstance(name, str):
-            raise ValueError(expected("overrides", name, "names or shell-style patterns as keys"))
+            raise ValueError(
+                expected(
+                    "overrides", name, "names or shell-style patterns as keys", "convert them with str()"
+                )
+            )
     return ReadOnly({name: _override(f"overrides[{name!r}]", own, pattern) for name, own in value.items()})
 
 
 def _override(what: str, value: object, pattern: Pattern) -> Override:
-    """What a user may write as an override, decoded: here and nowhere else."""
+    """Decodes what a user may write as an override; the only place that does."""
     if isinstance(value, Pattern):
         return Override(pattern=value)
     if not isinstance(value, Override):

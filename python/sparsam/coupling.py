@@ -23,7 +23,7 @@ from sparsam.patterns import Block, Pattern, Slices, Tied
 from sparsam.selection import _refuse_nan, _select_entries
 from sparsam.tiles import count_groups, tile_sizes, tiling_of
 
-# The least score of a kept group, so that a tie at zero revives no group that is pruned already.
+# The smallest positive score, for kept groups: equal scores of zero then never revive a pruned group.
 _LEAST = 2.0**-1074
 
 

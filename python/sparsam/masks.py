@@ -24,9 +24,9 @@ class Mask:
     Element i of the C order is bit i % 8 of byte i // 8; bits past the last element are 0. It takes an eighth
     of a byte per weight, whatever the dtype of the weights.
 
-    Build one with `select`, `Mask.from_array`, `Mask.ones` or `Mask.from_bytes`; combine with `&`, `|`, `~`,
-    `==`, which of two masks give a mask or a truth value. In NumPy's functions and operators, and as an
-    index, it is the boolean array `to_array()`: `np.where(mask, w, 0)`, `w[~mask]`, `mask == array`.
+    Build one with `select`, `Mask.from_array`, `Mask.ones` or `Mask.from_bytes`; combine masks with `&`, `|`,
+    `~`, and compare them with `==`. In NumPy's functions and operators, and as an index, it is the boolean
+    array `to_array()`: `np.where(mask, w, 0)`, `w[~mask]`, `mask == array`.
     """
 
     __slots__ = ("_count", "_shape", "_words")
@@ -116,13 +116,17 @@ class Mask:
         """
         weights = np.asarray(weights)
         if weights.shape != self._shape:
-            msg = f"weights: expected the mask's shape {self._shape}; got {weights.shape}"
+            msg = (
+                f"weights: expected the mask's shape {self._shape}; got {weights.shape}; pass the weights "
+                "that it was made for"
+            )
             raise ValueError(msg)
         if out is None:
             out = np.empty(weights.shape, weights.dtype)
         elif out.shape != weights.shape or out.dtype != weights.dtype:
             msg = (
-                f"out: expected {weights.dtype} {weights.shape}, as the weights; got {out.dtype} {out.shape}"
+                f"out: expected {weights.dtype} {weights.shape}, as the weights; got {out.dtype} "
+                f"{out.shape}; pass np.empty_like(weights)"
             )
             raise ValueError(msg)
         self.write(weights, out)
@@ -152,27 +156,42 @@ class Mask:
         """
         data = bytes(data)
         if data[:8] != _MAGIC:
-            msg = f"data: expected a mask, which starts with {_MAGIC!r}; got {data[:8]!r}"
+            msg = (
+                f"data: expected a mask, which starts with {_MAGIC!r}; got {data[:8]!r}; pass what "
+                "to_bytes() returned"
+            )
             raise ValueError(msg)
         ndim = struct.unpack_from("<Q", data, 8)[0] if len(data) >= 16 else _MAX_DIMS + 1
         if ndim > _MAX_DIMS or len(data) < 16 + 8 * ndim:
-            msg = f"data: expected the header of a mask; got {len(data)} bytes in which it is damaged or cut"
+            msg = (
+                f"data: expected the header of a mask; got {len(data)} bytes in which it is damaged or cut; "
+                "read the whole file, or write it again"
+            )
             raise ValueError(msg)
         shape = struct.unpack_from(f"<{ndim}Q", data, 16)
         size = math.prod(shape)
         expected = 16 + 8 * ndim + (size + 7) // 8
         if len(data) != expected:
-            msg = f"data: expected {expected} bytes for a mask of shape {shape}; got {len(data)}"
+            msg = (
+                f"data: expected {expected} bytes for a mask of shape {shape}; got {len(data)}; read the "
+                "whole file, or write it again"
+            )
             raise ValueError(msg)
         if size % 8 and data[-1] >> size % 8:
-            msg = "data: expected bits of 0 past the last element; got others: the mask is damaged"
+            msg = (
+                "data: expected bits of 0 past the last element; got others; write the mask again, this one "
+                "is damaged"
+            )
             raise ValueError(msg)
         _check_shape(shape)
         return cls._from_packed(np.frombuffer(data, np.uint8, offset=16 + 8 * ndim), shape)
 
     def _combine(self, other: Mask, operation: np.ufunc) -> Mask:
         if self._shape != other._shape:
-            msg = f"masks: expected the same shape; got {self._shape} and {other._shape}"
+            msg = (
+                f"masks: expected the same shape; got {self._shape} and {other._shape}; combine masks of one "
+                "tensor"
+            )
             raise ValueError(msg)
         return Mask(operation(self._words, other._words), self._shape)
 
@@ -188,7 +207,7 @@ class Mask:
     def __array__(self, dtype: DTypeLike | None = None, copy: bool | None = None) -> NDArray[Any]:
         """The booleans, for NumPy's functions; ValueError for `copy=False`, since they are unpacked anew."""
         if copy is False:
-            msg = "copy: expected True or None, since a mask holds bits; got False"
+            msg = "copy: expected True or None, since a mask holds bits; got False; call to_array()"
             raise ValueError(msg)
         booleans = self.to_array()
         return booleans if dtype is None else booleans.astype(dtype, copy=False)
@@ -202,7 +221,7 @@ class Mask:
         raise ValueError(msg)
 
     def __eq__(self, other: object) -> Any:
-        """Whether two masks are the same; of what else holds an array, where it equals the booleans."""
+        """Whether two masks are equal; with an array, where it equals the booleans."""
         if isinstance(other, Mask):
             return self._shape == other._shape and bool(np.array_equal(self._words, other._words))
         if not hasattr(other, "__array__"):
@@ -229,7 +248,10 @@ def _check_shape(shape: tuple[int, ...]) -> None:
     try:
         np.empty(shape if 0 in shape or min(shape, default=0) < 0 else (1,) * len(shape), np.bool_)
     except (ValueError, OverflowError) as error:
-        msg = f"mask: expected a shape of lengths of at least 0 that NumPy can hold; got {shape}: {error}"
+        msg = (
+            f"mask: expected a shape of lengths of at least 0 that NumPy can hold; got {shape}: {error}; "
+            "mend the shape"
+        )
         raise ValueError(msg) from None
 
 
@@ -239,14 +261,17 @@ def _check_overlap(weights: NDArray[Any], out: NDArray[Any]) -> None:
         return
     same = weights.__array_interface__["data"][0] == out.__array_interface__["data"][0]
     if not (same and weights.strides == out.strides):
-        msg = "out: expected the weights themselves (in place) or separate memory; got what overlaps them"
+        msg = (
+            "out: expected the weights themselves (in place) or separate memory; got what overlaps them; "
+            "pass an array of its own"
+        )
         raise ValueError(msg)
 
 
 def _check_apart(arrays: Mapping[str, NDArray[Any]], outs: Mapping[str, NDArray[Any]]) -> None:
     """Refuse an output that shares memory with an array, or another output, of another name.
 
-    A sweep over byte ranges. Where two ranges meet it is asked whether they share an element, which columns
+    A sweep over byte ranges. Where two ranges overlap, NumPy says whether they share an element: two columns
     of one matrix do not.
     """
     others = [out for name, out in outs.items() if out is not arrays[name]]

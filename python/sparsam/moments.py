@@ -1,4 +1,4 @@
-"""Second moments around the mean, as they stream by: of inputs, and of wanted outputs with them.
+"""Streaming second moments around the mean: of inputs, and of wanted outputs with them.
 
 Those of a block of rows around the block's own mean are products of matrices; blocks are merged in float64 by
 the formula of Chan, Golub and LeVeque ("Updating formulae and a pairwise algorithm for computing sample
@@ -61,8 +61,8 @@ class CentredMoments:
 
             tr(W H W^T) - 2 tr(W C^T) + sum(t) + n ||r||^2
 
-        So what was seen aside can judge weights, to choose a damping say, without the rows. Errors below some
-        2^-20 of the sum of the squared targets are rounding.
+        So statistics of held-out rows can judge weights, to choose a damping for example, without the rows.
+        Errors below some 2^-20 of the sum of the squared targets are rounding.
 
         Args:
             w: Weights W, (out, in_features) or (out, in, ...).
@@ -78,14 +78,20 @@ class CentredMoments:
         cross, squares = self.cross[rows], self.target_squares[rows]
         matrix = np.asarray(w, np.float64)
         if matrix.ndim < 2 or matrix.reshape(len(matrix), -1).shape != cross.shape:
-            msg = f"squared_error: expected w of shape {cross.shape}; got {matrix.shape}"
+            msg = (
+                f"squared_error: expected w of shape {cross.shape}; got {matrix.shape}; pass the weights of "
+                "this layer"
+            )
             raise ValueError(msg)
         matrix = matrix.reshape(cross.shape)
         error = float(np.vdot(matrix @ self.gram - 2 * cross, matrix)) + float(squares.sum())
         if bias is not None:
             offset = np.asarray(bias, np.float64)
             if offset.shape != squares.shape:
-                msg = f"squared_error: expected bias of shape {squares.shape}; got {offset.shape}"
+                msg = (
+                    f"squared_error: expected bias of shape {squares.shape}; got {offset.shape}; pass the "
+                    "bias of this layer"
+                )
                 raise ValueError(msg)
             rest = self.target_mean[rows] - matrix @ self.mean - offset
             error += self.weight * float(rest @ rest)

@@ -1,4 +1,4 @@
-"""Weights that are stored as (in, out), seen as the (out, in) that patterns, rows and inputs speak of."""
+"""Weights stored as (in, out), viewed as the (out, in) that patterns, rows and inputs refer to."""
 
 from __future__ import annotations
 

@@ -45,11 +45,18 @@ class NM:
     def __post_init__(self) -> None:
         set_fields(self, n=positive("NM: n", self.n), m=positive("NM: m", self.m))
         if self.n > self.m:
-            raise ValueError(expected("NM: n", self.n, f"at most m, which is {self.m}: n of every m stay"))
+            raise ValueError(
+                expected(
+                    "NM: n",
+                    self.n,
+                    f"at most m, which is {self.m}: n of every m stay",
+                    "lower it, or raise m",
+                )
+            )
         if self.axis not in ("flat", "channels"):
-            raise ValueError(expected("NM: axis", self.axis, "'flat' or 'channels'"))
+            raise ValueError(expected("NM: axis", self.axis, "'flat' or 'channels'", "pass one of them"))
         if self.m > MAX_GROUP:
-            raise ValueError(expected("NM: m", self.m, f"at most {MAX_GROUP} weights in a group"))
+            raise ValueError(expected("NM: m", self.m, f"at most {MAX_GROUP} weights in a group", "lower it"))
 
     @property
     def sparsity(self) -> float:
@@ -125,18 +132,39 @@ class Tied:
     def __post_init__(self) -> None:
         members = self.members
         if not isinstance(members, Mapping) or not members:
-            raise ValueError(expected("Tied: members", members, "a mapping from tensor names to Slices"))
+            raise ValueError(
+                expected(
+                    "Tied: members",
+                    members,
+                    "a mapping from tensor names to Slices",
+                    "pass {'fc1.weight': Slices(0)}, say",
+                )
+            )
         for name, slices in members.items():
             if not isinstance(name, str):
-                raise ValueError(expected("Tied: members", name, "names of tensors as keys"))
+                raise ValueError(
+                    expected("Tied: members", name, "names of tensors as keys", "convert them with str()")
+                )
             if not isinstance(slices, Slices):
-                raise ValueError(expected(f"Tied: member {name!r}", slices, "Slices(axis, size)"))
+                raise ValueError(
+                    expected(
+                        f"Tied: member {name!r}",
+                        slices,
+                        "Slices(axis, size)",
+                        "pass Slices(0) for rows, Slices(1) for columns",
+                    )
+                )
         scored = self.scored
         if scored is not None:
             scored = (scored,) if isinstance(scored, str) else tuple(scored)
             if not scored or any(name not in members for name in scored):
                 raise ValueError(
-                    expected("Tied: scored", self.scored, f"some of the members {list(members)}")
+                    expected(
+                        "Tied: scored",
+                        self.scored,
+                        f"some of the members {list(members)}",
+                        "name members only, or leave it out for all",
+                    )
                 )
         set_fields(self, members=ReadOnly(members), scored=scored)
 
@@ -146,4 +174,11 @@ def as_ties(value: Tied | Sequence[Tied]) -> tuple[Tied, ...]:
     ties = (value,) if isinstance(value, Tied) else value
     if isinstance(ties, Sequence) and all(isinstance(tied, Tied) for tied in ties):
         return tuple(ties)
-    raise ValueError(expected("ties", value, "Tied objects, such as (Tied({'fc1.weight': Slices(0), ...}),)"))
+    raise ValueError(
+        expected(
+            "ties",
+            value,
+            "Tied objects, such as (Tied({'fc1.weight': Slices(0), ...}),)",
+            "wrap a single one in a tuple",
+        )
+    )

@@ -86,7 +86,7 @@ def make_pools(
         min_rank: Tensors with fewer axes are pruned only when named in overrides. If it is above 0, so are
             integers and booleans, which are no weights.
         previous: Masks of an earlier step: an allocation other than uniform leaves no tensor fewer pruned
-            groups than these have. What that is too much for the total is taken from what others would gain.
+            groups than these have. Where that exceeds the total, the others gain less.
 
     Raises:
         ValueError: Ties or an allocation do not fit the tensors, or ties exclude or overrides.

@@ -342,7 +342,7 @@ def _prune(
 
 
 def _warn_of_flags(arrays: Mapping[str, NDArray[Any]], names: Collection[str], *, stacklevel: int) -> None:
-    """Warns of what is no weight by its values: the zeros and ones of an attention mask."""
+    """Warns of tensors whose values are all 0 and 1, such as an attention mask: they are hardly weights."""
     for name in names:
         array = arrays[name]
         if array.ndim < 2 or not array.size or array.item(0) not in (0.0, 1.0):

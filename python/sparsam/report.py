@@ -20,7 +20,7 @@ _TEXT_COLUMNS = 4
 
 @dataclass(frozen=True)
 class LayerStats:
-    """What became of one tensor.
+    """The statistics of one tensor.
 
     Attributes:
         name: The tensor's name.
@@ -83,7 +83,7 @@ def _dtype_name(dtype: np.dtype[Any]) -> str:
 
 
 def printable(text: str) -> str:
-    """Returns the text with everything escaped that a terminal might obey."""
+    """Returns the text with control characters escaped, which a terminal would interpret."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 

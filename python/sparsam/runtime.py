@@ -69,7 +69,11 @@ def set_num_threads(n: int | None) -> None:
     except TypeError:
         count = 0
     if n is not None and not 1 <= count <= 4096:
-        raise ValueError(expected("n", n, "a number of threads from 1 to 4096, or None for the default"))
+        raise ValueError(
+            expected(
+                "n", n, "a number of threads from 1 to 4096, or None for the default", "pass one of them"
+            )
+        )
     _core.set_num_threads(count)
 
 
@@ -127,7 +131,9 @@ def _apply_environment() -> None:
             set_num_threads(int(threads))
         except ValueError:
             what = "environment variable SPARSAM_NUM_THREADS"
-            raise ValueError(expected(what, threads, "a number of threads from 1 to 4096")) from None
+            raise ValueError(
+                expected(what, threads, "a number of threads from 1 to 4096", "set it to one, or unset it")
+            ) from None
 
 
 _apply_environment()

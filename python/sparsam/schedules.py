@@ -14,7 +14,7 @@ name           object                sparsity at p
 ============== ===================== ====================================
 
 All but "one_shot" start at si, all end at sf, both exactly. A list of sparsities, or a function of p that
-returns the sparsity, stands for itself: it has no use for si and sf.
+returns the sparsity, is used as it is: it ignores si and sf.
 
 Elsewhere the same names mean other curves. At p = 0.5, from 0 to 1:
 
@@ -74,7 +74,7 @@ class Polynomial(_Curve):
     def __post_init__(self) -> None:
         if isinstance(self.power, bool) or not isinstance(self.power, Real) or not 0 < self.power < math.inf:
             wanted = "a finite number above 0 (1 is linear, 3 is cubic)"
-            raise ValueError(expected("Polynomial: power", self.power, wanted))
+            raise ValueError(expected("Polynomial: power", self.power, wanted, "pass 3, say"))
 
     def _between(self, p: float, initial: float, final: float) -> float:
         return final + (initial - final) * math.pow(1 - p, self.power)
@@ -84,15 +84,15 @@ class Polynomial(_Curve):
 class Exponential(_Curve):
     """1 - (1 - si) ((1 - sf) / (1 - si))^p: each iteration prunes the same share of what is left.
 
-    A density that decays geometrically never reaches 0, nor leaves it: an end at 1 is a ValueError.
+    A density that decays geometrically never reaches 0 and cannot start there: an end at 1 is a ValueError.
     """
 
     def at(self, progress: float, /, *, initial: float, final: float) -> float:
         """Returns the sparsity at `progress` in [0, 1]; ValueError where an end is 1."""
         if max(initial, final) >= 1:
             msg = (
-                "exponential schedule: it never reaches a density of 0; "
-                f"expected both ends below sparsity 1, got {initial} and {final}; or use 'cubic'"
+                "exponential schedule: expected both ends below sparsity 1, as it never reaches a density "
+                f"of 0; got {initial} and {final}; use 'cubic'"
             )
             raise ValueError(msg)
         return super().at(progress, initial=initial, final=final)
@@ -142,7 +142,10 @@ def resolve(schedule: ScheduleLike) -> Schedule:
     """
     if isinstance(schedule, str):
         if schedule not in _NAMED:
-            msg = f"schedule: expected one of {', '.join(map(repr, SCHEDULES))}; got {schedule!r}"
+            msg = (
+                f"schedule: expected one of {', '.join(map(repr, SCHEDULES))}; got {schedule!r}; pass one of "
+                "them"
+            )
             raise ValueError(msg)
         return _NAMED[schedule]
     if isinstance(schedule, Schedule):
@@ -168,7 +171,9 @@ def sample(schedule: ScheduleLike, *, num_iterations: int, initial: float, final
     curve = resolve(schedule)
     if isinstance(curve, _Listed) and len(curve.values) != num_iterations:
         wanted = f"{len(curve.values)}, the number of sparsities in schedule"
-        raise ValueError(expected("num_iterations", num_iterations, wanted))
+        raise ValueError(
+            expected("num_iterations", num_iterations, wanted, "pass 1 or more, or leave it out")
+        )
     last = num_iterations - 1
     steps = (i / last if last else 1.0 for i in range(num_iterations))
     return list(check_growing("schedule", (curve.at(p, initial=initial, final=final) for p in steps)))

@@ -72,7 +72,9 @@ def traits(scorer: Scorer) -> Traits:
 
 def _check_norm(what: str, norm: object) -> None:
     if isinstance(norm, bool) or norm not in {1, 2}:
-        raise ValueError(expected(f"{what}: norm", norm, "1 (absolute values) or 2 (squares)"))
+        raise ValueError(
+            expected(f"{what}: norm", norm, "1 (absolute values) or 2 (squares)", "pass one of them")
+        )
 
 
 @dataclass(frozen=True)
@@ -106,7 +108,7 @@ class Random:
         except TypeError:
             seed = -1
         if seed < 0:
-            msg = f"Random: expected an integer seed of at least 0; got {self.seed!r}"
+            msg = f"Random: expected an integer seed of at least 0; got {self.seed!r}; leave it out for 0"
             raise ValueError(msg)
         object.__setattr__(self, "seed", seed)
 
@@ -162,7 +164,10 @@ class Fisher:
         """Returns w^2 E[g^2]; ValueError where E[g^2] is missing, misshapen, negative or not finite."""
         means = _array(self, "squared_gradients", self.squared_gradients, name, weights)
         if (means < 0).any():
-            msg = f"Fisher: squared_gradients of tensor {name!r}: expected at least 0; got {means.min()}"
+            msg = (
+                f"Fisher: squared_gradients of tensor {name!r}: expected at least 0; got {means.min()}; pass "
+                "means of squares"
+            )
             raise ValueError(msg)
         return _times(weights, _times(weights, means))
 
@@ -190,7 +195,10 @@ class Movement:
         ends = [(float(array.min()), float(array.max())) for array in sums if array.size] or [(0.0, 0.0)]
         least, most = min(low for low, _ in ends), max(high for _, high in ends)
         if not math.isfinite(most - least):
-            msg = f"Movement: accumulated reaches from {least} to {most}: expected a range within float64"
+            msg = (
+                f"Movement: accumulated: expected a range within float64; got {least} to {most}; scale the "
+                "sums"
+            )
             raise ValueError(msg)
         object.__setattr__(self, "_floor", least - ((most - least) * 1e-6 or 1.0))
 
@@ -198,7 +206,10 @@ class Movement:
         """Returns the sums less the constant; ValueError where a sum is missing, misshapen or not finite."""
         raised = _array(self, "accumulated", self.accumulated, name, weights) - self._floor
         if (raised < 0).any():
-            msg = f"Movement: accumulated of tensor {name!r} has changed since; make a new Movement"
+            msg = (
+                f"Movement: accumulated of tensor {name!r}: expected the sums that it was made with; got "
+                "smaller ones; make a new Movement"
+            )
             raise ValueError(msg)
         return np.where(weights == 0, 0.0, np.where(np.isnan(weights), np.nan, raised))
 
@@ -248,7 +259,9 @@ class RIA:
         _check_mapping(self, "statistics", self.statistics, "the InputStatistics")
         power = self.power
         if isinstance(power, bool) or not isinstance(power, Real) or not 0 <= power < math.inf:
-            raise ValueError(expected("RIA: power", power, "a finite number of at least 0"))
+            raise ValueError(
+                expected("RIA: power", power, "a finite number of at least 0", "leave it out for 0.5")
+            )
 
     def score(self, name: str, weights: NDArray[Any], /) -> NDArray[np.float64]:
         """Returns the scores; ValueError as for `Wanda`, and for weights that are not finite."""
@@ -282,7 +295,11 @@ class LAMP:
 def _check_mapping(scorer: object, what: str, value: object, content: str) -> None:
     if not isinstance(value, Mapping):
         kind = type(scorer).__name__
-        raise ValueError(expected(f"{kind}: {what}", value, f"a mapping from tensor names to {content}"))
+        raise ValueError(
+            expected(
+                f"{kind}: {what}", value, f"a mapping from tensor names to {content}", "pass {name: value}"
+            )
+        )
 
 
 def _entry(scorer: object, what: str, data: Mapping[str, Value], name: str) -> Value:
@@ -303,7 +320,7 @@ def _array(
     if array.shape != weights.shape:
         msg = (
             f"{type(scorer).__name__}: {what} of tensor {name!r}: expected the shape of the tensor, "
-            f"{weights.shape}; got {array.shape}"
+            f"{weights.shape}; got {array.shape}; compute it for this tensor"
         )
         raise ValueError(msg)
     return array
@@ -313,7 +330,9 @@ def _numbers(scorer: object, what: str, name: str, value: ArrayLike) -> NDArray[
     array = np.asarray(value)
     subject = f"{type(scorer).__name__}: {what} of tensor {name!r}"
     if array.dtype.kind not in "fiu" and array.dtype.name != "bfloat16":
-        raise ValueError(expected(f"{subject}: dtype", str(array.dtype), "real numbers"))
+        raise ValueError(
+            expected(f"{subject}: dtype", str(array.dtype), "real numbers", "convert it with .astype()")
+        )
     numbers = array.astype(np.float64)
     _refuse_not_finite(subject, numbers)
     return numbers
@@ -323,7 +342,14 @@ def _refuse_not_finite(subject: str, numbers: NDArray[np.float64]) -> None:
     finite = np.isfinite(numbers)
     if not finite.all():
         at = tuple(int(i) for i in np.argwhere(~finite)[0])
-        raise ValueError(expected(subject, float(numbers[at]), f"finite numbers, at index {at} too"))
+        raise ValueError(
+            expected(
+                subject,
+                float(numbers[at]),
+                f"finite numbers, at index {at} too",
+                "mend them, or exclude the tensor",
+            )
+        )
 
 
 def _rms(
@@ -333,9 +359,19 @@ def _rms(
     kind = type(scorer).__name__
     statistics = _entry(scorer, "statistics", data, name)
     if not isinstance(statistics, InputStatistics):
-        raise ValueError(expected(f"{kind}: statistics of tensor {name!r}", statistics, "InputStatistics"))
+        raise ValueError(
+            expected(
+                f"{kind}: statistics of tensor {name!r}",
+                statistics,
+                "InputStatistics",
+                "pass InputStatistics(in_features).update(x)",
+            )
+        )
     if weights.ndim < 2:
-        msg = f"{kind}: tensor {name!r}: expected shape (out, in) or (out, in, kh, kw); got {weights.shape}"
+        msg = (
+            f"{kind}: tensor {name!r}: expected shape (out, in) or (out, in, kh, kw); got {weights.shape}; "
+            "exclude it, or score it by another method"
+        )
         raise ValueError(msg)
     columns = math.prod(weights.shape[1:])
     if columns != statistics.in_features:
@@ -390,6 +426,6 @@ def resolve(method: str | Scorer) -> Scorer:
         msg = f"method: expected an object that has its data; got the name {method!r}; {_NEEDS[method]}"
         raise ValueError(msg)
     if method not in _NAMED:
-        msg = f"method: expected one of {', '.join(map(repr, METHODS))}; got {method!r}"
+        msg = f"method: expected one of {', '.join(map(repr, METHODS))}; got {method!r}; pass one of them"
         raise ValueError(msg)
     return _NAMED[method]()

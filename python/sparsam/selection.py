@@ -108,7 +108,11 @@ def select(
         TypeError: a dtype other than the four.
     """
     if scope not in ("layer", "row"):
-        raise ValueError(expected("scope", scope, "'layer' (all entries compared) or 'row' (those of a row)"))
+        raise ValueError(
+            expected(
+                "scope", scope, "'layer' (all entries compared) or 'row' (those of a row)", "pass one of them"
+            )
+        )
     array = np.asarray(scores)
     if transposed:
         _check_dtype(name, array)
@@ -176,7 +180,7 @@ def select_into(
         msg = f"norm={norm!r}: expected 1 (sum of magnitudes) or 2 (sum of squares)"
         raise ValueError(msg)
     if scope not in ("layer", "row", "global"):
-        raise ValueError(expected("scope", scope, "'layer', 'row' or 'global'"))
+        raise ValueError(expected("scope", scope, "'layer', 'row' or 'global'", "pass one of them"))
     arrays = {name: np.asarray(array) for name, array in scores.items()}
     for name, array in arrays.items():
         _check_dtype(name, array)

@@ -1,4 +1,4 @@
-"""Weights that stand in a mapping under two names, such as tied embeddings in a state dict."""
+"""Weights that are listed under two names, such as shared embeddings in a state dict."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def find_shared(arrays: Mapping[str, NDArray[Any]], pools: Iterable[Pool]) -> di
     """Returns the later name of a tensor -> the first name of the same memory, over tensors to be pruned.
 
     Raises:
-        ValueError: Two names are to be pruned differently, are tied, or share but a part of their memory.
+        ValueError: Two names are to be pruned differently, are tied, or share only a part of their memory.
     """
     pool_of: dict[str, Pool] = {}
     for pool in pools:

@@ -1,7 +1,7 @@
-"""Shrinking: masked weights in, really smaller arrays out.
+"""Shrinking: masked weights in, smaller dense arrays out.
 
-What is wholly zero can go, if everything that it is connected to goes with it. Arrays do not say what they
-are connected to, so ties do: the rows of one layer, the entries of its bias, the columns of the next.
+A slice of zeros can be removed if everything connected to it is removed too. Arrays do not say what they are
+connected to; ties do: the rows of one layer, the entries of its bias, the columns of the next.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ def shrink(
     head, `small["q.weight"].shape[0] // 64` heads.
 
     Removing zeros changes no sum, so the small network computes what the masked one did, up to the order in
-    which a product adds up. That is for the caller to uphold where a layer is no sum:
+    which a product adds up. Where a layer is not a sum, the caller has to check that this still holds:
 
     - Batch norms: weight, bias, running mean and variance of a channel are members of its tie. Zeroed, they
       make the channel 0, as it is once its weight and bias are.
     - A mean across the axis that gets shorter (layer norm over these neurons, a softmax over these channels)
-      is over fewer numbers afterwards, and another one: do not shrink that axis.
-    - A constant that the length of an axis goes into, as the scale of attention: keep the one of before.
+      is taken over fewer numbers afterwards, so it changes: do not shrink that axis.
+    - A constant that depends on the length of an axis, such as the scale of attention: keep the old value.
     - Behind a Flatten of (channels, height, width), a channel is `Slices(1, size=height * width)`.
 
     Args:
@@ -60,7 +60,10 @@ def shrink(
     """
     for what, value, kind in (("weights", weights, "arrays"), ("masks", masks, "masks")):
         if not isinstance(value, Mapping):
-            msg = f"{what}: expected a mapping from names to {kind}; got {type(value).__name__}"
+            msg = (
+                f"{what}: expected a mapping from names to {kind}; got {type(value).__name__}; pass "
+                "them by name"
+            )
             raise TypeError(msg)
     arrays = to_arrays(weights)
     ties = as_ties(ties)
@@ -73,7 +76,7 @@ def shrink(
     kept = [(tied, _kept(tied, arrays)) for tied in ties]
     emptied = {name for tied, keep in kept if not keep.any() for name in tied.members}
     for tied, keep in kept:
-        # A tensor that another tie takes away as a whole has no slices left to say anything about.
+        # A tensor that another tie removes as a whole has no slices left to compare.
         said = {name: masks[name] for name in tied.members if name in masks and name not in emptied}
         _check_masks(tied, keep, arrays, said)
     for tied, keep in kept:
@@ -87,12 +90,12 @@ def _check_mask(name: str, mask: object, arrays: Mapping[str, NDArray[Any]]) -> 
         msg = f"masks: expected a Mask for {name!r}; got {type(mask).__name__}; see Mask.from_array"
         raise TypeError(msg)
     if name not in arrays:
-        msg = f"masks: expected masks of {list(arrays)}; got one of {name!r}"
+        msg = f"masks: expected masks of {list(arrays)}; got one of {name!r}; leave that one out"
         raise ValueError(msg)
     if mask.shape != arrays[name].shape:
         msg = (
             f"tensor {name!r}: expected the weights at full size, as they were pruned; got shape "
-            f"{arrays[name].shape} and a mask of {mask.shape}"
+            f"{arrays[name].shape} and a mask of {mask.shape}; pass those that prune() returned"
         )
         raise ValueError(msg)
 
@@ -125,7 +128,7 @@ def _any(flags: NDArray[np.bool_], slices: Slices) -> NDArray[np.bool_]:
 
 
 def _torn(tied: Tied, group: int, name: str, other: str, array: NDArray[Any]) -> str:
-    """What to say of a group that is gone in one member and not in another."""
+    """The error for a group that is removed in one member and not in another."""
     slices = tied.members[other]
     axis = slices.axis % array.ndim
     first, last = group * slices.size, (group + 1) * slices.size - 1

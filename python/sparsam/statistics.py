@@ -1,8 +1,8 @@
-"""What a layer's inputs look like, summed up as they stream by: what Wanda, RIA, OWL and weight updates need.
+"""Streaming sums over a layer's inputs: what Wanda, RIA, OWL and weight updates need.
 
 The inputs themselves are not kept. Sums and sums of squares are float64 whatever the dtype of the inputs:
 squares of float16 values are exact in it, and a sum of n terms is off by at most about n * 1.1e-16 of the sum
-of magnitudes. How second moments are summed up, and how exactly, is told in `moments.py`.
+of magnitudes. `moments.py` says how second moments are summed, and how exactly.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class InputStatistics:
         self.in_features = positive("InputStatistics: in_features", in_features)
         self.targets = None if targets is None else positive("InputStatistics: targets", targets)
         if targets is not None and not gram:
-            raise ValueError(expected("InputStatistics: gram", gram, "True with targets"))
+            raise ValueError(expected("InputStatistics: gram", gram, "True with targets", "leave gram out"))
         self._count = 0
         self._weight = 0.0
         self._inputs = _Sums.empty(self.in_features)
@@ -61,7 +61,7 @@ class InputStatistics:
     ) -> InputStatistics:
         """Adds inputs.
 
-        Beside the sums, memory holds one block of at most 512 inputs at a time.
+        Besides the sums, memory holds one block of at most 512 inputs at a time.
 
         Args:
             x: (..., in_features), of any floating dtype and strides; the axes before the last count samples,
@@ -210,7 +210,10 @@ class InputStatistics:
             raise ValueError(msg)
         wanted = _checked("targets", targets, self.targets)
         if wanted.shape[:-1] != shape[:-1]:
-            msg = f"targets: expected shape {(*shape[:-1], self.targets)}; got {wanted.shape}"
+            msg = (
+                f"targets: expected shape {(*shape[:-1], self.targets)}; got {wanted.shape}; pass the "
+                "outputs that belong to x"
+            )
             raise ValueError(msg)
         return wanted
 
@@ -282,7 +285,7 @@ def _checked(name: str, values: ArrayLike, width: int) -> NDArray[Any]:
         msg = f"{name}: expected floating-point numbers; got dtype {array.dtype}; convert with .astype()"
         raise TypeError(msg)
     if array.ndim == 0 or array.shape[-1] != width:
-        msg = f"{name}: expected shape (..., {width}); got {array.shape}"
+        msg = f"{name}: expected shape (..., {width}); got {array.shape}; pass the inputs of this layer"
         raise ValueError(msg)
     return array
 
@@ -294,13 +297,19 @@ def _checked_weights(weights: ArrayLike, shape: tuple[int, ...]) -> NDArray[np.f
         msg = f"weights: expected numbers; got dtype {array.dtype}; convert with .astype()"
         raise TypeError(msg)
     if array.shape != shape:
-        msg = f"weights: expected shape {shape}, one for each row; got {array.shape}"
+        msg = (
+            f"weights: expected shape {shape}, one for each row; got {array.shape}; pass as many as x has "
+            "rows"
+        )
         raise ValueError(msg)
     flat = array.astype(np.float64).reshape(-1)
     bad = np.flatnonzero(~(np.isfinite(flat) & (flat >= 0)))
     if bad.size:
         index = tuple(int(i) for i in np.unravel_index(bad[0], shape or (1,)))
-        msg = f"weights: expected finite numbers of at least 0; got {flat[bad[0]]} at index {index}"
+        msg = (
+            f"weights: expected finite numbers of at least 0; got {flat[bad[0]]} at index {index}; mend "
+            "them, or leave those rows out"
+        )
         raise ValueError(msg)
     return flat
 

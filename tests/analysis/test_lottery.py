@@ -160,7 +160,7 @@ def test_rows_and_allocations() -> None:
     )
     # 300 weights: 60, then 48 more; of each row of 15 the nearest to 108 / 300.
     assert {int(n) for n in result.masks["a"].to_array().sum(axis=1)} == {15 - round(15 * 0.36)}
-    with pytest.raises(ValueError, match="expected allocation 'uniform', got 'erk'"):
+    with pytest.raises(ValueError, match=r"expected 'uniform', since .*; got 'erk'"):
         find_ticket(INIT, Training(), lambda _: 1.0, config=PruningConfig(allocation="erk"))
 
 
@@ -341,8 +341,8 @@ def test_arguments() -> None:
         (ValueError, {"seeds": 3}, "seeds: expected at least one"),
         (ValueError, {"seeds": (-1,)}, "seeds: expected at least one integer of at least 0"),
         (ValueError, {"controls": ["luck"]}, "controls: expected some of 'reinitialised', 'random mask'"),
-        (ValueError, {"config": PruningConfig(pattern=NM(2, 4))}, "2:4 has one sparsity, which leaves no"),
-        (ValueError, {"config": PruningConfig(overrides={"b": NM(1, 11)})}, "tensor 'b' has pattern 1:11"),
+        (ValueError, {"config": PruningConfig(pattern=NM(2, 4))}, "got 2:4, which has one sparsity"),
+        (ValueError, {"config": PruningConfig(overrides={"b": NM(1, 11)})}, "tensor 'b': .*; got 1:11"),
         (ValueError, {"config": PruningConfig(exclude="*")}, "expected tensors to prune"),
         (ValueError, {"rewind": {"a": INIT["a"]}}, r"rewind: expected the tensors \['a', 'b'"),
         (TypeError, {"rewind": 3}, "rewind: expected a mapping"),

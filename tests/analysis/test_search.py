@@ -186,7 +186,7 @@ def test_by_sensitivity() -> None:
         report.allocate(target)
     )
     assert result.sparsity == pytest.approx(target, abs=1 / 168)
-    with pytest.raises(ValueError, match=r"allocation: it names 'mid\.weight', which the configuration does"):
+    with pytest.raises(ValueError, match=r"got one for 'mid\.weight', which the configuration does"):
         find_smallest(
             weights,
             network.accuracy,
@@ -258,7 +258,7 @@ def test_arguments() -> None:
         (ValueError, {"tolerance": 0}, "tolerance: expected a number above 0"),
         (ValueError, {"max_evaluations": 0}, "max_evaluations: expected an integer of at least 1"),
         (ValueError, {"checks": -1}, "checks: expected an integer of at least 0"),
-        (ValueError, {"config": PruningConfig(pattern=NM(2, 4))}, "2:4 has one sparsity, 0.5"),
+        (ValueError, {"config": PruningConfig(pattern=NM(2, 4))}, "got 2:4, which has only 0.5"),
         (
             ValueError,
             {"eval_fn": lambda _: float("nan")},

@@ -120,7 +120,7 @@ def test_nm_has_one_sparsity() -> None:
     steps = report.allocate(96 / 360)
     assert set(steps.values()) <= {0.0, 0.5, 0.75}
     assert sum(s * weights[name].size for name, s in steps.items()) >= 96
-    with pytest.raises(ValueError, match=r"groups\['all'\]: an N:M pattern has one sparsity"):
+    with pytest.raises(ValueError, match=r"groups\['all'\]: expected one N:M pattern for all tensors"):
         sensitivity(weights, network.accuracy, GRID, config=config, groups={"all": "*.weight"})
 
 
@@ -566,7 +566,11 @@ def test_arguments() -> None:
         ),
         (ValueError, {"groups": {"a": "in.bias"}}, "that the configuration prunes; got 'in.bias'"),
         (ValueError, {"groups": {"a": ()}}, "expected at least one name or pattern"),
-        (ValueError, {"groups": {"a": "*.weight", "b": "in.weight"}}, "'in.weight' is in 'a' and in 'b'"),
+        (
+            ValueError,
+            {"groups": {"a": "*.weight", "b": "in.weight"}},
+            "'in.weight' in one; got it in 'a' and in 'b'",
+        ),
         (ValueError, {"config": PruningConfig(exclude="*")}, "expected tensors to prune"),
         (TypeError, {"config": 0.5}, "config: expected a PruningConfig"),
         (TypeError, {"weights": weights["in.weight"]}, "weights: expected a mapping .* got ndarray"),

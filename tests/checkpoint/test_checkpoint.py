@@ -301,11 +301,11 @@ def test_paths_without_a_checkpoint(tmp_path: Path, sharded: Path) -> None:
     with pytest.raises(FileNotFoundError):
         checkpoint.load(tmp_path / "missing.index.json")
     with pytest.raises(
-        ValueError, match=r"expected a directory with model\.safetensors or .*; got neither; name"
+        ValueError, match=r"expected a directory with model\.safetensors or .*; got one with neither; name"
     ):
         checkpoint.load(tmp_path)
     checkpoint.save(sharded / checkpoint.FILE_NAME, {"w": np.ones(1)})
-    with pytest.raises(ValueError, match="got both; name the one to read"):
+    with pytest.raises(ValueError, match="got one with both; name the file"):
         checkpoint.load(sharded)
 
 

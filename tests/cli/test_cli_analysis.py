@@ -186,7 +186,7 @@ def test_errors(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
             "owned_module.py: expected a sensitivity report; got no valid JSON",
         ),
         ([*search, "--allocation", "best"], "allocation: expected"),
-        ([*search, "--pattern", "2:4"], "2:4 has one sparsity"),
+        ([*search, "--pattern", "2:4"], "has only 0.5"),
         ([*search, "--plot", "a.doc"], "expected a name that ends in one of"),
     ]
     before = model.read_bytes()

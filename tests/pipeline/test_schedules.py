@@ -69,7 +69,7 @@ def test_exponential_prunes_the_same_share_each_time() -> None:
 
 
 def test_exponential_cannot_reach_one() -> None:
-    with pytest.raises(ValueError, match="exponential schedule: it never reaches a density of 0"):
+    with pytest.raises(ValueError, match=r"exponential schedule: .* never reaches a density of 0"):
         points("exponential", 0.2, 1.0)
     with pytest.raises(ValueError, match="exponential"):
         points("exponential", 0.2, 1.0, n=1)

@@ -280,7 +280,7 @@ def test_movement_prunes_what_moved_towards_zero_first() -> None:
     assert result.weights["w"].tolist() == [[0, 1, 0, 2, 0, 4]]
     grown = Movement({"w": sums.copy(), "v": sums})
     grown.accumulated["w"][...] = -3  # type: ignore[index]
-    with pytest.raises(ValueError, match="tensor 'w' has changed since; make a new Movement"):
+    with pytest.raises(ValueError, match=r"tensor 'w': .* got smaller ones; make a new Movement"):
         grown.score("w", weights)
 
 
@@ -335,7 +335,7 @@ def test_what_is_missing_or_does_not_fit_is_named() -> None:
     for power in (-1, np.inf, True, "1"):
         with pytest.raises(ValueError, match="RIA: power: expected a finite number"):
             RIA({}, power=power)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="accumulated reaches from"):
+    with pytest.raises(ValueError, match="accumulated: expected a range within float64"):
         Movement({"w": np.array([-1.7e308, 1.7e308])})
 
 

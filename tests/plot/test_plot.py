@@ -83,7 +83,9 @@ def test_without_a_file_and_with_a_bad_one(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", DRAWN)
 def test_matplotlib_is_an_extra(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(ValueError, match=r"pictures need matplotlib .* pip install 'sparsam\[plot\]'"):
+    with pytest.raises(
+        ValueError, match=r"pictures: expected matplotlib; got .*; run pip install 'sparsam\[plot\]'"
+    ):
         DRAWN[name]()
 
 

@@ -9,10 +9,10 @@ many loaded; any other exception ends it with a traceback and the number of the 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 import random
-import re
 import shutil
 import sys
 import tempfile
@@ -28,16 +28,21 @@ import numpy as np
 
 import network
 from cases import model
+from cost_models import made
+from messages import FORM
 from sparsam import IterativePruner, Mask, PruningConfig, checkpoint, sensitivity
 from sparsam.analysis.sensitivity_report import SensitivityReport
 from sparsam.analysis.sweep_store import SweepStore
+from sparsam.checkpoint.json_state import read
+from sparsam.sparse import cost_model
+from sparsam.sparse.cost_model import CostModel, Costs
+from sparsam.sparse.dispatch import choose
 from sparsam.torch.serialization.manifest import Layer, Manifest, Weight
 from sparsam.training.run_identity import RunIdentity
 from sparsam.training.saved_run import StateDir
 
 Load = Callable[[bytes], object]
 
-FORM = re.compile(r"\S.*: expected \S.*; got \S.*", re.DOTALL)
 VALUES: tuple[Any, ...] = (
     *(None, True, False, "", "x", "inf", "nan", "../x", "\ud800", [], [[]], {}, {"a": 1}, [1, 0.5, 1, 1]),
     *(0, -1, 1, 0.5, -1e25, 1e308, -1e308, 5e-324, math.inf, -math.inf, math.nan),
@@ -144,6 +149,28 @@ def index(folder: Path) -> tuple[bytes, Load]:
     return seed, load
 
 
+def calibration(folder: Path) -> tuple[bytes, Load]:
+    """Measured costs of products, and choices made by them."""
+    seed = made()
+    file = folder / "costs.json"
+    weights = [cost_model.Weight(0, 0, 0, "float32")]
+    weights += [cost_model.Weight(768, 3072, 10**6, "bfloat16", blocked=True)]
+
+    def load(data: bytes) -> None:
+        file.write_bytes(data)
+        costs = Costs.from_json(read(file, "measure anew"), str(file), "measure anew")
+        assert Costs.from_json(costs.to_json(), str(file), "measure anew") == costs
+        model = CostModel(seed.kernels, costs, "")
+        if "dense" not in costs.fits:
+            model = CostModel(costs, seed.dense, "")
+        for weight, batch in itertools.product(weights, (1, 3, 10**6)):
+            seconds = [model.seconds(kernel, weight, batch) for kernel in ("dense", "bitmask", "panels")]
+            assert all(0 <= value < math.inf for value in seconds), seconds
+            assert choose(weight, batch, model).kernel
+
+    return seed.kernels.to_json().encode(), load
+
+
 def mask(_: Path) -> tuple[bytes, Load]:
     """Not JSON, but read back from the same folders."""
 
@@ -160,6 +187,7 @@ FORMATS: dict[str, Callable[[Path], tuple[bytes, Load]]] = {
     "report": report,
     "manifest": manifest,
     "index": index,
+    "calibration": calibration,
     "mask": mask,
 }
 
@@ -232,7 +260,7 @@ def fuzz(name: str, n: int, folder: Path, first: int = 0) -> tuple[int, int]:
         try:
             load(data)
         except ValueError as error:
-            if name != "mask" and not FORM.fullmatch(str(error)):
+            if not FORM.fullmatch(str(error)):
                 msg = f"mutation {number} of {name}: expected one form of error; got {error}"
                 raise AssertionError(msg) from error
             refused += 1

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import random
+import re
 import subprocess
 import sys
 from dataclasses import asdict, replace
@@ -16,6 +17,7 @@ from hypothesis import strategies as st
 
 import sparsam
 from cost_models import KEY, made
+from messages import FORM
 from sparsam.sparse import blas, cost_model
 from sparsam.sparse.cost_model import CostModel, Costs, Key, Weight
 
@@ -198,10 +200,34 @@ def multiplies() -> None:
 
 
 @pytest.mark.parametrize("how", DAMAGE)
-def test_a_damaged_calibration_is_as_good_as_none(cache: Path, how: str) -> None:
+def test_a_damaged_calibration_is_ignored(cache: Path, how: str) -> None:
     file = write(Costs(fits=made().kernels.fits, **asdict(cost_model.kernel_key("float32"))))
     file.write_text(json.dumps(damage(json.loads(file.read_text()), how)))
     multiplies()
+
+
+@pytest.mark.parametrize(
+    ("how", "says"),
+    [
+        (
+            "a kernel is missing",
+            "field fits: expected those of bitmask, panels, blocks, dense; got those of ",
+        ),
+        (
+            "a batch is missing",
+            "field fits.panels: expected 10 rows of coefficients, none of them all 0; got 9",
+        ),
+        ("all zero", "field fits.panels: expected 10 rows of coefficients, none of them all 0; got 10"),
+        ("an unknown kernel", "field fits.more: expected no rows of coefficients"),
+        ("no threads", "field threads: expected int >= 1; got 0"),
+        ("a field too many", "field more: expected no such field; got one"),
+    ],
+)
+def test_errors_name_the_field(how: str, says: str) -> None:
+    content = damage(json.loads(made().kernels.to_json()), how)
+    with pytest.raises(ValueError, match=re.escape(f"costs.json: {says}")) as caught:
+        Costs.from_json(json.dumps(content), "costs.json", "measure anew")
+    assert FORM.fullmatch(str(caught.value))
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe", b"[" * 100_000, b"[]", b"null", b"1e999"])

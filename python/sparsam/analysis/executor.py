@@ -1,7 +1,7 @@
 """One job, many small tasks, over any `concurrent.futures.Executor`.
 
 A job holds what all tasks share (the weights, the functions), and may be large; a task is a few words. Tasks
-therefore travel alone. A worker that has not got the job says so, and the task is sent again together with
+therefore travel alone. A worker that does not have the job says so, and the task is sent again together with
 it, so that the job travels about once to each worker and not once with each task. Threads, and processes
 forked after the start, share the memory of the caller and are sent nothing.
 """
@@ -35,7 +35,7 @@ _sent: dict[str, Callable[[Any], Any]] = {}
 
 
 class TaskError(Exception):
-    """A task failed: its `task` says which, its `__cause__` why. What ran beside it was yielded before."""
+    """A task failed: `task` says which, `__cause__` why. Tasks that ran beside it were yielded before."""
 
     def __init__(self, task: Any, reason: str) -> None:
         super().__init__(reason)
@@ -94,11 +94,11 @@ class TaskRunner(Generic[TaskT, ResultT]):
 
     def submit(self, executor: Executor, task: TaskT, *, with_job: bool) -> Future[_Answer[ResultT]]:
         """Sends a task on its way."""
-        # The count makes each attempt another call: Dask answers an equal one with the result it has.
+        # The count makes each attempt a different call: Dask answers an equal call with the result it has.
         self._attempts += 1
         job = self._job if with_job else None
         with warnings.catch_warnings():
-            # Dask's advice for what is sent with every task; this is sent about once to each worker.
+            # Dask warns about large data sent with every task; this is sent about once to each worker.
             warnings.filterwarnings("ignore", "Sending large graph", UserWarning)
             return executor.submit(_work, self._token, self._attempts, task, job)
 
@@ -109,7 +109,7 @@ class TaskRunner(Generic[TaskT, ResultT]):
 
     @property
     def without_job(self) -> int:
-        """How many workers said that they have not got the job."""
+        """How many workers said that they do not have the job."""
         return len(self._cold)
 
     @property
@@ -179,7 +179,7 @@ class _Flight(Generic[TaskT, ResultT]):
         if answer.missing and self._carrying() < self._runner.without_job:
             self._submit(place, task, with_job=True)
         elif answer.missing:
-            # As many jobs are on their way as there are workers in want of it.
+            # As many jobs are on their way as there are workers without one.
             self._held.append((place, task))
         elif answer.error is not None:
             if answer.error.__traceback__ is None:
@@ -214,7 +214,7 @@ def _work(token: str, attempt: int, task: TaskT, job: Callable[[TaskT], ResultT]
 
 
 def _portable(error: Exception) -> Exception:
-    """The error, or one in its words if it would not survive the way to another process."""
+    """The error, or one with the same text if it cannot be pickled."""
     try:
         pickle.loads(pickle.dumps(error))
     except Exception:  # whatever a class of the user's may raise

@@ -1,4 +1,4 @@
-"""One level for each of several items, at the least total cost, such that enough weights go: exactly.
+"""One level for each item, at the least total cost, such that enough weights are pruned: exactly.
 
 The multiple-choice knapsack problem. States are pairs (weights pruned so far, cost so far); a state that
 another one beats in both is dropped, and so is a state whose cost, with the least that the remaining items
@@ -36,7 +36,7 @@ def choose(items: Sequence[Sequence[Level]], needed: int) -> list[int] | None:
 
     The total cost is the least possible, costs being compared to 2^-40 of it. Among choices of equal cost
     that with the least sum of pruned^2 / size (size: the most that the item can prune) is taken, compared to
-    2^-20 of its largest value: the most even one, so that no item goes far without need.
+    2^-20 of its largest value: the most even choice, so that no item is pruned further than necessary.
 
     Args:
         items: Levels of each, in rising order of `pruned` and of `cost`; the first prunes nothing.
@@ -82,8 +82,8 @@ def give_back(
 ) -> list[int]:
     """Returns how many weights each item prunes once what `choice` prunes beyond `needed` is given back.
 
-    It goes to the item whose last step, from the level below the chosen one, costs most per weight, of
-    equals the earlier one: the largest saving, costs being linear in between. An item that is all or
+    It goes to the item whose last step, from the level below the chosen one, costs most per weight (the
+    earlier one among equals): the largest saving, costs being linear in between. An item that is all or
     nothing takes only what is as large as its step.
     """
     chosen = list(choice)
@@ -121,7 +121,7 @@ def share(pruned: int, sizes: Sequence[int]) -> list[int]:
 
 
 def _undominated(total: NDArray[np.int64], cost: NDArray[np.int64]) -> NDArray[np.intp]:
-    """The states that no other beats in both; of equal ones the first."""
+    """The states that no other state beats in both; the first among equal ones."""
     order = np.lexsort((np.arange(len(total)), cost, -total))
     least = np.minimum.accumulate(cost[order])
     better = np.ones(len(order), np.bool_)

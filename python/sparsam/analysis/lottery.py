@@ -162,8 +162,8 @@ def find_ticket(
     Args:
         init_weights: Name -> array: the weights at initialisation. Not modified.
         train_fn: (weights, masks, seed) -> the trained weights, or None where it changed the given ones. The
-            masks say what must stay zero; what training revived is zeroed again at the end, but training
-            under the mask is its own business. The seed is for the order of the data and the like. Masks of
+            masks say what must stay zero; what training revived is zeroed again at the end, but `train_fn`
+            itself has to train under the mask. The seed is for the order of the data and the like. Masks of
             the dense network are all ones. What starts from `rewind` starts at that step of training.
         eval_fn: Weights -> score; the larger, the better. It is given a copy.
         rounds: How many rounds of pruning.
@@ -176,8 +176,8 @@ def find_ticket(
             schedule are not used.
         controls: Which controls are trained: "reinitialised", "random mask".
         reinit_fn: Seed -> new initial weights of all tensors.
-        seeds: What to train the ticket and the controls with; the rounds use the first. Several show how much
-            of a margin is luck.
+        seeds: What to train the ticket and the controls with; the rounds use the first. Several seeds show
+            how much of a margin is chance.
         callback: Called after each training with what was trained ("dense", "ticket" or a control), the seed,
             the sparsity and the score.
 
@@ -198,11 +198,20 @@ def find_ticket(
     rounds = positive("rounds", rounds)
     seeds = tuple(integer("seeds", seed) for seed in seeds) if isinstance(seeds, Iterable) else ()
     if not seeds or min(seeds) < 0:
-        raise ValueError(expected("seeds", seeds, "at least one integer of at least 0"))
+        raise ValueError(
+            expected("seeds", seeds, "at least one integer of at least 0", "pass (0, 1, 2), say")
+        )
     controls = (controls,) if isinstance(controls, str) else tuple(controls)
     for name in controls:
         if name not in CONTROLS:
-            raise ValueError(expected("controls", name, f"some of {', '.join(map(repr, CONTROLS))}"))
+            raise ValueError(
+                expected(
+                    "controls",
+                    name,
+                    f"some of {', '.join(map(repr, CONTROLS))}",
+                    "leave it out for all of them",
+                )
+            )
 
     def trained(what: str, weights: Arrays, masks: Masks, seed: int) -> tuple[Arrays, float]:
         arrays = _masked(weights, masks)
@@ -257,25 +266,29 @@ def _pools(arrays: Arrays, config: PruningConfig, fraction: float) -> list[tuple
     """What is pruned together, with the share of each round as its sparsity, and its number of groups."""
     if config.allocation != "uniform":
         msg = (
-            f"find_ticket prunes the same share of each pool: expected allocation 'uniform', got "
-            f"{config.allocation!r}; scope='global' lets the magnitudes decide"
+            "allocation: expected 'uniform', since find_ticket prunes the same share of each pool; got "
+            f"{config.allocation!r}; use scope='global' to let the magnitudes decide"
         )
         raise ValueError(msg)
     if isinstance(config.pattern, NM):
-        msg = f"pattern {config.pattern} has one sparsity, which leaves no rounds: expected another pattern"
+        wanted = "one that can prune more in each round"
+        msg = f"pattern: expected {wanted}; got {config.pattern}, which has one sparsity; use another pattern"
         raise ValueError(msg)
     unset: dict[str, Any] = {"schedule": None, "num_iterations": None}
     pools = []
     for pool in make_pools(arrays, replace(config, target_sparsity=fraction, **unset)):
         if isinstance(pool.pattern, NM) and not pool.ties:
             msg = (
-                f"overrides: tensor {pool.names[0]!r} has pattern {pool.pattern}, which leaves no rounds: "
-                "expected another, or exclude the tensor"
+                f"overrides: tensor {pool.names[0]!r}: expected a pattern that can prune more in each round; "
+                f"got {pool.pattern}, which has one sparsity; use another, or exclude the tensor"
             )
             raise ValueError(msg)
         pools.append((pool, count_groups(pool, arrays)))
     if not pools:
-        msg = f"init_weights: expected tensors to prune; the configuration leaves {list(arrays)!r} dense"
+        msg = (
+            f"init_weights: expected tensors to prune; got {list(arrays)!r}, which the configuration leaves "
+            "dense; change exclude, or add weights"
+        )
         raise ValueError(msg)
     return pools
 
@@ -283,7 +296,7 @@ def _pools(arrays: Arrays, config: PruningConfig, fraction: float) -> list[tuple
 def _reinitialised(
     initial: Arrays, seed: int, reinit_fn: Callable[[int], Mapping[str, ArrayLike]] | None
 ) -> Arrays:
-    """Newly drawn weights; without a function to draw them, the values that are there, in another order."""
+    """Newly drawn weights; without a function to draw them, the present values in another order."""
     if reinit_fn is not None:
         return _like("reinit_fn", reinit_fn(seed), initial)
     return {
@@ -297,10 +310,12 @@ def _reinitialised(
 def _like(what: str, weights: object, initial: Arrays) -> Arrays:
     """Weights of the same names, shapes and dtypes."""
     if not isinstance(weights, Mapping):
-        msg = f"{what}: expected a mapping from names to arrays; got {type(weights).__name__}"
+        got = type(weights).__name__
+        msg = f"{what}: expected a mapping from names to arrays; got {got}; pass {{'name': array}}"
         raise TypeError(msg)
     if set(weights) != set(initial):
-        msg = f"{what}: expected the tensors {sorted(initial)!r}; got {sorted(map(str, weights))!r}"
+        got = f"{sorted(map(str, weights))!r}"
+        msg = f"{what}: expected the tensors {sorted(initial)!r}; got {got}; give each of them"
         raise ValueError(msg)
     return validate_returned_weights(what, {}, weights, initial, {})
 

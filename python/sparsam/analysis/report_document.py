@@ -65,7 +65,7 @@ def restored(curves: Sequence[CurveDocument], source: str) -> tuple[SensitivityC
 
 
 def _problems(curves: Sequence[CurveDocument]) -> Iterator[tuple[str, str, object]]:
-    """What contradicts itself: the field, what is expected there, and what is there."""
+    """The first contradiction: the field, what is expected there, and what is there."""
     names: set[str] = set()
     weights = 0
     for i, curve in enumerate(curves):

@@ -147,9 +147,9 @@ def find_smallest(
     possible is tried only when all below it passed.
 
     That is right if the score falls with sparsity. Since it need not, up to `checks` probes are then spent in
-    the middle of the widest gaps below the sparsity found; if one fails, the search goes on below that. What
-    is returned is the safe side: everything that was tried at or below its sparsity passed. `curve`,
-    `monotone` and `beyond` of the result show what else was seen.
+    the middle of the widest gaps below the sparsity found; if one fails, the search goes on below that. The
+    result is on the safe side: everything that was tried at or below its sparsity passed. `curve`, `monotone`
+    and `beyond` of the result show what else was seen.
 
     Args:
         weights: Name -> array, as for `sparsam.prune`. Not modified.
@@ -177,17 +177,22 @@ def find_smallest(
     """
     arrays = to_arrays(weights)
     if isinstance(min_score, bool) or not isinstance(min_score, Real) or math.isnan(min_score):
-        msg = f"min_score: expected a number; got {min_score!r}"
+        msg = f"min_score: expected a number; got {min_score!r}; pass the lowest score that is good enough"
         raise ValueError(msg)
     if integer("checks", checks) < 0:
-        msg = f"checks: expected an integer of at least 0; got {checks}"
+        msg = f"checks: expected an integer of at least 0; got {checks}; pass 0 for none"
         raise ValueError(msg)
     if not check_sparsity("tolerance", tolerance) > 0:
-        msg = "tolerance: expected a number above 0; got 0"
+        msg = (
+            "tolerance: expected a number above 0; got 0; pass the width of the bracket to stop at, 0.01 say"
+        )
         raise ValueError(msg)
     settings = configured(config)
     if isinstance(settings.pattern, NM):
-        msg = f"pattern {settings.pattern} has one sparsity, {settings.pattern.sparsity}: nothing to search"
+        msg = (
+            f"pattern: expected one with a choice of sparsities to search; got {settings.pattern}, which has "
+            f"only {settings.pattern.sparsity}; call prune, or use another pattern"
+        )
         raise ValueError(msg)
     search = _Search(arrays, eval_fn, float(min_score), recover_fn, _pruner(arrays, settings, allocation))
     search.run(
@@ -232,7 +237,10 @@ class _Search:
         self._end = end
         score = evaluate_finite(self._eval_fn, self._arrays, "the dense weights")
         if score < self._min_score:
-            msg = f"min_score: expected at most {score}, what the dense weights score; got {self._min_score}"
+            msg = (
+                f"min_score: expected at most {score}, what the dense weights score; got {self._min_score}; "
+                "lower min_score, or mend eval_fn"
+            )
             raise ValueError(msg)
         self._note(SearchProbe(0.0, 0.0, score, passed=True), callback)
         while not self._finished:
@@ -275,7 +283,7 @@ class _Search:
         )
 
     def _bounds(self) -> tuple[float, float | None]:
-        """The safe side: the highest target that passed below the lowest that failed; and that one."""
+        """The highest target that passed below the lowest that failed, and that lowest one."""
         failed = min((at for at, probe in self._probes.items() if not probe.passed), default=None)
         passed = max(
             at for at, probe in self._probes.items() if probe.passed and (failed is None or at < failed)
@@ -352,13 +360,16 @@ def _pruner(
 def _explicit(arrays: Arrays, config: PruningConfig, sparsities: Mapping[str, float]) -> dict[str, Override]:
     """The overrides of the configuration, and after them one for each tensor with a sparsity of its own."""
     if not isinstance(sparsities, Mapping):
-        msg = f"allocation: expected a function that returns {{tensor: sparsity}}; got {sparsities!r} from it"
+        msg = (
+            f"allocation: expected a function that returns {{tensor: sparsity}}; got {sparsities!r} from it; "
+            "pass report.allocate, say"
+        )
         raise TypeError(msg)
     patterns = {name: pool.pattern for pool in make_pools(arrays, config) for name in pool.names}
     if unknown := [name for name in sparsities if name not in patterns]:
         msg = (
-            f"allocation: it names {unknown[0]!r}, which the configuration does not prune; expected some of "
-            f"{list(patterns)!r}"
+            f"allocation: expected sparsities for some of {list(patterns)!r}; got one for {unknown[0]!r}, "
+            "which the configuration does not prune; leave it out"
         )
         raise ValueError(msg)
     tied = members(config.ties)

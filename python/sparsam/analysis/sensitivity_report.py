@@ -52,7 +52,11 @@ class SensitivityReport:
 
     def __post_init__(self) -> None:
         if not math.isfinite(self.dense_score):
-            raise ValueError(expected("dense_score", self.dense_score, "a finite score to compare with"))
+            raise ValueError(
+                expected(
+                    "dense_score", self.dense_score, "a finite score to compare with", "mend the evaluation"
+                )
+            )
 
     @property
     def evaluations(self) -> int:
@@ -133,7 +137,10 @@ class SensitivityReport:
         needed = round(check_sparsity("target", target) * self.params)
         names = [name for curve in self.curves for name, _ in curve.tensors]
         if twice := [name for name in names if names.count(name) > 1]:
-            msg = f"curves: expected each tensor in one; got {twice[0]!r} in two, as of two ties"
+            msg = (
+                f"curves: expected each tensor in one; got {twice[0]!r} in two, as of two ties; group both "
+                "ties in one"
+            )
             raise ValueError(msg)
         levels = [self._levels(curve) for curve in self.curves]
         choice = choose(levels, needed)
@@ -201,7 +208,7 @@ class SensitivityReport:
             if pruned > levels[-1].pruned + 0.5:
                 msg = (
                     f"{curve.name!r}: expected at most {levels[-1].pruned} weights, where its measurements "
-                    f"end; got {pruned:.1f}"
+                    f"end; got {pruned:.1f}; measure higher sparsities, or ask for less"
                 )
                 raise ValueError(msg)
             total += float(np.interp(pruned, [x.pruned for x in levels], [x.cost for x in levels]))
@@ -222,7 +229,7 @@ class SensitivityReport:
 
         drawers = {"map": plot.sensitivity_map, "curves": plot.sensitivity_curves}
         if kind not in drawers:
-            msg = f"kind: expected 'map' or 'curves'; got {kind!r}"
+            msg = f"kind: expected 'map' or 'curves'; got {kind!r}; pass one of them"
             raise ValueError(msg)
         return drawers[kind](self, file)
 
@@ -306,7 +313,9 @@ class SensitivityReport:
         if max_drop is None:
             return _TOLERANCE * abs(self.dense_score)
         if not max_drop >= 0:
-            msg = f"max_drop: expected a drop of at least 0; got {max_drop!r}"
+            msg = (
+                f"max_drop: expected a drop of at least 0; got {max_drop!r}; pass how far the score may fall"
+            )
             raise ValueError(msg)
         return max_drop
 

@@ -107,11 +107,11 @@ def sensitivity(
             of its tensors.
         max_evaluations: How many evaluations may be spent, the dense one included; what `state` holds
             counts too.
-        callback: Called in the caller's thread after each evaluation, once `state` has it, with how many of
-            how many are done, and the point.
+        callback: Called in the caller's thread after each evaluation, once `state` has it, with the number
+            done, the total number, and the point.
         state: A file, replaced after each evaluation. If it exists, what it holds is not evaluated again; it
-            must be of the same weights, method, patterns and groups. What `eval_fn` does is its own
-            business. One run at a time may use a file.
+            must be of the same weights, method, patterns and groups. Whether `eval_fn` is still the same is
+            not checked. One run at a time may use a file.
         executor: Any `concurrent.futures.Executor`: a pool of threads or processes, or Dask's
             `client.get_executor()`. Weights and functions travel about once to each process, and not with
             each evaluation. The results are those without one.
@@ -137,7 +137,7 @@ def sensitivity(
         if positive("max_evaluations", max_evaluations) < 1 + len(curves):
             msg = (
                 f"max_evaluations: expected at least {1 + len(curves)}, the dense weights and each of "
-                f"{len(curves)} tensors or groups once; got {max_evaluations}"
+                f"{len(curves)} tensors or groups once; got {max_evaluations}; raise it, or group tensors"
             )
             raise ValueError(msg)
         total = min(total, max_evaluations)
@@ -189,7 +189,8 @@ class _Job:
             score = evaluate_finite(self.eval_fn, self.weights, "the dense weights")
             if math.isinf(score):
                 msg = (
-                    f"eval_fn returned {score} for the dense weights: expected a finite score to compare with"
+                    "the dense weights: expected a finite score from eval_fn, to compare with; got "
+                    f"{score}; bound the score"
                 )
                 raise ValueError(msg)
             return SensitivityPoint("", 0.0, 0, score)
@@ -211,7 +212,7 @@ def _alone(config: PruningConfig, curve: _Curve, sparsity: float) -> PruningConf
         for pattern, own in config.overrides.items()
         if matching(pattern, curve.tensors)
     }
-    # Nothing but ties: an N:M pattern would hold them to its own sparsity.
+    # Only ties: an N:M pattern would force its own sparsity on them.
     alone = set(curve.tensors) <= set(members(curve.ties))
     pattern = Unstructured() if alone else config.pattern
     target = pattern.sparsity if isinstance(pattern, NM) else sparsity
@@ -224,7 +225,10 @@ def _grid(sparsities: Sequence[float]) -> tuple[float, ...]:
     values = sparsities if isinstance(sparsities, Iterable) else ()
     grid = tuple(sorted({check_sparsity("sparsities", value) for value in values} - {0.0}))
     if not grid:
-        msg = f"sparsities: expected a sequence with at least one above 0; got {sparsities!r}"
+        msg = (
+            f"sparsities: expected a sequence with at least one above 0; got {sparsities!r}; pass (0.25, "
+            "0.5, 0.75), say"
+        )
         raise ValueError(msg)
     return grid
 
@@ -237,7 +241,14 @@ def _curves(
 ) -> dict[str, _Curve]:
     """What is swept, in the order of the weights or of the groups."""
     if groups is not None and (not isinstance(groups, Mapping) or not groups):
-        raise ValueError(expected("groups", groups, "a mapping from groups to the names of their tensors"))
+        raise ValueError(
+            expected(
+                "groups",
+                groups,
+                "a mapping from groups to the names of their tensors",
+                "pass {'block0': ['block0.*']}, say",
+            )
+        )
     patterns = {name: pool.pattern for pool in make_pools(arrays, config) for name in pool.names}
     tied = members(config.ties)
     patterns |= dict.fromkeys(tied, Unstructured())
@@ -254,24 +265,29 @@ def _curves(
         }
     if not curves or "" in curves:
         msg = (
-            "weights: expected tensors to prune, with names; the configuration leaves all of "
-            f"{list(arrays)!r} dense"
+            f"weights: expected tensors to prune; got {list(arrays)!r}, all of which the configuration "
+            "leaves dense; change exclude, or add weights"
             if not curves
-            else "weights, groups: expected names that are not empty"
+            else "weights, groups: expected names that are not empty; got ''; rename it"
         )
         raise ValueError(msg)
     owners: dict[str, str] = {}
     for group in groups or ():
         for name in curves[group].tensors:
             if owners.setdefault(name, group) != group:
-                msg = f"groups: tensor {name!r} is in {owners[name]!r} and in {group!r}; expected one of them"
+                msg = (
+                    f"groups: expected tensor {name!r} in one; got it in {owners[name]!r} and in {group!r}; "
+                    "take it out of one"
+                )
                 raise ValueError(msg)
     return curves
 
 
 def _members(group: str, names: str | Sequence[str], prunable: Sequence[str]) -> tuple[str, ...]:
     if not isinstance(names, Iterable):
-        raise ValueError(expected(f"groups[{group!r}]", names, "a name or pattern, or several"))
+        raise ValueError(
+            expected(f"groups[{group!r}]", names, "a name or pattern, or several", "pass 'block0.*', say")
+        )
     wanted = (names,) if isinstance(names, str) else tuple(names)
     for pattern in wanted:
         if not matching(pattern, prunable):
@@ -281,7 +297,7 @@ def _members(group: str, names: str | Sequence[str], prunable: Sequence[str]) ->
             )
             raise ValueError(msg)
     if not wanted:
-        msg = f"groups[{group!r}]: expected at least one name or pattern"
+        msg = f"groups[{group!r}]: expected at least one name or pattern; got none; fill or drop the group"
         raise ValueError(msg)
     patterns = NamePatterns(wanted)
     return tuple(name for name in prunable if patterns.matches(name))
@@ -296,15 +312,18 @@ def _curve(
 ) -> _Curve:
     for tie in ties:
         if (inside := set(tie.members) & set(names)) and inside != set(tie.members):
-            wanted = f"expected all or none of the tied {list(tie.members)!r}"
-            msg = f"groups[{group!r}]: {wanted}; got {sorted(inside)!r}"
+            wanted = f"all or none of the tied {list(tie.members)!r}"
+            msg = f"groups[{group!r}]: expected {wanted}; got {sorted(inside)!r}; extend or shrink the group"
             raise ValueError(msg)
     own = tuple(tie for tie in ties if set(tie.members) <= set(names))
     fixed = {pattern.sparsity for name in names if isinstance(pattern := patterns[name], NM)}
     free = any(not isinstance(patterns[name], NM) for name in names)
     if len(fixed) + free > 1:
         found = ", ".join(f"{name!r}: {patterns[name]}" for name in names)
-        msg = f"groups[{group!r}]: an N:M pattern has one sparsity, expected it for all tensors; got {found}"
+        msg = (
+            f"groups[{group!r}]: expected one N:M pattern for all tensors, as it has one sparsity; got "
+            f"{found}; group them by pattern"
+        )
         raise ValueError(msg)
     return _Curve(names, tuple(fixed - {0.0}) if fixed else grid, bool(fixed), own)
 

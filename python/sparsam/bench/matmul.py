@@ -100,7 +100,7 @@ def random_problems(shapes: Iterable[tuple[int, int]], sparsities: Sequence[floa
     """
     for sparsity in sparsities:
         if not 0 <= sparsity <= 1:
-            raise ValueError(expected("sparsity", sparsity, "a number from 0 to 1"))
+            raise ValueError(expected("sparsity", sparsity, "a number from 0 to 1", "pass 0.9, say"))
 
     def problem(shape: tuple[int, int], sparsity: float) -> Problem:
         def make() -> NDArray[np.float32]:
@@ -125,7 +125,7 @@ def read_dlmc(folder: Path) -> list[Problem]:
     """
     files = sorted(folder.rglob("*.smtx"))
     if not files:
-        msg = f"{folder}: expected a folder with *.smtx files; got none"
+        msg = f"{folder}: expected a folder with *.smtx files; got none; unpack the matrices there"
         raise ValueError(msg)
     return [_dlmc_problem(file, file.relative_to(folder).with_suffix("").as_posix()) for file in files]
 
@@ -274,7 +274,11 @@ def _dlmc_problem(file: Path, name: str) -> Problem:
     try:
         rows, cols, nnz = map(int, head.split(","))
     except ValueError:
-        raise ValueError(expected(str(file), head[:80], "a first line `rows, columns, nonzeros`")) from None
+        raise ValueError(
+            expected(
+                str(file), head[:80], "a first line `rows, columns, nonzeros`", "download the file again"
+            )
+        ) from None
 
     def make() -> NDArray[np.float32]:
         return _read_smtx(file, (rows, cols), nnz)
@@ -287,13 +291,19 @@ def _read_smtx(file: Path, shape: tuple[int, int], nnz: int) -> NDArray[np.float
     try:
         pointers, columns = (np.array(line.split(), np.int64) for line in (*lines[1:], "")[:2])
     except ValueError as error:
-        msg = f"{file}: expected integers in the second and third line; got others ({error})"
+        msg = (
+            f"{file}: expected integers in the second and third line; got others ({error}); download the "
+            "file again"
+        )
         raise ValueError(msg) from None
     weights = np.zeros(shape, np.float32)
     counts = np.diff(pointers)
     fits = len(counts) == shape[0] and (counts >= 0).all() and counts.sum() == len(columns) == nnz
     if not fits or ((columns < 0) | (columns >= shape[1])).any():
-        msg = f"{file}: expected {nnz} column numbers in {shape[0]} rows of {shape[1]}; got others"
+        msg = (
+            f"{file}: expected {nnz} column numbers in {shape[0]} rows of {shape[1]}; got others; download "
+            "the file again"
+        )
         raise ValueError(msg)
     values = np.random.default_rng(0).standard_normal(nnz, dtype=np.float32)
     weights[np.repeat(np.arange(shape[0]), counts), columns] = np.where(values == 0, np.float32(1), values)

@@ -63,12 +63,12 @@ def select(n: Sequence[int], dtypes: Sequence[str], sparsities: Sequence[float])
     """
     for dtype in dtypes:
         if dtype not in DTYPES:
-            raise ValueError(expected("dtype", dtype, f"one of {', '.join(DTYPES)}"))
+            raise ValueError(expected("dtype", dtype, f"one of {', '.join(DTYPES)}", "pass one of them"))
     for size in n:
         for sparsity in sparsities:
             if not (0 < sparsity <= 1 and round(sparsity * size) >= 1):
                 wanted = f"at most 1, and enough for one weight of {size}"
-                raise ValueError(expected("sparsity", sparsity, wanted))
+                raise ValueError(expected("sparsity", sparsity, wanted, "pass 0.9, say"))
     for size in n:
         values = np.random.default_rng(0).standard_normal(size, dtype=np.float32)
         for dtype in dtypes:

@@ -21,7 +21,7 @@ def check_target(path: Path) -> Path:
     if not target.parent.is_dir():
         raise FileNotFoundError(errno.ENOENT, "no such directory", str(target.parent))
     if target.exists() and not target.is_file():
-        msg = f"{path}: expected a regular file to replace; got a folder, pipe or device"
+        msg = f"{path}: expected a regular file to replace; got a folder, pipe or device; choose another name"
         raise ValueError(msg)
     return target
 

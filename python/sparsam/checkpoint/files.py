@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from sparsam.checkpoint import safetensors_format
 from sparsam.checkpoint.atomic import publish
-from sparsam.checkpoint.json_state import decode
+from sparsam.checkpoint.json_state import decode, read
 
 __all__ = ["FILE_NAME", "INDEX_NAME", "Checkpoint", "Shards", "load", "overwrites", "save", "stream"]
 
@@ -34,7 +34,7 @@ StrPath: TypeAlias = "str | os.PathLike[str]"
 
 
 class _Index(msgspec.Struct):
-    """The JSON of an index. Other fields, and what the metadata holds, are other tools' business."""
+    """The JSON of an index. Other fields, and what the metadata holds, belong to other tools."""
 
     weight_map: dict[str, str]
     metadata: dict[str, Any] = {}
@@ -169,8 +169,11 @@ def _resolve(path: StrPath) -> tuple[Path, Shards | None]:
     if file.is_dir():
         found = [file / name for name in (FILE_NAME, INDEX_NAME) if (file / name).exists()]
         if len(found) != 1:
-            came = "both; name the one to read" if found else "neither; name the checkpoint itself"
-            msg = f"{file}: expected a directory with {FILE_NAME} or {INDEX_NAME}; got {came}"
+            came = "both" if found else "neither"
+            msg = (
+                f"{file}: expected a directory with {FILE_NAME} or {INDEX_NAME}; got one with {came}; name "
+                "the file to read"
+            )
             raise ValueError(msg)
         file = found[0]
     return file, _read_index(file) if file.suffix == ".json" else None
@@ -192,7 +195,7 @@ def _tensors(file: Path, shards: Shards | None) -> Iterator[tuple[str, NDArray[A
 
 def _read_index(file: Path) -> Shards:
     """Parses an index and compares it with the header of every shard that it names."""
-    index = decode(file.read_bytes(), _Index, str(file), "get it again", what="an index of shards")
+    index = decode(read(file, "name the index"), _Index, str(file), "get it again", what="an index of shards")
     placed: dict[str, set[str]] = defaultdict(set)
     for name, shard in index.weight_map.items():
         if {PurePosixPath(shard).name, PureWindowsPath(shard).name} != {shard}:

@@ -50,6 +50,7 @@ Number: TypeAlias = float | Literal["inf", "-inf", "nan"]
 
 _STEP = re.compile(r"\.(\w+)|\[(\d+)\]")
 _FIELD = re.compile(r"Object (contains unknown|missing required) field `(.*)`", re.DOTALL)
+_OWN = re.compile(r"(\S+): expected (.*); got (.*); .*", re.DOTALL)  # an error of a type's __post_init__
 _SHOWN = 60
 
 
@@ -95,7 +96,7 @@ class Document(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return {self.MARK: self.VERSION, **msgspec.to_builtins(self)}
 
 
-def decode(text: str | bytes, kind: type[T], source: str, remedy: str = "", *, what: str = "JSON") -> T:
+def decode(text: str | bytes, kind: type[T], source: str, remedy: str, *, what: str = "JSON") -> T:
     """Returns JSON as a value of a type that msgspec can check: builtins, Structs, Annotated with Meta.
 
     Source and remedy are as for `Document.from_json`; `what` says what was expected where it is no JSON.
@@ -106,7 +107,7 @@ def decode(text: str | bytes, kind: type[T], source: str, remedy: str = "", *, w
     return convert(_parse(text, source, what, remedy), kind, source, remedy)
 
 
-def convert(content: Any, kind: type[T], source: str, remedy: str = "") -> T:
+def convert(content: Any, kind: type[T], source: str, remedy: str) -> T:
     """`decode` for JSON that is parsed already."""
     try:
         return msgspec.convert(content, kind)
@@ -116,6 +117,8 @@ def convert(content: Any, kind: type[T], source: str, remedy: str = "") -> T:
         if match := _FIELD.fullmatch(problem):
             at = f"{at}.{match[2]}".lstrip(".")
             wanted, got = ("no such field", "one") if match[1] == "contains unknown" else ("a value", "none")
+        elif match := _OWN.fullmatch(problem):
+            at, wanted, got = f"{at}.{match[1]}".lstrip("."), match[2], match[3]
         else:
             wanted, got = _wanted(problem), _short(value)
         raise _error(f"{source}: field {at}" if at else source, wanted, got, remedy) from error
@@ -159,13 +162,13 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(content) < len(pairs):
         keys = [key for key, _ in pairs]
         twice = next(key for key in keys if keys.count(key) > 1)
-        msg = f"an object: expected each key once; got {twice!r} twice"
+        msg = f"an object: expected each key once; got {twice!r} twice; drop one"
         raise ValueError(msg)
     return content
 
 
 def _located(content: Any, path: str) -> tuple[str, Any]:
-    """The field at a path of msgspec's, and what is there: for a value of a mapping, the mapping."""
+    """The field at a path as msgspec writes it, and what is there; for a value of a mapping, the mapping."""
     value = content
     for key, index in _STEP.findall(path.partition("[...]")[0]):
         value = value[key] if key else value[int(index)]
@@ -180,8 +183,7 @@ def _wanted(problem: str) -> str:
 
 
 def _error(source: object, wanted: str, got: str, remedy: str) -> ValueError:
-    do = f"; {remedy}" if remedy else ""
-    return ValueError(f"{source}: expected {wanted}; got {got}{do}")
+    return ValueError(f"{source}: expected {wanted}; got {got}; {remedy}")
 
 
 def _short(value: object) -> str:

@@ -127,7 +127,10 @@ def write(file: Path, arrays: Mapping[str, NDArray[Any]], metadata: Mapping[str,
     try:
         save_file(dict(arrays), file, dict(metadata) or None)
     except SafetensorError as error:
-        msg = f"{file.parent}: expected to write {len(arrays)} tensors there; got {error}"
+        msg = (
+            f"{file.parent}: expected to write {len(arrays)} tensors there; got {error}; make room there, or "
+            "choose another place"
+        )
         raise OSError(msg) from error
     except TypeError as error:
         msg = f"names, metadata: expected text only; got {metadata!r} ({error}); write numbers as text"

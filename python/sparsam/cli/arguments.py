@@ -33,7 +33,7 @@ def parse_pattern(text: str) -> Pattern:
         if found := re.fullmatch(form, text):
             groups = (group for group in found.groups() if group is not None)
             return make(*(group if group.isalpha() else int(group) for group in groups))
-    raise ValueError(expected("pattern", text, PATTERNS))
+    raise ValueError(expected("pattern", text, PATTERNS, "choose one of them"))
 
 
 def parse_method(method: str, norm: int | None, seed: int | None) -> MethodLike:
@@ -52,14 +52,18 @@ def parse_override(text: str) -> tuple[str, OverrideLike]:
     names, _, value = text.rpartition("=")
     sparsity, *rest = value.split(",")
     if not names or len(rest) > 1:
-        raise ValueError(expected("override", text, "PAT=SPARSITY, PAT=PATTERN or PAT=SPARSITY,PATTERN"))
+        raise ValueError(
+            expected(
+                "override", text, "PAT=SPARSITY, PAT=PATTERN or PAT=SPARSITY,PATTERN", "write 'fc*=0.5', say"
+            )
+        )
     if not rest and re.fullmatch(r"[a-z]+(:.*)?|\d+:\d+(:channels)?", value):
         return names, parse_pattern(value)
     try:
         number = float(sparsity)
     except ValueError:
         wanted = f"a number from 0 to 1 or a pattern ({PATTERNS})"
-        raise ValueError(expected("override", value, wanted)) from None
+        raise ValueError(expected("override", value, wanted, "write 'fc*=0.5', say")) from None
     return names, (number, parse_pattern(rest[0])) if rest else number
 
 
@@ -69,7 +73,7 @@ def parse_shapes(texts: Sequence[str]) -> list[tuple[int, int]]:
     for text in (part for whole in texts for part in whole.split(",")):
         found = re.fullmatch(r"(\d+)x(\d+)", text)
         if not found or "0" in found.groups():
-            raise ValueError(expected("shape", text, "OUTxIN, as 3072x768"))
+            raise ValueError(expected("shape", text, "OUTxIN", "write 3072x768, say"))
         shapes.append((int(found[1]), int(found[2])))
     return shapes
 
@@ -78,7 +82,7 @@ def parse_batches(texts: Sequence[str]) -> list[int]:
     """Returns the numbers of `1,8,128`, several times; ValueError for anything but positive integers."""
     parts = [part for whole in texts for part in whole.split(",")]
     if bad := [part for part in parts if not re.fullmatch(r"[0-9]*[1-9][0-9]*", part)]:
-        raise ValueError(expected("batch", bad[0], "positive integers, as 1,8,128"))
+        raise ValueError(expected("batch", bad[0], "positive integers", "write 1,8,128, say"))
     return [int(part) for part in parts]
 
 
@@ -89,7 +93,9 @@ def parse_sparsities(texts: Sequence[str]) -> list[float]:
         try:
             sparsities.append(float(text))
         except ValueError:
-            raise ValueError(expected("sparsity", text, "numbers from 0 to 1, as 0.5,0.8")) from None
+            raise ValueError(
+                expected("sparsity", text, "numbers from 0 to 1", "write 0.5,0.8, say")
+            ) from None
     return sparsities
 
 
@@ -99,7 +105,9 @@ def parse_groups(texts: Sequence[str]) -> dict[str, list[str]]:
     for text in texts:
         name, _, patterns = text.partition("=")
         if not name or not all(patterns.split(",")) or name in groups:
-            raise ValueError(expected("group", text, "NAME=PATTERN,..., each name once"))
+            raise ValueError(
+                expected("group", text, "NAME=PATTERN,..., each name once", "write 'block0=layers.0.*', say")
+            )
         groups[name] = patterns.split(",")
     return groups
 
@@ -116,7 +124,7 @@ class EvalFunction:
         try:
             return self.function(weights)
         except Exception as error:
-            msg = f"eval {self.text}: expected a score; got {_located(error)}"
+            msg = f"eval {self.text}: expected a score; got {_located(error)}; mend that function"
             raise ValueError(msg) from error
 
 
@@ -135,7 +143,9 @@ def parse_eval(text: str) -> EvalFunction:
     """
     module_name, _, name = text.partition(":")
     if not re.fullmatch(r"\w+(\.\w+)*:\w+(\.\w+)*", text):
-        raise ValueError(expected("eval", text, "package.module:function"))
+        raise ValueError(
+            expected("eval", text, "package.module:function", "write mine.evaluation:accuracy, say")
+        )
     here = str(Path.cwd())
     if here not in sys.path:
         sys.path.insert(0, here)
@@ -145,15 +155,21 @@ def parse_eval(text: str) -> EvalFunction:
         msg = f"eval: expected an importable module; got {error}; the working directory {here} is on the path"
         raise ValueError(msg) from error
     except Exception as error:
-        msg = f"eval: expected an importable module; got from importing {module_name}: {_located(error)}"
+        msg = (
+            f"eval: expected an importable module; got from importing {module_name}: {_located(error)}; mend "
+            "that module"
+        )
         raise ValueError(msg) from error
     try:
         function = attrgetter(name)(module)
     except AttributeError as error:
-        msg = f"eval: expected a function of {module.__file__ or module_name}; got {error}"
+        msg = (
+            f"eval: expected a function of {module.__file__ or module_name}; got {error}; name one that is "
+            "there"
+        )
         raise ValueError(msg) from error
     if not callable(function):
-        raise ValueError(expected(f"eval {text}", function, "a function from weights to a score"))
+        raise ValueError(expected(f"eval {text}", function, "a function from weights to a score", "name one"))
     return EvalFunction(text, function)
 
 

@@ -140,7 +140,7 @@ def _linears(model: nn.Module) -> dict[str, nn.Linear]:
 
 
 def _inputs(size: tuple[int, int], seed: int) -> dict[str, Tensor]:
-    """Random token ids: what a sentence says makes no difference to the time."""
+    """Random token ids: the time does not depend on them."""
     ids = torch.randint(1000, 30_000, size, generator=torch.Generator().manual_seed(seed))
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
@@ -151,7 +151,7 @@ def _embed(model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
 
 
 def _time(dense: nn.Module, model: nn.Module, size: tuple[int, int], inputs: Mapping[str, Tensor]) -> Timing:
-    """Compares the two and times them in turn, so that other work on the machine disturbs both alike."""
+    """Compares the two and times them in turn, so that other work on the machine affects both equally."""
     taken: tuple[list[float], list[float]] = ([], [])
     with torch.inference_mode():
         cosine = float((_embed(dense, inputs) * _embed(model, inputs)).sum(1).min())

@@ -65,7 +65,7 @@ def positive(what: str, value: object) -> int:
     return number
 
 
-def expected(what: str, got: object, wanted: str, do: str | None = None) -> str:
+def expected(what: str, got: object, wanted: str, do: str) -> str:
     """Returns the one form of an error's message: `what: expected wanted; got 'got'; do`.
 
     Args:
@@ -73,10 +73,9 @@ def expected(what: str, got: object, wanted: str, do: str | None = None) -> str:
         got: What came, shown by its repr. Where that says little (an array, a whole mapping), write the
             message as an f-string of the same form, with the shape or the name that matters.
         wanted: What is accepted.
-        do: What to change, as an imperative, if `wanted` does not already say it.
+        do: What to change, as an imperative.
     """
-    message = f"{what}: expected {wanted}; got {got!r}"
-    return message if do is None else f"{message}; {do}"
+    return f"{what}: expected {wanted}; got {got!r}; {do}"
 
 
 def set_fields(instance: object, **fields: object) -> None:

@@ -1,20 +1,16 @@
 """Pictures, drawn with matplotlib (the extra `plot`), of anything that has the fields they show.
 
-Imports the pipeline and `checkpoint`, and no other folder: reports and benchmarks import this one.
+Every function returns its `matplotlib.figure.Figure` and, if told a file, also writes it; the ending says as
+what: .png, .svg, .pdf. Imports the pipeline and `checkpoint`, and no other folder: reports and benchmarks
+import this one.
 """
 
 from __future__ import annotations
 
-from sparsam.plot.figures import (
-    check,
-    degradation,
-    histogram,
-    new_figure,
-    sensitivity_curves,
-    sensitivity_map,
-    sparsity_per_tensor,
-    speedups,
-)
+from sparsam.plot.canvas import check, new_figure
+from sparsam.plot.scores import degradation, sensitivity_curves, sensitivity_map
+from sparsam.plot.speed import speedups
+from sparsam.plot.weights import histogram, sparsity_per_tensor
 
 __all__ = [
     "check",

@@ -11,7 +11,7 @@ _DOTS = "\N{HORIZONTAL ELLIPSIS}"
 
 
 def printed(name: str) -> str:
-    """A name that no terminal obeys, and that matplotlib neither reads as mathematics nor hides."""
+    """A name with control characters escaped, which matplotlib neither reads as mathematics nor hides."""
     text = printable(name).replace("$", r"\$")
     return f" {text}" if text.startswith("_") else text
 
@@ -24,7 +24,7 @@ def shortened(name: str) -> str:
 
 
 def labels(names: Sequence[str]) -> list[str]:
-    """Names that fit and still differ; where one is long, the words that all begin and end with go first."""
+    """Names that fit and still differ; where one is long, common beginnings and endings are cut off."""
     found = list(names)
     if any(len(name) > _NAME for name in names):
         words = [name.split(".") for name in names]
@@ -37,6 +37,6 @@ def labels(names: Sequence[str]) -> list[str]:
 
 
 def _equal_words(names: Sequence[Sequence[str]]) -> int:
-    """How many words all of them begin with, of each at least one being left."""
+    """How many words all of them begin with, leaving at least one word of each."""
     most = min(map(len, names)) - 1
     return next((i for i in range(most) if len({name[i] for name in names}) > 1), most)

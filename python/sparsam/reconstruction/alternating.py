@@ -56,8 +56,9 @@ def admm(
     inverse of G + rho I serves all iterations Z = mask (W' + U), U += W' - Z,
     W' = (W G + rho (Z - U)) (G + rho I)^-1. Up to 100 steps of conjugate gradients on the support follow,
     until one gains less than 1e-5 of the error. It works with products of whole matrices, and approaches
-    `refit`, which factorises each row's own system: to within 1 % of its error, but where errors are below a
-    millionth of the outputs' energy and G is near singular (of condition 1e9, up to some times as much).
+    `refit`, which factorises each row's own system: to within 1 % of its error. Only where errors are below a
+    millionth of the outputs' energy and G is nearly singular (condition 1e9) can it be several times as
+    large.
 
     Without a mask, `admm_mask` finds it, and the weights are then fitted on it as `refit` does.
 
@@ -70,8 +71,8 @@ def admm(
         sparsity: Without a mask: in [0, 1], exactly `round(sparsity * n)` groups of the pattern are pruned;
             for NM 1 - n/m or 0, and 1 - n/m if left out.
         pattern: Without a mask: any.
-        iterations: At most so many; 20 with a mask, 300 without if left out.
-        rho: The penalty, at first: 1 with a mask, 0.1 without if left out.
+        iterations: The maximum number; if left out 20 with a mask, 300 without.
+        rho: The initial penalty; if left out 1 with a mask, 0.1 without.
         damping: Added to the diagonal of G: draws weights back to W.
         bias: (out,); its correction `corrected_bias(bias, w, new weights, mean)` is returned.
         mean: The mean input, (in,), for the bias; `h.mean` of statistics if left out.
@@ -136,8 +137,8 @@ def admm_mask(
         sparsity: In [0, 1], exactly `round(sparsity * n)` groups of the pattern are pruned; for NM 1 - n/m or
             0, and 1 - n/m if left out.
         pattern: Any; groups are compared by the sum of squares of B + V / rho.
-        iterations: At most so many; 300 if left out.
-        rho: The penalty, at first; 0.1 if left out.
+        iterations: The maximum number; 300 if left out.
+        rho: The initial penalty; 0.1 if left out.
         damping: Added to the diagonal of G: draws weights back to W.
         name: What errors call the tensor.
 

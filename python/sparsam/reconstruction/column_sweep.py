@@ -53,8 +53,8 @@ def obs(
 
         e = w_j / U_jj,    w_i -= e U_ji for i > j,    w_j = 0
 
-    which is the exact answer of optimal brain surgery for the columns not yet visited. Pruned is what costs
-    least, by (w_j / U_jj)^2 (Frantar and Alistarh, "SparseGPT", 2023, algorithm 1).
+    which is the exact answer of optimal brain surgery for the columns not yet visited. The weights with the
+    least cost (w_j / U_jj)^2 are pruned (Frantar and Alistarh, "SparseGPT", 2023, algorithm 1).
 
     Unstructured: each block of columns chooses before its own sweep, from the weights as updated so far, and
     over all rows. `round(sparsity * n)` weights of the layer are pruned in all; after each block the number
@@ -62,8 +62,8 @@ def obs(
     the sweep reaches it, from the weights as they are then. Ties keep the lower index (in a block: lower row,
     then lower column).
 
-    Dead inputs (H_jj = 0) cost nothing: their weights go first, of too many those with the lower index are
-    kept, and what is kept stays as it was.
+    Dead inputs (H_jj = 0) cost nothing: their weights are pruned first (if not all are needed, those with the
+    lower index are kept), and kept ones do not change.
 
     Args:
         w: Weights, (out, in) or (out, in, ...), which is taken as (out, in * ...). float64 is computed in

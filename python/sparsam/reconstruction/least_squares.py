@@ -39,7 +39,7 @@ def refit(
 
         W'_S = W_S + W_P H_PS (H_SS)^-1,    W'_P = 0
 
-    by a Cholesky factorisation per row, of rows with equal supports one for up to 64 of them, all in float64.
+    by a Cholesky factorisation per row (one for up to 64 rows with equal supports), all in float64.
     With `damping` 0 no other weights on the same mask have a smaller error, up to rounding. W must be the
     weights before pruning: of weights that are pruned already, W_P is 0 and nothing changes.
 
@@ -54,9 +54,9 @@ def refit(
         W'_S = C_S (H_SS)^-1,    W'_P = 0
 
     That is how a layer makes up for the layers before it: x from the pruned network, y from the dense one.
-    C = W H gives what leaving it out gives. On a mask that keeps everything the result is the optimum W* of
-    plain least squares, and the sum differs from tr((W* - W') H (W* - W')^T) by a constant: `obs` and `admm`
-    choose for given outputs when they are called with W*.
+    C = W H gives the same result as leaving it out. On a mask that keeps everything the result is the optimum
+    W* of plain least squares, and the sum differs from tr((W* - W') H (W* - W')^T) by a constant: `obs` and
+    `admm` choose for given outputs when they are called with W*.
 
     Args:
         w: Dense weights, (out, in) or (out, in, ...), which is taken as (out, in * ...); float16, bfloat16,

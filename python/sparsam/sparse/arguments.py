@@ -36,7 +36,7 @@ def weights(w: ArrayLike, dtype: DTypeLike | None) -> NDArray[Any]:
     if dtype is None and name == "float64":
         name = "float32"
     if name not in DTYPES:
-        raise TypeError(expected("dtype", dtype, f"one of {', '.join(DTYPES)}"))
+        raise TypeError(expected("dtype", dtype, f"one of {', '.join(DTYPES)}", "pass one of them"))
     return w.astype(DTYPES[name], copy=False)
 
 
@@ -44,7 +44,10 @@ def inputs(x: ArrayLike, matrix: tuple[int, int]) -> Floats:
     """X (..., in) as float32 in C order, itself if it is that already."""
     array = _floats("x", x)
     if array.ndim < 1 or array.shape[-1] != matrix[1]:
-        msg = f"x: expected shape (..., {matrix[1]}) for a matrix of shape {matrix}; got {array.shape}"
+        msg = (
+            f"x: expected shape (..., {matrix[1]}) for a matrix of shape {matrix}; got {array.shape}; "
+            "transpose it, or use another matrix"
+        )
         raise ValueError(msg)
     return array
 
@@ -53,7 +56,10 @@ def vector(bias: ArrayLike, matrix: tuple[int, int]) -> Floats:
     """A bias (out,) as float32."""
     array = _floats("bias", bias)
     if array.shape != matrix[:1]:
-        msg = f"bias: expected shape {matrix[:1]} for a matrix of shape {matrix}; got {array.shape}"
+        msg = (
+            f"bias: expected shape {matrix[:1]} for a matrix of shape {matrix}; got {array.shape}; pass one "
+            "number for each row of the matrix"
+        )
         raise ValueError(msg)
     return array
 
@@ -61,16 +67,21 @@ def vector(bias: ArrayLike, matrix: tuple[int, int]) -> Floats:
 def check_activation(activation: object) -> None:
     """Raises ValueError for a name that is not one of ACTIVATIONS."""
     if activation is not None and activation not in ACTIVATIONS:
-        raise ValueError(expected("activation", activation, f"None or one of {', '.join(ACTIVATIONS)}"))
+        raise ValueError(
+            expected("activation", activation, f"None or one of {', '.join(ACTIVATIONS)}", "pass one of them")
+        )
 
 
 def check_out(out: NDArray[Any], shape: tuple[int, ...], x: ArrayLike, bias: ArrayLike | None) -> None:
     """Raises where a result of that shape cannot be written into `out` while x and bias are read."""
     if not isinstance(out, np.ndarray) or not _is_float(out.dtype):
-        msg = f"out: expected an array of floats; got {getattr(out, 'dtype', type(out).__name__)}"
+        msg = (
+            f"out: expected an array of floats; got {getattr(out, 'dtype', type(out).__name__)}; pass "
+            "np.empty(shape, dtype)"
+        )
         raise TypeError(msg)
     if out.shape != shape:
-        msg = f"out: expected shape {shape}; got {out.shape}"
+        msg = f"out: expected shape {shape}; got {out.shape}; pass an array of that shape, or leave it out"
         raise ValueError(msg)
     if not out.flags.writeable:
         msg = "out: expected a writeable array; got a read-only one; pass a copy"

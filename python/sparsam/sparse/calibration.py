@@ -82,7 +82,7 @@ def calibrate(dtype: str = "float32") -> list[Measured]:
         ValueError: Another dtype.
     """
     if dtype not in DTYPES:
-        msg = f"dtype: expected one of {', '.join(DTYPES)}; got {dtype!r}"
+        msg = f"dtype: expected one of {', '.join(DTYPES)}; got {dtype!r}; pass one of them"
         raise ValueError(msg)
     found = [
         measure_kernels(cost_model.kernel_key(dtype)),

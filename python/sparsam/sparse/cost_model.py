@@ -8,8 +8,8 @@ with coefficients of at least 0, where bytes are those of the weight in the form
 does not fit the inner or the outer caches costs more. Between two batches of the grid the time is
 interpolated; beyond it, times grow in proportion.
 
-Nothing here measures, and nothing is written. A calibration is read once, and a damaged one is as good as
-none. There are no locks: looking up twice gives the same.
+Nothing here measures, and nothing is written. A calibration is read once, and a damaged one is ignored. There
+are no locks: looking up twice gives the same.
 """
 
 from __future__ import annotations
@@ -143,11 +143,14 @@ class Costs(Document, frozen=True):
         for kind, rows in self.fits.items():
             if KINDS.get(kind) != len(rows) or not all(map(any, rows)):
                 wanted = f"{KINDS.get(kind, 'no')} rows of coefficients, none of them all 0"
-                msg = f"fits.{kind}: expected {wanted}; got {len(rows)} rows"
+                msg = f"fits.{kind}: expected {wanted}; got {len(rows)} rows; calibrate again"
                 raise ValueError(msg)
         dense = self.fits.keys() == {"dense"}
         if not dense and self.fits.keys() != KINDS.keys() - {"dense"}:
-            msg = f"fits: expected those of {', '.join(KINDS)}; got those of {', '.join(self.fits)}"
+            msg = (
+                f"fits: expected those of {', '.join(KINDS)}; got those of {', '.join(self.fits)}; calibrate "
+                "again"
+            )
             raise ValueError(msg)
 
     @property
@@ -345,6 +348,9 @@ def _is_off() -> bool:
     """
     value = os.environ.get("SPARSAM_CALIBRATION", "")
     if value not in {"", "on", "off"}:
-        msg = f"environment variable SPARSAM_CALIBRATION: expected on or off; got {value!r}"
+        msg = (
+            f"environment variable SPARSAM_CALIBRATION: expected on or off; got {value!r}; set it to one, or "
+            "unset it"
+        )
         raise ValueError(msg)
     return value == "off"

@@ -56,14 +56,16 @@ class Forms:
         if self.packed is not None:
             return self.packed
         assert self.dense is not None
-        return Packed.pack(self.dense.astype(_DTYPES[self.weight.dtype], copy=False))
+        with np.errstate(invalid="ignore"):
+            return Packed.pack(self.dense.astype(_DTYPES[self.weight.dtype], copy=False))
 
     def with_kernel(self, kernel: str) -> Forms:
         """These forms, and the one that a kernel needs."""
         if kernel in self.kernels:
             return self
         if kernel == "dense":
-            dense = self.readable().unpack().astype(np.float32, copy=False)
+            with np.errstate(invalid="ignore"):  # signalling NaNs
+                dense = self.readable().unpack().astype(np.float32, copy=False)
             return Forms(self.weight, self.packed, dense)
         held = self.readable()
         packed = Packed.from_buffers([held.buffer(form) for form in held.forms], trusted=True)

@@ -124,7 +124,7 @@ class SparseMatrix:
         kept_values = weights(w, dtype)
         kept = mask if isinstance(mask, Mask) else Mask.from_array(mask)
         if kept.shape != kept_values.shape:
-            msg = f"mask: expected shape {kept_values.shape}, as w has; got {kept.shape}"
+            msg = f"mask: expected shape {kept_values.shape}, as w has; got {kept.shape}; pass the mask of w"
             raise ValueError(msg)
         return cls(Packed.from_mask(kept_values, kept._words))
 
@@ -230,7 +230,10 @@ class SparseMatrix:
         x = np.asarray(x)
         if x.ndim not in {1, 2} or x.shape[0] != self._shape[1]:
             expected = f"({self._shape[1]},) or ({self._shape[1]}, n)"
-            msg = f"x: expected shape {expected} for a matrix of shape {self._shape}; got {x.shape}"
+            msg = (
+                f"x: expected shape {expected} for a matrix of shape {self._shape}; got {x.shape}; transpose "
+                "it, or use another matrix"
+            )
             raise ValueError(msg)
         product: NDArray[Any] = self.linear(x.T).T
         return product
@@ -296,10 +299,13 @@ class SparseMatrix:
         wanted = [operator.index(n) for n in (batches if isinstance(batches, Sequence) else [batches])]
         for batch in wanted:
             if batch < 0:
-                msg = f"batches: expected numbers of at least 0; got {batch}"
+                msg = f"batches: expected numbers of at least 0; got {batch}; pass numbers of input rows"
                 raise ValueError(msg)
         if kernel is not None and kernel not in KERNELS:
-            msg = f"kernel: expected one of {', '.join(KERNELS)}; got {kernel!r}"
+            msg = (
+                f"kernel: expected one of {', '.join(KERNELS)}; got {kernel!r}; pass one of them, or None "
+                "for the fastest"
+            )
             raise ValueError(msg)
         settings, forms, times = _settings(), self._state.forms, {}
         if kernel is None and self.nnz:
@@ -325,7 +331,7 @@ class SparseMatrix:
         """Which kernel multiplies such a batch, what each is expected to take, and why; measures nothing."""
         batch = operator.index(batch)
         if batch < 0:
-            msg = f"batch: expected a number of at least 0; got {batch}"
+            msg = f"batch: expected a number of at least 0; got {batch}; pass the number of input rows"
             raise ValueError(msg)
         _, choice = self._current(batch)
         return Explanation(repr(self), batch, choice.kernel, choice.reason, choice.candidates)
@@ -350,7 +356,10 @@ class SparseMatrix:
         read = checkpoint.load(path)
         try:
             if read.metadata != _MARK:
-                msg = f"metadata: expected {_MARK}; got {read.metadata}"
+                msg = (
+                    f"metadata: expected {_MARK}; got {read.metadata}; name a file that SparseMatrix.save "
+                    "wrote"
+                )
                 raise ValueError(msg)
             return cls(from_arrays(read.weights))
         except ValueError as error:

@@ -27,21 +27,33 @@ def to_arrays(packed: Packed) -> dict[str, NDArray[Any]]:
 def from_arrays(arrays: Mapping[str, NDArray[Any]]) -> Packed:
     """The core's object; whatever does not fit together is a ValueError."""
     if arrays.keys() != {"shape", "bits", "values"}:
-        msg = f"tensors: expected shape, bits and values; got {', '.join(map(repr, arrays))}"
+        msg = (
+            f"tensors: expected shape, bits and values; got {', '.join(map(repr, arrays))}; name a file that "
+            "SparseMatrix.save wrote"
+        )
         raise ValueError(msg)
     shape, bits, values = arrays["shape"], arrays["bits"], arrays["values"]
     if shape.dtype != np.int64 or shape.shape != (2,) or shape.min() < 0:
-        msg = f"shape: expected two sizes as int64; got {shape.dtype} {shape.tolist()}"
+        msg = f"shape: expected two sizes as int64; got {shape.dtype} {shape.tolist()}; save the matrix again"
         raise ValueError(msg)
     rows, cols = shape.tolist()
     if bits.dtype != np.uint8 or bits.shape != (rows, (cols + 7) // 8):
-        msg = f"bits: expected uint8 {(rows, (cols + 7) // 8)}; got {bits.dtype} {bits.shape}"
+        msg = (
+            f"bits: expected uint8 {(rows, (cols + 7) // 8)}; got {bits.dtype} {bits.shape}; save the matrix "
+            "again"
+        )
         raise ValueError(msg)
     if cols == 0 and rows > _MAX_EMPTY_ROWS:
-        msg = f"shape: expected at most {_MAX_EMPTY_ROWS} rows without columns; got {rows}"
+        msg = (
+            f"shape: expected at most {_MAX_EMPTY_ROWS} rows without columns; got {rows}; save the matrix "
+            "again"
+        )
         raise ValueError(msg)
     if values.dtype.name not in DTYPES or values.ndim != 1:
-        msg = f"values: expected a vector of {', '.join(DTYPES)}; got {values.dtype} {values.shape}"
+        msg = (
+            f"values: expected a vector of {', '.join(DTYPES)}; got {values.dtype} {values.shape}; save the "
+            "matrix again"
+        )
         raise ValueError(msg)
     return Packed.from_parts(rows, cols, bits, values)
 

@@ -26,7 +26,7 @@ def evaluate(eval_fn: Callable[[Arrays], float], arrays: Mapping[str, NDArray[An
     try:
         return float(score)
     except (TypeError, ValueError) as error:
-        msg = f"eval_fn: expected a number; got {score!r}"
+        msg = f"eval_fn: expected a number; got {score!r}; return the score as a float"
         raise TypeError(msg) from error
 
 
@@ -60,17 +60,23 @@ def validate_returned_weights(
     """
     source = given if returned is None else returned
     if not isinstance(source, Mapping):
-        msg = f"{by}: expected a mapping from names to arrays, or None; got {source!r}"
+        msg = (
+            f"{by}: expected a mapping from names to arrays, or None; got {source!r}; return the weights, or "
+            "change them in place and return None"
+        )
         raise TypeError(msg)
     unknown = [name for name in source if name not in arrays]
     if unknown:
-        msg = f"{by}: expected no tensors but {list(arrays)!r}; got {unknown!r} too"
+        msg = f"{by}: expected no tensors but {list(arrays)!r}; got {unknown!r} too; return those only"
         raise ValueError(msg)
     accepted = {}
     for name, array in arrays.items():
         value = np.asarray(source.get(name, array))
         if value.shape != array.shape:
-            msg = f"{by}: tensor {name!r}: expected shape {array.shape}; got {value.shape}"
+            msg = (
+                f"{by}: tensor {name!r}: expected shape {array.shape}; got {value.shape}; return the weights "
+                "as they came, at full size"
+            )
             raise ValueError(msg)
         accepted[name] = value.astype(array.dtype, copy=value is not array)
         if name in masks:

@@ -1,7 +1,7 @@
-"""Iterative pruning: prune a little, let the model recover, evaluate, and go on while it pays.
+"""Iterative pruning: prune a little, let the model recover, evaluate, and repeat while scores are good.
 
 Pruning is irreversible, so the dense weights are never touched, each iteration works on a copy of the last
-good one, and with a `state_dir` every finished iteration outlives the process.
+good one, and with a `state_dir` every finished iteration survives the end of the process.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ class IterativePruner:
         num_iterations: In how many steps.
         schedule: What was given, or the configuration's.
         config: The configuration, with final_sparsity, num_iterations and schedule set in it.
-        history: The rows of the latest run: while it goes on, and also if it breaks off.
+        history: The rows of the latest run: during the run, and also after an error.
     """
 
     def __init__(
@@ -117,7 +117,7 @@ class IterativePruner:
         pattern, sparsities = self.config.pattern, self.get_schedule()
         if isinstance(pattern, NM) and set(sparsities) != {pattern.sparsity}:
             wanted = f"'one_shot' with pattern {pattern}, which has one sparsity"
-            raise ValueError(expected("schedule", self.schedule, wanted))
+            raise ValueError(expected("schedule", self.schedule, wanted, "pass one of them"))
 
     def get_schedule(self) -> list[float]:
         """Returns the sparsity of each iteration."""
@@ -184,8 +184,8 @@ class IterativePruner:
             on_iteration: Called with each new row of the history, once `state_dir` has it.
             state_dir: A folder, made if needed, for the state of the run after each iteration. If it holds
                 one, the run goes on from there and only the iteration that was interrupted is done again;
-                the limits of now hold for the iterations of before. One run at a time may use a folder.
-                State that `recover_fn` keeps to itself is its own business.
+                the present limits apply to the earlier iterations too. One run at a time may use a folder.
+                State that `recover_fn` keeps, such as an optimizer's, is not saved.
 
         Returns:
             The last good weights (the dense ones if the first iteration fails), and how they came about.

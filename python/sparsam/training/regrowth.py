@@ -2,7 +2,7 @@
 
 Every so often during training a fraction of the kept weights is dropped, those of least magnitude, and as
 many others grow: at random (SET) or where the gradient is largest (RigL). These functions say which; the
-caller sets what grows to its first value (RigL: zero) and resets what the optimizer remembers of it. This is
+caller sets what grows to its first value (RigL: zero) and resets the optimizer's state for it. This is
 the one place in this package where a pruned weight comes back.
 
 Mocanu et al., "Scalable training of artificial neural networks with adaptive sparse connectivity inspired by
@@ -24,7 +24,7 @@ from sparsam.selection import _refuse_nan, is_weight_dtype
 
 
 def set_update(weights: ArrayLike, mask: Mask, fraction: float, *, seed: int) -> Mask:
-    """One mask update of SET: the smallest kept weights go, random others come.
+    """One mask update of SET: the smallest kept weights are dropped, random others grow.
 
     Exactly k = round(fraction * mask.count) kept weights are dropped: the smallest abs(w), of equal ones the
     higher flat index first. (Mocanu et al. take the smallest positive and the largest negative weights, a
@@ -36,7 +36,8 @@ def set_update(weights: ArrayLike, mask: Mask, fraction: float, *, seed: int) ->
             False does not matter.
         mask: What is kept now.
         fraction: In [0, 1]; see `drop_fraction`.
-        seed: Of the draw, at least 0. It alone decides: pass another one for each update and each tensor.
+        seed: Of the draw, at least 0. The draw depends on it alone: pass another one for each update and each
+            tensor.
 
     Returns:
         A new mask with as many kept.
@@ -47,14 +48,14 @@ def set_update(weights: ArrayLike, mask: Mask, fraction: float, *, seed: int) ->
         TypeError: `mask` is no `Mask`, or `weights` have another dtype.
     """
     if integer("seed", seed) < 0:
-        raise ValueError(expected("seed", seed, "an integer of at least 0"))
+        raise ValueError(expected("seed", seed, "an integer of at least 0", "pass 0, say"))
     keep, candidates, k = _moves(weights, mask, fraction)
     grown = np.random.default_rng(seed).choice(candidates, k, replace=False)
     return _updated(keep, grown, mask)
 
 
 def rigl_update(weights: ArrayLike, mask: Mask, gradients: ArrayLike, fraction: float) -> Mask:
-    """One mask update of RigL: the smallest kept weights go, those with the largest gradients come.
+    """One mask update of RigL: the smallest kept weights are dropped, those with the largest gradients grow.
 
     As `set_update`, but of the weights that were not kept before those with the largest abs(g) grow, of equal
     ones those with the lower flat index. (In the paper what was just dropped competes too; here it does not,
@@ -91,7 +92,7 @@ def drop_fraction(step: int, end: int, initial: float = 0.3) -> float:
         ValueError: One of them is something else.
     """
     if integer("step", step) < 0:
-        raise ValueError(expected("step", step, "an integer of at least 0"))
+        raise ValueError(expected("step", step, "an integer of at least 0", "count steps from 0"))
     if step >= positive("end", end):
         return 0.0
     return check_sparsity("initial", initial) / 2 * (1 + math.cos(math.pi * step / end))
@@ -100,7 +101,7 @@ def drop_fraction(step: int, end: int, initial: float = 0.3) -> float:
 def _moves(
     weights: ArrayLike, mask: Mask, fraction: float
 ) -> tuple[NDArray[np.bool_], NDArray[np.intp], int]:
-    """What is kept after the drop, flat; the flat indices that may grow; how many go and come."""
+    """What is kept after the drop, flat; the flat indices that may grow; how many are exchanged."""
     if not isinstance(mask, Mask):
         msg = f"mask: expected a Mask; got {mask!r}; pack a boolean array with Mask.from_array"
         raise TypeError(msg)
@@ -118,10 +119,16 @@ def _magnitudes(what: str, values: ArrayLike, mask: Mask, relevant: NDArray[np.b
     """Absolute values, flat; where they are not relevant, 0."""
     array = np.asarray(values)
     if not is_weight_dtype(array.dtype):
-        msg = f"{what}: expected dtype float16, bfloat16, float32 or float64; got {array.dtype}"
+        msg = (
+            f"{what}: expected dtype float16, bfloat16, float32 or float64; got {array.dtype}; convert it "
+            "with .astype()"
+        )
         raise TypeError(msg)
     if array.shape != mask.shape:
-        msg = f"{what}: expected the shape of the mask, {mask.shape}; got {array.shape}"
+        msg = (
+            f"{what}: expected the shape of the mask, {mask.shape}; got {array.shape}; pass the arrays of "
+            "one tensor"
+        )
         raise ValueError(msg)
     sizes = np.where(relevant, np.abs(array.astype(np.float64)), 0.0)
     _refuse_nan([sizes], [what])

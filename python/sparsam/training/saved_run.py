@@ -2,7 +2,7 @@
 
 Each iteration writes its weights and masks into a folder of their own (`sparsam-0003`), then replaces
 `state.json`, whose history says which folder counts, and only then removes the folder of the one before. So
-what `state.json` speaks of is always whole. docs/formats.md describes the files.
+the folder that `state.json` names is always complete. docs/formats.md describes the files.
 """
 
 from __future__ import annotations
@@ -96,10 +96,13 @@ class Limits:
             if value is not None and (
                 isinstance(value, bool) or not isinstance(value, Real) or math.isnan(value)
             ):
-                msg = f"{name}: expected a number; got {value!r}"
+                msg = f"{name}: expected a number; got {value!r}; pass a score, or leave it out"
                 raise ValueError(msg)
         if self.max_drop is not None and self.max_drop < 0:
-            msg = f"max_drop: expected a drop of at least 0; got {self.max_drop!r}"
+            msg = (
+                f"max_drop: expected a drop of at least 0; got {self.max_drop!r}; pass how far the score may "
+                "fall"
+            )
             raise ValueError(msg)
 
     def fails(self, score: float, dense_score: float) -> bool:
@@ -108,7 +111,7 @@ class Limits:
         return too_low or (self.max_drop is not None and not dense_score - score <= self.max_drop)
 
     def applied(self, progress: Progress) -> Progress:
-        """The progress under these limits: other ones may have stopped it, or let it go on."""
+        """The progress under these limits, which may stop it earlier or later than those of the first run."""
         rows = progress.rows()
         bad = next((row for row in rows if self.fails(row.score, progress.dense_score)), None)
         if bad is None or bad is progress.failed:

@@ -59,7 +59,7 @@ def as_examples(example_inputs: Any) -> list[Example]:
     """
     several = example_inputs if isinstance(example_inputs, list) else [example_inputs]
     if not several:
-        msg = "example_inputs is an empty list: expected at least one example; pass None for none"
+        msg = "example_inputs: expected at least one example; got an empty list; pass None for none"
         raise ValueError(msg)
     return [_as_example(value) for value in several]
 
@@ -72,8 +72,8 @@ def _as_example(value: Any) -> Example:
     if isinstance(value, Mapping):
         return Example((), dict(value))
     msg = (
-        f"example_inputs holds a {type(value).__name__}: expected a tensor, a tuple of arguments, a mapping "
-        "of keyword arguments, or a list of such examples; wrap a single argument in a tuple"
+        "example_inputs: expected a tensor, a tuple of arguments, a mapping of keyword arguments, or a list "
+        f"of such examples; got a {type(value).__name__}; wrap a single argument in a tuple"
     )
     raise TypeError(msg)
 
@@ -87,8 +87,8 @@ def _fresh(value: Any) -> Any:
         return copy.deepcopy(value)
     except RuntimeError as error:
         msg = (
-            f"example_inputs holds a {type(value).__name__} that cannot be copied for each run "
-            f"({error!s:.80}); make it under torch.no_grad()"
+            f"example_inputs: expected what can be copied for each run; got a {type(value).__name__} that "
+            f"cannot ({error!s:.80}); make it under torch.no_grad()"
         )
         raise ValueError(msg) from error
 

@@ -230,7 +230,7 @@ def _install(swap: LayerSwap, outcome: Outcome) -> None:
 
 def _check(model: object, dtype: object, **positive: object) -> None:
     if not isinstance(model, nn.Module):
-        msg = f"model: expected a torch.nn.Module; got {type(model).__name__}"
+        msg = f"model: expected a torch.nn.Module; got {type(model).__name__}; pass the model itself"
         raise TypeError(msg)
     name = type(model).__name__
     if isinstance(model, torch.jit.ScriptModule) or name == "OptimizedModule":
@@ -240,7 +240,7 @@ def _check(model: object, dtype: object, **positive: object) -> None:
         msg = f"{lazy[0]}: expected a model that ran before; got one without a shape; call it once before"
         raise ValueError(msg)
     if dtype is not None and dtype not in DTYPES:
-        msg = f"dtype: expected None or one of {', '.join(map(str, DTYPES))}; got {dtype!r}"
+        msg = f"dtype: expected None or one of {', '.join(map(str, DTYPES))}; got {dtype!r}; pass one of them"
         raise ValueError(msg)
     for key, value in positive.items():
         number = isinstance(value, (int, float)) and not isinstance(value, bool)

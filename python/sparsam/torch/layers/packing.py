@@ -112,7 +112,7 @@ class PackedLayer:
     def activation(self, name: str | None) -> None:
         if name is not None and (not name or name not in ACTIVATIONS):
             known = ", ".join(repr(known) for known in ACTIVATIONS if known)
-            msg = f"activation: expected None or one of {known}; got {name!r}"
+            msg = f"activation: expected None or one of {known}; got {name!r}; pass one of them"
             raise ValueError(msg)
         self._activation = name or ""
         if is_packed(self.layer):

@@ -44,17 +44,24 @@ class Encoded:
         wanted = (rows, (cols + 7) // 8)
         if bits.dtype != torch.uint8 or tuple(bits.shape) != wanted:
             msg = (
-                f"weight {name!r}: bits: expected uint8 {wanted}; got {_name(bits.dtype)} {tuple(bits.shape)}"
+                f"weight {name!r}: bits: expected uint8 {wanted}; got {_name(bits.dtype)} "
+                f"{tuple(bits.shape)}; save the model again"
             )
             raise ValueError(msg)
         if values.dtype not in DTYPES or values.ndim != 1:
             got = f"{_name(values.dtype)} {tuple(values.shape)}"
-            msg = f"weight {name!r}: values: expected a vector of {', '.join(map(_name, DTYPES))}; got {got}"
+            msg = (
+                f"weight {name!r}: values: expected a vector of {', '.join(map(_name, DTYPES))}; got {got}; "
+                "save the model again"
+            )
             raise ValueError(msg)
         lines = np.split(bits.numpy(), groups)
         counts = [int(np.unpackbits(part).sum(dtype=np.int64)) for part in lines]
         if len(values) != max(sum(counts), 1):
-            msg = f"weight {name!r}: values: expected one for each of {sum(counts)} bits; got {len(values)}"
+            msg = (
+                f"weight {name!r}: values: expected one for each of {sum(counts)} bits; got {len(values)}; "
+                "save the model again"
+            )
             raise ValueError(msg)
         ends = np.cumsum(counts)
         try:
@@ -63,7 +70,10 @@ class Encoded:
                 for part, count, end in zip(lines, counts, ends, strict=True)
             ]
         except ValueError as error:
-            msg = f"weight {name!r}: expected values and bits of one matrix; got others: {error}"
+            msg = (
+                f"weight {name!r}: expected values and bits of one matrix; got others: {error}; save the "
+                "model again"
+            )
             raise ValueError(msg) from error
 
     @classmethod

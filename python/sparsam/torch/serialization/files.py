@@ -97,7 +97,10 @@ def _check_own(file: Path) -> None:
         with safetensors_format.open_file(file) as handle:
             mark = (handle.metadata() or {}).get("sparsam", "")
     except ValueError as error:
-        msg = f"{file}: expected a file that save() wrote, to replace it; got another: {error}"
+        msg = (
+            f"{file}: expected a file that save() wrote, to replace it; got another ({error}); use another "
+            "directory"
+        )
         raise ValueError(msg) from error
     if not mark.startswith("accelerated "):
         msg = f"{file}: expected a file that save() wrote, to replace it; got another; use another directory"

@@ -21,6 +21,9 @@ from torch import Tensor, nn
 __all__ = ["Loaded", "check_layers"]
 
 
+_DO = "load it into the model that was saved"
+
+
 @dataclass(frozen=True)
 class Loaded:
     """The content of a file that fits a model.
@@ -86,7 +89,7 @@ def check_layers(manifest: Manifest, modules: Mapping[str, nn.Module]) -> None:
         known = isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d)) or (module and is_transposed(module))
         if module is None or not known:
             came = "none" if module is None else f"a {type(module).__name__}"
-            msg = f"layer {name!r}: expected a linear layer or a convolution in the model; got {came}"
+            msg = f"layer {name!r}: expected a linear layer or a convolution in the model; got {came}; {_DO}"
             raise ValueError(msg)
         computed = "weight" not in module._parameters
         if computed != (layer.computed is not None) or (computed and not _can_compute(module)):
@@ -95,11 +98,11 @@ def check_layers(manifest: Manifest, modules: Mapping[str, nn.Module]) -> None:
                 "one that torch.nn.utils.prune or parametrize computes, as in the model that was saved",
             )
             wanted, came = ways if layer.computed is None else ways[::-1]
-            msg = f"layer {name!r}: expected {wanted}; got {came}"
+            msg = f"layer {name!r}: expected {wanted}; got {came}; {_DO}"
             raise ValueError(msg)
         groups = getattr(module, "groups", 1)
         if groups != layer.groups:
-            msg = f"layer {name!r}: expected {layer.groups} groups in the model; got {groups}"
+            msg = f"layer {name!r}: expected {layer.groups} groups in the model; got {groups}; {_DO}"
             raise ValueError(msg)
         if layer.computed is None:
             turned = manifest.weights[manifest.stored(f"{name}.weight")].transposed
@@ -108,14 +111,17 @@ def check_layers(manifest: Manifest, modules: Mapping[str, nn.Module]) -> None:
                     "a layer with a weight (out, in)",
                     "a Conv1D of transformers, with a weight (in, out)",
                 )
-                msg = f"layer {name!r}: expected {kinds[turned]}; got {kinds[not turned]}"
+                msg = f"layer {name!r}: expected {kinds[turned]}; got {kinds[not turned]}; {_DO}"
                 raise ValueError(msg)
     for name, into in manifest.fused.items():
         module, activation = modules.get(name), manifest.layers[into[0]].activation
         plain = module is not None and not any(True for _ in module.children())
         got = recognise_activation(module) if module is not None and plain else None
         if got != activation:
-            msg = f"activation {name!r}: expected {activation} in the model; got {got or 'another or none'}"
+            msg = (
+                f"activation {name!r}: expected {activation} in the model; got {got or 'another or none'}; "
+                f"{_DO}"
+            )
             raise ValueError(msg)
 
 
@@ -129,14 +135,14 @@ def _can_compute(module: nn.Module) -> bool:
 def _check_names(manifest: Manifest, state: Mapping[str, Any], found: set[str]) -> None:
     """Raises where the names of the tensors are not those that the model needs."""
     if strange := sorted(manifest.tied.keys() - state.keys()):
-        msg = f"metadata 'tied': expected tensors that the model has; got {strange[0]!r}"
+        msg = f"metadata 'tied': expected tensors that the model has; got {strange[0]!r}; {_DO}"
         raise ValueError(msg)
     names = {manifest.stored(name) for name in state} | set(manifest.buffers)
     names |= {name + BITS for name in manifest.weights} | manifest.weights.keys()
     if odd := sorted((names ^ found) | (manifest.weights.keys() - state.keys())):
         more = f" and {len(odd) - 1} more" if odd[1:] else ""
         one = f"a file without {odd[0]!r}" if odd[0] not in found else f"{odd[0]!r}, which it has not"
-        msg = f"tensors: expected those of the model; got {one}{more}"
+        msg = f"tensors: expected those of the model; got {one}{more}; {_DO}"
         raise ValueError(msg)
 
 
@@ -149,13 +155,16 @@ def _check_tensor(name: str, own: Any, manifest: Manifest, rest: Mapping[str, Te
         shape, dtype = tuple(rest[stored].shape), dtype_name(rest[stored].dtype)
     if not isinstance(own, Tensor) or (tuple(own.shape), dtype_name(own.dtype)) != (shape, dtype):
         came = f"{tuple(own.shape)} {dtype_name(own.dtype)}" if isinstance(own, Tensor) else "no tensor"
-        msg = f"tensor {name!r}: expected {shape} {dtype} in the model; got {came}"
+        msg = f"tensor {name!r}: expected {shape} {dtype} in the model; got {came}; {_DO}"
         raise ValueError(msg)
     if weight is not None and own.device.type not in {"cpu", "meta"}:
-        msg = f"tensor {name!r}: expected it on the CPU; got it on {own.device}"
+        msg = f"tensor {name!r}: expected it on the CPU; got it on {own.device}; move the model with .cpu()"
         raise ValueError(msg)
     if weight is not None and own.dtype not in DTYPES:
-        msg = f"tensor {name!r}: expected one of {', '.join(map(dtype_name, DTYPES))}; got {own.dtype}"
+        msg = (
+            f"tensor {name!r}: expected one of {', '.join(map(dtype_name, DTYPES))}; got {own.dtype}; "
+            "convert the model with .to()"
+        )
         raise ValueError(msg)
 
 
@@ -167,7 +176,8 @@ def _missing_buffers(model: nn.Module, manifest: Manifest, state: Mapping[str, A
             continue
         if name not in manifest.buffers:
             msg = (
-                f"{name}: expected a tensor with numbers, or a buffer of the file; got one on the meta device"
+                f"{name}: expected a tensor with numbers, or a buffer of the file; got one on the meta "
+                "device; make the model on the CPU"
             )
             raise ValueError(msg)
         wanted.append(name)

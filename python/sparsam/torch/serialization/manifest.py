@@ -103,7 +103,7 @@ class Manifest:
             ValueError: It is not what `to_metadata` writes.
         """
         if (mark := metadata.get("sparsam")) != MARK:
-            msg = f"metadata: expected sparsam={MARK!r}; got {mark!r:.200}"
+            msg = f"metadata: expected sparsam={MARK!r}; got {mark!r:.200}; name a file that save() wrote"
             raise ValueError(msg)
         found = _decoded(metadata, "weights", dict[str, Any])
         weights = {name: _weight(name, value) for name, value in found.items()}
@@ -114,12 +114,18 @@ class Manifest:
         buffers = _decoded(metadata, "buffers", tuple[str, ...])
         for name, source in tied.items():
             if source in tied or name in weights:
-                msg = f"tensor {name!r}: expected to be tied to one that is stored; got {source!r:.200}"
+                msg = (
+                    f"tensor {name!r}: expected to be tied to one that is stored; got {source!r:.200}; save "
+                    "the model again"
+                )
                 raise ValueError(msg)
         for name, into in fused.items():
             computed = {layers[n].activation if n in layers else None for n in into}
             if len(computed) != 1 or None in computed:
-                msg = f"activation {name!r}: expected the layers that compute it; got {into!r:.200}"
+                msg = (
+                    f"activation {name!r}: expected the layers that compute it; got {into!r:.200}; save the "
+                    "model again"
+                )
                 raise ValueError(msg)
         manifest = cls(weights, layers, fused, tied, buffers)
         for name in layers:
@@ -133,11 +139,20 @@ class Manifest:
         stored = self.stored(f"{name}.weight")
         weight = self.weights.get(stored)
         if weight is None:
-            msg = f"layer {name!r}: expected values and bits of its weight; got none under {stored!r:.200}"
+            msg = (
+                f"layer {name!r}: expected values and bits of its weight; got none under {stored!r:.200}; "
+                "save the model again"
+            )
             raise ValueError(msg)
         if weight.shape[0] % layer.groups or (weight.transposed and layer.groups > 1):
-            msg = f"layer {name!r}: field groups: expected a divisor of its rows; got {layer.groups}"
+            msg = (
+                f"layer {name!r}: field groups: expected a divisor of its rows; got {layer.groups}; save the "
+                "model again"
+            )
             raise ValueError(msg)
+
+
+_REMEDY = "save the model again"
 
 
 def dtype_name(dtype: object) -> str:
@@ -146,22 +161,28 @@ def dtype_name(dtype: object) -> str:
 
 
 def _decoded(metadata: Mapping[str, str], key: str, kind: type[T]) -> T:
-    return decode(metadata.get(key, ""), kind, f"metadata {key!r}")
+    return decode(metadata.get(key, ""), kind, f"metadata {key!r}", _REMEDY)
 
 
 def _weight(name: str, value: object) -> Weight:
-    weight = convert(value, Weight, source := f"weight {name!r}")
+    weight = convert(value, Weight, source := f"weight {name!r}", _REMEDY)
     if weight.dtype not in _DTYPES:
-        msg = f"{source}: field dtype: expected one of {', '.join(_DTYPES)}; got {weight.dtype!r:.60}"
+        msg = (
+            f"{source}: field dtype: expected one of {', '.join(_DTYPES)}; got {weight.dtype!r:.60}; save "
+            "the model again"
+        )
         raise ValueError(msg)
     if weight.transposed and len(weight.shape) > 2:
-        msg = f"{source}: field transposed: expected false for {weight.describe()}; got true"
+        msg = (
+            f"{source}: field transposed: expected false for {weight.describe()}; got true; save the model "
+            "again"
+        )
         raise ValueError(msg)
     return weight
 
 
 def _layer(name: str, value: object) -> Layer:
-    layer = convert(value, Layer, source := f"layer {name!r}")
+    layer = convert(value, Layer, source := f"layer {name!r}", _REMEDY)
     field, wanted = "", ""
     if layer.activation is not None and layer.activation not in _ACTIVATIONS:
         field, wanted = "activation", f"null or one of {', '.join(_ACTIVATIONS)}"
@@ -170,6 +191,9 @@ def _layer(name: str, value: object) -> Layer:
     elif layer.computed is not None and layer.computed not in _DTYPES:
         field, wanted = "computed", f"null or one of {', '.join(_DTYPES)}"
     if field:
-        msg = f"{source}: field {field}: expected {wanted}; got {getattr(layer, field)!r:.60}"
+        msg = (
+            f"{source}: field {field}: expected {wanted}; got {getattr(layer, field)!r:.60}; save the model "
+            "again"
+        )
         raise ValueError(msg)
     return layer

@@ -132,7 +132,8 @@ class PruningConfig:
         target_sparsity: The fraction of weights to prune, in [0, 1]. Left out (or None), what an N:M pattern
             or an explicit schedule asks for, else 0.5. Always a float on the finished object.
         method: "magnitude", "random", "lamp", or an object of `sparsam.scores`, a `Scorer`. The other names
-            ("saliency", "fisher", "movement", "wanda", "ria") need data and say which object to pass.
+            ("saliency", "fisher", "movement", "wanda", "ria", "obs", "admm") need data: `sparsam.torch.prune`
+            gathers it from a model, others say which object to pass.
         pattern: Which weights stand or fall together: `Unstructured`, `NM`, `Block` or `Slices`.
         scope: What weights are compared with: "layer", those of the same tensor; "row", those of the same
             output row, as in Wanda (single weights and N:M only); "global", all, with one threshold.

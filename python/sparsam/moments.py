@@ -53,7 +53,11 @@ class CentredMoments:
     target_squares: NDArray[np.float64] | None = None
 
     def squared_error(
-        self, w: ArrayLike, bias: ArrayLike | None = None, *, rows: slice = slice(None)
+        self,
+        w: ArrayLike,
+        bias: ArrayLike | None = None,
+        *,
+        rows: slice | NDArray[np.int64] = slice(None),
     ) -> float:
         """The sum of ||y - W x - b||^2 over the rows seen, from the moments alone.
 

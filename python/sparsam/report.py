@@ -15,7 +15,7 @@ from sparsam import _core
 from sparsam.selection import is_weight_dtype
 
 _COLUMNS = ("tensor", "shape", "dtype", "pattern", "params", "pruned", "sparsity", "dense", "packed")
-_TEXT_COLUMNS = 4
+_TEXT_COLUMNS = ("tensor", "shape", "dtype", "pattern", "note")
 
 
 @dataclass(frozen=True)
@@ -127,18 +127,28 @@ class Report:
     def to_markdown(self) -> str:
         """Returns a Markdown table whose last row is the total."""
         rows = [
-            _COLUMNS,
-            tuple("---" if i < _TEXT_COLUMNS else "---:" for i in range(len(_COLUMNS))),
+            self._columns(),
+            tuple("---" if _is_text(column) else "---:" for column in self._columns()),
             *self._rows(),
         ]
         return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows)
 
     def __str__(self) -> str:
-        rows = [_COLUMNS, *self._rows()]
+        columns = self._columns()
+        rows = [columns, *self._rows()]
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        lines = ["  ".join(_aligned(i, cell, widths[i]) for i, cell in enumerate(row)) for row in rows]
-        rule = "-" * len(lines[0])
+        lines = [
+            "  ".join(
+                cell.ljust(width) if _is_text(column) else cell.rjust(width)
+                for column, cell, width in zip(columns, row, widths, strict=True)
+            ).rstrip()
+            for row in rows
+        ]
+        rule = "-" * max(map(len, lines))
         return "\n".join([lines[0], rule, *lines[1:-1], rule, lines[-1]])
+
+    def _columns(self) -> tuple[str, ...]:
+        return _COLUMNS
 
     def _rows(self) -> list[tuple[str, ...]]:
         return [_cells(layer) for layer in (*self.layers, self.total)]
@@ -158,8 +168,8 @@ def _cells(layer: LayerStats) -> tuple[str, ...]:
     )
 
 
-def _aligned(column: int, cell: str, width: int) -> str:
-    return cell.ljust(width) if column < _TEXT_COLUMNS else cell.rjust(width)
+def _is_text(column: str) -> bool:
+    return column in _TEXT_COLUMNS
 
 
 def readable_size(num_bytes: int) -> str:

@@ -411,6 +411,8 @@ _NEEDS = {
     "movement": "pass scores.Movement({name: - sum of w g})",
     "wanda": "pass scores.Wanda({name: InputStatistics})",
     "ria": "pass scores.RIA({name: InputStatistics})",
+    "obs": "it gives weights, not scores: use sparsam.obs, or sparsam.torch.prune for a model",
+    "admm": "it gives weights, not scores: use sparsam.admm, or sparsam.torch.prune for a model",
 }
 
 

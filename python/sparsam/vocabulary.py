@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 MethodName: TypeAlias = Literal[
-    "magnitude", "random", "lamp", "saliency", "fisher", "movement", "wanda", "ria"
+    "magnitude", "random", "lamp", "saliency", "fisher", "movement", "wanda", "ria", "obs", "admm"
 ]
 Scope: TypeAlias = Literal["layer", "row", "global"]
 AllocationName: TypeAlias = Literal["uniform", "erk", "lamp", "global"]

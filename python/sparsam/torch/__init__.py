@@ -26,6 +26,8 @@ from sparsam.torch.acceleration.report import AccelerationReport, LayerRow
 from sparsam.torch.acceleration.workflow import accelerate
 from sparsam.torch.layers.packed_tensor import PackedTensor
 from sparsam.torch.layers.packing import pack
+from sparsam.torch.pruning.one_shot import prune
+from sparsam.torch.pruning.pruning_report import PruningReport
 from sparsam.torch.serialization.files import load, save
 from sparsam.torch.sparse_tensors import from_sparse_tensor, to_sparse_tensor
 
@@ -33,10 +35,12 @@ __all__ = [
     "AccelerationReport",
     "LayerRow",
     "PackedTensor",
+    "PruningReport",
     "accelerate",
     "from_sparse_tensor",
     "load",
     "pack",
+    "prune",
     "restore",
     "save",
     "to_sparse_tensor",

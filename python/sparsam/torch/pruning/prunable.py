@@ -65,7 +65,7 @@ def prunable_weights(
 
     Args:
         model: The model.
-        exclude: Names of weights or of modules, or shell-style patterns of them, that are left out.
+        exclude: Names of weights or of modules around them, or shell-style patterns, that are left out.
 
     Returns:
         The weights, and the name of each parameter of two or more axes that stays dense -> why.
@@ -86,7 +86,8 @@ def prunable_weights(
     seen: dict[int, str] = {}
     matched: set[str] = set()
     for weight, reason in _every_weight(model):
-        names = (weight.name, weight.name.removesuffix(f".{weight.attribute}"))
+        parts = weight.name.split(".")
+        names = [".".join(parts[:end]) for end in range(1, len(parts) + 1)]
         hits = [pattern for pattern in exclude for name in names if _matches(name, pattern)]
         matched.update(hits)
         if hits or reason:

@@ -1,0 +1,145 @@
+"""What one run of the dense network shows: weights called together, and those that end a residual branch."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from sparsam.torch.pruning.calibration import Batch
+from sparsam.torch.pruning.forward_passes import Pass, Residual, Slots, Tracked, advance, end
+from sparsam.torch.pruning.layer_inputs import Inputs, unfolding
+from sparsam.torch.pruning.prunable import PrunableWeight
+from torch import Tensor, nn
+
+__all__ = ["CallPlan", "Group", "plan_calls"]
+
+
+@dataclass
+class Group:
+    """Weights that are multiplied with the same inputs, and are fitted together.
+
+    Attributes:
+        names: The weights, in the order of their first calls.
+        repeated: Whether one pass calls them several times.
+    """
+
+    names: list[str]
+    repeated: bool = False
+
+
+@dataclass
+class CallPlan:
+    """The order of the network.
+
+    Attributes:
+        groups: In the order of their first calls.
+        residual: The weights whose output is added to something that is computed before them.
+        norms: Weight -> the running mean of the batch normalisation that directly follows.
+    """
+
+    groups: list[Group] = field(default_factory=list)
+    residual: set[str] = field(default_factory=set)
+    norms: dict[str, Tensor] = field(default_factory=dict)
+
+    def place(self, name: str) -> int:
+        """Which group a weight is in."""
+        return next(i for i, group in enumerate(self.groups) if name in group.names)
+
+
+def plan_calls(
+    network: nn.Module, batches: Sequence[Batch], weights: Mapping[str, PrunableWeight]
+) -> CallPlan:
+    """Runs batches through the dense network until every weight has been called.
+
+    Raises:
+        ValueError: No batch reaches a weight.
+    """
+    plan, reached = CallPlan(), set[str]()
+    for index, batch in enumerate(batches):
+        trace = _Trace(network, batch, index, plan, weights)
+        try:
+            advance([trace])
+        finally:
+            end([trace])
+        trace.settle()
+        reached.update(trace.calls)
+        if reached.issuperset(weights):
+            return plan
+    missing = next(name for name in weights if name not in reached)
+    msg = (
+        f"calibration: expected inputs that reach every weight that is pruned; got none for {missing!r}; "
+        "exclude it, or add inputs that reach it"
+    )
+    raise ValueError(msg)
+
+
+class _Trace(Pass):
+    """A pass that waits nowhere, and adds what it sees to a plan."""
+
+    def __init__(
+        self,
+        network: nn.Module,
+        batch: Batch,
+        index: int,
+        plan: CallPlan,
+        weights: Mapping[str, PrunableWeight],
+    ) -> None:
+        super().__init__(network, batch, index, Slots(1))
+        self._weights = weights
+        self.calls: Counter[str] = Counter()
+        self._plan = plan
+        self._known = {name for group in plan.groups for name in group.names}
+        self._inputs: list[tuple[Inputs, int, Group]] = []  # alive, so that no other tensor has their ids
+        self._sums: set[str] = set()
+        self._norms: dict[str, Tensor] = {}
+        self._pending: dict[str, int] = {}
+
+    def before(self, name: str, inputs: Callable[[], Inputs], again: Callable[[], Tensor]) -> None:
+        del again
+        self.calls[name] += 1
+        if self.calls[name] > 1 or name in self._known:
+            return
+        given = inputs()
+        if len(given) == 1:
+            for known, version, group in self._inputs:
+                same = unfolding(self._weights[group.names[0]]) == unfolding(self._weights[name])
+                if same and known[0] is given[0] and known[0]._version == version:
+                    group.names.append(name)
+                    return
+        group = Group([name])
+        self._plan.groups.append(group)
+        if len(given) == 1:
+            self._inputs.append((given, given[0]._version, group))
+        # What comes later ends the wait for sums of what came before.
+        self._pending.clear()
+
+    def after(self, name: str, output: Callable[[], Tensor | None]) -> None:
+        if self.calls[name] == 1 and name not in self._known and (given := output()) is not None:
+            self._pending[name] = self._plan.place(name)
+            self.track(name, given)
+
+    def joined(self, tracked: Sequence[Tracked]) -> Tracked:
+        return max(tracked, key=lambda one: self._plan.place(one.name))
+
+    def meets(self, residual: Residual) -> None:
+        name = residual.own.name
+        self._note_norm(residual.own)
+        if name in self._pending:
+            self._sums.add(name)
+            del self._pending[name]
+
+    def lost(self, tracked: Tracked) -> None:
+        self._note_norm(tracked)
+
+    def _note_norm(self, tracked: Tracked) -> None:
+        if tracked.norm is not None:
+            self._norms[tracked.name] = tracked.norm
+
+    def settle(self) -> None:
+        """Adds to the plan what holds for the whole pass."""
+        for group in self._plan.groups:
+            group.repeated = group.repeated or any(self.calls[name] > 1 for name in group.names)
+            if len(group.names) == 1 and not group.repeated:
+                self._plan.residual.update(self._sums.intersection(group.names))
+        self._plan.norms.update(self._norms)

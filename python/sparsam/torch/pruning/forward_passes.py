@@ -1,0 +1,325 @@
+"""Forward passes that wait where a layer is to be pruned, one thread for each batch.
+
+Each batch goes through a network once. Where it comes to a weight that is not pruned yet it waits, with its
+activations on its own stack, until the weight has been fitted to what all batches have for it. So no layer is
+computed twice, whatever the model does between its layers, and memory holds what the passes hold there.
+"""
+
+from __future__ import annotations
+
+import contextvars
+import threading
+from collections.abc import Callable, Collection, Iterable, Sequence
+from typing import Any
+
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
+
+import torch
+from sparsam.torch.pruning.calibration import Batch
+from sparsam.torch.pruning.layer_inputs import Inputs
+from torch import Tensor, nn
+
+__all__ = ["Pass", "Residual", "Slots", "Tracked", "advance", "current_pass", "end"]
+
+_SUMS = ("add", "add_", "__add__", "__iadd__", "__radd__")
+_SAME = ("dropout", "contiguous")
+_active = threading.local()
+
+
+def current_pass() -> Pass | None:
+    """The pass that runs in this thread."""
+    found: Pass | None = getattr(_active, "current", None)
+    return found
+
+
+class _Ended(BaseException):
+    """The pass is not needed any more."""
+
+
+class Tracked:
+    """The output of a weight on its way to a sum, through what keeps its place and shape.
+
+    Attributes:
+        name: The weight's.
+        tensor: As it is now.
+        scale: Of each channel: what it was multiplied with; None: 1.
+        shift: What was added then, of the same shape; None: 0.
+        steps: The functions that it went through.
+        norm: The running mean of the batch normalisation right after the weight.
+    """
+
+    def __init__(self, name: str, tensor: Tensor) -> None:
+        self.name, self.tensor = name, tensor
+        self.scale: Tensor | None = None
+        self.shift: Tensor | None = None
+        self.steps: list[Callable[[Tensor], Tensor]] = []
+        self.norm: Tensor | None = None
+
+    def through(self, step: Callable[[Tensor], Tensor], result: Tensor) -> None:
+        """Goes through a function."""
+        self.steps.append(step)
+        self.tensor = result
+
+    def times(self, scale: Tensor, shift: Tensor | None) -> None:
+        """Notes that it is multiplied, and shifted."""
+        before = self.shift if self.shift is not None else torch.zeros(())
+        added = before * scale if shift is None else before * scale + shift
+        self.scale = scale if self.scale is None else self.scale * scale
+        self.shift = added if added.ndim else None
+
+
+class Residual:
+    """A sum that the output of a weight goes into: own + other."""
+
+    def __init__(self, own: Tracked, other: Tensor) -> None:
+        self.own, self.other = own, other
+
+    def wanted(self, total: Tensor, other: Tensor) -> Tensor:
+        """The output with which own + `other` is `total`, in the shape of the weight's output."""
+        difference = total - other
+        if self.own.shift is not None:
+            difference = difference - self.own.shift
+        return difference if self.own.scale is None else difference / self.own.scale
+
+
+class Slots:
+    """How many passes compute at once, each in one of so many threads."""
+
+    def __init__(self, passes: int) -> None:
+        threads = torch.get_num_threads()
+        self.running = max(1, min(threads, passes))
+        self.each = max(1, threads // self.running)
+        self._free = threading.Semaphore(self.running)
+
+    def __enter__(self) -> None:
+        self._free.acquire()
+
+    def __exit__(self, *_: object) -> None:
+        self._free.release()
+
+
+class Pass:
+    """One batch on its way through a network. Subclasses say where it waits.
+
+    Attributes:
+        batch: The batch.
+        finished: Whether it has come to its end.
+    """
+
+    def __init__(self, network: nn.Module, batch: Batch, index: int, slots: Slots) -> None:
+        self.batch = batch
+        self.finished = False
+        self._network, self._index, self._slots = network, index, slots
+        self._go, self._stopped = threading.Semaphore(0), threading.Semaphore(0)
+        self._ended = False
+        self._error: BaseException | None = None
+        self._thread: threading.Thread | None = None
+        self._tracked: dict[int, Tracked] = {}
+
+    # What subclasses do where they are told of calls; see `layer_inputs.Visitor`.
+
+    def before(self, name: str, inputs: Callable[[], Inputs], again: Callable[[], Tensor]) -> None:
+        """A weight is about to be used."""
+
+    def after(self, name: str, output: Callable[[], Tensor | None]) -> None:
+        """A weight was used."""
+
+    def meets(self, residual: Residual) -> None:
+        """A tracked output is about to be added to something."""
+
+    def added(self, name: str, total: Tensor) -> None:
+        """It was added."""
+
+    def lost(self, tracked: Tracked) -> None:
+        """A tracked output went elsewhere."""
+
+    def joined(self, tracked: Sequence[Tracked]) -> Tracked:
+        """Which of two tracked outputs that are added to each other goes on as such."""
+        return tracked[-1]
+
+    def track(self, name: str, output: Tensor) -> None:
+        """Watches where an output goes."""
+        self._tracked[id(output)] = Tracked(name, output)
+
+    def wait(self) -> None:
+        """Waits in the thread of the pass until it is resumed."""
+        _active.current = None
+        self._slots.__exit__()
+        self._stopped.release()
+        self._go.acquire()
+        self._slots.__enter__()
+        if self._ended:
+            raise _Ended
+        _active.current = self
+
+    # What the thread does that prunes.
+
+    def resume(self) -> None:
+        """Lets it go on."""
+        if self._thread is None:
+            context = contextvars.copy_context()
+            self._thread = threading.Thread(target=lambda: context.run(self._run), daemon=True)
+            try:
+                self._thread.start()
+            except RuntimeError as error:
+                self._thread = None
+                msg = f"calibration: expected fewer batches, each has a thread; got {error}; use larger ones"
+                raise ValueError(msg) from error
+        else:
+            self._go.release()
+
+    def join(self) -> None:
+        """Waits until it waits or has finished; raises what went wrong in it."""
+        self._stopped.acquire()
+        if self._error is not None:
+            raise self._error
+
+    def end(self) -> None:
+        """Ends it wherever it is."""
+        self._ended = True
+        if self._thread is not None and not self.finished:
+            self._go.release()
+            self._thread.join()
+
+    def _run(self) -> None:
+        try:
+            with self._slots, torch.no_grad():
+                torch.set_num_threads(self._slots.each)
+                _active.current = self
+                with _Watch(self):
+                    self._network(*self.batch.args, **self.batch.kwargs)
+        except _Ended:
+            pass
+        except ValueError as error:
+            self._error = error
+        except Exception as error:
+            wanted = "inputs that the model runs with"
+            msg = f"calibration: batch {self._index}: expected {wanted}; got {_said(error)}; correct them"
+            self._error = ValueError(msg)
+            self._error.__cause__ = error
+        finally:
+            _active.current = None
+            self.finished = True
+            self._tracked.clear()
+            self._stopped.release()
+
+    def function(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """Calls a function of PyTorch, and sees what it does with the outputs that are tracked."""
+        if not self._tracked:
+            return func(*args, **kwargs)
+        name = getattr(func, "__name__", "")
+        hits = [self._tracked[id(value)] for value in args if id(value) in self._tracked]
+        if hits and name in _SUMS and len(args) == 2 and not kwargs and _alike(*args):
+            own = hits[0] if len(hits) == 1 else self.joined(hits)
+            for one in hits:
+                self._forget(one)
+            other = args[1] if args[0] is own.tensor else args[0]
+            self.meets(Residual(own, other))
+            result = func(*args)
+            self.added(own.name, result)
+            return result
+        if (
+            len(hits) == 1
+            and id(args[0]) in self._tracked
+            and (step := _step(name, func, args, kwargs, hits[0]))
+        ):
+            self._forget(hits[0])
+            result = func(*args, **kwargs)
+            hits[0].through(step, result)
+            self._tracked[id(result)] = hits[0]
+            return result
+        result = func(*args, **kwargs)
+        if isinstance(result, (torch.Size, torch.dtype, torch.device, torch.layout, bool, int, str)):
+            return result
+        for value in pytree.tree_leaves((args, kwargs)):
+            gone = self._tracked.get(id(value))
+            if gone is not None and gone.tensor is value:
+                self._forget(gone)
+                self.lost(gone)
+        return result
+
+    def _forget(self, tracked: Tracked) -> None:
+        self._tracked.pop(id(tracked.tensor), None)
+
+
+class _Watch(TorchFunctionMode):
+    def __init__(self, owner: Pass) -> None:
+        super().__init__()
+        self._owner = owner
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return self._owner.function(func, args, kwargs or {})
+
+
+def _said(error: BaseException) -> str:
+    lines = str(error).splitlines()
+    return f"{type(error).__name__}: {lines[0] if lines else ''}"
+
+
+def _alike(a: Any, b: Any) -> bool:
+    return (
+        isinstance(a, Tensor)
+        and isinstance(b, Tensor)
+        and a.shape == b.shape
+        and not isinstance(a, nn.Parameter)
+        and not isinstance(b, nn.Parameter)
+    )
+
+
+def _step(
+    name: str, func: Any, args: Any, kwargs: Any, tracked: Tracked
+) -> Callable[[Tensor], Tensor] | None:
+    """The function as one of the tracked tensor, if it keeps the place of each number."""
+    if name == "dropout":
+        training = kwargs.get("training", args[2] if len(args) > 2 else True)
+        if training:
+            return None
+    elif name == "batch_norm":
+        if not _note_norm(args, kwargs, tracked):
+            return None
+    elif name == "mul":
+        scale = args[1] if len(args) == 2 else None
+        if not isinstance(scale, nn.Parameter) or scale.shape != args[0].shape[-1:]:
+            return None
+        tracked.times(scale, None)
+    elif name not in _SAME:
+        return None
+    return lambda tensor: func(tensor, *args[1:], **kwargs)
+
+
+def _note_norm(args: Any, kwargs: Any, tracked: Tracked) -> bool:
+    """Notes a batch normalisation in evaluation mode."""
+    names = ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps")
+    bound = dict(zip(names, args, strict=False)) | kwargs
+    mean, variance = bound.get("running_mean"), bound.get("running_var")
+    if bound.get("training", False) or mean is None or variance is None:
+        return False
+    scale = torch.rsqrt(variance + bound.get("eps", 1e-5))
+    if bound.get("weight") is not None:
+        scale = scale * bound["weight"]
+    if not (scale.abs() > 1e-6 * scale.abs().max()).all():
+        return False
+    shift = -mean * scale
+    if bound.get("bias") is not None:
+        shift = shift + bound["bias"]
+    if not tracked.steps:
+        tracked.norm = mean
+    shape = (1, -1, *[1] * (bound["input"].ndim - 2))
+    tracked.times(scale.reshape(shape), shift.reshape(shape))
+    return True
+
+
+def advance(passes: Iterable[Pass]) -> None:
+    """Lets passes go on, and waits until each waits again or has finished."""
+    moving = [one for one in passes if not one.finished]
+    for one in moving:
+        one.resume()
+    for one in moving:
+        one.join()
+
+
+def end(passes: Collection[Pass]) -> None:
+    """Ends passes wherever they are."""
+    for one in passes:
+        one.end()

@@ -1,0 +1,74 @@
+"""The gradients of a loss at the weights of a model, which some scores need."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+import torch
+from sparsam import scores
+from sparsam.config import Scorer
+from sparsam.torch.pruning.calibration import Batch
+from sparsam.torch.pruning.prunable import PrunableWeight
+from sparsam.torch.pruning.twins import Twin
+from torch import Tensor, nn
+
+__all__ = ["GRADIENT_METHODS", "gradient_scorer"]
+
+GRADIENT_METHODS: Mapping[str, Callable[..., Scorer]] = {
+    "saliency": scores.Saliency,
+    "fisher": scores.Fisher,
+    "movement": scores.Movement,
+}
+"""The methods that need gradients of a loss."""
+
+
+def gradient_scorer(
+    method: str,
+    model: nn.Module,
+    weights: Sequence[PrunableWeight],
+    batches: Sequence[Batch],
+    loss_fn: Callable[[nn.Module, Any], Tensor],
+) -> Scorer:
+    """Scores by the gradients of a loss over batches, of the dense model in evaluation mode.
+
+    "saliency" takes the mean gradient, "fisher" the mean of the squared gradients of batches, "movement"
+    minus the sum of weight times gradient.
+
+    Raises:
+        ValueError: The loss is no number with a gradient, or a gradient is not finite.
+    """
+    twin = Twin(model, weights)
+    sums = {name: np.zeros(tuple(weight.parameter.shape)) for name, weight in twin.weights.items()}
+    for weight in twin.weights.values():
+        weight.parameter.requires_grad_(True)
+    for index, batch in enumerate(batches):
+        with torch.enable_grad():
+            loss = loss_fn(twin.model, batch.given)
+            if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.requires_grad:
+                got = f"{tuple(loss.shape)} numbers" if isinstance(loss, Tensor) else type(loss).__name__
+                msg = (
+                    f"loss_fn: batch {index}: expected one number with a gradient; got {got}; return the loss"
+                )
+                raise ValueError(msg)
+            loss.backward()  # type: ignore[no-untyped-call]
+        for name, weight in twin.weights.items():
+            gradient = weight.parameter.grad
+            if gradient is None:
+                continue
+            values = gradient.double().numpy()
+            if not np.isfinite(values).all():
+                msg = (
+                    f"weight {name!r}: batch {index}: expected a finite gradient of the loss; got NaN or "
+                    "infinity; leave that batch out"
+                )
+                raise ValueError(msg)
+            if method == "fisher":
+                values = values**2
+            elif method == "movement":
+                values = -values * weight.parameter.detach().double().numpy()
+            sums[name] += values if method == "movement" else values / len(batches)
+            weight.parameter.grad = None
+    return GRADIENT_METHODS[method](sums)

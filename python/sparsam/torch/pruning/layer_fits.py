@@ -1,0 +1,172 @@
+"""New values for a group of weights: the statistics in, what each weight becomes out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Executor, Future
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+import torch
+from sparsam.config import Scorer
+from sparsam.patterns import Unstructured
+from sparsam.pools import Pool
+from sparsam.pruner import prune_pools
+from sparsam.reconstruction.sequential import RECONSTRUCTIONS, LayerFit, LayerProblem, fit_layer, split_counts
+from sparsam.statistics import InputStatistics
+from sparsam.torch.pruning.group_statistics import GroupStatistics
+from sparsam.torch.pruning.input_scores import InputScores
+from sparsam.torch.pruning.twins import Rows
+from torch import Tensor
+
+__all__ = ["Method", "NewLayer", "fit_group"]
+
+Array = NDArray[Any]
+Parts = Sequence[tuple[InputStatistics, InputStatistics]]
+
+
+@dataclass(frozen=True)
+class NewLayer:
+    """What a weight becomes.
+
+    Attributes:
+        name: Its name.
+        weights: Outputs first.
+        bias: (out,) or None.
+        error: The squared difference from the wanted outputs as a share of their energy.
+        damping: Of the least squares; None where nothing was fitted.
+        targets: "dense" or "own": what it was fitted to, or the error is measured by.
+    """
+
+    name: str
+    weights: Array
+    bias: Array | None
+    error: float
+    damping: float | None
+    targets: str
+
+
+@dataclass(frozen=True)
+class Method:
+    """How masks are chosen: by a reconstruction, or by scores.
+
+    Attributes:
+        name: "obs", "admm", "wanda" or "ria"; "" for a scorer that needs no statistics.
+        scorer: That scorer.
+    """
+
+    name: str
+    scorer: Scorer | None = None
+
+    @property
+    def reconstructs(self) -> bool:
+        """Whether the weights that stay get new values."""
+        return self.name in RECONSTRUCTIONS
+
+
+def fit_group(
+    statistics: GroupStatistics,
+    layers: Mapping[str, Rows],
+    pools: Mapping[str, Pool],
+    method: Method,
+    executor: Executor | None,
+) -> list[NewLayer]:
+    """Solves the problems of a group.
+
+    Args:
+        statistics: Of the group; if they have targets, layers are fitted to those.
+        layers: Name -> the weight, of the group alone.
+        pools: Name -> sparsity and pattern.
+        method: How.
+        executor: Where problems are solved; None: here. The results are the same.
+    """
+    if not method.reconstructs:
+        return [_score(name, statistics.parts, rows, pools[name], method) for name, rows in layers.items()]
+    problems: list[LayerProblem] = []
+    for name, rows in layers.items():
+        problems += _problems(name, statistics, rows, pools[name], method)
+    fits = iter(_solve(problems, executor))
+    result = []
+    for name, rows in layers.items():
+        found = [next(fits) for _ in statistics.parts]
+        weights = np.concatenate([fit.weights for fit in found])
+        biases = [fit.bias for fit in found if fit.bias is not None]
+        error = float(np.mean([fit.error for fit in found]))
+        targets = "dense" if name in statistics.targets else "own"
+        bias = np.concatenate(biases) if biases else None
+        result.append(NewLayer(name, weights, bias, error, found[0].damping, targets))
+        del rows
+    return result
+
+
+def _solve(problems: Sequence[LayerProblem], executor: Executor | None) -> Iterator[LayerFit]:
+    """The fits in order; what has not begun is cancelled after a failure."""
+    if executor is None:
+        yield from map(fit_layer, problems)
+        return
+    futures: list[Future[LayerFit]] = [executor.submit(fit_layer, problem) for problem in problems]
+    try:
+        for future in futures:
+            yield future.result()
+    finally:
+        for future in futures:
+            future.cancel()
+
+
+def _problems(
+    name: str, statistics: GroupStatistics, rows: Rows, pool: Pool, method: Method
+) -> Iterator[LayerProblem]:
+    """One for each part of the weight that has inputs of its own."""
+    matrix, bias = to_array(rows.matrix()), rows.bias()
+    parts = len(statistics.parts)
+    matrices = np.split(matrix, parts)
+    biases = [None] * parts if bias is None else np.split(to_array(bias), parts)
+    shares = [pool.sparsity] * parts
+    if parts > 1 and isinstance(pool.pattern, Unstructured):
+        sizes = [part.size for part in matrices]
+        counts = split_counts(round(pool.sparsity * matrix.size), sizes)
+        shares = [count / size for count, size in zip(counts, sizes, strict=True)]
+    for i, (fitted, held_out) in enumerate(statistics.parts):
+        yield LayerProblem(
+            name,
+            matrices[i],
+            biases[i],
+            fitted,
+            held_out if held_out.count else None,
+            statistics.targets.get(name),
+            method.name,
+            shares[i],
+            pool.pattern,
+            pool.scope,
+        )
+
+
+def _score(name: str, parts: Parts, rows: Rows, pool: Pool, method: Method) -> NewLayer:
+    """Masks by scores: what stays keeps its value."""
+    matrix = to_array(rows.matrix())
+    scorer = method.scorer or InputScores(method.name, {name: [fitted for fitted, _ in parts]})
+    out = np.empty_like(matrix)
+    prune_pools({name: matrix}, [replace(pool, transposed=frozenset())], scorer, {name: out})
+    errors = []
+    for (fitted, held_out), old, new in zip(
+        parts, np.split(matrix, len(parts)), np.split(out, len(parts)), strict=True
+    ):
+        errors.append(_own_error(held_out if held_out.count else fitted, old, new))
+    return NewLayer(name, out, None, float(np.mean(errors)), None, "own")
+
+
+def _own_error(seen: InputStatistics, old: Array, new: Array) -> float:
+    gram = seen.gram
+    before = old.reshape(len(old), -1).astype(np.float64)
+    change = before - new.reshape(before.shape)
+    energy = float(np.vdot(before @ gram, before))
+    return float(np.vdot(change @ gram, change)) / energy if energy > 0 else 0.0
+
+
+def to_array(tensor: Tensor) -> Array:
+    """As float32, or float64 if it is that; C order."""
+    wide = tensor if tensor.dtype == torch.float64 else tensor.float()
+    return np.ascontiguousarray(wide.detach().numpy())

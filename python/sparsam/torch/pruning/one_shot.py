@@ -1,0 +1,341 @@
+"""`prune`: a trained model pruned at once, in place, with or without calibration."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import Executor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from sparsam import scores
+from sparsam.config import ConfigFields, PruningConfig
+from sparsam.inputs.checks import expected, positive
+from sparsam.pools import Pool, check_patterns, make_pools
+from sparsam.pruner import configured, prune_pools
+from sparsam.reconstruction.sequential import RECONSTRUCTIONS, check_method
+from sparsam.report import measure
+from sparsam.torch.layers.packed_weight import from_array, to_array
+from sparsam.torch.pruning.calibration import Batch, distinct_tokens, read_calibration
+from sparsam.torch.pruning.gradients import GRADIENT_METHODS, gradient_scorer
+from sparsam.torch.pruning.input_scores import INPUT_METHODS, dense_input_scores
+from sparsam.torch.pruning.layer_fits import Method, NewLayer, fit_group
+from sparsam.torch.pruning.norm_statistics import estimate_norms
+from sparsam.torch.pruning.progress_bar import ProgressBar
+from sparsam.torch.pruning.prunable import PrunableWeight, prunable_weights
+from sparsam.torch.pruning.pruning_report import PruningReport, described
+from sparsam.torch.pruning.saved_progress import SavedProgress, identify
+from sparsam.torch.pruning.sequence import LayerSequence
+from sparsam.torch.pruning.twins import Twin
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+__all__ = ["prune"]
+
+_ROWS_PER_INPUT = 2  # rows of calibration per input of a layer, below which its own targets are safer
+_DISTINCT, _VOCABULARY = (
+    0.08,
+    0.25,
+)  # shares of all tokens, and of the vocabulary, below which texts are alike
+
+
+def prune(
+    model: nn.Module,
+    config: PruningConfig | None = None,
+    calibration: Iterable[Any] | None = None,
+    *,
+    targets: str = "dense",
+    loss_fn: Callable[[nn.Module, Any], Tensor] | None = None,
+    calibration_samples: int = 1024,
+    estimate_batch_norm: bool = False,
+    progress: bool = False,
+    executor: Executor | None = None,
+    state_dir: str | Path | None = None,
+    **changes: Unpack[ConfigFields],
+) -> PruningReport:
+    """Prunes a model in place, which stays an ordinary model: same classes, same state_dict keys, no hooks.
+
+    With calibration, layers are pruned from the first to the last. Each sees the inputs that the network
+    pruned so far gives, and with `targets="dense"` and the methods "obs" and "admm" it is fitted to the
+    outputs of the dense network; a weight whose output is added to a residual stream makes up for that
+    stream's error too. Which weights share inputs, and where residual branches end, is found by watching a
+    batch.
+
+    Args:
+        model: Any model on the CPU. Embeddings, norms, biases and heads of language models stay dense.
+        config: What to prune, and how much; `PruningConfig()` if left out. Patterns, scopes, allocations and
+            overrides as for arrays, by the names of the state_dict. Without a method, "admm" with calibration
+            and "magnitude" without.
+        calibration: Inputs without labels: an iterable of tensors, tuples, or mappings of keyword inputs as
+            tokenizers give, or a DataLoader. Rows where an `attention_mask` is 0 do not count. One batch in
+            ten is held out, for the damping of fits and the errors of the report.
+        targets: "dense", or "own": layers are fitted to what their own dense weights would give, as in
+            SparseGPT, which is safer with little calibration. Weights of recurrent layers, and those that one
+            run calls several times, always are.
+        loss_fn: For the methods "saliency", "fisher" and "movement": called with the model and each batch of
+            the calibration, labels included, it returns the loss.
+        calibration_samples: How many rows of the calibration to use at most, about; spread evenly over what
+            has a length, else the first.
+        estimate_batch_norm: Measure the statistics of batch normalisations again, on the calibration.
+        progress: Show a progress bar with the time left on standard error.
+        executor: Solves the problems of layers with the same inputs in its workers; the result is the same.
+        state_dir: A folder that a call stopped in the middle goes on from, when it is made again.
+        **changes: Fields of `PruningConfig` to set on top of `config`.
+
+    Returns:
+        The report: each weight's sparsity and error, and why the others stay dense.
+
+    Raises:
+        ValueError: There is nothing to prune, or a weight cannot be pruned as it is (packed, parametrized,
+            sparse, on another device); calibration is missing, empty, not finite, does not reach a weight,
+            or is not what the model takes; a sparsity or pattern does not fit a weight or the method.
+            The model is then as it was, as it is after an interrupt.
+
+    Warns:
+        UserWarning: The calibration is short for a layer, or its texts are alike: own targets are used there.
+    """
+    begun = time.perf_counter()
+    given = configured(config, changes)
+    if config is None and "method" not in changes and calibration is not None:
+        given = given.with_changes(method="admm")
+    if targets not in ("dense", "own"):
+        raise ValueError(expected("targets", targets, "'dense' or 'own'", "use one of them"))
+    weights, dense = prunable_weights(model, exclude=given.exclude)
+    if not weights:
+        msg = f"model: expected weights to prune; got none in {type(model).__name__}; {_why(dense)}"
+        raise ValueError(msg)
+    plan = _Plan.of(weights, given)
+    batches = None
+    if calibration is not None:
+        batches = read_calibration(model, calibration, positive("calibration_samples", calibration_samples))
+    _check(model, plan, batches, loss_fn)
+    said: list[str] = []
+    pruned = Twin(model, weights)
+    known: dict[str, NewLayer] = {}
+    if plan.by_layer and batches is not None:
+        if targets == "dense" and plan.method.reconstructs and (text := _alike(model, batches)):
+            said.append(text)
+            targets = "own"
+        reference = Twin(model, weights) if targets == "dense" and plan.method.reconstructs else None
+        saved = None
+        if state_dir is not None:
+            identity = identify(model, batches, (given, targets))
+            saved = SavedProgress(Path(state_dir), identity)
+        known = _in_sequence(pruned, reference, batches, plan, executor, saved, progress, said)
+    else:
+        _at_once(model, pruned, batches, plan, loss_fn)
+    if estimate_batch_norm and batches is not None:
+        estimate_norms(pruned.model, batches)
+    _install(model, pruned)
+    for text in said:
+        warnings.warn(text, UserWarning, stacklevel=2)
+    return _report(model, plan, dense, known, batches, said, time.perf_counter() - begun)
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What is to be done, checked as far as it can be before anything runs.
+
+    Attributes:
+        weights: By name.
+        config: With the names of the weights that are stored as (in, out).
+        pools: As `make_pools` gives them.
+        pool_of: Name -> its pool.
+        method: How masks are chosen.
+        by_layer: Whether each weight is decided by itself, so that layers can be pruned in sequence.
+    """
+
+    weights: Mapping[str, PrunableWeight]
+    config: PruningConfig
+    pools: Sequence[Pool]
+    pool_of: Mapping[str, Pool]
+    method: Method
+    by_layer: bool
+
+    @classmethod
+    def of(cls, weights: Sequence[PrunableWeight], given: PruningConfig) -> _Plan:
+        named = {weight.name: weight for weight in weights}
+        config = given.with_changes(
+            transposed=tuple(name for name in named if named[name].transposed), exclude=()
+        )
+        arrays = {name: to_array(weight.parameter.detach()) for name, weight in named.items()}
+        check_patterns(config, arrays, stacklevel=3)
+        pools = make_pools(arrays, config)
+        pool_of = {name: pool for pool in pools for name in pool.names}
+        word = config.method if isinstance(config.method, str) else ""
+        if word in RECONSTRUCTIONS:
+            for name, pool in pool_of.items():
+                check_method(name, word, pool.pattern, pool.scope)
+        by_layer = all(pool.scope != "global" and not pool.ties for pool in pools)
+        if word in (*RECONSTRUCTIONS, *INPUT_METHODS):
+            method = Method(word)
+        else:
+            by_layer = by_layer and word not in GRADIENT_METHODS
+            method = Method("", None if word in GRADIENT_METHODS else scores.resolve(config.method))
+        if method.reconstructs and not by_layer:
+            msg = f"ties: expected none with method {word!r}, which fits layer by layer; got some; use scores"
+            raise ValueError(msg)
+        return cls(named, config, pools, pool_of, method, by_layer)
+
+
+def _check(model: nn.Module, plan: _Plan, batches: Sequence[Batch] | None, loss_fn: object) -> None:
+    word = plan.config.method
+    if batches is None and (plan.method.name or word in GRADIENT_METHODS):
+        msg = f"calibration: expected batches of inputs for method {word!r}; got none; pass some"
+        raise ValueError(msg)
+    if word in GRADIENT_METHODS and loss_fn is None:
+        msg = f"loss_fn: expected loss_fn(model, batch) for method {word!r}; got none; pass one"
+        raise ValueError(msg)
+    if word not in GRADIENT_METHODS and loss_fn is not None:
+        msg = f"loss_fn: expected none with method {word!r}, which uses no gradients; got one; leave it out"
+        raise ValueError(msg)
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if tensor.device.type != "cpu" and (batches is not None or name in plan.weights):
+            msg = (
+                f"tensor {name!r}: expected a model on the CPU; got one on {tensor.device}; call model.cpu()"
+            )
+            raise ValueError(msg)
+
+
+def _in_sequence(
+    pruned: Twin,
+    reference: Twin | None,
+    batches: Sequence[Batch],
+    plan: _Plan,
+    executor: Executor | None,
+    saved: SavedProgress | None,
+    progress: bool,
+    said: list[str],
+) -> dict[str, NewLayer]:
+    """Prunes layer after layer in the twin."""
+    bar = ProgressBar(len(plan.weights), show=progress)
+    known: dict[str, NewLayer] = {}
+    with LayerSequence(pruned, reference, batches) as sequence:
+        for place, group in enumerate(sequence.groups):
+            layers = {name: sequence.layers[name] for name in group.names}
+            found = None if saved is None else saved.load(place, group.names)
+            skipped = found is not None
+            if found is None:
+                statistics = sequence.gather(group)
+                fitted = statistics.parts[0][0]
+                if statistics.targets and fitted.count < _ROWS_PER_INPUT * fitted.in_features:
+                    statistics.targets.clear()
+                    said.append(_short(group.names[0], fitted.count, fitted.in_features))
+                found = fit_group(statistics, layers, plan.pool_of, plan.method, executor)
+                if saved is not None:
+                    saved.save(place, found)
+            for new in found:
+                bias = None if new.bias is None else torch.from_numpy(new.bias)
+                layers[new.name].put(torch.from_numpy(new.weights), bias)
+                known[new.name] = new
+            sequence.settle(group)
+            bar.step(group.names[-1], len(group.names), skipped=skipped)
+    return known
+
+
+def _at_once(
+    model: nn.Module,
+    pruned: Twin,
+    batches: Sequence[Batch] | None,
+    plan: _Plan,
+    loss_fn: Callable[[nn.Module, Any], Tensor] | None,
+) -> None:
+    """Prunes by scores of the dense network, all weights together."""
+    scorer = plan.method.scorer
+    word = plan.config.method
+    if word in GRADIENT_METHODS and batches is not None and loss_fn is not None:
+        scorer = gradient_scorer(str(word), model, list(plan.weights.values()), batches, loss_fn)
+    elif scorer is None and batches is not None:
+        scorer = dense_input_scores(plan.method.name, pruned, batches)
+    assert scorer is not None
+    arrays = {name: to_array(weight.parameter.detach()) for name, weight in plan.weights.items()}
+    outs = {name: array.copy() for name, array in arrays.items()}
+    prune_pools(arrays, plan.pools, scorer, outs)
+    for name, weight in pruned.weights.items():
+        weight.parameter.data = from_array(outs[name])
+
+
+def _install(model: nn.Module, pruned: Twin) -> None:
+    """Writes what the twin has other than the model into the model: all of it, or nothing."""
+    ours = dict([*model.named_parameters(), *model.named_buffers()])
+    theirs = dict([*pruned.model.named_parameters(), *pruned.model.named_buffers()])
+    old: list[tuple[Tensor, Tensor]] = []
+    with torch.no_grad():
+        try:
+            for name, tensor in ours.items():
+                new = theirs.get(name)
+                if new is None or new.data_ptr() == tensor.data_ptr() or torch.equal(new, tensor):
+                    continue
+                old.append((tensor, tensor.detach().clone()))
+                tensor.copy_(new)
+        except BaseException:
+            for tensor, values in old:
+                tensor.copy_(values)
+            raise
+
+
+def _report(
+    model: nn.Module,
+    plan: _Plan,
+    dense: Mapping[str, str],
+    known: Mapping[str, NewLayer],
+    batches: Sequence[Batch] | None,
+    said: Sequence[str],
+    seconds: float,
+) -> PruningReport:
+    rows = []
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if name not in plan.weights and name not in dense:
+            continue
+        if name in dense and dense[name].startswith("the same as"):
+            continue
+        array = to_array(parameter.detach()) if parameter.layout is torch.strided else None
+        if array is None:
+            continue
+        pool = plan.pool_of.get(name)
+        stats = measure(
+            name, array, pruned=None if pool else 0, pattern="dense" if pool is None else str(pool.pattern)
+        )
+        rows.append(described(stats, known.get(name), dense.get(name, "")))
+    text = ""
+    if batches is not None:
+        tokens = distinct_tokens(batches)
+        text = f"{sum(batch.samples for batch in batches)} samples in {len(batches)} batches"
+        if tokens is not None:
+            text += f", {tokens[1]} tokens, {tokens[0]} of them distinct"
+    return PruningReport(rows, text, seconds, said)
+
+
+def _alike(model: nn.Module, batches: Sequence[Batch]) -> str:
+    """What to warn of where texts are alike."""
+    tokens = distinct_tokens(batches)
+    if tokens is None:
+        return ""
+    distinct, total = tokens
+    tables = [module.num_embeddings for module in model.modules() if isinstance(module, nn.Embedding)]
+    if distinct < min(_DISTINCT * total, _VOCABULARY * max(tables, default=0)) and distinct < 500:
+        return (
+            f"calibration: expected text of many kinds; got {distinct} distinct tokens of {total}; layers "
+            "are fitted to their own outputs, which is better there; calibrate with more varied text"
+        )
+    return ""
+
+
+def _short(name: str, rows: int, inputs: int) -> str:
+    return (
+        f"calibration: expected at least {_ROWS_PER_INPUT * inputs} rows for the {inputs} inputs of "
+        f"{name!r}; got {rows}; it is fitted to its own outputs, which is better there; give more samples"
+    )
+
+
+def _why(dense: Mapping[str, str]) -> str:
+    """Why weights stay dense, in a few words."""
+    if not dense:
+        return "it has no parameters of two axes"
+    name, reason = next(iter(dense.items()))
+    return f"{name!r} stays dense, for one: {reason}"

@@ -1,0 +1,84 @@
+"""What `prune` did to a model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+
+from sparsam.report import LayerStats, Report, printable
+from sparsam.torch.pruning.layer_fits import NewLayer
+
+__all__ = ["PrunedWeight", "PruningReport"]
+
+_RULE = "embeddings, norms, biases and heads of language models stay dense; exclude= leaves more"
+
+
+@dataclass(frozen=True)
+class PrunedWeight(LayerStats):
+    """What became of one weight.
+
+    Attributes:
+        error: The squared difference from the wanted outputs, over inputs that were held out, as a share of
+            those outputs' energy; None where it was not measured.
+        note: Whose outputs were wanted, "dense targets" or "own targets"; or why the weight is dense.
+    """
+
+    error: float | None = None
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class PruningReport(Report):
+    """The statistics of every weight of two or more axes, pruned or dense; `print(report)` shows a table.
+
+    Attributes:
+        layers: A `PrunedWeight` each, in the order of the model.
+        calibration: What it was calibrated with, in words; "" without.
+        seconds: How long it took.
+        warnings: What was warned of.
+    """
+
+    layers: tuple[PrunedWeight, ...]
+    calibration: str = ""
+    seconds: float = 0.0
+    warnings: tuple[str, ...] = ()
+
+    def __init__(
+        self,
+        layers: Iterable[PrunedWeight],
+        calibration: str = "",
+        seconds: float = 0.0,
+        warnings: Iterable[str] = (),
+    ) -> None:
+        super().__init__(layers)
+        object.__setattr__(self, "calibration", calibration)
+        object.__setattr__(self, "seconds", seconds)
+        object.__setattr__(self, "warnings", tuple(warnings))
+
+    def __str__(self) -> str:
+        lines = [super().__str__(), f"rule: {_RULE}"]
+        if self.calibration:
+            lines.append(f"calibration: {self.calibration}")
+        lines += [f"warning: {text}" for text in self.warnings]
+        return "\n".join([*lines, f"{self.seconds:.1f} s"])
+
+    def _columns(self) -> tuple[str, ...]:
+        return (*super()._columns(), "error", "note")
+
+    def _rows(self) -> list[tuple[str, ...]]:
+        *rows, total = super()._rows()
+        more = [
+            ("" if layer.error is None else f"{layer.error:.4f}", printable(layer.note))
+            for layer in self.layers
+        ]
+        return [*((*row, *cells) for row, cells in zip(rows, more, strict=True)), (*total, "", "")]
+
+
+def described(stats: LayerStats, new: NewLayer | None, reason: str) -> PrunedWeight:
+    """The statistics with what is known beside: the error, what was wanted, why it is dense."""
+    plain = asdict(stats)
+    if reason:
+        return PrunedWeight(**plain, note=reason)
+    if new is None:
+        return PrunedWeight(**plain)
+    return PrunedWeight(**plain, error=new.error, note=f"{new.targets} targets")

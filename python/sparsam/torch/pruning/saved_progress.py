@@ -1,0 +1,110 @@
+"""What a prune that was stopped had done already: one file for each group of weights."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch.utils import _pytree as pytree
+
+import torch
+from sparsam import checkpoint
+from sparsam._core import __version__
+from sparsam.torch.pruning.calibration import Batch
+from sparsam.torch.pruning.layer_fits import NewLayer
+from torch import Tensor, nn
+
+__all__ = ["SavedProgress"]
+
+
+class SavedProgress:
+    """A folder with what became of each group so far."""
+
+    def __init__(self, folder: Path, identity: str) -> None:
+        """Opens or makes the folder.
+
+        Args:
+            folder: Where.
+            identity: What `identify` says of this call.
+
+        Raises:
+            ValueError: The folder is of another call.
+        """
+        self._folder, self._identity = folder, identity
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def load(self, place: int, names: Iterable[str]) -> list[NewLayer] | None:
+        """What became of a group, if that is there.
+
+        Raises:
+            ValueError: The file is of another model, calibration or configuration, or is damaged.
+        """
+        path = self._path(place)
+        if not path.exists():
+            return None
+        saved = checkpoint.load(path)
+        if saved.metadata.get("identity") != self._identity:
+            msg = (
+                f"state_dir: {path}: expected what a call with this model, calibration and configuration "
+                "saved; got another's; use a new folder, or the same call"
+            )
+            raise ValueError(msg)
+        found = []
+        for name in names:
+            said = json.loads(saved.metadata[name])
+            found.append(
+                NewLayer(
+                    name,
+                    saved.weights[f"weights:{name}"],
+                    saved.weights.get(f"bias:{name}"),
+                    said["error"],
+                    said["damping"],
+                    said["targets"],
+                )
+            )
+        return found
+
+    def save(self, place: int, layers: Iterable[NewLayer]) -> None:
+        """Saves what became of a group, wholly or not at all."""
+        arrays: dict[str, Any] = {}
+        metadata = {"identity": self._identity}
+        for layer in layers:
+            arrays[f"weights:{layer.name}"] = layer.weights
+            if layer.bias is not None:
+                arrays[f"bias:{layer.name}"] = layer.bias
+            metadata[layer.name] = json.dumps(
+                {"error": layer.error, "damping": layer.damping, "targets": layer.targets}
+            )
+        checkpoint.save(self._path(place), arrays, metadata=metadata)
+
+    def _path(self, place: int) -> Path:
+        return self._folder / f"group-{place:05d}.safetensors"
+
+
+def identify(model: nn.Module, batches: Iterable[Batch], settings: object) -> str:
+    """A digest of the model's values, the calibration and the settings."""
+    digest = hashlib.blake2b(digest_size=16)
+    digest.update(f"{__version__} {torch.__version__} {settings!r}".encode())
+    for name, tensor in model.state_dict().items():
+        digest.update(name.encode())
+        _update(digest, tensor)
+    for batch in batches:
+        for leaf in pytree.tree_leaves((batch.args, batch.kwargs)):
+            if isinstance(leaf, Tensor):
+                _update(digest, leaf)
+            else:
+                digest.update(repr(leaf).encode())
+    return digest.hexdigest()
+
+
+def _update(digest: Any, tensor: Any) -> None:
+    if not isinstance(tensor, Tensor) or tensor.layout is not torch.strided or tensor.device.type == "meta":
+        digest.update(repr(type(tensor)).encode())
+        return
+    digest.update(f"{tuple(tensor.shape)} {tensor.dtype}".encode())
+    flat = tensor.detach().reshape(-1).contiguous()
+    digest.update(np.ascontiguousarray(flat.view(torch.uint8).numpy()) if flat.numel() else b"")

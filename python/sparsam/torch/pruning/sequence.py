@@ -1,0 +1,274 @@
+"""A network pruned from its first layer to its last: batches go through it, and wait for each layer's fit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+
+import torch
+from sparsam.torch.pruning.calibration import Batch
+from sparsam.torch.pruning.call_plan import Group, plan_calls
+from sparsam.torch.pruning.forward_passes import Pass, Residual, Slots, Tracked, advance, current_pass, end
+from sparsam.torch.pruning.group_statistics import GroupStatistics, Seen
+from sparsam.torch.pruning.layer_inputs import Inputs, watch
+from sparsam.torch.pruning.twins import Rows, Twin
+from torch import Tensor, nn
+
+__all__ = ["LayerSequence"]
+
+
+class LayerSequence:
+    """The passes of all batches through a network that is pruned as they go.
+
+    A context manager: at its end all passes are ended.
+
+    Attributes:
+        groups: The weights in the order of their calls, those with the same inputs together.
+        layers: Name -> the weight in the pruned network, as a fit sees it.
+    """
+
+    def __init__(self, pruned: Twin, dense: Twin | None, batches: Sequence[Batch]) -> None:
+        """Plans the calls.
+
+        Args:
+            pruned: The network to prune, still dense.
+            dense: The network whose outputs are wanted; None: each layer's own.
+            batches: The calibration.
+        """
+        self._batches = batches
+        self._threads = torch.get_num_threads()
+        self._pruned, self._dense = pruned, dense
+        for twin in (pruned, dense):
+            if twin is not None:
+                watch(twin.model, twin.weights, current_pass)
+        plan = plan_calls(pruned.model, batches, pruned.weights)
+        self.groups = plan.groups
+        owners = {
+            id(module._buffers["running_mean"]): module
+            for module in pruned.model.modules()
+            if module._buffers.get("running_mean") is not None
+        }
+        self.layers = {
+            name: Rows(weight, owners.get(id(plan.norms.get(name))))
+            for name, weight in pruned.weights.items()
+        }
+        self._fitted: set[str] = set()
+        self._residual: Collection[str] = plan.residual if dense is not None else ()
+        slots = Slots(len(batches))
+        self._slots = slots
+        self._ahead: list[_DensePass] = []
+        if dense is not None:
+            wanted = {
+                name
+                for group in plan.groups
+                for name in group.names
+                if not group.repeated and pruned.weights[name].kind != "recurrent"
+            }
+            self._ahead = [
+                _DensePass(dense.model, batch, i, slots, wanted, self._residual)
+                for i, batch in enumerate(batches)
+            ]
+        self._passes = [
+            _PrunedPass(pruned.model, batch, i, slots, self._fitted, self._residual)
+            for i, batch in enumerate(batches)
+        ]
+
+    def __enter__(self) -> LayerSequence:  # noqa: PYI034 - Self is of Python 3.11
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        end(self._ahead)
+        end(self._passes)
+        torch.set_num_threads(self._threads)
+
+    def gather(self, group: Group) -> GroupStatistics:
+        """Lets all batches go on to a group, and returns what they show of it.
+
+        Raises:
+            ValueError: No batch reaches it, what reaches it is not finite, or the model raised.
+        """
+        weights = [self._pruned.weights[name] for name in group.names]
+        found = GroupStatistics(weights, len(self._batches))
+        names = set(group.names)
+        targets = self._targets(group)
+        advance([one for one in self._passes if one.waits_at is None or one.waits_at in self._fitted])
+        if group.repeated:
+            self._gather_all_calls(group, found)
+        else:
+            for i, one in enumerate(self._passes):
+                if one.waits_at not in names:
+                    continue
+                wanted, stream = _wanted(group, targets[i], one.residual) if targets else ({}, None)
+                if targets and len(wanted) < len(names):
+                    continue
+                found.add(Seen(one.batch, i, one.inputs, wanted, stream))
+        if not found.parts or not found.parts[0][0].count:
+            msg = (
+                f"calibration: expected inputs that reach weight {group.names[0]!r}; got none, or padding "
+                "only; exclude it, or give more batches"
+            )
+            raise ValueError(msg)
+        return found
+
+    def settle(self, group: Group) -> None:
+        """Notes that a group has its new weights."""
+        self._fitted.update(group.names)
+        for one in self._ahead:
+            for name in group.names:
+                one.captured.pop(name, None)
+
+    def _targets(self, group: Group) -> list[Mapping[str, Tensor | None]]:
+        """What the dense network gives for each batch; an empty list without targets."""
+        if not self._ahead or not self._ahead[0].wants(group.names):
+            return []
+        for one in self._ahead:
+            one.goal = set(group.names)
+        advance([one for one in self._ahead if not one.goal <= one.captured.keys()])
+        return [one.captured for one in self._ahead]
+
+    def _gather_all_calls(self, group: Group, found: GroupStatistics) -> None:
+        """Runs the network as it is, for weights that one pass calls several times."""
+        for start in range(0, len(self._batches), self._slots.running):
+            part = range(start, min(start + self._slots.running, len(self._batches)))
+            passes = [
+                _Collector(self._pruned.model, self._batches[i], i, self._slots, group.names[0]) for i in part
+            ]
+            try:
+                advance(passes)
+            finally:
+                end(passes)
+            for i, one in zip(part, passes, strict=True):
+                for inputs in one.inputs:
+                    found.add(Seen(one.batch, i, inputs, {}))
+
+
+def _wanted(
+    group: Group, captured: Mapping[str, Tensor | None], residual: Residual | None
+) -> tuple[dict[str, Tensor], Tensor | None]:
+    """The wanted outputs, of those that there are, and the stream that they go into."""
+    outputs = {name: captured.get(name) for name in group.names}
+    known = {name: output for name, output in outputs.items() if output is not None}
+    if residual is None:
+        return known, None
+    name = residual.own.name
+    if name not in known:
+        return {}, None
+    total = known[name]
+    stream = total if total.ndim > 1 and residual.own.norm is None else None
+    return {name: residual.wanted(total, residual.other)}, stream
+
+
+class _DensePass(Pass):
+    """Goes on until it has the outputs of some weights.
+
+    Attributes:
+        goal: The weights.
+        captured: Name -> the output, or the sum that it goes into; None where that sum was not found.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        batch: Batch,
+        index: int,
+        slots: Slots,
+        wanted: Collection[str],
+        residual: Collection[str],
+    ) -> None:
+        super().__init__(network, batch, index, slots)
+        self.goal: set[str] = set()
+        self.captured: dict[str, Tensor | None] = {}
+        self._wanted, self._residual = wanted, residual
+
+    def wants(self, names: Sequence[str]) -> bool:
+        """Whether it captures these."""
+        return all(name in self._wanted for name in names)
+
+    def after(self, name: str, output: Callable[[], Tensor | None]) -> None:
+        if name not in self._wanted or name in self.captured:
+            return
+        if name not in self._residual:
+            self._capture(name, output())
+        elif (given := output()) is not None:
+            self.track(name, given)
+
+    def added(self, name: str, total: Tensor) -> None:
+        self._capture(name, total)
+
+    def lost(self, tracked: Tracked) -> None:
+        self._capture(tracked.name, None)
+
+    def _capture(self, name: str, output: Tensor | None) -> None:
+        self.captured[name] = output
+        if self.goal and self.goal <= self.captured.keys():
+            self.goal = set()
+            self.wait()
+        elif output is not None:
+            self.captured[name] = output.clone()  # the model may change it in place
+
+
+class _PrunedPass(Pass):
+    """Waits where a weight is used that is not fitted yet; at the sum that its output goes into, if any.
+
+    Attributes:
+        waits_at: The weight that it waits at.
+        inputs: What that is multiplied with.
+        residual: The sum, if it waits there.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        batch: Batch,
+        index: int,
+        slots: Slots,
+        fitted: Collection[str],
+        residual: Collection[str],
+    ) -> None:
+        super().__init__(network, batch, index, slots)
+        self.waits_at: str | None = None
+        self.inputs: Inputs = ()
+        self.residual: Residual | None = None
+        self._fitted, self._residual = fitted, residual
+        self._pending: dict[str, tuple[Inputs, Callable[[], Tensor]]] = {}
+
+    def before(self, name: str, inputs: Callable[[], Inputs], again: Callable[[], Tensor]) -> None:
+        if name in self._fitted:
+            return
+        if name in self._residual:
+            self._pending[name] = (inputs(), again)
+        else:
+            self._wait_at(name, inputs(), None)
+
+    def after(self, name: str, output: Callable[[], Tensor | None]) -> None:
+        if name in self._pending and (given := output()) is not None:
+            self.track(name, given)
+
+    def meets(self, residual: Residual) -> None:
+        inputs, again = self._pending.pop(residual.own.name)
+        self._wait_at(residual.own.name, inputs, residual)
+        output = again()
+        for step in residual.own.steps:
+            output = step(output)
+        residual.own.tensor.copy_(output)
+
+    def lost(self, tracked: Tracked) -> None:
+        self._pending.pop(tracked.name, None)
+
+    def _wait_at(self, name: str, inputs: Inputs, residual: Residual | None) -> None:
+        self.waits_at, self.inputs, self.residual = name, inputs, residual
+        self.wait()
+        self.waits_at, self.inputs, self.residual = None, (), None
+
+
+class _Collector(Pass):
+    """Waits nowhere, and keeps the inputs of every call of one weight."""
+
+    def __init__(self, network: nn.Module, batch: Batch, index: int, slots: Slots, name: str) -> None:
+        super().__init__(network, batch, index, slots)
+        self.inputs: list[Inputs] = []
+        self._name = name
+
+    def before(self, name: str, inputs: Callable[[], Inputs], again: Callable[[], Tensor]) -> None:
+        del again
+        if name == self._name:
+            self.inputs.append(inputs())

@@ -1,0 +1,109 @@
+"""Copies of a model that share its memory, so that the model itself is left alone while it is studied."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+
+import torch
+from sparsam.torch.pruning.prunable import PrunableWeight
+from torch import Tensor, nn
+
+__all__ = ["Twin"]
+
+
+class Twin:
+    """A model of the same structure in evaluation mode, whose Parameters start on the original's memory.
+
+    Buffers are copies. Parameters are other objects, so that new values can be put in their place without the
+    original seeing them; those that are tied stay tied.
+
+    Attributes:
+        model: The copy.
+        weights: Name -> the weight in the copy.
+    """
+
+    def __init__(self, model: nn.Module, weights: Sequence[PrunableWeight]) -> None:
+        """Copies; ValueError for a model that `copy.deepcopy` does not take."""
+        memo: dict[int, object] = {}
+        for parameter in model.parameters():
+            if type(parameter) is nn.Parameter:
+                memo[id(parameter)] = nn.Parameter(parameter.detach(), requires_grad=False)
+        try:
+            self.model = copy.deepcopy(model, memo).eval()
+        except Exception as error:
+            got = f"{type(error).__name__}: {error}"
+            msg = f"model: expected one that copy.deepcopy can copy; got {got}; mend that"
+            raise ValueError(msg) from error
+        modules = dict(self.model.named_modules())
+        self.weights: dict[str, PrunableWeight] = {}
+        for weight in weights:
+            path = weight.name.removesuffix(weight.attribute).removesuffix(".")
+            self.weights[weight.name] = PrunableWeight(
+                weight.name, modules[path], weight.attribute, weight.kind, weight.transposed, weight.groups
+            )
+
+
+def set_values(parameter: Tensor, values: Tensor) -> None:
+    """Puts values on a tensor of a twin, on memory of their own."""
+    parameter.data = values.to(parameter.dtype).contiguous()
+
+
+class Rows:
+    """How a weight is seen: outputs first, and its bias, whatever the layer stores them as.
+
+    Attributes:
+        weight: The weight in a twin.
+        mean_of: The batch normalisation that directly follows and takes up a bias in its running mean; None.
+    """
+
+    def __init__(self, weight: PrunableWeight, mean_of: nn.Module | None = None) -> None:
+        self.weight = weight
+        self.mean_of = mean_of
+
+    def matrix(self) -> Tensor:
+        """The weight as (out, in, ...), a view."""
+        tensor = self.weight.parameter.detach()
+        return tensor.T if self.weight.transposed else tensor
+
+    def bias(self) -> Tensor | None:
+        """The bias, (out,), zeros where a normalisation would take it up; None where there is no place."""
+        place = self._bias_place()
+        if place is not None:
+            tensor, rows = place
+            return tensor.detach()[rows]
+        return torch.zeros(len(self.matrix())) if self.mean_of is not None else None
+
+    def put(self, weights: Tensor, bias: Tensor | None) -> None:
+        """Sets new values; those of a bias of zeros go into the running mean."""
+        tensor = self.weight.parameter
+        set_values(tensor, weights.T if self.weight.transposed else weights)
+        place = self._bias_place()
+        if bias is None:
+            return
+        if place is not None:
+            parameter, rows = place
+            values = parameter.detach().clone()
+            values[rows] = bias.to(values.dtype)
+            parameter.data = values
+        else:
+            assert self.mean_of is not None
+            mean = self.mean_of._buffers["running_mean"]
+            assert mean is not None
+            mean -= bias.to(mean.dtype)
+
+    def _bias_place(self) -> tuple[nn.Parameter, slice] | None:
+        """The Parameter that holds the bias, and which rows of it."""
+        module, attribute = self.weight.module, self.weight.attribute
+        rows = slice(None)
+        name = "bias"
+        if self.weight.kind == "recurrent":
+            name = attribute.replace("weight", "bias")
+        elif attribute.endswith("proj_weight"):
+            name = "in_proj_bias"
+            if attribute != "in_proj_weight":
+                size = len(self.weight.parameter)
+                start = ("q_proj_weight", "k_proj_weight", "v_proj_weight").index(attribute) * size
+                rows = slice(start, start + size)
+        found = module._parameters.get(name)
+        return None if found is None else (found, rows)

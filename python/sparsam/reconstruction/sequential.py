@@ -94,7 +94,8 @@ def check_method(name: str, method: str, pattern: Pattern, scope: str) -> None:
         wanted = f"Unstructured() or NM(n, m) for {name!r} with method 'obs'"
         raise ValueError(expected("pattern", str(pattern), wanted, "use method 'admm', which has them all"))
     if scope == "global" or (scope == "row" and method == "admm"):
-        wanted = f"'layer'{' or row' if method == 'obs' else ''} with method {method!r}"
+        scopes = "'layer' or 'row'" if method == "obs" else "'layer'"
+        wanted = f"{scopes} with method {method!r}"
         raise ValueError(expected("scope", scope, wanted, "use an allocation to share out a total"))
 
 

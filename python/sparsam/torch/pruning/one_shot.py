@@ -215,6 +215,7 @@ def _in_sequence(
     """Prunes layer after layer in the twin."""
     bar = ProgressBar(len(plan.weights), show=progress)
     known: dict[str, NewLayer] = {}
+    short: list[tuple[str, int, int]] = []
     with LayerSequence(pruned, reference, batches) as sequence:
         for place, group in enumerate(sequence.groups):
             layers = {name: sequence.layers[name] for name in group.names}
@@ -225,7 +226,7 @@ def _in_sequence(
                 fitted = statistics.parts[0][0]
                 if statistics.targets and fitted.count < _ROWS_PER_INPUT * fitted.in_features:
                     statistics.targets.clear()
-                    said.append(_short(group.names[0], fitted.count, fitted.in_features))
+                    short.append((group.names[0], fitted.count, fitted.in_features))
                 found = fit_group(statistics, layers, plan.pool_of, plan.method, executor)
                 if saved is not None:
                     saved.save(place, found)
@@ -235,6 +236,8 @@ def _in_sequence(
                 known[new.name] = new
             sequence.settle(group)
             bar.step(group.names[-1], len(group.names), skipped=skipped)
+    if short:
+        said.append(_short(*short[0], others=len(short) - 1))
     return known
 
 
@@ -326,10 +329,12 @@ def _alike(model: nn.Module, batches: Sequence[Batch]) -> str:
     return ""
 
 
-def _short(name: str, rows: int, inputs: int) -> str:
+def _short(name: str, rows: int, inputs: int, others: int) -> str:
+    more = f" (and of {others} others, in their way)" if others else ""
     return (
         f"calibration: expected at least {_ROWS_PER_INPUT * inputs} rows for the {inputs} inputs of "
-        f"{name!r}; got {rows}; it is fitted to its own outputs, which is better there; give more samples"
+        f"{name!r}{more}; got {rows}; they are fitted to their own outputs, which is better there; give more "
+        "samples"
     )
 
 

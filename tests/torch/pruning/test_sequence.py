@@ -1,0 +1,334 @@
+"""Pruning in sequence: against a slow reference that runs both networks for every layer, stopped, resumed."""
+
+from __future__ import annotations
+
+import copy
+import os
+import subprocess
+import sys
+import textwrap
+import threading
+import warnings
+from collections.abc import Callable, Iterator
+from concurrent.futures import Executor, ProcessPoolExecutor
+from contextlib import contextmanager
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pruning_models import model_and_batches, normal
+
+import torch
+from sparsam import Unstructured
+from sparsam.reconstruction.sequential import LayerFit, LayerProblem, fit_layer
+from sparsam.statistics import InputStatistics
+from sparsam.torch import prune
+from sparsam.torch.pruning import layer_fits, one_shot
+from torch import Tensor, nn
+
+
+class Branch(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(12)
+        self.up = nn.Linear(12, 20)
+        self.gate = nn.Linear(12, 20, bias=False)
+        self.down = nn.Linear(20, 12)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm(x)
+        result: Tensor = x + self.down(torch.tanh(self.up(y)) * self.gate(y))
+        return result
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.start = nn.Linear(6, 12)
+        self.blocks = nn.ModuleList([Branch(), Branch()])
+        self.end = nn.Linear(12, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.start(x)
+        for block in self.blocks:
+            x = block(x)
+        result: Tensor = self.end(x)
+        return result
+
+
+def net() -> tuple[Net, list[Tensor]]:
+    torch.manual_seed(0)
+    return Net().double().eval(), [normal(i, 10, 5, 6).double() for i in range(8)]
+
+
+def seen(model: Net, batches: list[Tensor], name: str) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    """Inputs and outputs of a layer, and inputs of the block around it, in each batch."""
+    inputs: list[Tensor] = []
+    outputs: list[Tensor] = []
+    streams: list[Tensor] = []
+    layer = model.get_submodule(name)
+    block = model.get_submodule(name.rpartition(".")[0]) if "blocks" in name else layer
+
+    def keep(_: nn.Module, args: tuple[Tensor], output: Tensor) -> None:
+        inputs.append(args[0])
+        outputs.append(output)
+
+    hooks = [
+        layer.register_forward_hook(keep),
+        block.register_forward_pre_hook(lambda _, args: streams.append(args[0])),
+    ]
+    with torch.no_grad():
+        for batch in batches:
+            model(batch)
+    for hook in hooks:
+        hook.remove()
+    return inputs, outputs, streams
+
+
+def reference(model: Net, batches: list[Tensor], sparsity: float) -> Net:
+    """Runs the dense and the pruned network from the start for every group of layers."""
+    pruned = copy.deepcopy(model)
+    of_block = (["up", "gate"], ["down"])
+    blocks = [[f"blocks.{i}.{name}" for name in names] for i in (0, 1) for names in of_block]
+    groups = [["start"], *blocks, ["end"]]
+    for group in groups:
+        data = {name: (seen(pruned, batches, name), seen(model, batches, name)) for name in group}
+        for name in group:
+            (x, _, stream), (_, y, dense_stream) = data[name]
+            weights = None
+            if name.endswith("down"):
+                total = [a + b for a, b in zip(y, dense_stream, strict=True)]
+                y = [a - b for a, b in zip(total, stream, strict=True)]
+                energy = [t.square().mean(-1) for t in total]
+                weights = [1 / (e + 1e-6 * e.mean()) for e in energy]
+            layer: Any = pruned.get_submodule(name)
+            out, size = layer.weight.shape
+            fitted, held_out = (InputStatistics(size, targets=out) for _ in range(2))
+            for i in range(len(batches)):
+                (held_out if i == 4 else fitted).update(
+                    x[i].numpy(), y[i].numpy(), weights=None if weights is None else weights[i].numpy()
+                )
+            bias = None if layer.bias is None else layer.bias.detach().numpy()
+            array = layer.weight.detach().numpy()
+            found = fit_layer(
+                LayerProblem(
+                    name, array, bias, fitted, held_out, slice(None), "admm", sparsity, Unstructured()
+                )
+            )
+            layer.weight.data = torch.from_numpy(found.weights)
+            if found.bias is not None:
+                layer.bias.data = torch.from_numpy(found.bias)
+    return pruned
+
+
+@pytest.mark.parametrize("sparsity", [0.3, 0.6])
+def test_each_layer_sees_the_pruned_network_and_aims_at_the_dense_one(
+    sparsity: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(one_shot, "_ROWS_PER_INPUT", 1)
+    model, batches = net()
+    want = reference(model, batches, sparsity)
+    prune(model, None, batches, target_sparsity=sparsity)
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter, want.get_parameter(name), rtol=1e-4, atol=1e-6)
+
+
+def pruned_state(executor: Executor | None) -> dict[str, Tensor]:
+    model, batches = model_and_batches("llama", 8)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        prune(model, None, batches, target_sparsity=0.5, executor=executor)
+    state: dict[str, Tensor] = model.state_dict()
+    return state
+
+
+@contextmanager
+def processes() -> Iterator[Executor]:
+    with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
+        yield pool
+
+
+@contextmanager
+def dask() -> Iterator[Executor]:
+    distributed = pytest.importorskip("distributed")
+    with (
+        distributed.LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None) as cluster,
+        distributed.Client(cluster) as client,
+    ):
+        yield client.get_executor()
+
+
+@pytest.mark.parametrize("workers", [processes, dask], ids=lambda make: make.__name__)
+def test_an_executor_gives_the_same_bits(workers: Callable[[], Any]) -> None:
+    want = pruned_state(None)
+    with workers() as executor:
+        found = pruned_state(executor)
+    for name, tensor in want.items():
+        assert torch.equal(tensor, found[name]), name
+
+
+class Stop(Exception):
+    pass
+
+
+def stopping(after: int, error: type[BaseException]) -> Callable[[LayerProblem], LayerFit]:
+    count = 0
+
+    def fit(problem: LayerProblem) -> LayerFit:
+        nonlocal count
+        count += 1
+        if count > after:
+            raise error
+        return fit_layer(problem)
+
+    return fit
+
+
+@pytest.mark.parametrize("error", [Stop, KeyboardInterrupt])
+@pytest.mark.parametrize("after", [0, 4])
+def test_what_is_stopped_leaves_the_model_as_it_was(
+    error: type[BaseException], after: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, batches = net()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    threads = threading.active_count()
+    monkeypatch.setattr(layer_fits, "fit_layer", stopping(after, error))
+    with pytest.raises(error):
+        prune(model.train(), None, batches, target_sparsity=0.5)
+    assert threading.active_count() == threads
+    assert model.training
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, before[name]), name
+    assert not any(module._forward_pre_hooks or module._forward_hooks for module in model.modules())
+
+
+def test_an_interrupt_while_results_are_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, batches = net()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    equal, calls = torch.equal, 0
+
+    def interrupted(a: Tensor, b: Tensor) -> bool:
+        nonlocal calls
+        calls += 1
+        if calls == 5:
+            raise KeyboardInterrupt
+        return equal(a, b)
+
+    monkeypatch.setattr(torch, "equal", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        prune(model, None, batches, target_sparsity=0.5)
+    monkeypatch.undo()
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, before[name]), name
+
+
+@pytest.mark.parametrize("after", [1, 5])
+def test_a_stopped_call_goes_on_from_its_folder(
+    after: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options: Any = {"target_sparsity": 0.5, "state_dir": tmp_path / "state"}
+    model, batches = net()
+    monkeypatch.setattr(layer_fits, "fit_layer", stopping(after, KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        prune(model, None, batches, **options)
+    fits: list[str] = []
+
+    def counted(problem: LayerProblem) -> LayerFit:
+        fits.append(problem.name)
+        return fit_layer(problem)
+
+    monkeypatch.setattr(layer_fits, "fit_layer", counted)
+    report = prune(model, None, batches, **options)
+    done = {1: 1, 5: 4}[after]  # whole groups
+    assert len(fits) == 8 - done
+    other, _ = net()
+    whole = prune(other, None, batches, target_sparsity=0.5)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, other.state_dict()[name]), name
+    assert [layer.error for layer in report.layers] == [layer.error for layer in whole.layers]
+
+
+def test_a_folder_of_another_call_is_refused(tmp_path: Path) -> None:
+    model, batches = net()
+    prune(model, None, batches, target_sparsity=0.5, state_dir=tmp_path)
+    wanted = "state_dir: .*: expected what a call with this model, calibration and configuration saved"
+    for changes in ({"target_sparsity": 0.6}, {"target_sparsity": 0.5, "method": "obs"}):
+        other, _ = net()
+        options: Any = changes
+        with pytest.raises(ValueError, match=wanted):
+            prune(other, None, batches, state_dir=tmp_path, **options)
+    other, _ = net()
+    with pytest.raises(ValueError, match=wanted):
+        prune(other, None, batches[1:], target_sparsity=0.5, state_dir=tmp_path)
+
+
+def test_progress_goes_to_standard_error_and_only_when_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
+    model, batches = net()
+    prune(model, None, batches, target_sparsity=0.5)
+    assert capsys.readouterr() == ("", "")
+    prune(model, None, batches, target_sparsity=0.6, progress=True)
+    out, err = capsys.readouterr()
+    assert out == ""
+    lines = err.splitlines()
+    assert len(lines) == 6
+    assert lines[-1].startswith("[########################] 8/8 end.weight")
+    assert lines[-1].endswith("0:00 left")
+
+
+def test_short_calibration_is_fitted_to_own_outputs() -> None:
+    model, _ = net()
+    wanted = (
+        "expected at least 24 rows for the 12 inputs of 'blocks.0.up.weight' .and of 4 others, .*; got 15"
+    )
+    with pytest.warns(UserWarning, match=wanted):
+        report = prune(model, None, [normal(0, 16, 6).double()], target_sparsity=0.5)
+    notes = {layer.name: layer.note for layer in report.layers}
+    assert notes["start.weight"] == "dense targets"
+    assert notes["end.weight"] == "own targets"
+    assert len(report.warnings) == str(report).count("warning: ") == 1
+
+
+def test_texts_that_are_alike_are_fitted_to_own_outputs() -> None:
+    model, _ = model_and_batches("bert")
+    few = [{"input_ids": torch.arange(12).repeat(8, 1) % 4 + i % 2} for i in range(8)]
+    with pytest.warns(UserWarning, match="expected text of many kinds; got 5 distinct tokens of 768"):
+        report = prune(model, None, few, target_sparsity=0.5)
+    assert {layer.note for layer in report.layers if layer.error is not None} == {"own targets"}
+
+
+MEMORY = """
+import resource, sys, torch
+from torch import nn
+from sparsam.torch import prune
+def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+class Block(nn.Module):
+    def __init__(s):
+        super().__init__(); s.a = nn.Linear(64, 128); s.b = nn.Linear(128, 64)
+    def forward(s, x): return x + s.b(torch.relu(s.a(x)))
+model = nn.Sequential(*[Block() for _ in range(int(sys.argv[1]))])
+batches = [torch.randn(64, 100, 64) for _ in range(12)]
+prune(model, None, batches[:2], target_sparsity=0.5, method="obs")
+before = peak()
+prune(model, None, batches, target_sparsity=0.5, method="obs")
+print(peak() - before)
+"""
+
+
+def test_memory_does_not_grow_with_depth() -> None:
+    grown = [
+        int(
+            subprocess.run(
+                [sys.executable, "-c", textwrap.dedent(MEMORY), str(depth)],
+                check=True,
+                capture_output=True,
+                text=True,
+                env={**os.environ, "OMP_NUM_THREADS": "1"},
+            ).stdout
+        )
+        for depth in (4, 16)
+    ]
+    stream = 4 * 12 * 64 * 100 * 64
+    # Both networks hold the stream, its branch and the sum of all batches: some ten streams at any depth.
+    assert grown[0] < 16 * stream
+    assert grown[1] < grown[0] + 4 * stream

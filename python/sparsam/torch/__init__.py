@@ -28,21 +28,28 @@ from sparsam.torch.layers.packed_tensor import PackedTensor
 from sparsam.torch.layers.packing import pack
 from sparsam.torch.pruning.one_shot import prune
 from sparsam.torch.pruning.pruning_report import PruningReport
+from sparsam.torch.pruning.structured.importance import HeadImportance, head_importance
+from sparsam.torch.pruning.structured.report import ShrinkReport
+from sparsam.torch.pruning.structured.workflow import shrink
 from sparsam.torch.serialization.files import load, save
 from sparsam.torch.sparse_tensors import from_sparse_tensor, to_sparse_tensor
 
 __all__ = [
     "AccelerationReport",
+    "HeadImportance",
     "LayerRow",
     "PackedTensor",
     "PruningReport",
+    "ShrinkReport",
     "accelerate",
     "from_sparse_tensor",
+    "head_importance",
     "load",
     "pack",
     "prune",
     "restore",
     "save",
+    "shrink",
     "to_sparse_tensor",
 ]
 

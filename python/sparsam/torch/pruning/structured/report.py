@@ -1,0 +1,144 @@
+"""What `shrink` cut: as text, JSON, and once more on a model of before."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import msgspec
+import numpy as np
+
+from sparsam.report import printable
+from sparsam.torch.pruning.structured.structures import Cuts
+from sparsam.torch.pruning.structured.surgery import Surgery
+from torch import nn
+
+__all__ = ["ShrinkReport", "StructureRow", "change_config"]
+
+
+@dataclass(frozen=True)
+class StructureRow:
+    """What became of one structure.
+
+    Attributes:
+        name: The attention, or the first layer whose outputs these are.
+        kind: "heads", "neurons" or "channels".
+        before: Units that there were.
+        kept: The units that are left, by the numbers they had.
+    """
+
+    name: str
+    kind: str
+    before: int
+    kept: tuple[int, ...]
+
+    @property
+    def after(self) -> int:
+        """Units that are left."""
+        return len(self.kept)
+
+
+@dataclass(frozen=True)
+class ShrinkReport:
+    """What `shrink` did. `print` it; `apply` it to a model of before, to load what the small one saved.
+
+    Attributes:
+        structures: What was looked at, in the order of the model.
+        params_before: Parameters that the model had.
+        params_after: Parameters that it has.
+        seconds_before: What the example inputs took, in turn with `seconds_after`; None if not measured.
+        seconds_after: What they take.
+        left: Name of a layer or attention -> why none of its outputs or heads could go.
+        config: Fields of the model's `config` that were changed -> their values.
+        removed: (tensor, axis, indices that went).
+        lowered: (module, attribute, by how much).
+    """
+
+    structures: tuple[StructureRow, ...]
+    params_before: int
+    params_after: int
+    seconds_before: float | None
+    seconds_after: float | None
+    left: Mapping[str, str] = field(repr=False)
+    config: Mapping[str, int] = field(repr=False)
+    removed: tuple[tuple[str, int, tuple[int, ...]], ...] = field(repr=False)
+    lowered: tuple[tuple[str, str, int], ...] = field(repr=False)
+
+    @property
+    def speedup(self) -> float | None:
+        """seconds_before / seconds_after; None if not measured."""
+        if self.seconds_before is None or not self.seconds_after:
+            return None
+        return self.seconds_before / self.seconds_after
+
+    def apply(self, model: nn.Module) -> None:
+        """Cuts another model of the same architecture in the same way, in place.
+
+        So a saved small model is read: build the large one, apply the report, load the state dict.
+
+        Raises:
+            ValueError: The model lacks what was cut, or is cut already; it stays as it was.
+        """
+        surgery = Surgery(model, self._cuts())
+        with surgery.undone_by_errors():
+            surgery.show("cut")
+        change_config(model, self.config)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the report in plain types."""
+        return asdict(self)
+
+    def to_json(self, *, indent: int | None = None) -> str:
+        """Returns `to_dict` as JSON, from which `from_json` makes an equal report."""
+        return json.dumps(self.to_dict(), indent=indent)
+
+    @classmethod
+    def from_json(cls, text: str | bytes) -> ShrinkReport:
+        """Reads what `to_json` wrote; ValueError for anything else."""
+        try:
+            return msgspec.json.decode(text, type=cls)
+        except msgspec.MsgspecError as error:
+            msg = f"shrink report: expected what to_json wrote; got something else ({error}); save it anew"
+            raise ValueError(msg) from error
+
+    def __str__(self) -> str:
+        rows = [("structure", "kind", "before", "after")]
+        rows += [(printable(row.name), row.kind, str(row.before), str(row.after)) for row in self.structures]
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        lines = [
+            "  ".join(
+                cell.ljust(width) if i < 2 else cell.rjust(width)
+                for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+            )
+            for row in rows
+        ]
+        lines.insert(1, "-" * len(lines[0]))
+        share = self.params_after / self.params_before if self.params_before else 1.0
+        lines += ["", f"{self.params_before:,} parameters before, {self.params_after:,} after ({share:.1%})"]
+        if self.speedup is not None:
+            before, after = 1e3 * float(self.seconds_before or 0), 1e3 * float(self.seconds_after or 0)
+            lines.append(f"{before:.3g} ms before, {after:.3g} ms after: {self.speedup:.2f} times as fast")
+        if self.left:
+            lines += ["", "left alone:"]
+            lines += [f"  {printable(name)}: {printable(why)}" for name, why in self.left.items()]
+        return "\n".join(lines)
+
+    def _cuts(self) -> Cuts:
+        removed = {(name, axis): np.array(indices, np.int64) for name, axis, indices in self.removed}
+        return Cuts(removed, {(module, name): less for module, name, less in self.lowered})
+
+
+def change_config(model: nn.Module, numbers: Mapping[str, int]) -> None:
+    """Gives the model, and its modules that share its config, a copy of that with other numbers."""
+    if not numbers:
+        return
+    before: Any = model.config
+    after = copy.deepcopy(before)
+    for name, value in numbers.items():
+        setattr(after, name, value)
+    for module in model.modules():
+        if getattr(module, "config", None) is before:
+            module.config = after

@@ -1,0 +1,107 @@
+"""Cutting a model and putting it back: its tensors and its numbers, all or nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Literal, TypeAlias
+
+import numpy as np
+
+import torch
+from sparsam.torch.pruning.structured.structures import Cuts
+from torch import Tensor, nn
+
+__all__ = ["State", "Surgery"]
+
+State: TypeAlias = Literal["whole", "zeroed", "cut"]
+
+
+class Surgery:
+    """A model in three states: whole; with what is to go zeroed; and cut.
+
+    "whole" has the very Parameters that the model came with. What is cut are new Parameters, with
+    `requires_grad` as before and no gradient.
+    """
+
+    def __init__(self, model: nn.Module, cuts: Cuts) -> None:
+        """Looks up the places; nothing changes yet.
+
+        Raises:
+            ValueError: The model has no such tensor, or it is too short for the cuts.
+        """
+        modules = dict(model.named_modules(remove_duplicate=False))
+        axes: dict[str, dict[int, Any]] = {}
+        for (name, axis), indices in cuts.removed.items():
+            axes.setdefault(name, {})[axis] = indices
+        self._tensors = [_Place(modules, name, removed) for name, removed in axes.items()]
+        self._numbers = []
+        for (path, attribute), less in cuts.lowered.items():
+            module = modules[path]
+            self._numbers.append((module, attribute, getattr(module, attribute), less))
+
+    def show(self, state: State) -> None:
+        """Brings the model into a state."""
+        for place in self._tensors:
+            place.show(state)
+        for module, attribute, value, less in self._numbers:
+            setattr(module, attribute, value - less if state == "cut" else value)
+
+    @contextmanager
+    def undone_by_errors(self) -> Iterator[None]:
+        """Whatever is raised inside, the model is whole again afterwards."""
+        try:
+            yield
+        except BaseException:
+            self.show("whole")
+            raise
+
+
+class _Place:
+    """A parameter or buffer, where it hangs."""
+
+    def __init__(self, modules: dict[str, nn.Module], name: str, removed: dict[int, Any]) -> None:
+        path, _, attribute = name.rpartition(".")
+        module = modules.get(path)
+        held: list[Any] = [] if module is None else [module._parameters, module._buffers]
+        self._where: dict[str, Any] = next((own for own in held if own.get(attribute) is not None), {})
+        if not self._where:
+            msg = f"model: expected a parameter or buffer {name!r}; got none; pass the model of before"
+            raise ValueError(msg)
+        self._attribute = attribute
+        self._whole: Tensor = self._where[attribute]
+        for axis, indices in removed.items():
+            if indices[-1] >= self._whole.shape[axis]:
+                msg = (
+                    f"{name}: expected more than {indices[-1]} entries along axis {axis}; got shape "
+                    f"{tuple(self._whole.shape)}; pass the model of before, which is not cut yet"
+                )
+                raise ValueError(msg)
+        self._removed = removed
+        self._cut: Tensor | None = None
+
+    def show(self, state: State) -> None:
+        if state == "cut":
+            self._cut = self._cut if self._cut is not None else self._made(self._shorter())
+            self._where[self._attribute] = self._cut
+        else:
+            self._where[self._attribute] = self._whole if state == "whole" else self._made(self._zeroed())
+
+    def _made(self, tensor: Tensor) -> Tensor:
+        """As what the tensor was."""
+        if isinstance(self._whole, nn.Parameter):
+            return nn.Parameter(tensor, requires_grad=self._whole.requires_grad)
+        return tensor
+
+    def _zeroed(self) -> Tensor:
+        tensor = self._whole.detach().clone()
+        for axis, indices in self._removed.items():
+            tensor.index_fill_(axis, torch.from_numpy(indices).to(tensor.device), 0)
+        return tensor
+
+    def _shorter(self) -> Tensor:
+        tensor = self._whole.detach()
+        for axis, indices in self._removed.items():
+            kept = np.setdiff1d(np.arange(self._whole.shape[axis]), indices)
+            tensor = tensor.index_select(axis, torch.from_numpy(kept).to(tensor.device))
+        return tensor

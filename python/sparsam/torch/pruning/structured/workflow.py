@@ -1,0 +1,218 @@
+"""`shrink`: find, choose, cut, verify, measure, report."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+import torch
+from sparsam.config import PruningConfig
+from sparsam.inputs.checks import expected
+from sparsam.inputs.names import NamePatterns
+from sparsam.torch.acceleration.model_runner import ModelRunner, as_examples, difference
+from sparsam.torch.pruning.structured.choice import check_config, choose
+from sparsam.torch.pruning.structured.importance import HeadImportance
+from sparsam.torch.pruning.structured.report import ShrinkReport, StructureRow, change_config
+from sparsam.torch.pruning.structured.search import check_model, find_structures, without_cache
+from sparsam.torch.pruning.structured.structures import KINDS, Cuts, Structure, cuts_of
+from sparsam.torch.pruning.structured.surgery import Surgery
+from torch import nn
+
+__all__ = ["shrink"]
+
+_ROUNDS = (5, 50)
+
+
+def shrink(
+    model: nn.Module,
+    config: PruningConfig | float | None,
+    example_inputs: Any,
+    *,
+    kinds: Collection[str] = KINDS,
+    importance: HeadImportance | Mapping[str, ArrayLike] | None = None,
+    seconds: float = 1.0,
+    verbose: bool = False,
+) -> ShrinkReport:
+    """Makes a model smaller in place: attention heads, neurons and channels go, as dense as before.
+
+    - *Heads*: of every attention that calls PyTorch's `scaled_dot_product_attention` (or can be made to,
+      as Hugging Face's). With grouped queries a unit is a key-value head with its query heads.
+    - *Neurons* of linear layers and *channels* of convolutions, with all that depends on them (biases, batch
+      norms, residual branches, the layers that read them), by Torch-Pruning's dependency graph.
+
+    What the model returns, what is normalised across, and what is shared with an embedding stays. Exactly
+    `round(sparsity * units)` go, those with the lowest scores (`choice.choose` has the rule). Biases and
+    batch norms go with their units and do not count.
+
+    The small model is compared with the large one whose units that go are zeroed: their outputs for the
+    example inputs must agree to the accuracy of the dtype, else nothing is changed and an error names the
+    structure. Parameters that were cut are new objects: make the optimizer afterwards. Numbers in (a copy of)
+    Hugging Face's `config` follow where all layers agree, so that `from_pretrained` reads the model back if
+    its class computes its shapes from those (Llama's heads and neurons, BERT's neurons; not BERT's heads);
+    `ShrinkReport.apply` works for every model.
+
+    Args:
+        model: The model, not compiled or accelerated; on the CPU.
+        config: The sparsity of units, or a `PruningConfig`: `target_sparsity`, `method`, `scope`, and
+            `exclude` and `overrides` by name of a structure.
+        example_inputs: A tensor, a tuple of arguments, a mapping of keyword arguments, or a list of these.
+        kinds: Which of "heads", "neurons", "channels".
+        importance: What `head_importance` measured; or name of a structure -> a number for each unit, the
+            larger the more worth keeping. Others are scored by the method.
+        seconds: How long latency may be measured; 0 not at all.
+        verbose: Whether to print the report.
+
+    Returns:
+        What was cut, the parameters and the latency before and after.
+
+    Raises:
+        ImportError: Torch-Pruning is not installed and neurons or channels are asked for.
+        ValueError: Nothing can be cut; a sparsity would leave a structure without units; a field of the
+            configuration means nothing here; the small model does not compute what it should.
+        TypeError: `model` is no module, or compiled; `example_inputs` are of another type.
+    """
+    check_model(model)
+    if isinstance(kinds, str) or not kinds or any(kind not in KINDS for kind in kinds):
+        wanted = f"some of {', '.join(map(repr, KINDS))}"
+        raise ValueError(expected("kinds", kinds, wanted, "pass a tuple of them"))
+    settings = config if isinstance(config, PruningConfig) else PruningConfig(config)
+    check_config(settings)
+    given = importance.drops if isinstance(importance, HeadImportance) else importance or {}
+    measured = {name: np.asarray(value, np.float64) for name, value in given.items()}
+    examples = as_examples(example_inputs)
+    with ModelRunner(model, examples) as runner, without_cache(model):
+        runner.outputs()  # what is wrong with the inputs shows here, before anything else
+        structures, left = find_structures(model, examples[0], kinds)
+        excluded = NamePatterns(settings.exclude)
+        left |= {s.name: "excluded" for s in structures if excluded.matches(s.name)}
+        structures = [s for s in structures if s.name not in left]
+        if not structures:
+            reasons = "; ".join(f"{name}: {why}" for name, why in list(left.items())[:5]) or "no layers"
+            msg = (
+                f"model: expected {' or '.join(kinds)} to cut; got none ({reasons}); change kinds or exclude"
+            )
+            raise ValueError(msg)
+        tensors = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers())
+        gone = choose(structures, tensors, settings, measured)
+        cuts = cuts_of(structures, gone)
+        before = sum(parameter.numel() for parameter in model.parameters())
+        surgery = Surgery(model, cuts)
+        with surgery.undone_by_errors():
+            _verify(model, runner, surgery, structures, gone)
+            times = _times(runner, surgery, seconds)
+            surgery.show("cut")
+            report = ShrinkReport(
+                tuple(_row(structure, gone[structure.name]) for structure in structures),
+                before,
+                sum(parameter.numel() for parameter in model.parameters()),
+                *times,
+                left,
+                _config_numbers(getattr(model, "config", None), structures, gone),
+                *_plain(cuts),
+            )
+    change_config(model, report.config)
+    if verbose:
+        print(report)  # noqa: T201 - asked for
+    return report
+
+
+def _row(structure: Structure, gone: NDArray[np.int64]) -> StructureRow:
+    kept = np.setdiff1d(np.arange(structure.units), gone)
+    return StructureRow(structure.name, structure.kind, structure.units, tuple(map(int, kept)))
+
+
+def _plain(cuts: Cuts) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+    removed = tuple((name, axis, tuple(map(int, gone))) for (name, axis), gone in cuts.removed.items())
+    return removed, tuple((module, name, less) for (module, name), less in cuts.lowered.items())
+
+
+def _verify(
+    model: nn.Module,
+    runner: ModelRunner,
+    surgery: Surgery,
+    structures: Sequence[Structure],
+    gone: Mapping[str, NDArray[np.int64]],
+) -> None:
+    """Raises if the cut model does not compute what the zeroed one does; names the structure at fault."""
+    wrong = _wrong(model, runner, surgery)
+    if not wrong:
+        return
+    surgery.show("whole")
+    for structure in structures:
+        alone = Surgery(model, cuts_of([structure], gone))
+        why = _wrong(model, runner, alone)
+        alone.show("whole")
+        if why:
+            msg = (
+                f"{structure.name}: expected outputs that are those of the model with the same "
+                f"{structure.kind} zeroed; got {why}; exclude {structure.name!r}"
+            )
+            raise ValueError(msg)
+    msg = (
+        "model: expected outputs that are those of the model with the same units zeroed; got "
+        f"{wrong}; pass fewer kinds"
+    )
+    raise ValueError(msg)
+
+
+def _wrong(model: nn.Module, runner: ModelRunner, surgery: Surgery) -> str:
+    """What is wrong with the outputs of the cut model; "" if nothing is."""
+    surgery.show("zeroed")
+    wanted = runner.outputs()
+    surgery.show("cut")
+    try:
+        off = difference(runner.outputs(), wanted)
+    except (AssertionError, AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:
+        return f"{type(error).__name__} from its forward ({error!s:.120})"
+    eps = max((torch.finfo(p.dtype).eps for p in model.parameters() if p.is_floating_point()), default=0.0)
+    allowed = 4 * eps**0.5
+    return f"a difference of {off:.3g}, more than {allowed:.3g}" if off is None or off > allowed else ""
+
+
+def _times(runner: ModelRunner, surgery: Surgery, seconds: float) -> tuple[float | None, float | None]:
+    """Seconds that the examples take before and after, in turn: medians."""
+    if not seconds > 0:
+        return None, None
+    end = time.perf_counter() + seconds
+    taken: dict[str, list[float]] = {"whole": [], "cut": []}
+    for number in range(_ROUNDS[1]):
+        if number >= _ROUNDS[0] and time.perf_counter() > end:
+            break
+        for state, found in taken.items():
+            surgery.show(state)  # type: ignore[arg-type]
+            found.append(runner.seconds().wall)
+    return statistics.median(taken["whole"]), statistics.median(taken["cut"])
+
+
+def _config_numbers(
+    config: Any, structures: Sequence[Structure], gone: Mapping[str, NDArray[np.int64]]
+) -> dict[str, int]:
+    """The fields of Hugging Face's config that say how many there are, where all layers agree."""
+    heads = [s for s in structures if s.heads is not None]
+    neurons = [s for s in structures if s.kind == "neurons"]
+    numbers: dict[str, int] = {}
+    for fields, found, each in (
+        (("num_attention_heads",), heads, [s.heads.queries for s in heads if s.heads]),
+        (("num_key_value_heads",), heads, [s.heads.keys for s in heads if s.heads]),
+        (("intermediate_size", "n_inner"), neurons, [1] * len(neurons)),
+    ):
+        before = _agreed(s.units * n for s, n in zip(found, each, strict=True))
+        after = _agreed((s.units - len(gone[s.name])) * n for s, n in zip(found, each, strict=True))
+        for name in fields:
+            if before and after and before != after and getattr(config, name, 0) in {before, None}:
+                numbers[name] = after
+    size = _agreed(s.heads.size for s in heads if s.heads)
+    if "num_attention_heads" in numbers and size and getattr(config, "head_dim", 0) is None:
+        numbers["head_dim"] = size
+    return numbers
+
+
+def _agreed(values: Iterable[int]) -> int | None:
+    """The one value that all have; None if they differ, or there are none."""
+    found = set(values)
+    return found.pop() if len(found) == 1 else None

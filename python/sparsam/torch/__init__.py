@@ -28,6 +28,7 @@ from sparsam.torch.layers.packed_tensor import PackedTensor
 from sparsam.torch.layers.packing import pack
 from sparsam.torch.pruning.one_shot import prune
 from sparsam.torch.pruning.pruning_report import PruningReport
+from sparsam.torch.pruning.smallest import SmallestModel, find_smallest
 from sparsam.torch.pruning.structured.importance import HeadImportance, head_importance
 from sparsam.torch.pruning.structured.report import ShrinkReport
 from sparsam.torch.pruning.structured.workflow import shrink
@@ -41,7 +42,9 @@ __all__ = [
     "PackedTensor",
     "PruningReport",
     "ShrinkReport",
+    "SmallestModel",
     "accelerate",
+    "find_smallest",
     "from_sparse_tensor",
     "head_importance",
     "load",

@@ -6,7 +6,7 @@ report = sparsam.torch.accelerate(model, example_inputs)  # swaps in packed laye
 sparsam.torch.restore(model)
 
 From the import on, kernels run on the OpenMP threads that PyTorch uses, as many as `torch.set_num_threads`
-says. Imports the pipeline, `sparse`, `checkpoint`, `reconstruction` and `training`.
+says. Imports the pipeline, `sparse`, `checkpoint`, `reconstruction`, `training` and `analysis`.
 """
 
 from __future__ import annotations

@@ -19,6 +19,7 @@ STAGES = [
     "schedules",
     "moments",
     "statistics",
+    "score_data",
     "scores",
     "masks",
     "orientation",

@@ -17,6 +17,7 @@ STAGES = [
     "vocabulary",
     "config",
     "schedules",
+    "moment_sums",
     "moments",
     "statistics",
     "score_data",

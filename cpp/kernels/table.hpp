@@ -5,7 +5,6 @@
 #include <cstdint>
 
 #include "matmul.hpp"
-#include "moments.hpp"
 #include "reconstruction.hpp"
 #include "sparsam/check.hpp"
 
@@ -61,7 +60,6 @@ struct KernelTable {
   WidthKernels<std::uint64_t> w64;
   MatmulKernels matmul;
   ReconstructionKernels reconstruction;
-  MomentKernels moments;
 };
 
 template <class Bits>

@@ -6,7 +6,7 @@ report = sparsam.torch.accelerate(model, example_inputs)  # swaps in packed laye
 sparsam.torch.restore(model)
 
 From the import on, kernels run on the OpenMP threads that PyTorch uses, as many as `torch.set_num_threads`
-says. Imports the pipeline, `sparse`, `checkpoint`, `reconstruction`, `training` and `analysis`.
+says. Imports the pipeline, `sparse`, `checkpoint`, `reconstruction` and `training`.
 """
 
 from __future__ import annotations
@@ -28,10 +28,11 @@ from sparsam.torch.layers.packed_tensor import PackedTensor
 from sparsam.torch.layers.packing import pack
 from sparsam.torch.pruning.one_shot import prune
 from sparsam.torch.pruning.pruning_report import PruningReport
-from sparsam.torch.pruning.smallest import SmallestModel, find_smallest
 from sparsam.torch.pruning.structured.importance import HeadImportance, head_importance
 from sparsam.torch.pruning.structured.report import ShrinkReport
 from sparsam.torch.pruning.structured.workflow import shrink
+from sparsam.torch.pruning.training_callbacks import lightning_callback, trainer_callback
+from sparsam.torch.pruning.while_training import Pruner
 from sparsam.torch.serialization.files import load, save
 from sparsam.torch.sparse_tensors import from_sparse_tensor, to_sparse_tensor
 
@@ -40,13 +41,13 @@ __all__ = [
     "HeadImportance",
     "LayerRow",
     "PackedTensor",
+    "Pruner",
     "PruningReport",
     "ShrinkReport",
-    "SmallestModel",
     "accelerate",
-    "find_smallest",
     "from_sparse_tensor",
     "head_importance",
+    "lightning_callback",
     "load",
     "pack",
     "prune",
@@ -54,6 +55,7 @@ __all__ = [
     "save",
     "shrink",
     "to_sparse_tensor",
+    "trainer_callback",
 ]
 
 if not any(

@@ -28,6 +28,7 @@ from sparsam.training.callbacks import Arrays, Masks, sparsity_of, validate_retu
 from sparsam.training.callbacks import evaluate as score_of
 from sparsam.training.run_identity import RunIdentity
 from sparsam.training.saved_run import HistoryRow, Limits, Progress, StateDir
+from sparsam.training.timetable import config_at
 
 __all__ = ["HistoryRow", "IterativePruner", "IterativeResult"]
 
@@ -262,23 +263,7 @@ class IterativePruner:
     def _steps(self) -> list[PruningConfig]:
         """How far each iteration prunes what."""
         schedule = self.get_schedule()
-        steps = []
-        for sparsity in schedule:
-            share = sparsity / schedule[-1] if schedule[-1] else 1.0
-            overrides = {name: own.scaled(share) for name, own in self.config.overrides.items()}
-            allocation = self.config.allocation
-            if isinstance(allocation, Mapping):
-                allocation = {name: value * share for name, value in allocation.items()}
-            config = replace(
-                self.config,
-                allocation=allocation,
-                target_sparsity=sparsity,
-                schedule=None,
-                num_iterations=None,
-                overrides=overrides,
-            )
-            steps.append(config)
-        return steps
+        return [config_at(self.config, sparsity, schedule[-1]) for sparsity in schedule]
 
     def _pruned(
         self, progress: Progress, dense: Arrays, step: PruningConfig, min_rank: int

@@ -12,8 +12,10 @@ arXiv:1911.11134.
 
 from __future__ import annotations
 
+import hashlib
 import math
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, TypeAlias
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -21,6 +23,75 @@ from numpy.typing import ArrayLike, NDArray
 from sparsam.inputs.checks import check_sparsity, expected, integer, positive
 from sparsam.masks import Mask
 from sparsam.selection import _refuse_nan, is_weight_dtype
+
+
+@dataclass(frozen=True)
+class SET:
+    """Regrowth at random, for `sparsam.torch.Pruner`.
+
+    Attributes:
+        fraction: The fraction that the first update drops; it falls as `drop_fraction` says.
+        seed: Of the draws, at least 0; each update of each tensor has its own.
+    """
+
+    fraction: float = 0.3
+    seed: int = 0
+    needs_gradients: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        check_sparsity("SET: fraction", self.fraction)
+        if integer("SET: seed", self.seed) < 0:
+            raise ValueError(expected("SET: seed", self.seed, "an integer of at least 0", "pass 0, say"))
+
+    def update(
+        self, name: str, weights: ArrayLike, mask: Mask, gradients: ArrayLike | None, *, step: int, end: int
+    ) -> Mask:
+        """Returns the mask after the update of tensor `name` at a step of `end`."""
+        del gradients
+        key = hashlib.blake2b(
+            f"{self.seed} {step} {name}".encode(errors="surrogatepass"), digest_size=8
+        ).digest()
+        fraction = drop_fraction(step, end, self.fraction)
+        return set_update(weights, mask, fraction, seed=int.from_bytes(key, "little"))
+
+
+@dataclass(frozen=True)
+class RigL:
+    """Regrowth where gradients are largest, for `sparsam.torch.Pruner`.
+
+    Attributes:
+        fraction: As for `SET`.
+    """
+
+    fraction: float = 0.3
+    needs_gradients: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        check_sparsity("RigL: fraction", self.fraction)
+
+    def update(
+        self, name: str, weights: ArrayLike, mask: Mask, gradients: ArrayLike | None, *, step: int, end: int
+    ) -> Mask:
+        """Returns the mask after the update of tensor `name` at a step of `end`."""
+        if gradients is None:
+            raise ValueError(
+                expected(f"gradients of tensor {name!r}", None, "an array", "pass those of the loss")
+            )
+        return rigl_update(weights, mask, gradients, drop_fraction(step, end, self.fraction))
+
+
+RegrowthLike: TypeAlias = Literal["set", "rigl"] | SET | RigL
+
+
+def resolve(regrow: object) -> SET | RigL | None:
+    """Returns the rule that a name stands for; ValueError for what is none."""
+    if regrow is None or isinstance(regrow, (SET, RigL)):
+        return regrow
+    named: dict[object, SET | RigL] = {"set": SET(), "rigl": RigL()}
+    if isinstance(regrow, str) and regrow in named:
+        return named[regrow]
+    wanted = "'set', 'rigl', SET(...), RigL(...) or None"
+    raise ValueError(expected("regrow", regrow, wanted, "name one of them, or leave it out"))
 
 
 def set_update(weights: ArrayLike, mask: Mask, fraction: float, *, seed: int) -> Mask:

@@ -1,0 +1,120 @@
+"""What gradients say of weights over the steps of a training: the sums that three scores are made of.
+
+=========== ================================= ==========================================
+method      sum over steps                     score of the weight w
+=========== ================================= ==========================================
+"saliency"  g, since the last update           abs(w mean(g))
+"fisher"    g^2, since the last update         w^2 mean(g^2)
+"movement"  - w g, since the first step        the sum
+=========== ================================= ==========================================
+
+w is the weight that the gradient was taken at. A step whose gradients are not all finite, as one that
+GradScaler skips, does not count.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from sparsam.config import Scorer
+from sparsam.scores import Fisher, Movement, Saliency
+from sparsam.torch.pruning.masked_weights import to_host
+from torch import Tensor, nn
+
+__all__ = ["GRADIENT_METHODS", "GradientEvidence", "gradients_of"]
+
+GRADIENT_METHODS = ("saliency", "fisher", "movement")
+
+
+class GradientEvidence:
+    """Sums over the gradients of some parameters, float32, on their devices."""
+
+    def __init__(self, method: str, parameters: Mapping[str, nn.Parameter]) -> None:
+        self._method = method
+        self._parameters = dict(parameters)
+        self._sums = {
+            name: torch.zeros_like(p, dtype=torch.float32, requires_grad=False)
+            for name, p in parameters.items()
+        }
+        self._steps = 0
+        self._weights: dict[str, Tensor] = {}
+        self.remember()
+
+    @property
+    def ready(self) -> bool:
+        """Whether there is a step to score by."""
+        return self._steps > 0
+
+    @torch.no_grad()
+    def observe(self) -> None:
+        """Adds the gradients of a step; ValueError where one is missing."""
+        gradients = gradients_of(self._parameters)
+        if gradients is None:
+            return
+        for name, gradient in gradients.items():
+            total = self._sums[name]
+            if self._method == "saliency":
+                total += gradient
+            elif self._method == "fisher":
+                total.addcmul_(gradient.float(), gradient.float())
+            else:
+                total.addcmul_(self._weights[name].float(), gradient.float(), value=-1)
+        self._steps += 1
+
+    def remember(self) -> None:
+        """Keeps the weights that the next gradients are taken at, which the optimizer overwrites."""
+        if self._method != "movement":
+            return
+        for name, parameter in self._parameters.items():
+            if name in self._weights:
+                self._weights[name].copy_(parameter.detach())
+            else:
+                self._weights[name] = parameter.detach().clone()
+
+    def scorer(self) -> Scorer:
+        """Returns the scorer of now."""
+        if self._method == "movement":
+            return Movement({name: to_host(name, total) for name, total in self._sums.items()})
+        means = {name: to_host(name, total / self._steps) for name, total in self._sums.items()}
+        return Saliency(means) if self._method == "saliency" else Fisher(means)
+
+    def restart(self) -> None:
+        """Begins the next interval between updates."""
+        if self._method == "movement":
+            return
+        self._steps = 0
+        for total in self._sums.values():
+            total.zero_()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns copies of the sums."""
+        return {
+            "steps": self._steps,
+            "sums": {name: total.clone() for name, total in self._sums.items()},
+            "weights": {name: weights.clone() for name, weights in self._weights.items()},
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Takes over what `state_dict` returned."""
+        self._steps = state["steps"]
+        for own, stored in ((self._sums, state["sums"]), (self._weights, state["weights"])):
+            for name, tensor in own.items():
+                tensor.copy_(stored[name])
+
+
+def gradients_of(parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor] | None:
+    """Returns the gradients, or None if one is not finite; ValueError where one is missing."""
+    found = {}
+    for name, parameter in parameters.items():
+        gradient = parameter.grad
+        if gradient is None:
+            msg = (
+                f"tensor {name!r}: expected a gradient, which this method scores by; got None; call "
+                "pruner.step() after optimizer.step() and before zero_grad(), or exclude the tensor"
+            )
+            raise ValueError(msg)
+        found[name] = gradient.detach()
+    finite = all(bool(torch.isfinite(gradient.sum(dtype=torch.float64))) for gradient in found.values())
+    return found if finite else None

@@ -6,5 +6,6 @@ PYBIND11_MODULE(_core, m) {
   sparsam::register_selection(m);
   sparsam::register_masks(m);
   sparsam::register_matmul(m);
+  sparsam::register_moments(m);
   sparsam::register_reconstruction(m);
 }

@@ -1,21 +1,11 @@
 // Reconstruction kernels, written once over Floats and Doubles. Include after defining SPARSAM_TARGET and
 // including its floats_*.hpp. Internal linkage throughout, for the reason given in selection-inl.hpp.
 #pragma once
+#include "lanes.hpp"
 #include "reconstruction.hpp"
 
 namespace sparsam::SPARSAM_TARGET {
 namespace {
-
-template <class T>
-struct LanesOf;
-template <>
-struct LanesOf<float> {
-  using type = Floats;
-};
-template <>
-struct LanesOf<double> {
-  using type = Doubles;
-};
 
 // A tile of sums, kColumns wide and kRows high, takes about half of the vector registers.
 template <class T>

@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "matmul.hpp"
+#include "moments.hpp"
 #include "reconstruction.hpp"
 #include "sparsam/check.hpp"
 
@@ -60,6 +61,7 @@ struct KernelTable {
   WidthKernels<std::uint64_t> w64;
   MatmulKernels matmul;
   ReconstructionKernels reconstruction;
+  MomentKernels moments;
 };
 
 template <class Bits>

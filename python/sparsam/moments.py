@@ -4,25 +4,25 @@ Those of a block of rows around the block's own mean are products of matrices; b
 the formula of Chan, Golub and LeVeque ("Updating formulae and a pairwise algorithm for computing sample
 variances", 1979).
 
-The products are float32 unless the numbers are float64. With c_j column j of the centred rows, each row times
-the root of its weight, the moment of i and j is then off by at most 2^-14 ||c_i|| ||c_j|| (a block has
-512 rows, and each product and each sum is rounded to 2^-24), in practice by some 2^-22 of it; with float64
-numbers by at most 2^-43 of it, for means of up to 8000 standard deviations. Columns are scaled by powers of
-two, so that this holds for numbers of every size.
+The products are float32 unless the numbers are float64; sums of 128 of them are, and what these add up to is
+float64. With c_j column j of the centred rows, each row times the root of its weight, the moment of i and j
+is then off by at most 2^-16 ||c_i|| ||c_j|| (each number, product and sum is rounded to 2^-24, 130 times at
+most), in practice by some 2^-22 of it; with float64 numbers by at most 2^-43 of it, for means of up to 8000
+standard deviations. Columns are scaled by powers of two, so that this holds for numbers of every size.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-__all__ = ["CentredMoments", "Moments"]
+from sparsam.moment_sums import MomentSums, Scaled
 
-_COLUMNS = 256  # of a strip of products: it is added while the caches hold it
+__all__ = ["CentredMoments", "Moments"]
 
 
 @dataclass(frozen=True)
@@ -110,29 +110,27 @@ class Moments:
         count: Of how many rows.
         weight: Of what weight together.
         mean: (in,); of a constant input exactly that.
-        sums: (in, in), of which the strips from the diagonal to the right are right; all if `whole`.
+        sums: (in, in).
         target_mean: (out,).
         target_squares: (out,).
         cross: (out, in).
         precision: The largest rounding unit of what was added.
-        whole: Whether `sums` is symmetric.
     """
 
     count: int
     weight: float
     mean: NDArray[np.float64]
-    sums: NDArray[np.float64] = field(repr=False)
+    sums: MomentSums
     target_mean: NDArray[np.float64]
     target_squares: NDArray[np.float64]
-    cross: NDArray[np.float64] = field(repr=False)
+    cross: MomentSums
     precision: float = float(np.finfo(np.float64).eps)
-    whole: bool = True
 
     @classmethod
     def empty(cls, inputs: int, targets: int) -> Moments:
         """The moments of no rows."""
-        square, cross = np.zeros((inputs, inputs)), np.zeros((targets, inputs))
-        return cls(0, 0.0, np.zeros(inputs), square, np.zeros(targets), np.zeros(targets), cross)
+        sums, cross = MomentSums.zeros(inputs, inputs, symmetric=True), MomentSums.zeros(targets, inputs)
+        return cls(0, 0.0, np.zeros(inputs), sums, np.zeros(targets), np.zeros(targets), cross)
 
     def add(self, arrays: list[NDArray[Any]], weights: NDArray[np.float64] | None = None) -> None:
         """Adds a block of finite rows x, or x and y, in float32 or float64, with positive weights."""
@@ -144,11 +142,10 @@ class Moments:
         wide = np.float64 in [array.dtype for array in arrays]
         dtype = np.float64 if wide else np.float32
         inputs = _centre(x, weights, self.mean, between, dtype)
-        self.whole = False
-        _add_products(self.sums, inputs, inputs, upper=True)
+        self.sums.add(inputs.scaled, inputs.scaled)
         for y in arrays[1:]:
             targets = _centre(y, weights, self.target_mean, between, dtype)
-            _add_products(self.cross, targets, inputs)
+            self.cross.add(targets.scaled, inputs.scaled)
             self.target_squares = self.target_squares + targets.squares
             self.target_mean = self.target_mean + targets.distance * (added / total)
         self.mean = self.mean + inputs.distance * (added / total)
@@ -157,45 +154,33 @@ class Moments:
 
     def merged(self, other: Moments) -> Moments:
         """The moments of the rows of both."""
-        if not self.count or not other.count:
-            one = self if self.count else other
-            return replace(one, sums=one.sums.copy(), cross=one.cross.copy())
         weight = self.weight + other.weight
-        factor, share = self.weight * other.weight / weight, other.weight / weight
+        factor = self.weight * other.weight / weight if weight else 0.0
+        share = other.weight / weight if weight else 0.0
         distance, target_distance = other.mean - self.mean, other.target_mean - self.target_mean
-        return Moments(
-            self.count + other.count,
-            weight,
-            self.mean + distance * share,
-            _plus_outer(self.sums + other.sums, factor, distance, distance),
-            self.target_mean + target_distance * share,
-            self.target_squares + other.target_squares + factor * target_distance**2,
-            _plus_outer(self.cross + other.cross, factor, target_distance, distance),
-            max(self.precision, other.precision),
-            self.whole and other.whole,
+        between, target_between = (math.sqrt(factor) * d for d in (distance, target_distance))
+        merged = replace(
+            self,
+            count=self.count + other.count,
+            weight=weight,
+            mean=self.mean + distance * share,
+            sums=self.sums.plus(other.sums),
+            target_mean=self.target_mean + target_distance * share,
+            target_squares=self.target_squares + other.target_squares + target_between**2,
+            cross=self.cross.plus(other.cross),
+            precision=max(self.precision, other.precision),
         )
-
-    def centred_gram(self) -> NDArray[np.float64]:
-        """The sum of (x - mean)(x - mean)^T, a new array."""
-        self._complete()
-        gram: NDArray[np.float64] = self.sums.copy()
-        return gram
+        merged.sums.add(Scaled.row(between), Scaled.row(between))
+        merged.cross.add(Scaled.row(target_between), Scaled.row(between))
+        return merged
 
     def gram(self) -> NDArray[np.float64]:
         """The sum of x x^T, a new array."""
-        return _plus_outer(self.centred_gram(), self.weight, self.mean, self.mean)
+        return self.sums.dense(self.weight, self.mean, self.mean)
 
     def raw_cross(self) -> NDArray[np.float64]:
         """The sum of y x^T, a new array."""
-        return _plus_outer(self.cross.copy(), self.weight, self.target_mean, self.mean)
-
-    def _complete(self) -> None:
-        """Mirrors what is right of the diagonal."""
-        for start in range(0, 0 if self.whole else len(self.sums), _COLUMNS):
-            strip = slice(start, start + _COLUMNS)
-            self.sums[strip, strip] = np.triu(self.sums[strip, strip]) + np.triu(self.sums[strip, strip], 1).T
-            self.sums[start + _COLUMNS :, strip] = self.sums[strip, start + _COLUMNS :].T
-        self.whole = True
+        return self.cross.dense(self.weight, self.target_mean, self.mean)
 
 
 @dataclass(frozen=True)
@@ -203,15 +188,14 @@ class _Centred:
     """A block less its mean.
 
     Attributes:
-        rows: The centred rows times the roots of their weights, and Chan's term for two means as one more,
-            (rows + 1, width), each column divided by its `scale`.
-        scale: Powers of two, (width,); the largest number of a column of `rows` is between 1/2 and 1.
+        scaled: The centred rows times the roots of their weights, and Chan's term for two means as one more,
+            (rows + 1, width). The scales are powers of two, with which the largest number of a column is
+            between 1/2 and 1.
         distance: From the mean so far to that of the block, (width,).
         squares: The sums of the squares of each column, (width,).
     """
 
-    rows: NDArray[Any]
-    scale: NDArray[np.float64]
+    scaled: Scaled
     distance: NDArray[np.float64]
     squares: NDArray[np.float64]
 
@@ -238,24 +222,4 @@ def _centre(
     squares = np.einsum("ij,ij->j", wide, wide)
     rows = wide if dtype is np.float64 else np.empty(wide.shape, dtype)
     np.multiply(wide, 1 / scale, out=rows, casting="same_kind")
-    return _Centred(rows, scale, distance, squares)
-
-
-def _add_products(sums: NDArray[np.float64], a: _Centred, b: _Centred, *, upper: bool = False) -> None:
-    """Adds A^T B; only from the diagonal to the right if `upper`."""
-    for start in range(0, len(sums), _COLUMNS):
-        strip, right = slice(start, start + _COLUMNS), slice(start if upper else 0, None)
-        product = (a.rows[:, strip].T @ b.rows[:, right]).astype(np.float64, copy=False)
-        product *= a.scale[strip, None]
-        product *= b.scale[right]
-        sums[strip, right] += product
-
-
-def _plus_outer(
-    sums: NDArray[np.float64], factor: float, left: NDArray[np.float64], right: NDArray[np.float64]
-) -> NDArray[np.float64]:
-    """`sums` plus factor * left right^T, in place."""
-    for start in range(0, len(sums), _COLUMNS):
-        strip = slice(start, start + _COLUMNS)
-        sums[strip] += left[strip, None] * right * factor
-    return sums
+    return _Centred(Scaled(rows, scale), distance, squares)

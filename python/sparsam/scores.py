@@ -42,16 +42,16 @@ import operator
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from numbers import Real
-from typing import Any, ClassVar, NamedTuple, TypeVar
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from sparsam.config import METHODS, Scorer
 from sparsam.inputs.checks import expected
+from sparsam.inputs.float_mode import standard_floats
+from sparsam.score_data import array_for, check_mapping, input_rms, refuse_not_finite, to_numbers
 from sparsam.statistics import InputStatistics
-
-Value = TypeVar("Value")
 
 
 class Traits(NamedTuple):
@@ -112,6 +112,7 @@ class Random:
             raise ValueError(msg)
         object.__setattr__(self, "seed", seed)
 
+    @standard_floats
     def score(self, name: str, weights: NDArray[Any], /) -> NDArray[np.float32]:
         """Returns float32 draws; 0 where a weight is 0, and NaN where it is NaN, which selection refuses."""
         key = int.from_bytes(
@@ -136,11 +137,12 @@ class Saliency:
     gradients: Mapping[str, ArrayLike] = field(repr=False)
 
     def __post_init__(self) -> None:
-        _check_mapping(self, "gradients", self.gradients, "the gradient")
+        check_mapping(self, "gradients", self.gradients, "the gradient")
 
+    @standard_floats
     def score(self, name: str, weights: NDArray[Any], /) -> NDArray[np.float64]:
         """Returns abs(w g); ValueError where the gradient is missing, of another shape or not finite."""
-        return _times(weights, np.abs(_array(self, "gradients", self.gradients, name, weights)))
+        return _times(weights, np.abs(array_for(self, "gradients", self.gradients, name, weights)))
 
 
 @dataclass(frozen=True, eq=False)
@@ -158,11 +160,12 @@ class Fisher:
     squared_gradients: Mapping[str, ArrayLike] = field(repr=False)
 
     def __post_init__(self) -> None:
-        _check_mapping(self, "squared_gradients", self.squared_gradients, "the mean of g^2")
+        check_mapping(self, "squared_gradients", self.squared_gradients, "the mean of g^2")
 
+    @standard_floats
     def score(self, name: str, weights: NDArray[Any], /) -> NDArray[np.float64]:
         """Returns w^2 E[g^2]; ValueError where E[g^2] is missing, misshapen, negative or not finite."""
-        means = _array(self, "squared_gradients", self.squared_gradients, name, weights)
+        means = array_for(self, "squared_gradients", self.squared_gradients, name, weights)
         if (means < 0).any():
             msg = (
                 f"Fisher: squared_gradients of tensor {name!r}: expected at least 0; got {means.min()}; pass "
@@ -189,9 +192,10 @@ class Movement:
     accumulated: Mapping[str, ArrayLike] = field(repr=False)
     _floor: float = field(init=False, repr=False, default=0.0)
 
+    @standard_floats
     def __post_init__(self) -> None:
-        _check_mapping(self, "accumulated", self.accumulated, "- sum w g")
-        sums = (_numbers(self, "accumulated", name, value) for name, value in self.accumulated.items())
+        check_mapping(self, "accumulated", self.accumulated, "- sum w g")
+        sums = (to_numbers(self, "accumulated", name, value) for name, value in self.accumulated.items())
         ends = [(float(array.min()), float(array.max())) for array in sums if array.size] or [(0.0, 0.0)]
         least, most = min(low for low, _ in ends), max(high for _, high in ends)
         if not math.isfinite(most - least):
@@ -202,9 +206,10 @@ class Movement:
             raise ValueError(msg)
         object.__setattr__(self, "_floor", least - ((most - least) * 1e-6 or 1.0))
 
+    @standard_floats
     def score(self, name: str, weights: NDArray[Any], /) -> NDArray[np.float64]:
         """Returns the sums less the constant; ValueError where a sum is missing, misshapen or not finite."""
-        raised = _array(self, "accumulated", self.accumulated, name, weights) - self._floor
+        raised = array_for(self, "accumulated", self.accumulated, name, weights) - self._floor
         if (raised < 0).any():
             msg = (
                 f"Movement: accumulated of tensor {name!r}: expected the sums that it was made with; got "
@@ -231,11 +236,12 @@ class Wanda:
     needs_rows_as_outputs: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        _check_mapping(self, "statistics", self.statistics, "the InputStatistics")
+        check_mapping(self, "statistics", self.statistics, "the InputStatistics")
 
+    @standard_floats
     def score(self, name: str, weights: NDArray[Any], /) -> NDArray[np.float64]:
         """Returns abs(W_ij) rms(x_j); ValueError where statistics are missing, empty or of other inputs."""
-        rms = _rms(self, self.statistics, name, weights)
+        rms = input_rms(self, self.statistics, name, weights)
         return _times(weights.reshape(len(weights), rms.size), rms).reshape(weights.shape)
 
 
@@ -256,16 +262,17 @@ class RIA:
     needs_rows_as_outputs: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        _check_mapping(self, "statistics", self.statistics, "the InputStatistics")
+        check_mapping(self, "statistics", self.statistics, "the InputStatistics")
         power = self.power
         if isinstance(power, bool) or not isinstance(power, Real) or not 0 <= power < math.inf:
             raise ValueError(
                 expected("RIA: power", power, "a finite number of at least 0", "leave it out for 0.5")
             )
 
+    @standard_floats
     def score(self, name: str, weights: NDArray[Any], /) -> NDArray[np.float64]:
         """Returns the scores; ValueError as for `Wanda`, and for weights that are not finite."""
-        rms = _rms(self, self.statistics, name, weights)
+        rms = input_rms(self, self.statistics, name, weights)
         sizes = _relative_sizes(self, name, weights).reshape(len(weights), rms.size)
         columns, rows = sizes.sum(axis=0, keepdims=True), sizes.sum(axis=1, keepdims=True)
         share = sizes / np.where(columns == 0, 1, columns) + sizes / np.where(rows == 0, 1, rows)
@@ -281,6 +288,7 @@ class LAMP:
     in its sum, and the larger score. The largest weight of every tensor scores 1.
     """
 
+    @standard_floats
     def score(self, name: str, weights: NDArray[Any], /) -> NDArray[np.float64]:
         """Returns the scores, in [0, 1]; ValueError for weights that are not finite."""
         squares = np.square(_relative_sizes(self, name, weights)).reshape(-1)
@@ -290,100 +298,6 @@ class LAMP:
         scores = np.empty_like(squares)
         scores[order] = ascending / np.where(sums == 0, 1, sums)
         return scores.reshape(weights.shape)
-
-
-def _check_mapping(scorer: object, what: str, value: object, content: str) -> None:
-    if not isinstance(value, Mapping):
-        kind = type(scorer).__name__
-        raise ValueError(
-            expected(
-                f"{kind}: {what}", value, f"a mapping from tensor names to {content}", "pass {name: value}"
-            )
-        )
-
-
-def _entry(scorer: object, what: str, data: Mapping[str, Value], name: str) -> Value:
-    if name not in data:
-        msg = (
-            f"{type(scorer).__name__}: {what}: expected an entry for tensor {name!r}; got {list(data)[:5]!r}"
-            f"{' and others' if len(data) > 5 else ''}; add it, or exclude the tensor"
-        )
-        raise ValueError(msg)
-    return data[name]
-
-
-def _array(
-    scorer: object, what: str, data: Mapping[str, ArrayLike], name: str, weights: NDArray[Any]
-) -> NDArray[np.float64]:
-    """What `data` holds for a tensor, in its shape, as float64."""
-    array = _numbers(scorer, what, name, _entry(scorer, what, data, name))
-    if array.shape != weights.shape:
-        msg = (
-            f"{type(scorer).__name__}: {what} of tensor {name!r}: expected the shape of the tensor, "
-            f"{weights.shape}; got {array.shape}; compute it for this tensor"
-        )
-        raise ValueError(msg)
-    return array
-
-
-def _numbers(scorer: object, what: str, name: str, value: ArrayLike) -> NDArray[np.float64]:
-    array = np.asarray(value)
-    subject = f"{type(scorer).__name__}: {what} of tensor {name!r}"
-    if array.dtype.kind not in "fiu" and array.dtype.name != "bfloat16":
-        raise ValueError(
-            expected(f"{subject}: dtype", str(array.dtype), "real numbers", "convert it with .astype()")
-        )
-    numbers = array.astype(np.float64)
-    _refuse_not_finite(subject, numbers)
-    return numbers
-
-
-def _refuse_not_finite(subject: str, numbers: NDArray[np.float64]) -> None:
-    finite = np.isfinite(numbers)
-    if not finite.all():
-        at = tuple(int(i) for i in np.argwhere(~finite)[0])
-        raise ValueError(
-            expected(
-                subject,
-                float(numbers[at]),
-                f"finite numbers, at index {at} too",
-                "mend them, or exclude the tensor",
-            )
-        )
-
-
-def _rms(
-    scorer: object, data: Mapping[str, InputStatistics], name: str, weights: NDArray[Any]
-) -> NDArray[np.float64]:
-    """The root mean square of each input of a tensor, of as many as its matrix has columns."""
-    kind = type(scorer).__name__
-    statistics = _entry(scorer, "statistics", data, name)
-    if not isinstance(statistics, InputStatistics):
-        raise ValueError(
-            expected(
-                f"{kind}: statistics of tensor {name!r}",
-                statistics,
-                "InputStatistics",
-                "pass InputStatistics(in_features).update(x)",
-            )
-        )
-    if weights.ndim < 2:
-        msg = (
-            f"{kind}: tensor {name!r}: expected shape (out, in) or (out, in, kh, kw); got {weights.shape}; "
-            "exclude it, or score it by another method"
-        )
-        raise ValueError(msg)
-    columns = math.prod(weights.shape[1:])
-    if columns != statistics.in_features:
-        msg = (
-            f"{kind}: statistics of tensor {name!r}: expected those of {columns} inputs for its shape "
-            f"{weights.shape}; got {statistics.in_features}; list the tensor in transposed if it is (in, out)"
-        )
-        raise ValueError(msg)
-    if statistics.count == 0:
-        msg = f"{kind}: statistics of tensor {name!r}: expected some inputs; got none; call update(x) first"
-        raise ValueError(msg)
-    return statistics.rms
 
 
 def _times(weights: NDArray[Any], factors: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -399,7 +313,7 @@ def _times(weights: NDArray[Any], factors: NDArray[np.float64]) -> NDArray[np.fl
 def _relative_sizes(scorer: object, name: str, weights: NDArray[Any]) -> NDArray[np.float64]:
     """Absolute values over a power of two, which is exact, so that neither squares nor sums overflow."""
     sizes = np.abs(weights.astype(np.float64))
-    _refuse_not_finite(f"{type(scorer).__name__}: tensor {name!r}", sizes)
+    refuse_not_finite(f"{type(scorer).__name__}: tensor {name!r}", sizes)
     with np.errstate(under="ignore"):
         return np.asarray(np.ldexp(sizes, -np.frexp(sizes.max(initial=0))[1]))
 

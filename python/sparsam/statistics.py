@@ -19,7 +19,7 @@ from sparsam.moments import CentredMoments, Moments
 
 __all__ = ["CentredMoments", "InputStatistics"]
 
-_ROWS = 512  # of a block: more make the bound worse, fewer the accumulation in float64 slower
+_ROWS = 512  # of a block: fewer make the accumulation in float64 slower
 _PIECE = 1 << 22  # elements of a block at most
 
 
@@ -155,12 +155,12 @@ class InputStatistics:
         with_targets: dict[str, Any] = {}
         if self.targets is not None:
             with_targets = {
-                "cross": _frozen(moments.cross.copy()),
+                "cross": _frozen(moments.cross.dense()),
                 "target_mean": _frozen(moments.target_mean),
                 "target_squares": _frozen(moments.target_squares),
             }
         return CentredMoments(
-            _frozen(moments.centred_gram()),
+            _frozen(moments.sums.dense()),
             _frozen(moments.mean),
             self._count,
             moments.precision,

@@ -63,6 +63,7 @@ def assert_equal(left: dict[str, Any], right: dict[str, Any]) -> None:
         ("unstructured", Unstructured()),
         ("2:4", NM(2, 4)),
         ("16:32", NM(16, 32)),
+        ("2:4:channels", NM(2, 4, "channels")),
         ("block:4x1", Block(4, 1)),
         ("slices:0", Slices(0)),
         ("slices:-1", Slices(-1)),
@@ -74,7 +75,8 @@ def test_patterns(text: str, pattern: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["", "2:", "2:4:8", "Block:2x2", "block:2", "block:2x2x2", "slices", "slices:a", "2:4 "]
+    "text",
+    ["", "2:", "2:4:8", "2:4:rows", "Block:2x2", "block:2", "block:2x2x2", "slices", "slices:a", "2:4 "],
 )
 def test_texts_that_are_no_pattern(text: str) -> None:
     with pytest.raises(ValueError, match=r"pattern: expected unstructured, N:M .*; got"):
@@ -90,6 +92,8 @@ def test_texts_that_are_no_pattern(text: str) -> None:
         ("a=b=0", ("a=b", 0.0)),
         ("[ab].*=2:4", ("[ab].*", NM(2, 4))),
         ("a=slices:0:8", ("a", Slices(0, 8))),
+        ("a=2:4:channels", ("a", NM(2, 4, "channels"))),
+        ("layers[0].weight=0.5", ("layers[0].weight", 0.5)),
         ("a=0.75,block:4x1", ("a", (0.75, Block(4, 1)))),
     ],
 )
@@ -212,6 +216,11 @@ def test_long_names_are_never_cut(tmp_path: Path, capsys: pytest.CaptureFixture[
         (["--pattern", "block:4x2", "--norm", "2"], {"pattern": Block(4, 2), "method": Magnitude(2)}),
         (["--pattern", "slices:0:2"], {"pattern": Slices(0, 2)}),
         (["--method", "random", "--seed", "5"], {"method": Random(5)}),
+        (["--transposed", "mlp.weight", "--scope", "row"], {"transposed": ["mlp.weight"], "scope": "row"}),
+        (
+            ["--transposed", "head*", "--transposed", "mlp*", "--pattern", "2:4"],
+            {"transposed": ["head*", "mlp*"], "pattern": NM(2, 4)},
+        ),
         (
             ["--exclude", "head*", "--exclude", "x*", "--sparsity", "1"],
             {"exclude": ["head*"], "target_sparsity": 1},
@@ -240,6 +249,30 @@ def test_prune_is_the_library(
     assert captured.out == f"{expected.report}\n"
     assert checkpoint.load(output).metadata == {"format": "pt"}
     assert_equal(read(model), sample())
+
+
+def test_prune_along_the_channels_of_a_convolution(
+    tmp_path: Path, output: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    weights = {"conv.weight": np.random.default_rng(0).standard_normal((4, 8, 3, 3), dtype=np.float32)}
+    checkpoint.save(tmp_path / "conv.safetensors", weights)
+    run(capsys, "prune", tmp_path / "conv.safetensors", "-o", output, "--pattern", "2:4:channels")
+    pruned = read(output)
+    assert_equal(pruned, prune(weights, pattern=NM(2, 4, "channels")).weights)
+    kept = (pruned["conv.weight"] != 0).reshape(4, 2, 4, 9)
+    assert (kept.sum(axis=2) == 2).all()
+
+
+def test_exclude_takes_an_exact_name_with_brackets(
+    tmp_path: Path, output: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rng = np.random.default_rng(0)
+    weights = {f"layers[{i}].weight": rng.standard_normal((4, 4), dtype=np.float32) for i in range(3)}
+    checkpoint.save(tmp_path / "layers.safetensors", weights)
+    arguments = [tmp_path / "layers.safetensors", "-o", output, "--exclude", "layers[0].weight"]
+    run(capsys, "prune", *arguments, "--override", "layers[2].weight=0.25")
+    zeros = [np.count_nonzero(array == 0) for array in read(output).values()]
+    assert zeros == [0, 8, 4]
 
 
 def test_prune_json(model: Path, output: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 import reference
 import sparsam
-from sparsam import NM, Block, PruningConfig, Slices, Unstructured, _core
+from sparsam import NM, Block, PruningConfig, Slices, Unstructured, _core, scores
 
 # MXCSR of x86: denormals are zeros, flush to zero, and rounding up; FPCR of ARM: flush to zero, rounding up.
 FLUSHING = {"x86_64": 0x8040 | 0x4000, "aarch64": (1 << 24) | (1 << 22)}
@@ -123,6 +123,27 @@ def test_configurations_give_what_they_give_in_the_standard_mode(mode: str, conf
     assert got.report == expected.report
     for name in tensors:
         assert np.array_equal(got.weights[name].view(np.uint8), expected.weights[name].view(np.uint8))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize(
+    "method", ["Magnitude", "Random", "LAMP", "Saliency", "Fisher", "Movement", "Wanda", "RIA"]
+)
+def test_scores_asked_for_directly(mode: str, dtype: str, method: str) -> None:
+    w, x = subnormal((40, 50), dtype), subnormal((30, 50), "float64", 1)
+    inputs = standard(sparsam.InputStatistics(50).update, x)
+    data: dict[str, tuple[Any, ...]] = {
+        "Saliency": ({"w": subnormal((40, 50), dtype, 2)},),
+        "Fisher": ({"w": standard(np.square, subnormal((40, 50), dtype, 2))},),
+        "Movement": ({"w": subnormal((40, 50), dtype, 2)},),
+        "Wanda": ({"w": inputs},),
+        "RIA": ({"w": inputs},),
+    }
+    scorer = getattr(scores, method)
+    got = scorer(*data.get(method, ())).score("w", w)
+    expected = standard(lambda: scorer(*data.get(method, ())).score("w", w))
+    assert got.dtype == expected.dtype
+    assert np.array_equal(got.view(np.uint8), expected.view(np.uint8))
 
 
 def test_a_growing_schedule_never_revives(mode: str) -> None:

@@ -28,7 +28,7 @@ def check(s: InputStatistics, x: NDArray[Any], y: NDArray[Any], weights: NDArray
     """Against sums in extended precision, within the documented bound."""
     w = np.ones(len(x), np.longdouble) if weights is None else weights.astype(np.longdouble)
     x, y = x.astype(np.longdouble), y.astype(np.longdouble)
-    bound = (2.0**-14 if s.precision > 1e-10 else 2.0**-43) + 1e-15
+    bound = (2.0**-16 if s.precision > 1e-10 else 2.0**-43) + 1e-15
     mean, target_mean = w @ x / w.sum(), w @ y / w.sum()
     np.testing.assert_allclose(s.mean, mean.astype(float), rtol=1e-12, atol=1e-12)
     np.testing.assert_allclose(s.target_mean, target_mean.astype(float), rtol=1e-12, atol=1e-12)

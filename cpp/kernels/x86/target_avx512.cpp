@@ -5,6 +5,7 @@
 #include "vec_avx512.hpp"
 
 #include "matmul-inl.hpp"
+#include "moments-inl.hpp"
 #include "reconstruction-inl.hpp"
 #include "selection-inl.hpp"
 
@@ -20,6 +21,7 @@ const KernelTable table = {
     kSelectionKernels<std::uint64_t>,
     kMatmulKernels,
     kReconstructionKernels,
+    kMomentKernels,
 };
 
 }  // namespace sparsam::SPARSAM_TARGET

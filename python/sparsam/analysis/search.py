@@ -8,10 +8,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from numbers import Real
-from typing import Any, NamedTuple
+from typing import Any
 
 from numpy.typing import ArrayLike
 
+from sparsam.analysis.bisection import Bisection, SearchProbe
 from sparsam.analysis.sensitivity_report import SensitivityReport
 from sparsam.checkpoint.json_state import to_number
 from sparsam.config import AllocationLike, Override, PruningConfig
@@ -27,22 +28,6 @@ from sparsam.training.callbacks import Arrays, Masks, evaluate_finite, sparsity_
 __all__ = ["SearchProbe", "SearchResult", "find_smallest"]
 
 Allocate = Callable[[float], Mapping[str, float]]
-
-
-class SearchProbe(NamedTuple):
-    """One sparsity that was tried.
-
-    Attributes:
-        target: The total sparsity asked for.
-        sparsity: The sparsity reached, over the tensors that are pruned.
-        score: What `eval_fn` returned, after recovery if there is any.
-        passed: Whether that is at least `min_score`.
-    """
-
-    target: float
-    sparsity: float
-    score: float
-    passed: bool
 
 
 @dataclass(frozen=True)
@@ -221,10 +206,9 @@ class _Search:
         self._min_score = min_score
         self._recover_fn = recover_fn
         self._pruned = pruned
-        self._probes: dict[float, SearchProbe] = {}
+        self._bisection = Bisection(1.0, 1.0, 0)
         self._kept: dict[float, tuple[Arrays, Masks, tuple[LayerStats, ...]]] = {}
         self._end = 1.0
-        self._finished = False
 
     def run(
         self,
@@ -242,21 +226,15 @@ class _Search:
                 "lower min_score, or mend eval_fn"
             )
             raise ValueError(msg)
+        self._bisection = Bisection(end, tolerance, checks)
         self._note(SearchProbe(0.0, 0.0, score, passed=True), callback)
-        while not self._finished:
-            target = self._next(tolerance)
-            if target is None and checks:
-                target = self._gap(tolerance)
-                checks -= 1
-            if target is None:
-                self._finished = True
-            elif len(self._probes) == max_evaluations:
+        while (target := self._bisection.following()) is not None:
+            if len(self._bisection.probes) == max_evaluations:
                 break
-            else:
-                self._note(self._probe(target), callback)
+            self._note(self._probe(target), callback)
 
     def result(self) -> SearchResult:
-        best = self._bounds()[0]
+        best = self._bisection.bounds()[0]
         if best in self._kept:
             weights, masks, layers = self._kept[best]
         else:
@@ -268,41 +246,19 @@ class _Search:
             weights = {name: array.copy() for name, array in self._arrays.items()}
             layers = tuple(replace(row, pruned_params=0, pattern="dense") for row in layers)
         return SearchResult(
-            sparsity=self._probes[best].sparsity,
-            score=self._probes[best].score,
+            sparsity=self._bisection.probes[best].sparsity,
+            score=self._bisection.probes[best].score,
             weights=weights,
             masks=masks,
             report=Report(
                 measure(row.name, weights[row.name], pruned=row.pruned_params, pattern=row.pattern)
                 for row in layers
             ),
-            curve=tuple(sorted(self._probes.values())),
+            curve=self._bisection.curve(),
             min_score=self._min_score,
             max_sparsity=self._end,
-            finished=self._finished,
+            finished=self._bisection.finished,
         )
-
-    def _bounds(self) -> tuple[float, float | None]:
-        """The highest target that passed below the lowest that failed, and that lowest one."""
-        failed = min((at for at, probe in self._probes.items() if not probe.passed), default=None)
-        passed = max(
-            at for at, probe in self._probes.items() if probe.passed and (failed is None or at < failed)
-        )
-        return passed, failed
-
-    def _next(self, tolerance: float) -> float | None:
-        """Where bisection goes next; None where it ends."""
-        low, high = self._bounds()
-        if high is None and self._end - low <= tolerance:
-            return self._end if low < self._end else None
-        high = self._end if high is None else high
-        return (low + high) / 2 if high - low > tolerance else None
-
-    def _gap(self, tolerance: float) -> float | None:
-        """The middle of the widest gap below the target found; None if none is wider than the tolerance."""
-        passed = sorted(at for at in self._probes if at <= self._bounds()[0])
-        gaps = [(high - low, (low + high) / 2) for low, high in pairwise(passed) if high - low > tolerance]
-        return max(gaps)[1] if gaps else None
 
     def _probe(self, target: float) -> SearchProbe:
         result = self._pruned(target)
@@ -319,8 +275,8 @@ class _Search:
         return SearchProbe(target, sparsity_of(result.masks), score, passed)
 
     def _note(self, probe: SearchProbe, callback: Callable[[SearchProbe], object] | None) -> None:
-        self._probes[probe.target] = probe
-        best = self._bounds()
+        self._bisection.note(probe)
+        best = self._bisection.bounds()
         for target in [at for at in self._kept if best[1] is not None and at > best[1]]:
             del self._kept[target]
         if callback is not None:

@@ -6,7 +6,7 @@ report = sparsam.torch.accelerate(model, example_inputs)  # swaps in packed laye
 sparsam.torch.restore(model)
 
 From the import on, kernels run on the OpenMP threads that PyTorch uses, as many as `torch.set_num_threads`
-says. Imports the pipeline, `sparse`, `checkpoint`, `reconstruction` and `training`.
+says. Imports the pipeline, `sparse`, `checkpoint`, `reconstruction`, `training` and `analysis`.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from sparsam.torch.layers.packed_tensor import PackedTensor
 from sparsam.torch.layers.packing import pack
 from sparsam.torch.pruning.one_shot import prune
 from sparsam.torch.pruning.pruning_report import PruningReport
+from sparsam.torch.pruning.smallest import SmallestModel, find_smallest
 from sparsam.torch.pruning.structured.importance import HeadImportance, head_importance
 from sparsam.torch.pruning.structured.report import ShrinkReport
 from sparsam.torch.pruning.structured.workflow import shrink
@@ -44,7 +45,9 @@ __all__ = [
     "Pruner",
     "PruningReport",
     "ShrinkReport",
+    "SmallestModel",
     "accelerate",
+    "find_smallest",
     "from_sparse_tensor",
     "head_importance",
     "lightning_callback",

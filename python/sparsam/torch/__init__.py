@@ -26,6 +26,8 @@ from sparsam.torch.acceleration.report import AccelerationReport, LayerRow
 from sparsam.torch.acceleration.workflow import accelerate
 from sparsam.torch.layers.packed_tensor import PackedTensor
 from sparsam.torch.layers.packing import pack
+from sparsam.torch.pruning.distillation import distill
+from sparsam.torch.pruning.distillation_report import DistillationReport
 from sparsam.torch.pruning.one_shot import prune
 from sparsam.torch.pruning.pruning_report import PruningReport
 from sparsam.torch.pruning.smallest import SmallestModel, find_smallest
@@ -39,6 +41,7 @@ from sparsam.torch.sparse_tensors import from_sparse_tensor, to_sparse_tensor
 
 __all__ = [
     "AccelerationReport",
+    "DistillationReport",
     "HeadImportance",
     "LayerRow",
     "PackedTensor",
@@ -47,6 +50,7 @@ __all__ = [
     "ShrinkReport",
     "SmallestModel",
     "accelerate",
+    "distill",
     "find_smallest",
     "from_sparse_tensor",
     "head_importance",

@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Batch", "distinct_tokens", "read_calibration"]
+__all__ = ["Batch", "distinct_tokens", "read_calibration", "to_batch"]
 
 _FORMS = "tensors, tuples of inputs or mappings of keyword inputs"
 
@@ -96,7 +96,7 @@ def read_calibration(model: nn.Module, calibration: Any, samples: int) -> list[B
     if first is None:
         msg = f"calibration: expected at least one batch of {_FORMS}; got none; an iterator is read only once"
         raise ValueError(msg)
-    size = _to_batch(signature, first, 0).samples
+    size = to_batch("calibration", signature, first, 0).samples
     wanted = max(1, math.ceil(samples / max(size, 1)))
     length = _length(calibration)
     chosen = None
@@ -105,7 +105,7 @@ def read_calibration(model: nn.Module, calibration: Any, samples: int) -> list[B
     seen = 0
     for i, given in enumerate(itertools.chain([first], iterator)):
         if chosen is None or i in chosen:
-            batches.append(_to_batch(signature, given, i))
+            batches.append(to_batch("calibration", signature, given, i))
             seen += batches[-1].samples
         if (chosen is None and seen >= samples) or (chosen is not None and len(batches) == len(chosen)):
             break
@@ -122,8 +122,8 @@ def _length(calibration: Any) -> int | None:
         return None
 
 
-def _to_batch(signature: inspect.Signature, given: Any, index: int) -> Batch:
-    """The call that a batch stands for, checked against the model's forward."""
+def to_batch(what: str, signature: inspect.Signature, given: Any, index: int) -> Batch:
+    """Returns the call that a batch stands for, checked against the model's forward; `what`: the argument."""
     args: tuple[Any, ...] = ()
     kwargs: dict[str, Any] = {}
     if isinstance(given, Mapping):
@@ -136,7 +136,7 @@ def _to_batch(signature: inspect.Signature, given: Any, index: int) -> Batch:
     tensors = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
     if not tensors:
         got = type(given).__name__
-        msg = f"calibration: batch {index}: expected {_FORMS}; got {got} without a tensor; tokenize texts"
+        msg = f"{what}: batch {index}: expected {_FORMS}; got {got} without a tensor; tokenize texts"
         raise ValueError(msg)
     try:
         signature.bind(*args, **kwargs)
@@ -144,13 +144,13 @@ def _to_batch(signature: inspect.Signature, given: Any, index: int) -> Batch:
         names = ", ".join(signature.parameters)
         got = ", ".join(kwargs) if kwargs else f"{len(args)} positional ones"
         msg = (
-            f"calibration: batch {index}: expected inputs of the model's forward({names}); got {got} "
+            f"{what}: batch {index}: expected inputs of the model's forward({names}); got {got} "
             f"({error}); rename or drop some"
         )
         raise ValueError(msg) from error
     for tensor in tensors:
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-            msg = f"calibration: batch {index}: expected finite numbers; got NaN or infinity; leave it out"
+            msg = f"{what}: batch {index}: expected finite numbers; got NaN or infinity; leave it out"
             raise ValueError(msg)
     first = tensors[0]
     return Batch(args, kwargs, given, first.shape[0] if first.ndim else 1)

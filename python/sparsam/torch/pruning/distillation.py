@@ -1,0 +1,325 @@
+"""Recovery: a pruned model learns from the dense one what pruning took, its zeros staying zero."""
+
+from __future__ import annotations
+
+import inspect
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from sparsam.checkpoint.atomic import publish
+from sparsam.inputs.checks import expected, positive
+from sparsam.torch.pruning.calibration import Batch, to_batch
+from sparsam.torch.pruning.distillation_report import DistillationReport
+from sparsam.torch.pruning.hidden_states import HiddenStates, block_names, first_tensor
+from sparsam.torch.pruning.masked_weights import MaskedWeights, zeros_of
+from sparsam.torch.pruning.progress_bar import ProgressBar
+from sparsam.torch.pruning.while_training import Pruner
+from sparsam.training.callbacks import sparsity_of
+from torch import Tensor, nn
+
+__all__ = ["distill"]
+
+FILE = "distillation.pt"
+
+
+def distill(
+    student: nn.Module,
+    teacher: nn.Module,
+    batches: Iterable[Any],
+    *,
+    steps: int | None = None,
+    seconds: float | None = None,
+    layers: Literal["all", "last", "outputs"] = "all",
+    output: Callable[[Any, Batch], Tensor] | None = None,
+    pruner: Pruner | None = None,
+    optimizer: torch.optim.Optimizer | None = None,
+    learning_rate: float = 1e-3,
+    state_dir: str | Path | None = None,
+    checkpoint_every: int = 100,
+    progress: bool = False,
+) -> DistillationReport:
+    """Trains a pruned student towards its dense teacher, without labels, in place; zeros stay zero.
+
+    The loss is the mean over the layers of ||h - t||^2 / ||t||^2 between hidden states, plus the mean of
+    1 - cos between outputs along their last axis; where an `attention_mask` is 0, nothing counts. Hidden
+    states are what the blocks return, alike modules in a row; of a model without any, what its layers
+    return. Both models run in evaluation mode: no dropout, and batch norms with the statistics they have.
+
+    Args:
+        student: The pruned model; its zeros in weights of two axes or more are held.
+        teacher: The dense model, with the same names of blocks; not changed.
+        batches: An iterable of tensors, tuples, or mappings of keyword inputs as tokenizers give, or a
+            DataLoader. It is run through again and again; an iterator ends the training when it is empty.
+        steps: How many steps.
+        seconds: A budget of time; what ends first counts. One of the two is needed; with `seconds` the
+            result depends on the machine's speed.
+        layers: Hidden states of "all" blocks, of the "last", or "outputs" alone.
+        output: (what the model returned, batch) -> the tensor to match, such as a pooled embedding. Left
+            out: logits, `last_hidden_state`, or the first tensor.
+        pruner: Of the student: stepped after each step, so that masks may grow on the way.
+        optimizer: Of the student's Parameters, used as it is. Left out: AdamW without weight decay of all
+            that require gradients but embeddings, `learning_rate` decaying along a cosine to 0.
+        learning_rate: Of the AdamW.
+        state_dir: A folder, made if needed, for the state after each `checkpoint_every` steps. If it holds
+            one, training goes on from there, through the same batches; with a DataLoader that shuffles too.
+        checkpoint_every: A kill loses at most so many steps.
+        progress: Show a bar with the time left on standard error.
+
+    Returns:
+        Steps, losses and sparsity. Modes of both models are as before; gradients are None.
+
+    Raises:
+        ValueError: There are no batches; student and teacher are one, or give other shapes; a loss is not
+            finite; `state_dir` is of another run. The student is then valid, its zeros held, as it is after
+            KeyboardInterrupt.
+    """
+    _check(student, teacher, steps, seconds, layers)
+    masked = _masked(student, pruner)
+    before = sparsity_of(masked.masks)
+    names = [] if layers == "outputs" else block_names(student)[-1 if layers == "last" else 0 :]
+    shared = dict(teacher.named_modules())
+    missing = [name for name in names if name not in shared]
+    if missing:
+        msg = f"teacher: expected the student's blocks; got none named {missing[0]!r}; use layers='outputs'"
+        raise ValueError(msg)
+    own = optimizer is None
+    if optimizer is None:
+        optimizer = torch.optim.AdamW(_trained(student), lr=learning_rate, weight_decay=0.0)
+    if pruner is not None and pruner.optimizer is None:
+        pruner.optimizer = optimizer
+    positive("checkpoint_every", checkpoint_every)
+    run = _Run(student, optimizer, pruner, None if state_dir is None else Path(state_dir) / FILE)
+    run.identity = {"layers": layers, "steps": steps, "blocks": names, "rate": learning_rate if own else None}
+    modes = [(module, module.training) for model in (student, teacher) for module in model.modules()]
+    trained = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    idle = [p for p in student.parameters() if p.requires_grad and id(p) not in trained]
+    bar = ProgressBar(steps or 1, show=progress and steps is not None)
+    try:
+        student.eval()
+        teacher.eval()
+        for parameter in idle:
+            parameter.requires_grad_(False)
+        if run.resume():
+            masked = _masked(student, pruner)
+            bar.step("resumed", run.step, skipped=True)
+        with HiddenStates(student, names) as states, HiddenStates(teacher, names) as wanted:
+            start = time.monotonic() - run.seconds
+            for batch in _endless(student, batches, run):
+                share = _share(run.step, time.monotonic() - start, steps, seconds)
+                if share >= 1:
+                    run.stopped = "steps" if steps is not None and run.step >= steps else "seconds"
+                    break
+                if own:
+                    for group in optimizer.param_groups:
+                        group["lr"] = learning_rate * (1 + math.cos(math.pi * share)) / 2
+                with torch.no_grad():
+                    target = _output(teacher, batch, output, "teacher")
+                found = _output(student, batch, output, "student")
+                loss = _loss(found, target, states.taken(), wanted.taken(), batch)
+                value = float(loss.detach())
+                if not math.isfinite(value):
+                    got = f"{value} at step {run.step}"
+                    msg = f"loss: expected a finite number; got {got}; lower the learning rate, look for NaN"
+                    raise ValueError(msg)
+                optimizer.zero_grad()
+                loss.backward()  # type: ignore[no-untyped-call]
+                optimizer.step()
+                masked.apply() if pruner is None else pruner.step()
+                run.losses.append(value)
+                run.step, run.seconds = run.step + 1, time.monotonic() - start
+                bar.step(f"loss {value:.4g}", 1)
+                if run.step % checkpoint_every == 0:
+                    run.save()
+        run.save()
+    finally:
+        (masked if pruner is None else pruner._weights).apply()
+        optimizer.zero_grad()
+        for parameter in idle:
+            parameter.requires_grad_(True)
+        for module, mode in modes:
+            module.training = mode
+    after = sparsity_of(masked.masks if pruner is None else pruner.masks)
+    return DistillationReport(run.step, run.seconds, run.stopped, tuple(run.losses), (before, after))
+
+
+@dataclass
+class _Run:
+    """How far a run has come, and its file."""
+
+    student: nn.Module
+    optimizer: torch.optim.Optimizer
+    pruner: Pruner | None
+    file: Path | None
+    identity: dict[str, Any] = field(default_factory=dict)
+    step: int = 0
+    seconds: float = 0.0
+    stopped: str = "batches"
+    losses: list[float] = field(default_factory=list)
+    place: int = 0
+    epoch_start: Tensor | None = None
+    random: Tensor | None = None
+
+    def save(self) -> None:
+        if self.file is None:
+            return
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        state = {
+            "identity": self.identity,
+            "progress": [self.step, self.seconds, self.losses, self.place],
+            "student": self.student.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "pruner": None if self.pruner is None else self.pruner.state_dict(),
+            "random": [self.epoch_start, torch.get_rng_state()],
+        }
+        publish({self.file: lambda path: torch.save(state, path)})
+
+    def resume(self) -> bool:
+        if self.file is None or not self.file.is_file():
+            return False
+        try:
+            state = torch.load(self.file, weights_only=True)
+            differing = [key for key, value in self.identity.items() if state["identity"][key] != value]
+        except Exception as error:
+            got = type(error).__name__
+            msg = f"{self.file}: expected a state of distill; got {got}; delete it to start again"
+            raise ValueError(msg) from error
+        own = {name: tensor.shape for name, tensor in self.student.state_dict().items()}
+        if own != {name: tensor.shape for name, tensor in state["student"].items()}:
+            differing.append("student")
+        if (self.pruner is None) != (state["pruner"] is None):
+            differing.append("pruner")
+        if differing:
+            what = ", ".join(differing)
+            msg = f"{self.file}: expected this run's state; got one of other {what}; name another state_dir"
+            raise ValueError(msg)
+        self.student.load_state_dict(state["student"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.pruner is not None:
+            self.pruner.load_state_dict(state["pruner"])
+        self.step, self.seconds, self.losses, self.place = state["progress"]
+        self.epoch_start, self.random = state["random"]
+        torch.set_rng_state(self.epoch_start)
+        return True
+
+    def go_on(self) -> None:
+        """Once the batches of before are skipped: random numbers are those that come next."""
+        if self.random is not None:
+            torch.set_rng_state(self.random)
+            self.random = None
+
+
+def _endless(student: nn.Module, batches: Iterable[Any], run: _Run) -> Iterator[Batch]:
+    """The batches as calls of the student, again and again, from where the run stands."""
+    signature = inspect.signature(student.forward)
+    skip = run.place
+    once = isinstance(batches, Iterator)
+    while True:
+        if not skip:
+            run.epoch_start = torch.get_rng_state()
+        count = 0
+        for given in batches:
+            count += 1
+            if count <= skip:
+                continue
+            run.go_on()
+            run.place = count
+            yield to_batch("batches", signature, given, count - 1)
+        if not count and not run.step:
+            msg = "batches: expected at least one batch; got none; an iterator is read only once"
+            raise ValueError(msg)
+        run.go_on()
+        if once or not count:
+            return
+        skip = run.place = 0
+
+
+def _check(
+    student: nn.Module, teacher: nn.Module, steps: int | None, seconds: float | None, layers: str
+) -> None:
+    for what, model in (("student", student), ("teacher", teacher)):
+        if not isinstance(model, nn.Module):
+            msg = f"{what}: expected a torch.nn.Module; got {type(model).__name__}; pass the model itself"
+            raise TypeError(msg)
+    own = {id(parameter) for parameter in student.parameters()}
+    if any(id(parameter) in own for parameter in teacher.parameters()):
+        msg = (
+            "teacher: expected a model with Parameters of its own; got the student's; copy it with "
+            "copy.deepcopy before it is pruned"
+        )
+        raise ValueError(msg)
+    if steps is not None:
+        positive("steps", steps)
+    if seconds is not None and not seconds > 0:
+        raise ValueError(expected("seconds", seconds, "a time above 0", "raise it"))
+    if steps is None and seconds is None:
+        raise ValueError(expected("steps", None, "a number of steps, or seconds=", "pass one of them"))
+    if layers not in ("all", "last", "outputs"):
+        raise ValueError(expected("layers", layers, "'all', 'last' or 'outputs'", "name one of them"))
+
+
+def _masked(student: nn.Module, pruner: Pruner | None) -> MaskedWeights:
+    """The weights of the student with zeros to hold, or those of its pruner."""
+    if pruner is not None:
+        return MaskedWeights(pruner._weights.parameters, pruner.masks)
+    parameters = dict(student.named_parameters())
+    masks = zeros_of(parameters)
+    return MaskedWeights({name: parameters[name] for name in masks}, masks)
+
+
+def _trained(student: nn.Module) -> list[nn.Parameter]:
+    tables = {id(m.weight) for m in student.modules() if isinstance(m, (nn.Embedding, nn.EmbeddingBag))}
+    trained = [p for p in student.parameters() if p.requires_grad and id(p) not in tables]
+    if not trained:
+        msg = "student: expected Parameters that require gradients; got none; call requires_grad_(True)"
+        raise ValueError(msg)
+    return trained
+
+
+def _share(step: int, passed: float, steps: int | None, seconds: float | None) -> float:
+    """How much of the training is over, in [0, 1]."""
+    return max(0.0 if steps is None else step / steps, 0.0 if seconds is None else passed / seconds)
+
+
+def _output(
+    model: nn.Module, batch: Batch, output: Callable[[Any, Batch], Tensor] | None, what: str
+) -> Tensor:
+    result = model(*batch.args, **batch.kwargs)
+    tensor = first_tensor(result) if output is None else output(result, batch)
+    if not isinstance(tensor, Tensor):
+        got = type(result if output is None else tensor).__name__
+        msg = f"{what}: expected an output with a floating-point tensor; got {got}; pass output="
+        raise ValueError(msg)
+    return tensor
+
+
+def _loss(
+    found: Tensor, target: Tensor, states: dict[str, Tensor], wanted: dict[str, Tensor], batch: Batch
+) -> Tensor:
+    hidden = []
+    for name in (name for name in states if name in wanted):
+        state = states[name]
+        _same_shape(f"hidden state of {name!r}", state, wanted[name], "use layers='outputs'")
+        a, b = _rows(state, batch), _rows(wanted[name], batch)
+        hidden.append((a - b).square().sum() / b.square().sum().clamp_min(1e-12))
+    _same_shape("output of the student", found, target, "distill from a teacher with the same outputs")
+    cosine = nn.functional.cosine_similarity(_rows(found, batch), _rows(target, batch), dim=-1)
+    loss = (1 - cosine).mean()
+    return loss + torch.stack(hidden).mean() if hidden else loss
+
+
+def _rows(tensor: Tensor, batch: Batch) -> Tensor:
+    """A tensor (..., features) as the rows (n, features) that are no padding, in float32."""
+    rows = tensor.reshape(-1, tensor.shape[-1]).float()
+    mask = batch.row_mask(tensor.shape[:-1]) if tensor.ndim == 3 else None
+    return rows if mask is None else rows[mask]
+
+
+def _same_shape(what: str, tensor: Tensor, target: Tensor, do: str) -> None:
+    if tensor.shape != target.shape:
+        msg = f"{what}: expected shape {tuple(target.shape)}; got {tuple(tensor.shape)}; {do}"
+        raise ValueError(msg)

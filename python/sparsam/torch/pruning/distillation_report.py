@@ -1,0 +1,58 @@
+"""What distillation did."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from typing import Any
+
+__all__ = ["DistillationReport"]
+
+
+@dataclass(frozen=True)
+class DistillationReport:
+    """What `distill` did; `print` it.
+
+    Attributes:
+        steps: How many steps there were, those of interrupted runs included.
+        seconds: How long they took.
+        stopped: What ended it: "steps", "seconds", or "batches" where an iterator had no more.
+        losses: The loss of each step: that of the hidden states and that of the outputs together.
+        sparsity: The share of zeros among the masked weights, before and after.
+    """
+
+    steps: int
+    seconds: float
+    stopped: str
+    losses: tuple[float, ...]
+    sparsity: tuple[float, float]
+
+    @property
+    def first_loss(self) -> float:
+        """The mean loss over the first tenth of the steps."""
+        return _mean(self.losses[: max(1, len(self.losses) // 10)])
+
+    @property
+    def last_loss(self) -> float:
+        """The mean loss over the last tenth of the steps."""
+        return _mean(self.losses[-max(1, len(self.losses) // 10) :])
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the fields, and the two means, in plain types."""
+        plain = asdict(self) | {"first_loss": self.first_loss, "last_loss": self.last_loss}
+        return plain | {"losses": list(self.losses), "sparsity": list(self.sparsity)}
+
+    def to_json(self, *, indent: int | None = 2) -> str:
+        """Returns `to_dict` as JSON."""
+        return json.dumps(self.to_dict(), indent=indent)
+
+    def __str__(self) -> str:
+        before, after = self.sparsity
+        return (
+            f"{self.steps} steps in {self.seconds:.1f} s (ended by {self.stopped}): "
+            f"loss {self.first_loss:.4g} -> {self.last_loss:.4g}, sparsity {before:.2%} -> {after:.2%}"
+        )
+
+
+def _mean(values: tuple[float, ...]) -> float:
+    return sum(values) / len(values) if values else 0.0

@@ -29,7 +29,7 @@ def trained(updates: bool) -> tuple[torch.optim.Optimizer, Pruner, nn.Module]:
 @pytest.mark.parametrize("what", ["optimizer", "hold zeros", "new masks"])
 def test_step(benchmark: Any, what: str) -> None:
     optimizer, pruner, model = trained(what == "new masks")
-    benchmark(optimizer.step if what == "optimizer" else pruner.step)
+    benchmark.pedantic(optimizer.step if what == "optimizer" else pruner.step, rounds=20, warmup_rounds=2)
     pruner.step()
     for name, mask in pruner.masks.items():
         weight = model.get_parameter(name).detach().numpy()

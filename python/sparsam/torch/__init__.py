@@ -34,6 +34,7 @@ from sparsam.torch.pruning.smallest import SmallestModel, find_smallest
 from sparsam.torch.pruning.structured.importance import HeadImportance, head_importance
 from sparsam.torch.pruning.structured.report import ShrinkReport
 from sparsam.torch.pruning.structured.workflow import shrink
+from sparsam.torch.pruning.tickets import find_ticket
 from sparsam.torch.pruning.training_callbacks import lightning_callback, trainer_callback
 from sparsam.torch.pruning.while_training import Pruner
 from sparsam.torch.serialization.files import load, save
@@ -52,6 +53,7 @@ __all__ = [
     "accelerate",
     "distill",
     "find_smallest",
+    "find_ticket",
     "from_sparse_tensor",
     "head_importance",
     "lightning_callback",

@@ -1,0 +1,129 @@
+"""Lottery tickets of a PyTorch model: `sparsam.find_ticket`, with training functions that take the model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any
+
+from numpy.typing import NDArray
+
+import torch
+from sparsam.analysis import lottery
+from sparsam.analysis.random_masks import generator
+from sparsam.config import PruningConfig
+from sparsam.inputs.names import NamePatterns
+from sparsam.inputs.tensors import to_torch
+from sparsam.masks import Mask
+from sparsam.pruner import configured
+from sparsam.torch.pruning.masked_weights import MaskedWeights, plain_model, to_host
+from sparsam.torch.pruning.prunable import prunable_weights
+from torch import Tensor, nn
+
+__all__ = ["find_ticket"]
+
+Arrays = dict[str, NDArray[Any]]
+
+
+def find_ticket(
+    model: nn.Module,
+    train_fn: Callable[[nn.Module, Callable[[], None], int], object],
+    eval_fn: Callable[[nn.Module], float],
+    *,
+    rounds: int = 5,
+    fraction: float = 0.2,
+    rewind: Mapping[str, Tensor] | None = None,
+    config: PruningConfig | None = None,
+    controls: Collection[str] = lottery.CONTROLS,
+    seeds: Sequence[int] = (0,),
+    callback: Callable[[str, int, float, float], object] | None = None,
+) -> lottery.TicketResult:
+    """Finds a sparse network that trains well from its own initial weights: `sparsam.find_ticket` of a model.
+
+    Args:
+        model: At initialisation; trained in place again and again, and left as the ticket's start: the
+            initial weights with the ticket's zeros. Buffers are reset with the weights.
+        train_fn: (model, hold, seed) trains it; `hold()` after each `optimizer.step()` keeps the zeros.
+        eval_fn: Model -> score; the larger, the better.
+        rounds: As for `sparsam.find_ticket`, as are `fraction`, `controls`, `seeds` and `callback`.
+        fraction: The share of what is left that each round prunes.
+        rewind: A state_dict of an early step of training, to which the kept weights are reset.
+        config: Which tensors are pruned, and how. What `sparsam.torch.prune` leaves dense stays so.
+        controls: "reinitialised" has the values of each weight of two axes or more in another order.
+        seeds: What the ticket and its controls are trained with.
+        callback: Called after each training.
+
+    Raises:
+        ValueError: As for `sparsam.find_ticket`.
+        TypeError: `model` is no module.
+    """
+    if not isinstance(model, nn.Module):
+        msg = f"model: expected a torch.nn.Module; got {type(model).__name__}; pass the model itself"
+        raise TypeError(msg)
+    plain = plain_model(model)
+    parameters = dict(plain.named_parameters())
+    initial = _arrays(plain.state_dict())
+    settings = configured(config)
+    prunable, dense = prunable_weights(plain, exclude=settings.exclude)
+    chosen = NamePatterns(settings.overrides)
+    settings = settings.with_changes(
+        exclude=tuple(
+            name
+            for name, why in dense.items()
+            if name in initial and (why == "excluded" or not chosen.matches(name))
+        ),
+        transposed=(*settings.transposed, *(weight.name for weight in prunable if weight.transposed)),
+    )
+
+    def train(weights: Arrays, masks: dict[str, Mask], seed: int) -> Arrays:
+        _load(plain, weights)
+        held = MaskedWeights({name: parameters[name] for name in masks}, masks)
+        train_fn(model, held.apply, seed)
+        return _arrays(plain.state_dict())
+
+    def evaluate(weights: Arrays) -> float:
+        _load(plain, weights)
+        return eval_fn(model)
+
+    def reinitialised(seed: int) -> Arrays:
+        return {
+            name: generator("init", name, seed).permutation(array.ravel()).reshape(array.shape)
+            if name in parameters and array.ndim > 1
+            else array
+            for name, array in initial.items()
+        }
+
+    result = lottery.find_ticket(
+        initial,
+        train,
+        evaluate,
+        rounds=rounds,
+        fraction=fraction,
+        rewind=None if rewind is None else {name: _arrays(rewind)[name] for name in initial},
+        config=settings,
+        controls=controls,
+        reinit_fn=reinitialised,
+        seeds=seeds,
+        callback=callback,
+    )
+    _load(plain, result.weights)
+    return result
+
+
+def _arrays(state: Mapping[str, Tensor]) -> Arrays:
+    """Copies of the tensors of a state_dict, what stands there under two names once."""
+    found: Arrays = {}
+    seen = set()
+    for name, tensor in state.items():
+        place = (tensor.data_ptr(), tensor.shape, tensor.stride())
+        if tensor.numel() and place in seen:
+            continue
+        seen.add(place)
+        found[name] = to_host(name, tensor).copy()
+    return found
+
+
+@torch.no_grad()
+def _load(model: nn.Module, weights: Mapping[str, NDArray[Any]]) -> None:
+    state = model.state_dict()
+    for name, array in weights.items():
+        state[name].copy_(to_torch(array.copy()))

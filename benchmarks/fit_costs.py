@@ -14,28 +14,13 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
-from typing import Any
-
-import numpy as np
-from numpy.typing import NDArray
 
 import sparsam
 from sparsam.sparse import calibration, cost_model
 from sparsam.sparse.cost_model import Costs, Defaults
 
 FILE = Path(__file__).parents[1] / "python/sparsam/sparse/default_costs.json"
-
-
-def torch_product(dtype: str, w: NDArray[np.float32], x: NDArray[np.float32]) -> Callable[[], object]:
-    """The dense product of the layers."""
-    import torch  # noqa: PLC0415 - only after the kernels were timed
-
-    kind = getattr(torch, dtype)
-    run: Any = torch.nn.functional.linear
-    return partial(run, torch.from_numpy(x).to(kind), torch.from_numpy(w).to(kind))
 
 
 def measure(isa: str, threads: int, dense: bool) -> list[calibration.Measured]:
@@ -45,14 +30,12 @@ def measure(isa: str, threads: int, dense: bool) -> list[calibration.Measured]:
         for dtype in cost_model.DTYPES:
             found.append(calibration.measure_kernels(cost_model.kernel_key(dtype)))
     if dense:
-        import torch  # noqa: PLC0415 - as above
-
         found.append(calibration.measure_dense(cost_model.dense_key(), calibration.numpy_product))
+        import torch  # noqa: PLC0415 - only after the others were timed
+        from sparsam.torch.layers import dense_costs  # noqa: PLC0415
+
         torch.set_num_threads(threads)
-        for dtype in ("float32", "bfloat16"):
-            key = cost_model.dense_key("torch", str(torch.__version__), dtype, threads)
-            with torch.inference_mode():
-                found.append(calibration.measure_dense(key, partial(torch_product, dtype)))
+        found += map(dense_costs.measure, dense_costs.DTYPES)
     return found
 
 

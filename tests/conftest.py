@@ -39,16 +39,16 @@ def uncalibrated(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempP
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
-    """Every layer of a torch model wins by 2, unless a test says otherwise; no choice depends on time."""
+    """Every layer of a torch model is in panels and wins by 2, unless a test says otherwise."""
     from torch_cases import Clock  # noqa: PLC0415 - imports torch
 
     from sparsam.torch.acceleration import measurement  # noqa: PLC0415
     from sparsam.torch.layers.packed_weight import PackedWeight  # noqa: PLC0415
 
     clock = Clock()
+    monkeypatch.setattr(PackedWeight, "needed_forms", lambda *_: ("panels",))
     for name in ("layer_times", "model_times", "compare"):
         monkeypatch.setattr(measurement, name, getattr(clock, name))
-    monkeypatch.setattr(PackedWeight, "_seconds", lambda _, form, __: 1.0 + (form == "bitmask"))
     return clock
 
 

@@ -34,7 +34,7 @@ from sparsam import IterativePruner, Mask, PruningConfig, checkpoint, sensitivit
 from sparsam.analysis.sensitivity_report import SensitivityReport
 from sparsam.analysis.sweep_store import SweepStore
 from sparsam.checkpoint.json_state import read
-from sparsam.sparse import cost_model
+from sparsam.sparse import cost_model, matmul
 from sparsam.sparse.cost_model import CostModel, Costs
 from sparsam.sparse.dispatch import choose
 from sparsam.torch.serialization.manifest import Layer, Manifest, Weight
@@ -164,9 +164,10 @@ def calibration(folder: Path) -> tuple[bytes, Load]:
         if "dense" not in costs.fits:
             model = CostModel(costs, seed.dense, "")
         for weight, batch in itertools.product(weights, (1, 3, 10**6)):
-            seconds = [model.seconds(kernel, weight, batch) for kernel in ("dense", "bitmask", "panels")]
+            expected = model.expect(weight)
+            seconds = list(expected.times(batch, matmul.KERNELS).values())
             assert all(0 <= value < math.inf for value in seconds), seconds
-            assert choose(weight, batch, model).kernel
+            assert choose(expected, batch, matmul.KERNELS).kernel
 
     return seed.kernels.to_json().encode(), load
 

@@ -35,10 +35,11 @@ def write(costs: Costs) -> Path:
 
 
 def test_estimates_by_hand() -> None:
-    weight, costs = Weight(2, 3, 4, "float32"), made()
+    expected = made().expect(Weight(2, 3, 4, "float32"))
+    assert (expected.settings, expected.source) == (("isa", 2), str(made()))
 
     def us(kernel: str, batch: int) -> float:
-        return 1e6 * costs.seconds(kernel, weight, batch)
+        return 1e6 * expected.seconds(kernel, batch)
 
     for batch in (1, 2, 3, 8, 12, 500, 512, 513, 4096):  # of the grid, between, and beyond it
         assert us("panels", batch) == pytest.approx(4 * batch)
@@ -48,9 +49,9 @@ def test_estimates_by_hand() -> None:
 
 def test_blocks_have_their_own_costs() -> None:
     weight, costs = Weight(8, 8, 32, "float32"), made(blocks=0.5)
-    blocked = replace(weight, blocked=True)
-    assert costs.seconds("panels", blocked, 4) == costs.seconds("panels", weight, 4) / 2
-    assert costs.seconds("bitmask", blocked, 4) == costs.seconds("bitmask", weight, 4)
+    blocked, plain = costs.expect(replace(weight, blocked=True)), costs.expect(weight)
+    assert blocked.seconds("panels", 4) == plain.seconds("panels", 4) / 2
+    assert blocked.seconds("bitmask", 4) == plain.seconds("bitmask", 4)
 
 
 def test_features_by_hand() -> None:
@@ -67,9 +68,9 @@ def test_default_costs_are_times(rows: int, cols: int, density: float, batch: in
         for dtype in cost_model.DTYPES:
             key = Key("cpu", isa, "1", dtype, 2)
             model = CostModel(cost_model.shipped(key), cost_model.shipped(DENSE), "")
-            weight = Weight(rows, cols, int(density * rows * cols), dtype, blocked)
-            for kernel in ("dense", "bitmask", "panels"):
-                assert 0 <= model.seconds(kernel, weight, batch) < math.inf
+            expected = model.expect(Weight(rows, cols, int(density * rows * cols), dtype, blocked))
+            times = expected.times(batch, ("dense", "bitmask", "panels"))
+            assert all(0 <= seconds < math.inf for seconds in times.values())
 
 
 def test_default_costs_exist_for_every_row_and_share_work_among_more_threads() -> None:
@@ -77,11 +78,11 @@ def test_default_costs_exist_for_every_row_and_share_work_among_more_threads() -
         one = cost_model.shipped(Key("", library, "", "float32", 1))
         two, eight = (cost_model.shipped(Key("", library, "", "float32", n)) for n in (2, 8))
         weight = Weight(3072, 768, 400_000, "float32")
-        assert one.seconds("panels", weight, 512) > two.seconds("panels", weight, 512)
-        assert two.seconds("panels", weight, 512) > 3 * eight.seconds("panels", weight, 512)
+        of_512 = [costs.curve("panels", weight)[-1] for costs in (one, two, eight)]
+        assert of_512[0] > of_512[1] > 3 * of_512[2]
     for library in ("numpy", "torch"):
         found = cost_model.shipped(Key("", library, "", "float32", 2))
-        assert found.seconds("dense", Weight(3072, 768, 0, "float32"), 128) > 1e-5
+        assert found.curve("dense", Weight(3072, 768, 0, "float32"))[cost_model.BATCHES.index(128)] > 1e-5
     assert cost_model.shipped(Key("", "torch", "", "bfloat16", 1)).fits.keys() == {"dense"}
 
 
@@ -294,5 +295,5 @@ def test_mutated_calibrations_give_costs_or_none(cache: Path) -> None:
         if (costs := cost_model.calibrated(key)) is not None:
             used += 1
             for kind in ("bitmask", "panels", "blocks"):
-                assert 0 < costs.seconds(kind, weight, 10**6) < math.inf
+                assert all(0 < seconds < math.inf for seconds in costs.curve(kind, weight))
     assert used > 0

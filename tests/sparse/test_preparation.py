@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import multiprocessing
 import os
 import sys
 import threading
 from collections.abc import Callable
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +19,11 @@ from numpy.typing import NDArray
 import sparsam
 from cost_models import KEY, made
 from sparsam import SparseMatrix
-from sparsam.sparse import calibration, cost_model, preparation
+from sparsam._core import Packed
+from sparsam.sparse import calibration, choices, cost_model, preparation
 from sparsam.sparse import matrix as module
-from sparsam.sparse.cost_model import CostModel
+from sparsam.sparse.cost_model import CostModel, Weight
+from sparsam.sparse.forms import Forms
 from sparsam.sparse.matmul import KERNELS
 
 
@@ -35,11 +39,16 @@ def inputs(batch: int, cols: int = 48) -> NDArray[np.float32]:
 
 
 @pytest.fixture
-def costs(monkeypatch: pytest.MonkeyPatch) -> Callable[[CostModel], None]:
-    """Sets the cost model that matrices see."""
+def costs(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Sets the slopes of the cost model that matrices see, by default for any number of threads."""
 
-    def use(model: CostModel) -> None:
-        monkeypatch.setattr(module, "current_costs", lambda *_: model)
+    def use(slopes: dict[str, float], at_3_threads: dict[str, float] | None = None) -> None:
+        def now(*_: Any) -> CostModel:
+            threads = sparsam.num_threads()
+            key = replace(KEY, library=sparsam.isa(), threads=threads)
+            return made(key, **(at_3_threads if at_3_threads and threads == 3 else slopes))
+
+        monkeypatch.setattr(choices, "current_costs", now)
 
     return use
 
@@ -71,41 +80,54 @@ def test_products_measure_and_write_nothing(cache: Path, monkeypatch: pytest.Mon
 
 
 @pytest.mark.parametrize("best", KERNELS)
-def test_the_form_that_is_cheapest_is_built_once_and_counted(costs: Any, best: str) -> None:
-    costs(made(KEY, **dict.fromkeys(KERNELS, 10.0) | {best: 1.0}))
+def test_the_form_that_batches_need_is_there_from_the_beginning_and_counted(costs: Any, best: str) -> None:
+    costs(dict.fromkeys(KERNELS, 10.0) | {best: 1.0})
     w, x = weights(), inputs(4)
     matrix = SparseMatrix.from_dense(w)
     before = matrix.nbytes
     assert matrix.explain(4).kernel == best
-    assert matrix.nbytes == before  # explain builds nothing
+    assert matrix._state.forms.kernels == (best,)
+    if best == "dense":
+        assert before == w.nbytes
     y = matrix.linear(x)
-    after = matrix.nbytes
-    assert (after > before) == (best != "bitmask")
-    assert np.array_equal(matrix.linear(x), y)
     for batch in (1, 9, 33, 300):
-        matrix.linear(inputs(batch))
-    assert matrix.nbytes == after
+        assert np.allclose(matrix.linear(inputs(batch)), inputs(batch) @ w.T, atol=1e-4)
+    assert matrix.nbytes == before
     assert np.array_equal(matrix.linear(x), y)
 
 
-def test_choices_do_not_depend_on_what_came_before(costs: Any) -> None:
-    """Forms that other batches built do not change what a batch is multiplied with."""
-    costs(made(dense=1e3, panels=0.95))  # not faster by enough to be built
-    matrix = SparseMatrix.from_dense(weights())
-    y = matrix.linear(inputs(4))
-    state = matrix._state
-    assert state.forms.kernels == ("bitmask",)
-    other = SparseMatrix.from_dense(weights())
-    other._state = type(state)(state.forms.with_kernel("panels"), state.settings)
-    assert other.explain(4).kernel == "bitmask"
-    assert np.array_equal(other.linear(inputs(4)), y)
+def test_two_forms_where_one_would_be_slow_and_never_three() -> None:
+    w, fits = Weight.of(Packed.pack(weights())), dict(made().kernels.fits)
+    for kind, (first, others) in {"bitmask": (1e-6, 1e-3), "panels": (1e-3, 1e-6)}.items():
+        fits[kind] = [(others if i else first, *row[1:]) for i, row in enumerate(fits[kind])]
+    forms = Forms.of(Packed.pack(weights()))
+    for dense, needed in ((1e3, ("bitmask", "panels")), (1e-6, ("dense",)), (0.5, None)):
+        model = replace(made(dense=dense), kernels=cost_model.Costs(fits=fits, **asdict(KEY)))
+        found = forms.needed(model.expect(w))
+        assert found == needed if needed else len(found) <= 2
 
 
-def test_few_choices_are_kept() -> None:
-    matrix_ = SparseMatrix.from_dense(weights(4, 2))
+def test_products_build_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under no instruction set and no number of threads, so no first product is a slow one."""
+    matrices = [SparseMatrix.from_dense(weights(sparsity=s)) for s in (0.1, 0.5, 0.95)]
+    monkeypatch.setattr(Forms, "with_kernel", lambda *_: pytest.fail("built"))
+    for name in sparsam.available_isas():
+        with sparsam.use_isa(name):
+            for matrix, batch in itertools.product(matrices, (1, 2, 7, 40, 600)):
+                before = matrix.nbytes
+                matrix.linear(inputs(batch))
+                assert matrix.explain(batch).kernel in matrix._state.forms.kernels
+                assert matrix.nbytes == before
+
+
+def test_few_choices_are_kept(costs: Any) -> None:
+    costs({})
+    matrix_ = SparseMatrix(Packed.pack(weights(4, 2)), ["bitmask", "panels"])
     for batch in range(1, 1500):
         matrix_.linear(np.ones((batch, 2), np.float32))
-    assert len(matrix_._state.choices) <= module._MAX_CHOICES
+    valid = matrix_._state.choices._valid
+    assert valid is not None
+    assert 0 < len(valid[1]) <= choices.MOST_BATCHES
 
 
 # prepare
@@ -157,7 +179,8 @@ def test_prepare_with_a_kernel_measures_nothing(monkeypatch: pytest.MonkeyPatch)
     matrix.prepare([3, 100], kernel="panels")
     assert matrix._state.forms.kernels == ("panels",)
     assert [matrix.explain(n).reason for n in (3, 97)] == ["as prepare() was told"] * 2
-    assert matrix.explain(1).reason.startswith("the cheapest among panels by default costs")
+    assert "by default costs" in matrix.explain(1).reason
+    assert matrix.explain(1).kernel == "panels"
 
 
 def test_prepare_for_nothing() -> None:
@@ -196,12 +219,28 @@ def test_choices_expire_with_the_instruction_set_and_the_threads(times: dict[str
         assert matrix.explain(8).reason == "measured by prepare() on this matrix"
         switch()
         try:
-            assert matrix.explain(8).reason.startswith("the cheapest among panels by default costs")
-            assert f"({sparsam.isa()}, {sparsam.num_threads()} threads" in matrix.explain(8).reason
+            assert matrix.explain(8).kernel == "panels"  # the only one that is held
+            assert (
+                f"by default costs ({sparsam.isa()}, {sparsam.num_threads()} threads"
+                in matrix.explain(8).reason
+            )
             matrix.linear(inputs(8))
-            assert matrix._state.settings == (sparsam.isa(), sparsam.num_threads())
         finally:
             back()
+        assert matrix.explain(8).reason == "measured by prepare() on this matrix"
+
+
+def test_products_follow_the_settings(costs: Any) -> None:
+    """Which of two forms multiplies is chosen anew under another number of threads."""
+    costs({"bitmask": 1.0, "panels": 2.0}, at_3_threads={"bitmask": 2.0, "panels": 1.0})
+    matrix = SparseMatrix(Packed.pack(weights()), ["bitmask", "panels"])
+    for threads, kernel in ((1, "bitmask"), (3, "panels"), (1, "bitmask")):
+        sparsam.set_num_threads(threads)
+        try:
+            assert matrix._state.choices.kernel(4) == matrix.explain(4).kernel == kernel
+            assert np.allclose(matrix.linear(inputs(4)), inputs(4) @ weights().T, atol=1e-4)
+        finally:
+            sparsam.set_num_threads(None)
 
 
 def test_what_the_user_told_does_not_expire() -> None:

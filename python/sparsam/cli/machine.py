@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from typing import Annotated
 
 import typer
@@ -22,8 +23,17 @@ def register(app: typer.Typer) -> None:
 def calibrate(
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
 ) -> None:
-    """Measure how long matrix products take on this machine, half a minute; kernels are chosen by that."""
-    for measured in calibration.calibrate(dtype):
+    """Measure how long matrix products take on this machine, a minute; kernels are chosen by that.
+
+    Kernels for values of one dtype, NumPy's dense product, and, if it is installed, PyTorch's dense linear
+    layer in float32 and bfloat16. Convolutions are not measured: `accelerate` times those of a model.
+    """
+    found = calibration.calibrate(dtype)
+    if find_spec("torch") is not None:
+        from sparsam.torch.layers import dense_costs  # noqa: PLC0415 - slow to import, and not before the rest
+
+        found += dense_costs.calibrate()
+    for measured in found:
         key = measured.costs.key
         file = cost_model.cache_file(key)
         print_text(

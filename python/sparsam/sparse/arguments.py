@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import operator
+from collections.abc import Sequence
 from typing import Any, Literal, TypeAlias
 
 import ml_dtypes
@@ -9,9 +11,19 @@ import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 from sparsam.inputs.checks import expected
-from sparsam.sparse.matmul import ACTIVATIONS, Floats
+from sparsam.sparse.matmul import ACTIVATIONS, KERNELS, Floats
 
-__all__ = ["DTYPES", "Activation", "check_activation", "check_out", "inputs", "vector", "weights"]
+__all__ = [
+    "DTYPES",
+    "Activation",
+    "check_activation",
+    "check_kernel",
+    "check_out",
+    "inputs",
+    "numbers",
+    "vector",
+    "weights",
+]
 
 Activation: TypeAlias = Literal["relu", "gelu", "gelu_tanh", "silu"]
 
@@ -70,6 +82,23 @@ def check_activation(activation: object) -> None:
         raise ValueError(
             expected("activation", activation, f"None or one of {', '.join(ACTIVATIONS)}", "pass one of them")
         )
+
+
+def check_kernel(kernel: object) -> None:
+    """Raises ValueError for a name that is not None or one of KERNELS."""
+    if kernel is not None and kernel not in KERNELS:
+        msg = f"kernel: expected one of {', '.join(KERNELS)}; got {kernel!r}; pass one of them, or None"
+        raise ValueError(msg)
+
+
+def numbers(name: str, value: int | Sequence[int], *, at_least: int) -> list[int]:
+    """One number or several, such as batches, as a list."""
+    found = [operator.index(n) for n in (value if isinstance(value, Sequence) else [value])]
+    for number in found:
+        if number < at_least:
+            msg = f"{name}: expected numbers of at least {at_least}; got {number}; pass numbers of rows of x"
+            raise ValueError(msg)
+    return found
 
 
 def check_out(out: NDArray[Any], shape: tuple[int, ...], x: ArrayLike, bias: ArrayLike | None) -> None:

@@ -69,8 +69,9 @@ class Measured:
 def calibrate(dtype: str = "float32") -> list[Measured]:
     """Measure the costs of products on this machine, half a minute, and keep them in the cache directory.
 
-    Measured are our kernels, with the active instruction set and number of threads, and NumPy's BLAS. What
-    was disturbed by other work is not kept, and a cache that cannot be written is passed over.
+    Measured are our kernels, with the active instruction set and number of threads, and NumPy's BLAS.
+    `sparsam.torch.layers.dense_costs` has PyTorch's dense products. Not measured are convolutions. What was
+    disturbed by other work is not kept, and a cache that cannot be written is passed over.
 
     Args:
         dtype: Of the packed values: "float32", "bfloat16" or "float16".

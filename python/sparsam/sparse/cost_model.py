@@ -18,6 +18,7 @@ import json
 import os
 import platform
 from bisect import bisect_left
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import cache
@@ -37,6 +38,7 @@ __all__ = [
     "KERNEL_REVISION",
     "CostModel",
     "Costs",
+    "Expectation",
     "Key",
     "Weight",
     "bucket",
@@ -47,6 +49,7 @@ __all__ = [
     "dense_key",
     "features",
     "forget",
+    "form_bytes",
     "kernel_key",
     "lookup",
     "shipped",
@@ -67,6 +70,7 @@ _KNOWN = 64  # costs kept in memory: one for each instruction set, dtype and num
 _REMEDY = "delete it, or measure anew with `sparsam calibrate`"
 
 Coefficient = Annotated[float, Meta(ge=0, le=1)]  # seconds
+Curve = tuple[float, ...]
 Row = tuple[Coefficient, Coefficient, Coefficient, Coefficient, Coefficient, Coefficient, Coefficient]
 
 
@@ -158,16 +162,10 @@ class Costs(Document, frozen=True):
         """What it was measured for."""
         return Key(self.cpu, self.library, self.version, self.dtype, self.threads)
 
-    def seconds(self, kind: str, weight: Weight, batch: int) -> float:
-        """What one product is expected to take."""
-        rows, terms = self.fits[kind], features(kind, weight)
-        above = min(bisect_left(BATCHES, batch), len(rows) - 1)
-        below = above - 1 if above and batch < BATCHES[above] else above
-        low, high = (sum(map(float.__mul__, rows[i], terms)) for i in (below, above))
-        if below == above:
-            return high * max(1.0, batch / BATCHES[above])
-        share = (batch - BATCHES[below]) / (BATCHES[above] - BATCHES[below])
-        return low + share * (high - low)
+    def curve(self, kind: str, weight: Weight) -> Curve:
+        """The seconds that products are expected to take, for those of BATCHES that the kind is known for."""
+        terms = features(kind, weight)
+        return tuple(sum(map(float.__mul__, row, terms)) for row in self.fits[kind])
 
 
 class Defaults(Document, frozen=True):
@@ -184,6 +182,34 @@ class Defaults(Document, frozen=True):
 
 
 @dataclass(frozen=True)
+class Expectation:
+    """What products with one weight are expected to take.
+
+    Attributes:
+        curves: Kernel -> its seconds for the first of BATCHES.
+        settings: The instruction set and the number of threads that it is so under.
+        source: Where the costs are from.
+    """
+
+    curves: Mapping[str, Curve]
+    settings: tuple[str, int]
+    source: str
+
+    def seconds(self, kernel: str, batch: int) -> float:
+        """What one product is expected to take: "dense", "bitmask" or "panels", and the rows of x."""
+        curve = self.curves[kernel]
+        above = min(bisect_left(BATCHES, batch), len(curve) - 1)
+        if above == 0 or batch >= BATCHES[above]:
+            return curve[above] * max(1.0, batch / BATCHES[above])
+        low, high = curve[above - 1 : above + 1]
+        return low + (batch - BATCHES[above - 1]) / (BATCHES[above] - BATCHES[above - 1]) * (high - low)
+
+    def times(self, batch: int, kernels: Iterable[str]) -> dict[str, float]:
+        """The seconds of some kernels."""
+        return {kernel: self.seconds(kernel, batch) for kernel in kernels}
+
+
+@dataclass(frozen=True)
 class CostModel:
     """What every kernel costs: ours, and the dense product of one BLAS.
 
@@ -197,18 +223,18 @@ class CostModel:
     dense: Costs
     source: str
 
-    def seconds(self, kernel: str, weight: Weight, batch: int) -> float:
-        """What one product is expected to take.
-
-        Args:
-            kernel: "dense", "bitmask" or "panels".
-            weight: The weight.
-            batch: Rows of x.
-        """
-        if kernel == "dense":
-            return self.dense.seconds("dense", weight, batch)
-        kind = "blocks" if weight.blocked and kernel == "panels" else kernel
-        return self.kernels.seconds(kind, weight, batch)
+    def expect(self, weight: Weight) -> Expectation:
+        """What products with a weight are expected to take."""
+        panels = "blocks" if weight.blocked else "panels"
+        return Expectation(
+            {
+                "dense": self.dense.curve("dense", weight),
+                "bitmask": self.kernels.curve("bitmask", weight),
+                "panels": self.kernels.curve(panels, weight),
+            },
+            (self.kernels.library, self.kernels.threads),
+            str(self),
+        )
 
     def __str__(self) -> str:
         kernels = self.kernels
@@ -311,14 +337,20 @@ def cache_file(key: Key) -> Path:
 def features(kind: str, weight: Weight) -> tuple[float, ...]:
     """What the coefficients multiply."""
     rows, cols, nnz = map(float, (weight.rows, weight.cols, weight.nnz))
+    size = form_bytes(kind, weight)
+    if kind == "dense":
+        nnz = 0.0
+    return 1.0, rows, cols, rows * cols, nnz, max(0.0, size - _INNER), max(0.0, size - _OUTER)
+
+
+def form_bytes(kind: str, weight: Weight) -> float:
+    """About how many bytes the form takes that a kernel reads; headers and what pads rows left out."""
     width = 4 if weight.dtype == "float32" else 2
     if kind == "dense":
-        size, nnz = 4 * rows * cols, 0.0
-    elif kind == "bitmask":
-        size = rows * cols / 8 + width * nnz
-    else:
-        size = (width + 1) * nnz
-    return 1.0, rows, cols, rows * cols, nnz, max(0.0, size - _INNER), max(0.0, size - _OUTER)
+        return 4.0 * weight.rows * weight.cols
+    if kind == "bitmask":
+        return weight.rows * weight.cols / 8 + width * weight.nnz
+    return (width + 1.0) * weight.nnz
 
 
 def bucket(batch: int) -> int:

@@ -1,4 +1,4 @@
-"""Which kernel multiplies a batch: a pure function of the weight, the batch, and what kernels cost."""
+"""Which kernel multiplies a batch, and which forms batches need: pure functions of what kernels cost."""
 
 from __future__ import annotations
 
@@ -7,16 +7,13 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from sparsam.sparse.cost_model import CostModel, Weight
+from sparsam.sparse.cost_model import Expectation
 from sparsam.sparse.matmul import KERNELS
 
 __all__ = ["Candidate", "Explanation", "KernelChoice", "choose", "needed_kernels"]
 
-FURTHER_FORM = 1.1
-"""A kernel that needs a further form of the weight must be faster by this factor to be worth its memory."""
-
 SECOND_FORM = 1.25
-"""So much slower than the fastest may the one form that is kept be, for any batch that was prepared."""
+"""A second form of a weight is held where a batch would take so much longer with the first alone."""
 
 
 @dataclass(frozen=True)
@@ -74,37 +71,31 @@ class Explanation:
         return "\n  ".join((head, *map(str, self.candidates)))
 
 
-def choose(
-    weight: Weight,
-    batch: int,
-    costs: CostModel,
-    *,
-    kernels: Sequence[str] = KERNELS,
-    held: Sequence[str] | None = None,
-) -> KernelChoice:
+def choose(expected: Expectation, batch: int, held: Sequence[str]) -> KernelChoice:
     """The cheapest kernel for a batch; the same arguments give the same choice.
 
     Args:
-        weight: What is multiplied with.
+        expected: What products with the weight are expected to take.
         batch: Rows of x.
-        costs: See `cost_model.current_costs`.
-        kernels: Those that may run.
-        held: Those whose form is there whatever is chosen. Others must be faster by `FURTHER_FORM`; by
-            default none must.
+        held: The kernels whose forms are held, one of which is chosen.
+
+    Returns:
+        The choice. Its candidates are all kernels, for comparison.
     """
-    if batch == 0 or weight.nnz == 0:
-        return KernelChoice((*(held or ()), *kernels)[0], "since there is nothing to multiply")
-    seconds = {kernel: costs.seconds(kernel, weight, batch) for kernel in kernels}
-    free = kernels if held is None else held
-    chosen = min(kernels, key=lambda kernel: seconds[kernel] * (1.0 if kernel in free else FURTHER_FORM))
-    order = sorted(kernels, key=lambda kernel: (kernel != chosen, seconds[kernel]))
+    seconds = expected.times(batch, KERNELS)
+    chosen = min(held, key=lambda kernel: seconds[kernel])
+    order = sorted(KERNELS, key=lambda kernel: (kernel != chosen, seconds[kernel]))
     candidates = tuple(Candidate(kernel, 1e6 * seconds[kernel]) for kernel in order)
-    among = "" if len(kernels) == len(KERNELS) else f" among {', '.join(kernels)}"
-    return KernelChoice(chosen, f"the cheapest{among} by {costs}", candidates)
+    among = "the cheapest" if min(seconds.values()) == seconds[chosen] else "the cheapest form that is held"
+    return KernelChoice(chosen, f"{among} by {expected.source}", candidates)
 
 
 def needed_kernels(
-    times: Sequence[Mapping[str, float]], required: Sequence[str] = (), *, tolerance: float = SECOND_FORM
+    times: Sequence[Mapping[str, float]],
+    required: Sequence[str] = (),
+    *,
+    tolerance: float = SECOND_FORM,
+    most: int = len(KERNELS),
 ) -> tuple[str, ...]:
     """The fewest kernels with which every batch takes at most `tolerance` times its best time.
 
@@ -112,18 +103,23 @@ def needed_kernels(
         times: For each batch, the seconds that each kernel takes; one that is missing cannot be used.
         required: Kernels that are needed in any case.
         tolerance: See there.
+        most: How many kernels there can be beside those that are required.
 
     Returns:
         `required` and what is needed beside. Among as many kernels those whose times, relative to the best
-        of each batch, sum up to the least.
+        of each batch, sum up to the least; the best `most` where more would be needed.
     """
 
     def slowdowns(kernels: tuple[str, ...]) -> list[float]:
         return [min(t.get(kernel, math.inf) for kernel in kernels) / min(t.values()) for t in times]
 
     others = [kernel for kernel in KERNELS if kernel not in required]
-    for size in range(0 if required else 1, len(others) + 1):
+    found: tuple[str, ...] = tuple(required)
+    for size in range(0 if required else 1, min(most, len(others)) + 1):
         sets = [(*required, *more) for more in itertools.combinations(others, size)]
-        if good := [kernels for kernels in sets if all(slow <= tolerance for slow in slowdowns(kernels))]:
-            return min(good, key=lambda kernels: sum(slowdowns(kernels)))
-    return KERNELS
+        slow = {kernels: slowdowns(kernels) for kernels in sets}
+        good = [kernels for kernels in sets if all(each <= tolerance for each in slow[kernels])]
+        found = min(good or sets, key=lambda kernels: sum(slow[kernels]))
+        if good:
+            break
+    return found

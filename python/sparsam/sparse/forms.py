@@ -9,8 +9,9 @@ import ml_dtypes
 import numpy as np
 
 from sparsam._core import Packed
-from sparsam.sparse.cost_model import Weight
-from sparsam.sparse.matmul import Floats, multiply
+from sparsam.sparse.cost_model import BATCHES, Expectation, Weight
+from sparsam.sparse.dispatch import needed_kernels
+from sparsam.sparse.matmul import KERNELS, Floats, multiply
 
 __all__ = ["Forms"]
 
@@ -38,6 +39,12 @@ class Forms:
     def of(cls, packed: Packed) -> Forms:
         """The packed forms alone."""
         return cls(Weight.of(packed), packed)
+
+    def needed(self, expected: Expectation) -> tuple[str, ...]:
+        """The kernels with which no batch is expected to be slow: one, or two if one is not enough."""
+        if self.weight.nnz == 0:
+            return self.kernels
+        return needed_kernels([expected.times(batch, KERNELS) for batch in BATCHES], most=2)
 
     @property
     def kernels(self) -> tuple[str, ...]:
@@ -73,12 +80,15 @@ class Forms:
         return Forms(self.weight, packed, self.dense)
 
     def keeping(self, kernels: Collection[str]) -> Forms:
-        """Only what these kernels need, all of which are held; a packed form too if dense loses something.
+        """What these kernels need, built where it is missing; a packed form too if dense loses something.
 
         The dense copy loses which weights were kept although they are 0.
         """
-        dense = self.dense if "dense" in kernels else None
-        packed, kept = self.packed, [form for form in self.kernels if form in kernels and form != "dense"]
+        forms = self
+        for kernel in kernels:
+            forms = forms.with_kernel(kernel)
+        dense = forms.dense if "dense" in kernels else None
+        packed, kept = forms.packed, [form for form in forms.kernels if form in kernels and form != "dense"]
         if not kept and dense is not None and np.count_nonzero(dense) == self.weight.nnz:
             return Forms(self.weight, None, dense)
         if packed is not None and (kept := kept or [packed.forms[0]]) != [*packed.forms]:

@@ -2,27 +2,37 @@
 
 from __future__ import annotations
 
-import operator
 import os
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from typing import Any, NoReturn, TypeAlias
 
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 from sparsam import checkpoint
-from sparsam._core import Packed, active_isa, num_threads
+from sparsam._core import Packed
 from sparsam.masks import Mask
 from sparsam.patterns import NM, Block, Unstructured
-from sparsam.sparse.arguments import DTYPES, Activation, check_activation, check_out, inputs, vector, weights
+from sparsam.sparse.arguments import (
+    DTYPES,
+    Activation,
+    check_activation,
+    check_kernel,
+    check_out,
+    inputs,
+    numbers,
+    vector,
+    weights,
+)
+from sparsam.sparse.choices import Choices, expect
 from sparsam.sparse.conversions import csr_of, dense_of, keep_of
-from sparsam.sparse.cost_model import bucket, current_costs
-from sparsam.sparse.dispatch import Explanation, KernelChoice, choose
+from sparsam.sparse.cost_model import Expectation
+from sparsam.sparse.dispatch import Explanation
 from sparsam.sparse.forms import Forms
-from sparsam.sparse.matmul import KERNELS, multiply
-from sparsam.sparse.preparation import Preparation, measure
+from sparsam.sparse.matmul import multiply
+from sparsam.sparse.preparation import Preparation, measure_all
 from sparsam.sparse.stored import from_arrays, recognise, to_arrays
 
 __all__ = ["SparseMatrix"]
@@ -39,18 +49,17 @@ class _State:
 
     Attributes:
         forms: What there is to multiply with.
-        settings: Instruction set and number of threads; choices hold as long as these are active.
-        preparation: None until `prepare` is called.
-        choices: Batch -> its choice, for those used so far; at most _MAX_CHOICES.
+        choices: Which of it multiplies which batch.
     """
 
     forms: Forms
-    settings: tuple[str, int]
-    preparation: Preparation | None = None
-    choices: dict[int, KernelChoice] = field(default_factory=dict)
+    choices: Choices
+
+    @classmethod
+    def of(cls, forms: Forms, expected: Expectation, preparation: Preparation | None = None) -> _State:
+        return cls(forms, Choices(forms.weight, forms.kernels, expected, preparation))
 
 
-_MAX_CHOICES = 256
 _publishing = threading.Lock()  # held for a comparison and an assignment, never while anything is computed
 
 
@@ -67,15 +76,14 @@ if hasattr(os, "register_at_fork"):
 class SparseMatrix:
     """A matrix (out, in), as `torch.nn.Linear` has it, of which only the nonzero weights are stored.
 
-    It is held as one bit per weight and the values in order (docs/formats.md), until a batch is cheaper by
-    another kernel: over panels of rows, or NumPy's dense product. The first such product builds that form, in
-    about the time that packing took, and it stays. A cost model says which kernel is cheapest: defaults of
-    this package, or what `sparsam calibrate` measured. Products measure nothing and write nothing.
+    It is held in the forms that batches of 1 to 512 rows need: bits and values (docs/formats.md), panels of
+    rows, or a dense copy for NumPy's product. That is one of them, or two where some batch would be slower by
+    more than a quarter with one. A cost model tells, and which of them multiplies a batch: defaults of this
+    package, or what `sparsam calibrate` measured. Products build nothing, measure nothing, write nothing.
 
-    `prepare(batches)` measures the kernels on this matrix and keeps the forms that these batches need, one if
-    one will do; products then use these and build none. `explain(batch)` tells what runs and why, `nbytes`
-    counts all that is held. Kernels round differently, in the last bits; `prepare(batch, kernel=...)` fixes
-    one.
+    `prepare(batches)` measures the kernels on this matrix and keeps only the forms that these batches need.
+    `explain(batch)` tells what runs and why, `nbytes` counts all that is held. Kernels round differently, in
+    the last bits; `prepare(batch, kernel=...)` fixes one.
 
     A pruned weight multiplies nothing: an infinity or a NaN in x reaches those outputs that have a stored
     weight for it. A matrix may be used by several threads at once, and after a fork.
@@ -85,11 +93,22 @@ class SparseMatrix:
 
     __slots__ = ("_pattern", "_shape", "_state")
 
-    def __init__(self, packed: Packed) -> None:
-        """For this package; use `from_dense`, `from_mask`, `from_scipy` or `load`."""
+    def __init__(
+        self, packed: Packed, kernels: Sequence[str] = (), preparation: Preparation | None = None
+    ) -> None:
+        """For this package; use `from_dense`, `from_mask`, `from_scipy` or `load`.
+
+        Args:
+            packed: The weights.
+            kernels: Those that it shall hold the forms for; by default the cost model says which.
+            preparation: What it was prepared for.
+        """
         self._shape = (packed.rows, packed.cols)
         self._pattern: NM | Block | Unstructured | None = None
-        self._state = _State(Forms.of(packed), _settings())
+        forms = Forms.of(packed)
+        expected = expect(forms.weight)
+        held = forms.keeping(kernels or forms.needed(expected))
+        self._state = _State.of(held, expected, preparation)
 
     @classmethod
     def from_dense(cls, w: ArrayLike, *, dtype: DTypeLike | None = None) -> SparseMatrix:
@@ -212,14 +231,11 @@ class SparseMatrix:
         if y.size:
             batch = y.size // rows
             state = self._state
-            choice = state.choices.get(batch)
-            if choice is None or state.settings != (active_isa(), num_threads()):
-                state, choice = self._choose(batch)
             x2, y2 = rows_of_x, y
             if len(shape) != 2:
                 x2, y2 = x2.reshape(batch, cols), y2.reshape(batch, rows)
-            forms = state.forms
-            multiply(choice.kernel, forms.packed, forms.dense, x2, addend, activation or "", y2)
+            forms, kernel = state.forms, state.choices.kernel(batch)
+            multiply(kernel, forms.packed, forms.dense, x2, addend, activation or "", y2)
         if out is None or y is out:
             return y
         out[...] = y
@@ -285,9 +301,9 @@ class SparseMatrix:
         """Measure the kernels on this matrix, and keep only the forms that the batches need.
 
         Takes some hundredths of a second per batch. One form is kept, unless a batch would be slower by more
-        than a quarter. What earlier calls prepared stays prepared. Products build no forms from now on: other
-        batches are multiplied with those that are held. What was measured holds for the instruction set and
-        the number of threads that it was measured with; under others the cost model chooses.
+        than a quarter. What earlier calls prepared stays prepared; other batches are multiplied with the
+        forms that are held. What was measured holds for the instruction set and the number of threads that
+        it was measured with; under others the cost model chooses.
 
         Args:
             batches: The numbers of rows of x. What is chosen holds for batches of about these sizes.
@@ -296,44 +312,28 @@ class SparseMatrix:
         Raises:
             ValueError: A batch is negative, or the kernel unknown.
         """
-        wanted = [operator.index(n) for n in (batches if isinstance(batches, Sequence) else [batches])]
-        for batch in wanted:
-            if batch < 0:
-                msg = f"batches: expected numbers of at least 0; got {batch}; pass numbers of input rows"
-                raise ValueError(msg)
-        if kernel is not None and kernel not in KERNELS:
-            msg = (
-                f"kernel: expected one of {', '.join(KERNELS)}; got {kernel!r}; pass one of them, or None "
-                "for the fastest"
-            )
-            raise ValueError(msg)
-        settings, forms, times = _settings(), self._state.forms, {}
+        wanted = numbers("batches", batches, at_least=0)
+        check_kernel(kernel)
+        forms = self._state.forms
+        expected = expect(forms.weight)
+        times: dict[int, dict[str, float]] = {}
         if kernel is None and self.nnz:
-            costs = current_costs(forms.weight.dtype)
-            for size in dict.fromkeys(bucket(batch) for batch in wanted if batch):
-                forms, times[size] = measure(forms, size, costs)
+            forms, times = measure_all(forms, wanted, expected)
         while True:
             before = self._state
-            known = before.preparation or Preparation()
-            if before.settings != settings:
-                known = Preparation(known.told)
-            known = known.with_times(times) if kernel is None else known.with_told(wanted, kernel)
-            held = before.forms
-            if needed := known.kernels if known.told or known.times else ():
-                for name in needed:
-                    held = forms.with_kernel(name) if name in forms.kernels else held.with_kernel(name)
-                    forms = held
-                held = held.keeping(needed)
-            if self._publish(before, _State(held, settings, known)):
+            known = before.choices.preparation
+            if kernel is None:
+                known = known.with_times(times, expected.settings)
+            else:
+                known = known.with_told(wanted, kernel)
+            held = forms.keeping(known.kernels) if known.kernels else before.forms
+            if self._publish(before, _State.of(held, expected, known)):
                 return
 
     def explain(self, batch: int) -> Explanation:
         """Which kernel multiplies such a batch, what each is expected to take, and why; measures nothing."""
-        batch = operator.index(batch)
-        if batch < 0:
-            msg = f"batch: expected a number of at least 0; got {batch}; pass the number of input rows"
-            raise ValueError(msg)
-        _, choice = self._current(batch)
+        (batch,) = numbers("batch", [batch], at_least=0)
+        choice = self._state.choices.choice(batch)
         return Explanation(repr(self), batch, choice.kernel, choice.reason, choice.candidates)
 
     def save(self, path: StrPath) -> None:
@@ -368,39 +368,14 @@ class SparseMatrix:
             raise ValueError(msg) from error
 
     def __reduce__(self) -> tuple[Any, ...]:
-        packed = self._state.forms.readable()
-        return _rebuild, (*self._shape, packed.bits(), packed.values())
+        state = self._state
+        packed, choices = state.forms.readable(), state.choices
+        return _rebuild, (*self._shape, packed.bits(), packed.values(), choices.held, choices.preparation)
 
     def __repr__(self) -> str:
         rows, cols = self._shape
         share = f"{self.nnz:,} nonzero, density {self.density:.4g}"
         return f"SparseMatrix({rows}x{cols}, {self.dtype}, {share})"
-
-    def _current(self, batch: int) -> tuple[_State, KernelChoice]:
-        """The state as it is under the active settings, and the choice for a batch; builds nothing."""
-        state, settings = self._state, _settings()
-        if state.settings != settings:
-            known = state.preparation and Preparation(state.preparation.told)
-            state = _State(state.forms, settings, known)
-        costs = current_costs(state.forms.weight.dtype)
-        if state.preparation is not None:
-            return state, state.preparation.choice(state.forms, batch, costs)
-        return state, choose(state.forms.weight, batch, costs, held=state.forms.kernels[:1])
-
-    def _choose(self, batch: int) -> tuple[_State, KernelChoice]:
-        """The choice for a batch, with its form built, kept for the next product."""
-        while True:
-            before = self._state
-            state, choice = self._current(batch)
-            forms = state.forms.with_kernel(choice.kernel)
-            if forms is not before.forms or state is not before:
-                state = replace(state, forms=forms)
-                if not self._publish(before, state):
-                    continue
-            if len(state.choices) >= _MAX_CHOICES:
-                state.choices.clear()
-            state.choices[batch] = choice
-            return state, choice
 
     def _publish(self, before: _State, after: _State) -> bool:
         """Takes the new state unless another thread was faster."""
@@ -411,9 +386,12 @@ class SparseMatrix:
             return True
 
 
-def _settings() -> tuple[str, int]:
-    return active_isa(), num_threads()
-
-
-def _rebuild(rows: int, cols: int, bits: NDArray[np.uint8], values: NDArray[Any]) -> SparseMatrix:
-    return SparseMatrix(Packed.from_parts(rows, cols, bits, values))
+def _rebuild(
+    rows: int,
+    cols: int,
+    bits: NDArray[np.uint8],
+    values: NDArray[Any],
+    kernels: Sequence[str],
+    preparation: Preparation,
+) -> SparseMatrix:
+    return SparseMatrix(Packed.from_parts(rows, cols, bits, values), kernels, preparation)

@@ -9,12 +9,12 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from sparsam.sparse import calibration
-from sparsam.sparse.cost_model import CostModel, bucket
-from sparsam.sparse.dispatch import Candidate, KernelChoice, choose, needed_kernels
+from sparsam.sparse.cost_model import Expectation, bucket
+from sparsam.sparse.dispatch import KernelChoice, needed_kernels
 from sparsam.sparse.forms import Forms
 from sparsam.sparse.matmul import KERNELS
 
-__all__ = ["Preparation", "measure"]
+__all__ = ["Preparation", "measure", "measure_all"]
 
 _ROUNDS = 2  # in turn, so that what disturbs one kernel disturbs the others too
 _PLAUSIBLE = 2.5  # times the least expected cost: beyond it a kernel is not tried
@@ -27,42 +27,49 @@ class Preparation:
     Attributes:
         told: Bucket -> the kernel that the user chose.
         times: Bucket -> seconds that each kernel took on this matrix.
+        settings: Instruction set and threads that the times were measured with; None where there are none.
     """
 
     told: Mapping[int, str] = field(default_factory=dict)
     times: Mapping[int, Mapping[str, float]] = field(default_factory=dict)
+    settings: tuple[str, int] | None = None
 
     def with_told(self, batches: Sequence[int], kernel: str) -> Preparation:
         """With a kernel that the user chose."""
         return replace(self, told={**self.told, **{bucket(batch): kernel for batch in batches}})
 
-    def with_times(self, times: Mapping[int, Mapping[str, float]]) -> Preparation:
+    def with_times(self, times: Mapping[int, Mapping[str, float]], settings: tuple[str, int]) -> Preparation:
         """With times measured; they replace what the user chose for these batches before."""
         told = {n: kernel for n, kernel in self.told.items() if n not in times}
-        return Preparation(told, {**self.times, **times})
+        return Preparation(told, {**self.under(settings).times, **times}, settings)
+
+    def under(self, settings: tuple[str, int]) -> Preparation:
+        """What of it holds under these settings."""
+        return self if self.settings in {None, settings} else Preparation(self.told)
 
     @property
     def kernels(self) -> tuple[str, ...]:
-        """The kernels whose forms have to stay."""
-        return needed_kernels(list(self.times.values()), list(dict.fromkeys(self.told.values())))
+        """The kernels whose forms have to stay; none where nothing was prepared."""
+        required = list(dict.fromkeys(self.told.values()))
+        return needed_kernels(list(self.times.values()), required) if self.told or self.times else ()
 
-    def choice(self, forms: Forms, batch: int, costs: CostModel) -> KernelChoice:
-        """The kernel for a batch, among those whose forms are held."""
-        expected = choose(forms.weight, batch, costs, kernels=forms.kernels)
-        told, times = self.told.get(bucket(batch)), self.times.get(bucket(batch))
-        if told in forms.kernels:
+    def choice(self, expected: KernelChoice, batch: int, held: Sequence[str]) -> KernelChoice:
+        """The kernel for a batch, among those whose forms are held.
+
+        Args:
+            expected: What the cost model would choose.
+            batch: Rows of x.
+            held: The kernels that can run.
+        """
+        told, times = self.told.get(bucket(batch)), self.times.get(bucket(batch), {})
+        if told in held:
             return KernelChoice(str(told), "as prepare() was told", expected.candidates)
-        if times is None or not expected.candidates:
+        measured = [kernel for kernel in held if kernel in times]
+        if not measured:
             return expected
-        held = [kernel for kernel in forms.kernels if kernel in times]
-        if not held:
-            return expected
-        kernel = min(held, key=lambda name: times[name])
-        all_expected = {c.kernel: c.expected for c in choose(forms.weight, batch, costs).candidates}
-        candidates = sorted(
-            (Candidate(k, all_expected.get(k), 1e6 * times[k] if k in times else None) for k in KERNELS),
-            key=lambda c: (c.kernel != kernel, c.measured or math.inf, c.expected),
-        )
+        kernel = min(measured, key=lambda name: times[name])
+        timed = [replace(c, measured=_microseconds(times, c.kernel)) for c in expected.candidates]
+        candidates = sorted(timed, key=lambda c: (c.kernel != kernel, c.measured or math.inf, c.expected))
         best = min(times, key=lambda name: times[name])
         why = "measured by prepare() on this matrix"
         if best != kernel:
@@ -70,25 +77,39 @@ class Preparation:
         return KernelChoice(kernel, why, tuple(candidates))
 
 
-def measure(forms: Forms, batch: int, costs: CostModel) -> tuple[Forms, dict[str, float]]:
+def _microseconds(times: Mapping[str, float], kernel: str) -> float | None:
+    return 1e6 * times[kernel] if kernel in times else None
+
+
+def measure_all(
+    forms: Forms, batches: Sequence[int], expected: Expectation
+) -> tuple[Forms, dict[int, dict[str, float]]]:
+    """See `measure`: for every bucket of the batches, 0 left out."""
+    times = {}
+    for size in dict.fromkeys(bucket(batch) for batch in batches if batch):
+        forms, times[size] = measure(forms, size, expected)
+    return forms, times
+
+
+def measure(forms: Forms, batch: int, expected: Expectation) -> tuple[Forms, dict[str, float]]:
     """Times the kernels that may be the fastest for a batch.
 
     Args:
         forms: What to multiply with.
         batch: Rows of x.
-        costs: Tell which kernels need not be tried.
+        expected: Tells which kernels need not be tried.
 
     Returns:
         The forms with what was built for it, and the seconds that each kernel took.
     """
-    expected = {k: costs.seconds(k, forms.weight, batch) for k in KERNELS}
-    likely = [k for k in KERNELS if expected[k] <= _PLAUSIBLE * min(expected.values())]
+    seconds = expected.times(batch, KERNELS)
+    likely = [k for k in KERNELS if seconds[k] <= _PLAUSIBLE * min(seconds.values())]
     x = np.ones((batch, forms.weight.cols), np.float32)
     y = np.empty((batch, forms.weight.rows), np.float32)
     for kernel in likely:
         forms = forms.with_kernel(kernel)
     found = dict.fromkeys(likely, math.inf)
     for kernel in likely * _ROUNDS:
-        seconds = calibration.fastest(lambda name=kernel: forms.multiply(name, x, None, "", y))  # type: ignore[misc]
-        found[kernel] = min(found[kernel], seconds)
+        took = calibration.fastest(lambda name=kernel: forms.multiply(name, x, None, "", y))  # type: ignore[misc]
+        found[kernel] = min(found[kernel], took)
     return forms, found

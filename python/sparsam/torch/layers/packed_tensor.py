@@ -11,6 +11,8 @@ from typing import Any
 from torch.utils import _pytree as pytree
 
 import torch
+from sparsam.sparse.arguments import numbers
+from sparsam.sparse.dispatch import Explanation
 from sparsam.torch.layers import products
 from sparsam.torch.layers.packed_weight import DTYPES, PackedWeight, pack_matrix, to_array
 from torch import Tensor, nn
@@ -43,6 +45,11 @@ class Layout:
         """Rows and columns of the matrix whose rows belong to outputs."""
         outs, ins = self.shape[0], math.prod(self.shape[1:])
         return (ins, outs) if self.transposed else (outs, ins)
+
+    @property
+    def is_matrix(self) -> bool:
+        """Whether it is the weight of a linear layer, and not of a convolution."""
+        return len(self.shape) == 2 and self.groups == 1
 
 
 class Content:
@@ -206,20 +213,40 @@ class PackedTensor(Tensor):
         return self._content.data
 
     def prepare(self, batches: int | Sequence[int]) -> None:
-        """Packs the weight in the form that is fastest for these numbers of rows of x, measured now.
+        """Packs the weight in the forms that these numbers of rows of x need, by what products cost.
 
-        Products never measure: until then the weight has the form that suits all batches.
+        Costs are defaults of this package, or what `sparsam calibrate` measured on this machine; nothing is
+        measured now. It is one form, or two where one would be slower by more than a quarter for some of
+        them and both take less memory than a dense weight by far, which narrow values do. Until then, and
+        always in convolutions, it is "panels", which suits all batches.
 
         Raises:
             ValueError: There are no batches, or one below 1.
         """
-        wanted = [batches] if isinstance(batches, int) else list(batches)
-        if not wanted or min(wanted) < 1:
+        wanted = numbers("batches", batches, at_least=1)
+        if not wanted:
             msg = f"batches: expected numbers of at least 1; got {batches!r}; pass the rows that x will have"
             raise ValueError(msg)
         content = self._content
-        if (forms := (content.weight.best_form(wanted),)) != content.weight.forms:
+        if not content.layout.is_matrix:
+            return
+        if (forms := content.weight.needed_forms(wanted)) != content.weight.forms:
             content.data = content.weight.with_forms(forms)
+
+    def explain(self, batch: int) -> Explanation:
+        """Which kernel multiplies so many rows of x, and what the others and the dense layer would take.
+
+        Costs as for `prepare`. Convolutions have one kernel, and no costs that could be compared: there
+        `accelerate` measures.
+
+        Raises:
+            ValueError: `batch` is below 0.
+        """
+        (batch,) = numbers("batch", [batch], at_least=0)
+        if not self._content.layout.is_matrix:
+            return Explanation(repr(self), batch, "panels", "the kernel of convolutions", ())
+        choice = self.packed.choices.choice(batch)
+        return Explanation(repr(self), batch, choice.kernel, choice.reason, choice.candidates)
 
     def to_dense(self, *_: Any, **__: Any) -> Tensor:
         """The dense tensor, unpacked; a pruned -0.0 comes back as 0.0, narrower values as they are."""

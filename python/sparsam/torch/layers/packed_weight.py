@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import ml_dtypes
@@ -13,19 +14,22 @@ from torch.utils.weak import WeakTensorKeyDictionary
 import torch
 from sparsam._core import Packed
 from sparsam.patterns import NM, Block, Unstructured
-from sparsam.sparse import calibration
-from sparsam.sparse.cost_model import BATCHES, BITMASK_BATCHES
+from sparsam.sparse.choices import Choices, expect
+from sparsam.sparse.cost_model import Key, Weight, dense_key, form_bytes
+from sparsam.sparse.dispatch import needed_kernels
 from sparsam.sparse.stored import recognise
 from torch import Tensor
 
-__all__ = ["DTYPES", "PackedWeight", "from_array", "join", "pack_matrix", "to_array"]
+__all__ = ["DTYPES", "PackedWeight", "from_array", "join", "pack_matrix", "to_array", "torch_dense"]
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 _ALIGN = 64
 _HEADER, _KIND, _BYTES = 128, 12, 96  # of a form: the size of its header; where that has its kind and size
-_FEW = BATCHES[BITMASK_BATCHES - 1]  # rows up to which "bitmask" may be the fastest
-_ROUNDS = 3
+_SPARSE = ("bitmask", "panels")
+# Memory that two forms may take together, of the dense weight in float32: at 50, 80 and 90 % zeros what one
+# form of float32 values is to stay below (0.8, 0.4, 0.22), so only narrower values have room for two.
+_MOST, _MOST_PER_DENSITY = 0.8, 2.0
 
 _known: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # the bytes -> their PackedWeight
 
@@ -41,6 +45,7 @@ class PackedWeight:
         rows: The rows of each part.
         cols: Its columns.
         forms: The forms that each part has.
+        choices: Which form multiplies which batch.
     """
 
     def __init__(self, parts: tuple[Packed, ...], address: int) -> None:
@@ -48,7 +53,9 @@ class PackedWeight:
         self.parts = parts
         self.rows, self.cols = parts[0].rows, parts[0].cols
         self.forms = parts[0].forms
-        self._kernels = (self.forms[0], self.forms[-1])  # for few and for many rows of x
+        self._dense = partial(torch_dense, parts[0].dtype)
+        self.choices = Choices(Weight.of(parts[0]), self.forms, dense=self._dense)
+        self.kernel = self.choices.kernel  # batch -> the form to multiply with
         self._address = address
 
     @classmethod
@@ -68,29 +75,22 @@ class PackedWeight:
         copies = [Packed.from_buffers([p.buffer(f) for f in p.forms], trusted=True) for p in self.parts]
         return join(copies, forms)
 
-    def best_form(self, batches: Sequence[int]) -> str:
-        """The form that is fastest for these batches, measured on this weight where both can be.
+    def needed_forms(self, batches: Sequence[int]) -> tuple[str, ...]:
+        """The form that is expected to be the fastest for these batches, taken together.
 
-        It is one, for two take more than the dense weight does at 50 % zeros. For more than 16 rows, and for
-        convolutions, it is "panels".
+        Two, where a batch would be slower by more than a quarter with one, and memory allows.
 
         Args:
-            batches: The numbers of rows of x, all equally often.
+            batches: The numbers of rows of x.
         """
-        if self.nnz == 0 or len(self.parts) > 1 or max(batches) > _FEW:
-            return "panels"
-        both = PackedWeight.read(self.with_forms(("bitmask", "panels")))
-        return min(both.forms, key=lambda form: sum(both._seconds(form, batch) for batch in batches))
-
-    def _seconds(self, form: str, batch: int) -> float:
-        x, y = np.ones((batch, self.cols), np.float32), np.empty((batch, self.rows), np.float32)
-        part = self.parts[0]
-        run = lambda: part.linear(form, x, None, "", y)  # noqa: E731
-        return min(calibration.fastest(run, settle=0.0, seconds=1e-3) for _ in range(_ROUNDS))
-
-    def kernel(self, batch: int) -> str:
-        """The form to multiply a batch with: where there are two, "bitmask" for up to 16 rows."""
-        return self._kernels[batch > _FEW]
+        weight = self.choices.weight
+        if not weight.nnz:
+            return self.forms
+        expected = expect(weight, self._dense)
+        both = sum(form_bytes(form, weight) for form in _SPARSE)
+        room = 4 * min(_MOST * weight.rows * weight.cols, _MOST_PER_DENSITY * weight.nnz)
+        times = [expected.times(batch, _SPARSE) for batch in batches]
+        return needed_kernels(times, most=2 if both <= room else 1)
 
     @property
     def groups(self) -> int:
@@ -127,6 +127,11 @@ class PackedWeight:
         """The weight (groups x rows, cols) in `dtype`; a pruned -0.0 comes back as 0.0."""
         arrays = [from_array(part.unpack()) for part in self.parts]
         return arrays[0] if len(arrays) == 1 else torch.cat(arrays)
+
+
+def torch_dense(dtype: str = "float32") -> Key:
+    """What multiplies a dense weight: torch.nn.functional.linear, for x of a dtype, with its threads now."""
+    return dense_key("torch", str(torch.__version__), dtype, torch.get_num_threads())
 
 
 def pack_matrix(matrix: NDArray[Any], *, groups: int = 1, forms: Sequence[str] = ("panels",)) -> Tensor:

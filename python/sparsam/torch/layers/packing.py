@@ -47,7 +47,7 @@ def pack(
             subclass; on the CPU, float32, bfloat16 or float16. Its zeros are what is skipped.
         dtype: What to store the values as, `torch.bfloat16` say; by default as they are. Sums are float32.
         activation: Applied to the layer's result: None, "relu", "gelu", "gelu_tanh" or "silu".
-        batches: The numbers of rows that a linear layer will be called with: kernels are timed for them now.
+        batches: The numbers of rows that a linear layer will be called with, see `PackedTensor.prepare`.
 
     Returns:
         `layer`.

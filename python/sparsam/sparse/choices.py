@@ -1,0 +1,80 @@
+"""Choices: the kernels that multiply one weight, for SparseMatrix and for the packed tensors of torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from sparsam._core import active_isa, num_threads
+from sparsam.sparse.cost_model import Expectation, Key, Weight, current_costs, dense_key
+from sparsam.sparse.dispatch import KernelChoice, choose
+from sparsam.sparse.preparation import Preparation
+
+__all__ = ["Choices", "expect"]
+
+MOST_BATCHES = 256  # that are remembered
+
+
+class Choices:
+    """Which kernel multiplies which batch, among those whose forms are held.
+
+    The first product of a batch chooses, those after it look it up. Choices depend on nothing but the
+    arguments of `__init__`, the cost model, the instruction set and the number of threads: where one of
+    these two has changed, they are made anew.
+    There is no lock: two threads that choose at once choose the same.
+
+    Attributes:
+        weight: What is multiplied with.
+        held: The kernels whose forms are held.
+        preparation: What the user prepared.
+    """
+
+    def __init__(
+        self,
+        weight: Weight,
+        held: tuple[str, ...],
+        expected: Expectation | None = None,
+        preparation: Preparation | None = None,
+        dense: Callable[[], Key] = dense_key,
+    ) -> None:
+        """With what `expect(weight, dense)` gives, if it is known; `dense` tells what multiplies densely."""
+        self.weight = weight
+        self.held = held
+        self.preparation = preparation or Preparation()
+        self._dense = dense
+        self._valid: tuple[Expectation, dict[int, str]] | None = (expected, {}) if expected else None
+
+    def kernel(self, batch: int) -> str:
+        """The kernel for a batch."""
+        if len(self.held) == 1:
+            return self.held[0]
+        valid = self._valid
+        if valid is None or valid[0].settings != (active_isa(), num_threads()):
+            valid = self._renewed()
+        kernels = valid[1]
+        kernel = kernels.get(batch)
+        if kernel is None:
+            if len(kernels) >= MOST_BATCHES:
+                kernels.clear()
+            kernel = kernels[batch] = self.choice(batch).kernel
+        return kernel
+
+    def choice(self, batch: int) -> KernelChoice:
+        """The same with the reason, and what the other kernels would take."""
+        if batch == 0 or self.weight.nnz == 0:
+            return KernelChoice(self.held[0], "since there is nothing to multiply")
+        valid = self._valid
+        if valid is None or valid[0].settings != (active_isa(), num_threads()):
+            valid = self._renewed()
+        expected = valid[0]
+        chosen = choose(expected, batch, self.held)
+        return self.preparation.under(expected.settings).choice(chosen, batch, self.held)
+
+    def _renewed(self) -> tuple[Expectation, dict[int, str]]:
+        valid: tuple[Expectation, dict[int, str]] = (expect(self.weight, self._dense), {})
+        self._valid = valid
+        return valid
+
+
+def expect(weight: Weight, dense: Callable[[], Key] = dense_key) -> Expectation:
+    """What products with a weight are expected to take now."""
+    return current_costs(weight.dtype, dense()).expect(weight)

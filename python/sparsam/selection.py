@@ -177,8 +177,9 @@ def select_into(
 ) -> Pruned:
     """`select_many`, and what it counted in `out`."""
     if norm not in (1, 2):
-        msg = f"norm={norm!r}: expected 1 (sum of magnitudes) or 2 (sum of squares)"
-        raise ValueError(msg)
+        raise ValueError(
+            expected("norm", norm, "1 (sum of magnitudes) or 2 (sum of squares)", "pass one of them")
+        )
     if scope not in ("layer", "row", "global"):
         raise ValueError(expected("scope", scope, "'layer', 'row' or 'global'", "pass one of them"))
     arrays = {name: np.asarray(array) for name, array in scores.items()}
@@ -198,17 +199,15 @@ def select_into(
         masks = {name: _select_nm(name, array, sparsity, pattern) for name, array in arrays.items()}
     elif isinstance(pattern, (Block, Slices)):
         if scope == "row":
-            msg = f"scope 'row' compares weights within a row: expected Unstructured() or NM; got {pattern!r}"
-            raise ValueError(msg)
+            wanted = "Unstructured() or NM with scope 'row', which compares weights within a row"
+            raise ValueError(expected("pattern", pattern, wanted, "use scope 'layer'"))
         pools = [arrays] if scope == "global" else [{name: array} for name, array in arrays.items()]
         masks = {}
         for pool in pools:
             masks |= _select_tiles(pool, sparsity, pattern, norm)
     else:
-        msg = (
-            f"pattern={pattern!r}: expected Unstructured(), NM(n, m), Block(rows, cols) or Slices(axis, size)"
-        )
-        raise TypeError(msg)
+        wanted = "Unstructured(), NM(n, m), Block(rows, cols) or Slices(axis, size)"
+        raise TypeError(expected("pattern", pattern, wanted, "pass one of them"))
     if out is None:
         return Pruned(masks, {})
     return Pruned(masks, {name: mask.write(arrays[name], out[name]) for name, mask in masks.items()})
@@ -246,7 +245,7 @@ def _refuse_nan(pool: Sequence[NDArray[Any]], names: Sequence[str] | None, *, by
     array, index = position
     at = tuple(int(i) for i in np.unravel_index(index, pool[array].shape))
     what = f"array {array}" if names is None else f"tensor {names[array]!r}"
-    msg = f"{by}{what} is NaN at index {at}: NaN has no magnitude to rank; repair or exclude the tensor"
+    msg = f"{by}{what}: expected numbers to rank; got NaN at index {at}; repair or exclude the tensor"
     raise ValueError(msg)
 
 
@@ -267,11 +266,15 @@ def score_tensor(
     if ranked.shape != tensor.shape or ranked.dtype.name not in DTYPES:
         msg = (
             f"tensor {name!r}: expected scores of shape {tensor.shape} and one of the dtypes "
-            f"{', '.join(DTYPES)} from {method!r}; got shape {ranked.shape} and dtype {ranked.dtype}"
+            f"{', '.join(DTYPES)} from {method!r}; got shape {ranked.shape} and dtype {ranked.dtype}; return "
+            "a score for each weight"
         )
         raise ValueError(msg)
     if not traits(method).ranks_by_magnitude and (ranked < 0).any():
-        msg = f"tensor {name!r}: expected scores of at least 0 from {method!r}; got {ranked.min()}"
+        msg = (
+            f"tensor {name!r}: expected scores of at least 0 from {method!r}; got {ranked.min()}; shift "
+            "them, or set ranks_by_magnitude"
+        )
         raise ValueError(msg)
     return ranked
 
@@ -296,21 +299,24 @@ def is_weight_dtype(dtype: np.dtype[Any]) -> bool:
 def _check_dtype(name: str, array: NDArray[Any]) -> None:
     if not is_weight_dtype(array.dtype):
         msg = (
-            f"tensor {name!r} has dtype {array.dtype}: expected float16, bfloat16, float32 or float64 "
-            "in native byte order; convert with .astype()"
+            f"tensor {name!r}: expected float16, bfloat16, float32 or float64 in native byte order; got "
+            f"{array.dtype}; convert it with .astype()"
         )
         raise TypeError(msg)
 
 
 def _check_out(name: str, array: NDArray[Any], out: object) -> None:
     if not isinstance(out, np.ndarray):
-        msg = f"out for tensor {name!r} is {out!r}: expected an array of {array.dtype} {array.shape}"
-        raise TypeError(msg)
+        wanted = f"an array of {array.dtype} {array.shape}"
+        raise TypeError(expected(f"out for tensor {name!r}", out, wanted, "pass np.empty_like(scores)"))
     if out.shape != array.shape or out.dtype != array.dtype:
-        msg = f"out for tensor {name!r} is {out.dtype} {out.shape}: expected {array.dtype} {array.shape}"
+        msg = (
+            f"out for tensor {name!r}: expected {array.dtype} {array.shape}; got {out.dtype} {out.shape}; "
+            "pass np.empty_like(scores)"
+        )
         raise ValueError(msg)
     if not out.flags.writeable:
-        msg = f"out for tensor {name!r} is read-only: expected a writeable array; pass a copy"
+        msg = f"out for tensor {name!r}: expected a writeable array; got one that is read-only; pass a copy"
         raise ValueError(msg)
     _check_overlap(array, out)
 
@@ -368,11 +374,9 @@ def _select_nm(name: str, array: NDArray[Any], sparsity: float, pattern: NM) -> 
         _refuse_nan([array], [name])
         return Mask.ones(array.shape)
     if not math.isclose(sparsity, pattern.sparsity, rel_tol=1e-9):
-        msg = (
-            f"sparsity={sparsity!r} for tensor {name!r}: {pattern!r} keeps {pattern.n} of every {pattern.m}, "
-            f"so expected {pattern.sparsity:g} (or 0)"
-        )
-        raise ValueError(msg)
+        wanted = f"{pattern.sparsity:g} (or 0), as {pattern!r} keeps {pattern.n} of every {pattern.m}"
+        do = "leave sparsity to the pattern, or pass another one"
+        raise ValueError(expected(f"sparsity for tensor {name!r}", sparsity, wanted, do))
     channels = pattern.axis == "channels" and array.ndim > 2
     columns = array.shape[1] if channels else matrix_shape(array.shape)[1]
     if columns % pattern.m:

@@ -271,5 +271,8 @@ def test_arguments() -> None:
     for kind, changes, message in cases:
         with pytest.raises(kind, match=message):
             sensitivity(**{"weights": weights, "eval_fn": network.accuracy, **changes})
-    with pytest.raises(EvaluationError, match=r"'a' at sparsity 0.3: ValueError: tensor 'a' is NaN at index"):
+    with pytest.raises(
+        EvaluationError,
+        match=r"'a' at sparsity 0.3: ValueError: tensor 'a': expected numbers to rank; got NaN at index",
+    ):
         sensitivity({"a": np.full((2, 2), np.nan)}, lambda _: 1.0)

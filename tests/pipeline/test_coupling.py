@@ -342,7 +342,9 @@ def test_nan_and_dtypes_are_refused_by_name() -> None:
     for name in ("o", "fc1.bias"):
         weights = block()
         weights[name].reshape(-1)[3] = np.nan
-        with pytest.raises(ValueError, match=rf"tensor '{name}' is NaN at index \("):
+        with pytest.raises(
+            ValueError, match=rf"tensor '{name}': expected numbers to rank; got NaN at index \("
+        ):
             prune(weights, ties=[MLP, SELF_ATTENTION])
     weights = block()
     weights["fc1.bias"] = np.ones(8, np.int64)
@@ -355,7 +357,9 @@ def test_nan_and_dtypes_are_refused_by_name() -> None:
         def score(self, name: str, weights: NDArray[Any], /) -> NDArray[Any]:
             return np.full(weights.shape, np.nan if name == "o" else 1.0)
 
-    with pytest.raises(ValueError, match=r"the score of tensor 'o' is NaN at index \(0, 0\)"):
+    with pytest.raises(
+        ValueError, match=r"the score of tensor 'o': expected numbers to rank; got NaN at index \(0, 0\)"
+    ):
         prune(block(), method=Broken(), ties=[SELF_ATTENTION], exclude=["embed", "conv", "fc?"])
 
 

@@ -18,11 +18,6 @@ EXCEPTIONS = {
     "environment variable SPARSAM_ISA: {error}": "the core's message, which has the form",
 }
 
-# Files whose messages are not yet revised. The list only shrinks.
-UNREVISED = {
-    "selection.py",
-}
-
 
 def messages(tree: ast.Module) -> Iterator[tuple[int, str]]:
     """Line and text of every message given to ValueError or TypeError; placeholders stand as {source}."""
@@ -82,7 +77,7 @@ def texts(node: ast.AST, functions: dict[str, ast.FunctionDef]) -> Iterator[str]
 
 
 @pytest.mark.parametrize(
-    "name", sorted({file.relative_to(PACKAGE).as_posix() for file in PACKAGE.rglob("*.py")} - UNREVISED)
+    "name", sorted(file.relative_to(PACKAGE).as_posix() for file in PACKAGE.rglob("*.py"))
 )
 def test_errors_have_one_form(name: str) -> None:
     source = (PACKAGE / name).read_text()

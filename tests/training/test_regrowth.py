@@ -95,9 +95,13 @@ def test_what_does_not_matter_may_be_nan() -> None:
     mask = Mask.from_array(np.array([[True, True], [False, False]]))
     weights, gradients = np.array([[1.0, 2.0], [np.nan, np.nan]]), np.array([[np.nan, np.nan], [1.0, 2.0]])
     assert kept(rigl_update(weights, mask, gradients, 0.5)) == [1, 3]
-    with pytest.raises(ValueError, match=r"tensor 'weights' is NaN at index \(0, 1\)"):
+    with pytest.raises(
+        ValueError, match=r"tensor 'weights': expected numbers to rank; got NaN at index \(0, 1\)"
+    ):
         set_update(np.array([[1, np.nan], [0, 0]]), mask, 0.5, seed=0)
-    with pytest.raises(ValueError, match=r"tensor 'gradients' is NaN at index \(1, 0\)"):
+    with pytest.raises(
+        ValueError, match=r"tensor 'gradients': expected numbers to rank; got NaN at index \(1, 0\)"
+    ):
         rigl_update(np.ones((2, 2)), mask, np.array([[1, 1], [np.nan, 1]]), 0.5)
 
 

@@ -102,7 +102,7 @@ def type_of_hook(layer: nn.Module) -> str:
 @pytest.mark.parametrize(
     ("model", "why"),
     [
-        (nn.Sequential(nn.ReLU()), "the model has no Linear, Conv1D, Conv1d or Conv2d layer"),
+        (nn.Sequential(nn.ReLU()), "the model has no layer of a kind that can be packed"),
         (nn.Sequential(nn.Linear(24, 24), nn.Linear(24, 24)), "too few zeros (2 layers)"),
         (mlp().double(), "its weight is float64 (2 layers)"),
         (nn.Sequential(nn.LSTM(24, 24)), "no kernel for LSTM (1 layer)"),

@@ -247,7 +247,7 @@ def layers(scale, sparsity, batches):
     for layer in made:
         layer.weight.mul_(torch.rand_like(layer.weight) >= sparsity)
         sparsam.torch.pack(layer, batches=batches)
-        assert PackedLayer.find(layer).release()
+        assert PackedLayer.find(layer).weights[0].release()
         width, groups = layer.weight.shape[1], getattr(layer, "groups", 1)
         places = [9] * (layer.weight.ndim - 2)
         layer(torch.ones(2, width * groups, *places, dtype=layer.weight.dtype))

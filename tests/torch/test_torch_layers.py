@@ -160,7 +160,7 @@ def test_errors() -> None:
         (
             lambda: pack(nn.Bilinear(1, 1, 1)),
             TypeError,
-            "expected a torch.nn.Linear, Conv1d or Conv2d; got a",
+            "Conv1d, Conv2d or MultiheadAttention; got a",
         ),
         (lambda: pack(layer), TypeError, "layer: expected a dense one; got a packed Linear"),
         (lambda: PackedTensor.pack(layer.weight), TypeError, "weight: expected a dense tensor; got a Packed"),

@@ -141,9 +141,13 @@ def test_transformer_encoder(norm_first: bool) -> None:
     model = pruned(nn.TransformerEncoder(layer, 2, enable_nested_tensor=not norm_first))
     x = torch.randn(2, 6, 32)
     report = check_round_trip(model, x)
-    swapped = {r.name for r in report.layers if r.swapped}
-    assert swapped == {f"layers.{i}.linear{j}" for i in (0, 1) for j in (1, 2)}
-    assert row(report, "layers.0.self_attn").reason == "no kernel for MultiheadAttention"
+    assert [r.name for r in report.layers if r.swapped] == [
+        f"layers.{i}.{layer}" for i in (0, 1) for layer in ("self_attn", "linear1", "linear2")
+    ]
+    attention = row(report, "layers.0.self_attn")
+    assert (attention.kind, attention.shape) == ("MultiheadAttention", (96, 32))
+    assert attention.inputs == (((2, 6, 32), 1),)
+    assert attention.dense_bytes == 4 * 4 * 32 * 32
 
 
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
@@ -158,7 +162,7 @@ def test_transformer_encoder_with_padding() -> None:
     assert "set_fastpath_enabled(False)" in report.summary
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        assert check_round_trip(model, example).swapped == 4
+        assert check_round_trip(model, example).swapped == 6
     finally:
         torch.backends.mha.set_fastpath_enabled(True)
     accelerate(model, example["src"])
@@ -219,5 +223,5 @@ def test_hugging_face_with_a_cache_that_grows() -> None:
     assert report.swapped == 15
     assert ((1, 1, 32), 1) in row(report, "model.layers.0.mlp.up_proj").inputs
     cache = model(ids, use_cache=True).past_key_values
-    with pytest.raises(ValueError, match=r"Cache that cannot be copied .*no_grad"):
+    with pytest.raises(ValueError, match=r"got a DynamicCache that cannot .*no_grad"):
         accelerate(model, {"input_ids": ids[:, :1], "past_key_values": cache})

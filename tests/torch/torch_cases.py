@@ -15,7 +15,7 @@ from sparsam.torch.acceleration.installation import LayerSwap
 from sparsam.torch.acceleration.measurement import Budget, LayerTime, Times
 from sparsam.torch.acceleration.model_runner import ModelRunner, as_examples, difference
 from sparsam.torch.acceleration.workflow import accelerate
-from sparsam.torch.layers.packing import PackedLayer, is_packed
+from sparsam.torch.layers.packing import PackedLayer, is_packed, packed_layers
 from torch import Tensor, nn
 
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
@@ -103,7 +103,7 @@ def packed(model: nn.Module, name: str) -> PackedLayer:
 
 def count_packed(model: nn.Module) -> int:
     """How many layers of a model are packed."""
-    return sum(is_packed(module) for module in model.modules())
+    return len(packed_layers(model))
 
 
 @torch.no_grad()

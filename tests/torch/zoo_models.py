@@ -142,14 +142,6 @@ def _computed(size: Size) -> nn.Module:
     )
 
 
-def _of_attention(layers: int) -> Stays:
-    """nn.MultiheadAttention as it is left: two rows for each."""
-    return {
-        ("MultiheadAttention", "no kernel for MultiheadAttention"): layers,
-        ("NonDynamicallyQuantizableLinear", "not called with the example inputs"): layers,
-    }
-
-
 def _tagger(kind: Callable[..., nn.RNNBase]) -> Build:
     return _plain(lambda s: Tagger(kind, s.width, s.layers, s.words), Size.ids)
 
@@ -230,15 +222,12 @@ ZOO: tuple[Specimen, ...] = (
         _plain(lambda s: ConvNet(s.width), Size.images),
         {("ConvTranspose2d", "no kernel for ConvTranspose2d"): 1},
     ),
-    Specimen("nn.TransformerEncoder", "plain", _plain(_encoder, Size.rows), _of_attention(2)),
-    Specimen(
-        "nn.Transformer", "plain", _plain(_transformer, lambda s: (s.rows(), s.rows())), _of_attention(6)
-    ),
+    Specimen("nn.TransformerEncoder", "plain", _plain(_encoder, Size.rows)),
+    Specimen("nn.Transformer", "plain", _plain(_transformer, lambda s: (s.rows(), s.rows()))),
     Specimen(
         "nn.MultiheadAttention",
         "plain",
         _plain(lambda s: Attention(s.width, s.heads), lambda s: (s.rows(), s.rows().repeat(1, 1, 2))),
-        _of_attention(2),
     ),
     Specimen("LSTM tagger", "plain", _tagger(nn.LSTM), {("LSTM", "no kernel for LSTM"): 1}),
     Specimen("GRU tagger", "plain", _tagger(nn.GRU), {("GRU", "no kernel for GRU"): 1}),

@@ -7,7 +7,6 @@ import warnings
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from torch.nn.utils import parametrize, prune
 from torch.nn.utils.spectral_norm import SpectralNorm
@@ -16,7 +15,7 @@ from torch.nn.utils.weight_norm import WeightNorm
 import torch
 from sparsam.torch.acceleration.report import LayerRow
 from sparsam.torch.layers.packed_weight import DTYPES
-from sparsam.torch.layers.packing import dense_class, is_transposed, packed_weight
+from sparsam.torch.layers.packing import PackedLayer, dense_class, packable
 from torch import Tensor, nn
 
 __all__ = ["Candidate", "Place", "candidates", "has_hooks", "places"]
@@ -28,7 +27,6 @@ _WEIGHTY = (
     nn.modules.conv._ConvNd,
     nn.RNNBase,
     nn.RNNCellBase,
-    nn.MultiheadAttention,
     nn.Bilinear,
 )
 
@@ -42,11 +40,13 @@ class Candidate:
     Attributes:
         name: Its name in the model.
         layer: The layer.
-        density: The share of its weights that are not zero.
+        weights: The modules and names of its weights that have enough zeros.
+        density: The share of these that are not zero.
     """
 
     name: str
     layer: nn.Module
+    weights: tuple[Place, ...]
     density: float
 
     @property
@@ -56,13 +56,13 @@ class Candidate:
 
     def row(self, reason: str = "") -> LayerRow:
         """What the report says of it."""
-        weight: Any = self.layer.weight
+        weights = [_weight(place) for place in self.weights]
         return LayerRow(
             self.name,
             self.kind,
-            tuple(weight.shape),
+            tuple(weights[0].shape),
             self.density,
-            dense_bytes=weight.numel() * weight.itemsize,
+            dense_bytes=sum(weight.numel() * weight.itemsize for weight in weights),
             reason=reason,
         )
 
@@ -88,22 +88,29 @@ def candidates(model: nn.Module, exclude: Sequence[str] = ()) -> tuple[list[Cand
 def _every_candidate(model: nn.Module) -> tuple[list[Candidate], dict[str, LayerRow]]:
     found: list[Candidate] = []
     left: dict[str, LayerRow] = {}
+    within: set[int] = set()  # layers that belong to others
     for name, layer in model.named_modules():
         kind = dense_class(layer).__name__
-        if (weight := packed_weight(layer)) is not None:
-            density = weight.packed.density
-            left[name] = LayerRow(name, kind, tuple(weight.shape), density, reason="packed already")
-        elif isinstance(layer, (nn.Linear, nn.Conv1d, nn.Conv2d)) or is_transposed(layer):
-            if reason := _obstacle(layer):
-                left[name] = LayerRow(name, kind, _shape(layer), reason=reason)
+        if id(layer) in within:
+            continue
+        own = packable(layer)
+        within.update(id(module) for module, _ in own)
+        if (packed := PackedLayer.find(layer)) is not None:
+            left[name] = LayerRow(
+                name, kind, tuple(packed.weight.shape), packed.density, reason="packed already"
+            )
+        elif own:
+            if reason := _obstacle(own):
+                left[name] = LayerRow(name, kind, _shape(own), reason=reason)
                 continue
-            candidate = Candidate(name, layer, _density(layer))
-            if candidate.density > _MOST:
-                left[name] = candidate.row("too few zeros")
-            else:
+            pruned = tuple(place for place in own if _density([place]) <= _MOST)
+            candidate = Candidate(name, layer, pruned or own, _density(pruned or own))
+            if pruned:
                 found.append(candidate)
+            else:
+                left[name] = candidate.row("too few zeros")
         elif isinstance(layer, _WEIGHTY):
-            left[name] = LayerRow(name, kind, _shape(layer), reason=f"no kernel for {kind}")
+            left[name] = LayerRow(name, kind, _shape([(layer, "weight")]), reason=f"no kernel for {kind}")
         elif not isinstance(layer, parametrize.ParametrizationList):  # whose Parameters are no weights yet
             left |= {row.name: row for row in _stacks(name, layer)}
     return found, left
@@ -140,32 +147,39 @@ def has_hooks(module: nn.Module) -> bool:
     return "forward" in vars(module) or any(not isinstance(hook, prune.BasePruningMethod) for hook in hooks)
 
 
-def _obstacle(layer: nn.Module) -> str:
-    """Why a layer of a kind that can be packed cannot be."""
-    for hook in layer._forward_pre_hooks.values():
-        if isinstance(hook, (WeightNorm, SpectralNorm)) and hook.name == "weight":
-            return f"its weight is computed by a hook of torch.nn.utils, {type(hook).__name__}"
-    if has_hooks(layer):
-        return "has hooks"
-    for hook in layer._forward_pre_hooks.values():
-        hook(layer, ())  # of torch.nn.utils.prune: the weight as the next call would compute it
-    weight: Any = layer.weight
-    if type(weight) not in {Tensor, nn.Parameter}:
-        return f"its weight is a {type(weight).__name__}"
-    if weight.device.type != "cpu":
-        return f"its weight is on {weight.device}"
-    if weight.layout is not torch.strided:
-        return f"its weight is {str(weight.layout).removeprefix('torch.')}"
-    if weight.dtype not in DTYPES:
-        return f"its weight is {str(weight.dtype).removeprefix('torch.')}"
-    return "" if weight.numel() else "it has no weights"
+def _obstacle(places: Sequence[Place]) -> str:
+    """Why a layer of a kind that can be packed cannot be, by its weights."""
+    for module, name in places:
+        for hook in module._forward_pre_hooks.values():
+            if isinstance(hook, (WeightNorm, SpectralNorm)) and hook.name == name:
+                return f"its weight is computed by a hook of torch.nn.utils, {type(hook).__name__}"
+        if has_hooks(module):
+            return "has hooks"
+        for hook in module._forward_pre_hooks.values():
+            hook(module, ())  # of torch.nn.utils.prune: the weight as the next call would compute it
+        weight = _weight((module, name))
+        if type(weight) not in {Tensor, nn.Parameter}:
+            return f"its weight is a {type(weight).__name__}"
+        if weight.device.type != "cpu":
+            return f"its weight is on {weight.device}"
+        if weight.layout is not torch.strided:
+            return f"its weight is {str(weight.layout).removeprefix('torch.')}"
+        if weight.dtype not in DTYPES:
+            return f"its weight is {str(weight.dtype).removeprefix('torch.')}"
+        if not weight.numel():
+            return "it has no weights"
+    return ""
 
 
-def _density(layer: nn.Module) -> float:
-    weight: Any = layer.weight
-    return int(torch.count_nonzero(weight)) / int(weight.numel())
+def _density(places: Sequence[Place]) -> float:
+    weights = [_weight(place) for place in places]
+    return sum(int(torch.count_nonzero(weight)) for weight in weights) / sum(w.numel() for w in weights)
 
 
-def _shape(layer: nn.Module) -> tuple[int, ...]:
-    weight = getattr(layer, "weight", None)
+def _shape(places: Sequence[Place]) -> tuple[int, ...]:
+    weight = getattr(*places[0], None)
     return tuple(weight.shape) if isinstance(weight, Tensor) else ()
+
+
+def _weight(place: Place) -> Tensor:
+    return getattr(*place)  # type: ignore[no-any-return]

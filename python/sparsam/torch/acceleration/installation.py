@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 from sparsam.torch.acceleration.candidate_layers import places
 from sparsam.torch.acceleration.fusion import Fused, Fusion
-from sparsam.torch.layers.packing import PackedLayer, clean, is_packed
+from sparsam.torch.layers.packing import PackedLayer, clean, is_packed, packed_layers
 from torch import nn
 
 __all__ = ["LayerSwap", "fast_path_owners", "fast_paths_off", "restore"]
@@ -129,14 +129,13 @@ def restore(model: nn.Module) -> int:
     if not isinstance(model, nn.Module):
         msg = f"restore: expected a torch.nn.Module; got {type(model).__name__}; pass the model"
         raise TypeError(msg)
-    restored = 0
+    layers = packed_layers(model)
+    for layer in layers:
+        layer.restore()
     for module in list(model.modules()):
         for attribute, child in list(module._modules.items()):
             if isinstance(child, Fused):
                 setattr(module, attribute, child.restored())
-        if (packed := PackedLayer.find(module)) is not None:
-            packed.restore()
-            restored += 1
         clean(module)  # also where a dense weight was put in the place of a packed one
     _set_fast_paths(model)
-    return restored
+    return len(layers)

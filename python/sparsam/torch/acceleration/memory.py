@@ -8,8 +8,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from sparsam.torch.layers.packed_parameter import packed_parameters
 from sparsam.torch.layers.packed_tensor import PackedTensor
-from sparsam.torch.layers.packing import PackedLayer, packed_weight
+from sparsam.torch.layers.packing import PackedLayer
 from torch import Tensor, nn
 
 __all__ = ["parameter_bytes", "release"]
@@ -20,8 +21,9 @@ def parameter_bytes(model: nn.Module) -> int:
     tensors: dict[tuple[int, int], int] = {}
     for module in model.modules():
         found = [parameter for parameter in module._parameters.values() if parameter is not None]
-        if (packed := packed_weight(module)) is not None:
-            found += [packed] if packed.original is None else [packed, packed.original]  # type: ignore[list-item]
+        for packed in packed_parameters(module):
+            both = (packed.tensor, packed.tensor.original)
+            found += [one for one in both if one is not None]  # type: ignore[misc]
         for parameter in found:
             tensors[_memory(parameter)] = _nbytes(parameter)
     return sum(tensors.values())
@@ -46,9 +48,9 @@ def _nbytes(parameter: Tensor) -> int:
 def release(model: nn.Module, layers: Sequence[PackedLayer]) -> None:
     """Frees the dense weights behind packed layers that unpack to them and that nothing else holds."""
     in_use = {id(parameter) for parameter in model.parameters()}
-    for layer in layers:
-        if _is_free(layer.weight, in_use):
-            layer.release()
+    for weight in (weight for layer in layers for weight in layer.weights):
+        if _is_free(weight.tensor, in_use):
+            weight.release()
 
 
 def discard(model: nn.Module, weights: Sequence[PackedTensor]) -> list[PackedTensor]:

@@ -31,13 +31,15 @@ class Observation:
 
     Attributes:
         outputs: What it returns for each.
-        calls: Name of a layer -> shape of its input -> number of calls. The shape is None for a call with
-            anything but one plain tensor, named `input` if at all.
+        calls: Name of a layer -> shape of its input, or of the query of attention -> number of calls. The
+            shape is None for a call with anything but one plain tensor, named `input` if at all.
+        to_itself: Names of the attention whose query is always the key and the value too.
         followers: Activations that could become part of layers.
     """
 
     outputs: Sequence[Any]
     calls: Mapping[str, Counter[Any]]
+    to_itself: frozenset[str]
     followers: tuple[Follower, ...]
 
 
@@ -63,7 +65,7 @@ def observe(
     for module, layers in trace.followers():
         if id(module) in where and not has_hooks(module) and (activation := recognise_activation(module)):
             followers.append(Follower(module, activation, layers))
-    return Observation(outputs, trace.calls, tuple(followers))
+    return Observation(outputs, trace.calls, trace.to_itself(), tuple(followers))
 
 
 def observe_sequences(
@@ -94,6 +96,7 @@ class _Trace:
         self._modules: dict[int, nn.Module] = {}
         self._readers: dict[tuple[int, int], list[int]] = defaultdict(list)  # of a (layer, call)
         self._sole: Counter[int] = Counter()  # calls with an output and no other argument
+        self._to_itself: Counter[int] = Counter()  # calls of attention with one tensor
         self._depth = 0  # how many of the modules run
 
     def watch(self, model: nn.Module) -> Iterator[Any]:
@@ -102,6 +105,11 @@ class _Trace:
             if leaf and not isinstance(module, torch.jit.ScriptModule):
                 yield module.register_forward_pre_hook(self._called, with_kwargs=True)
                 yield module.register_forward_hook(self._returned)
+
+    def to_itself(self) -> frozenset[str]:
+        """The attention that is only called with one tensor for queries, keys and values."""
+        calls = self._to_itself.items()
+        return frozenset(self._layers[key] for key, n in calls if n == self._module_calls[key])
 
     def followers(self) -> Iterator[tuple[nn.Module, tuple[str, ...]]]:
         """Modules that are called with nothing but outputs of layers, and those layers.
@@ -138,9 +146,13 @@ class _Trace:
         self._module_calls[key] += 1
         self._depth += 1
         if key in self._layers:
-            x = args[0] if args else kwargs.get("input")
-            plain = len(args) + len(kwargs) == 1 and type(x) is Tensor and not x.is_nested
+            attends = isinstance(module, nn.MultiheadAttention)
+            inputs = _attention_inputs(*args, **kwargs) if attends else [*args, *kwargs.values()]
+            x = inputs[0] if args or attends else kwargs.get("input")
+            plain = (len(inputs) == 1 or attends) and type(x) is Tensor and not x.is_nested
             self.calls[self._layers[key]][tuple(x.shape) if plain and x is not None else None] += 1
+            if attends and all(one is x for one in inputs):
+                self._to_itself[key] += 1
         for value in (*args, *kwargs.values()):
             if self._read(value, key):
                 self._sole[key] += len(args) == 1 and not kwargs
@@ -154,6 +166,11 @@ class _Trace:
         if isinstance(output, Tensor):
             self._outputs[id(output)] = (weakref.ref(output), key, self._layer_calls[key])
         self._layer_calls[key] += 1
+
+
+def _attention_inputs(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> list[Any]:
+    """What nn.MultiheadAttention attends with, of its arguments."""
+    return [query, key, value]
 
 
 class _Functions(TorchFunctionMode):

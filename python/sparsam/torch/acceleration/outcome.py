@@ -77,7 +77,7 @@ def closing(model: nn.Module, rows: Mapping[str, LayerRow], outcome: Outcome) ->
         return f"nothing swapped: with the {won} layers that are faster by themselves, {would}{hint}"
     reasons = Counter(row.reason for row in rows.values())
     found = "; ".join(f"{why} ({n} layer{'s' * (n > 1)})" for why, n in reasons.most_common())
-    return f"nothing swapped: {found or 'the model has no Linear, Conv1D, Conv1d or Conv2d layer'}{hint}"
+    return f"nothing swapped: {found or 'the model has no layer of a kind that can be packed'}{hint}"
 
 
 def _row(candidate: Candidate, swap: LayerSwap, outcome: Outcome) -> LayerRow:
@@ -93,7 +93,7 @@ def _row(candidate: Candidate, swap: LayerSwap, outcome: Outcome) -> LayerRow:
     return dataclasses.replace(
         row,
         pattern=str(layer.packed.pattern),
-        packed_bytes=layer.packed.nbytes,
+        packed_bytes=layer.nbytes,
         kernel="/".join(layer.packed.forms),
         dense_ms=1e3 * seconds.dense,
         sparse_ms=1e3 * seconds.packed,

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
-from typing import Any
 
 import torch
 from sparsam.torch.acceleration.candidate_layers import Candidate
-from sparsam.torch.layers.packing import PackedLayer, is_transposed
+from sparsam.torch.layers.packed_parameter import PackedParameter
+from sparsam.torch.layers.packed_tensor import PackedTensor
+from sparsam.torch.layers.packing import PackedLayer, groups, is_transposed
 from torch import nn
 
-__all__ = ["is_convolution", "pack"]
+__all__ = ["needs_examples", "pack"]
 
 
 def pack(
-    found: Iterable[Candidate], dtype: torch.dtype | None, batches: Mapping[str, Collection[int]]
+    found: Iterable[Candidate],
+    dtype: torch.dtype | None,
+    batches: Mapping[str, Collection[int]],
+    to_itself: Collection[str] = (),
 ) -> dict[str, PackedLayer]:
     """Packed layers by name, not in the model yet; those whose weights are one Parameter share a packed one.
 
@@ -22,30 +26,33 @@ def pack(
         found: The layers.
         dtype: What to store values as.
         batches: The numbers of rows that linear layers are called with, by name.
+        to_itself: The layers that are attention of something to itself, and nothing else: then the product
+            with the three projections is one.
     """
-    packed: dict[str, PackedLayer] = {}
-    first: dict[tuple[int, bool, int], PackedLayer] = {}
+    layers: dict[str, PackedLayer] = {}
+    made: dict[tuple[int, str, bool, int], PackedTensor] = {}
     rows: dict[int, set[int]] = {}
     for candidate in found:
-        layer = candidate.layer
-        key = _tie(layer)
-        if key in first and "weight" in layer._parameters:
-            made = PackedLayer(layer, first[key].weight)
-        else:
-            made = first[key] = PackedLayer.of(layer, dtype=dtype)
-        packed[candidate.name] = made
-        rows.setdefault(id(made.weight), set()).update(batches.get(candidate.name, ()))
-    for made in first.values():
-        if (wanted := rows[id(made.weight)]) and not is_convolution(made.layer):
-            made.weight.prepare(sorted(wanted))
-    return packed
+        layer, weights = candidate.layer, []
+        for module, name in candidate.weights:
+            pieces = 1 if candidate.name in to_itself else groups(layer, name)
+            turned = is_transposed(layer)
+            parameter = module._parameters.get(name)
+            computed = (id(module), name) if parameter is None else (id(parameter), "")
+            key = (*computed, turned, pieces)
+            if key not in made:
+                made[key] = PackedTensor.pack(
+                    getattr(module, name), dtype=dtype, groups=pieces, transposed=turned
+                )
+            weights.append(PackedParameter(module, name, made[key]))
+            rows.setdefault(id(made[key]), set()).update(batches.get(candidate.name, ()))
+        layers[candidate.name] = PackedLayer(layer, weights)
+    for weight in made.values():
+        if (wanted := rows[id(weight)]) and weight.ndim == 2:
+            weight.prepare(sorted(wanted))
+    return layers
 
 
-def is_convolution(layer: nn.Module) -> bool:
-    """Whether it is a Conv1d or Conv2d, and not linear."""
-    return isinstance(layer, (nn.Conv1d, nn.Conv2d))
-
-
-def _tie(layer: nn.Module) -> tuple[int, bool, int]:
-    weight: Any = layer._parameters.get("weight")
-    return id(layer if weight is None else weight), is_transposed(layer), getattr(layer, "groups", 1)
+def needs_examples(layer: nn.Module) -> bool:
+    """Whether it is no linear layer, whose inputs are known but for the number of rows."""
+    return isinstance(layer, (nn.Conv1d, nn.Conv2d, nn.MultiheadAttention))

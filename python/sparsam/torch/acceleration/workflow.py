@@ -21,7 +21,7 @@ from sparsam.torch.acceleration.memory import parameter_bytes, release
 from sparsam.torch.acceleration.model_runner import ModelRunner, as_examples, difference
 from sparsam.torch.acceleration.observation import observe, observe_sequences
 from sparsam.torch.acceleration.outcome import Outcome, closing, in_order, rows_of
-from sparsam.torch.acceleration.packing import is_convolution, pack
+from sparsam.torch.acceleration.packing import needs_examples, pack
 from sparsam.torch.acceleration.report import AccelerationReport
 from sparsam.torch.acceleration.verification import Gain, fuse, settle, try_out
 from sparsam.torch.layers.packed_weight import DTYPES
@@ -49,12 +49,13 @@ def accelerate(
 ) -> AccelerationReport:
     """Swaps the layers of a pruned model that are faster packed, in place, and says what that brought.
 
-    Linear (and Hugging Face's Conv1D), Conv1d and Conv2d layers with at least a tenth of zeros are tried,
-    each within the model, in turn with the dense layer. An activation module (ReLU, GELU exact or by tanh,
-    SiLU) is computed by the packed layer itself where a run shows that it gets every output of the layer and
-    nothing else does; functions called in `forward` stay as they are. Layers with which the model does not
-    run, or answers otherwise, stay dense. In the end the whole model is timed; where it gained nothing, the
-    layers that save least are put back until it does, or all are.
+    Linear (and Hugging Face's Conv1D), Conv1d and Conv2d layers with at least a tenth of zeros are tried, and
+    MultiheadAttention, whose projections are packed, each within the model, in turn with the dense layer. An
+    activation module (ReLU, GELU exact or by tanh, SiLU) is computed by the packed layer itself where a run
+    shows that it gets every output of the layer and nothing else does; functions called in `forward` stay as
+    they are. Layers with which the model does not run, or answers otherwise, stay dense. In the end the whole
+    model is timed; where it gained nothing, the layers that save least are put back until it does, or all
+    are.
 
     The model runs without gradients and in eval mode; afterwards training flags, buffers and the random state
     are as before. Packed layers are for inference (`restore` undoes it all). The memory of a dense weight is
@@ -67,7 +68,7 @@ def accelerate(
         example_inputs: What it will be called with: a tensor, a tuple of arguments, a mapping of keyword
             arguments, or a list of several such examples, which count alike. What is not among them (another
             branch of `forward`, say) is not checked. None: linear layers are timed alone with 1, 16 and 128
-            rows, convolutions are left, activations are fused in `nn.Sequential` only.
+            rows, all others are left, activations are fused in `nn.Sequential` only.
         dtype: What to store the weights as: `torch.bfloat16` halves them, and rounds; None keeps them.
         min_gain: How many times faster than the dense layer a packed one must be.
         exclude: Shell-style patterns (`fnmatch.fnmatchcase`) of the names of layers that stay dense.
@@ -137,7 +138,8 @@ def _by_examples(
         for name, calls in seen.calls.items()
         if name not in reasons
     }
-    swap.layers = pack([one for one in found if one.name not in reasons], dtype, batches)
+    suitable = [one for one in found if one.name not in reasons]
+    swap.layers = pack(suitable, dtype, batches, seen.to_itself)
     narrow = _is_narrow(swap)
     rounded = narrow or dtype not in {None, torch.float32}
     tolerance = _WHOLE_NARROW if rounded else _WHOLE
@@ -171,7 +173,7 @@ def _by_rows(
     budget: Budget,
 ) -> Outcome:
     """Times linear layers alone."""
-    reasons = {one.name: "needs example_inputs" for one in found if is_convolution(one.layer)}
+    reasons = {one.name: "needs example_inputs" for one in found if needs_examples(one.layer)}
     linear = [one for one in found if one.name not in reasons]
     swap.layers = pack(linear, dtype, {one.name: _ROWS for one in linear})
     swap.fusions = fusions(observe_sequences(model, linear, swap.where), swap.layers, swap.where)

@@ -14,6 +14,7 @@ from typing import Any
 from torch.nn import functional
 
 import torch
+from sparsam._core import Packed
 from sparsam.torch.layers.packed_weight import DTYPES, PackedWeight
 from torch import Tensor
 
@@ -36,29 +37,49 @@ _library = torch.library.Library("sparsam", "DEF")  # type: ignore[no-untyped-ca
 _tags = (torch.Tag.pt2_compliant_tag,)
 
 
-def linear(x: Tensor, weight: PackedWeight, bias: Tensor | None, activation: str) -> Tensor:
+def linear(
+    x: Tensor,
+    weight: PackedWeight,
+    bias: Tensor | None,
+    activation: str,
+    first: int = 0,
+    outs: int | None = None,
+) -> Tensor:
     """activation(x W^T + bias) in the dtype of x; sums are float32.
 
     Args:
         x: (..., in), float32, bfloat16 or float16.
         weight: W (out, in).
-        bias: (out,) or None.
+        bias: (outs,) or None.
         activation: "", "relu", "gelu", "gelu_tanh" or "silu".
+        first: The first of the rows of W to multiply with.
+        outs: How many; all that follow if None. Both must be whole groups.
     """
     check(x)
-    rows, cols = weight.rows, weight.cols
-    if not x.ndim or x.shape[-1] != cols:
-        msg = f"x: expected shape (..., {cols}); got {tuple(x.shape)}; the weight is ({rows}, {cols})"
+    if not x.ndim or x.shape[-1] != weight.cols:
+        shape = (weight.groups * weight.rows, weight.cols)
+        msg = f"x: expected shape (..., {weight.cols}); got {tuple(x.shape)}; the weight is {shape}"
         raise ValueError(msg)
     if x.dtype is torch.float16:
-        return linear(x.float(), weight, bias, activation).half()
+        return linear(x.float(), weight, bias, activation, first, outs).half()
     x = x.contiguous()
-    bias = _plain_bias(bias, rows)
-    out = x.new_empty((*x.shape[:-1], rows))
+    rows, parts = weight.rows, weight.parts
+    if len(parts) == 1:
+        return _multiply(x, weight, parts[0], _plain_bias(bias, rows), activation)
+    parts = parts[first // rows :][: None if outs is None else outs // rows]
+    bias = _plain_bias(bias, len(parts) * rows)
+    biases = [None] * len(parts) if bias is None else torch.split(bias, rows)
+    found = [_multiply(x, weight, part, add, activation) for part, add in zip(parts, biases, strict=True)]
+    return found[0] if len(found) == 1 else torch.cat(found, -1)
+
+
+def _multiply(x: Tensor, weight: PackedWeight, part: Packed, bias: Tensor | None, activation: str) -> Tensor:
+    """The product with one group."""
+    out = x.new_empty((*x.shape[:-1], weight.rows))
     if not out.numel():
         return out
     batch = math.prod(x.shape[:-1])
-    weight.parts[0].linear_at(
+    part.linear_at(
         weight.kernel(batch),
         x.data_ptr(),
         x.dtype is torch.bfloat16,
@@ -171,7 +192,7 @@ def _conv2d_shape(
 def _register() -> None:
     geometry = "int[2] taps, int[2] stride, int[2] padding, int[2] dilation"
     schemas = (
-        "linear(Tensor x, Tensor weight, Tensor? bias, int out, str activation)",
+        "linear(Tensor x, Tensor weight, Tensor? bias, int out, str activation, int first=0)",
         f"conv2d(Tensor x, Tensor weight, Tensor? bias, int out, {geometry}, str activation)",
         "unpack(Tensor weight, int rows, int cols, ScalarType dtype)",
         "refuse(Tensor gradient, Tensor like)",
@@ -180,7 +201,7 @@ def _register() -> None:
         _library.define(f"{schema} -> Tensor", tags=_tags)  # type: ignore[no-untyped-call]
     read = PackedWeight.read
     eager: dict[str, Callable[..., Tensor]] = {
-        "linear": lambda x, w, b, _, activation: linear(x, read(w), b, activation),
+        "linear": lambda x, w, b, out, activation, first=0: linear(x, read(w), b, activation, first, out),
         "conv2d": lambda x, w, b, _, *rest: conv2d(x, read(w), b, *rest),
         "unpack": unpack,
         "refuse": _refuse,

@@ -21,7 +21,6 @@ __all__ = ["PackedTensor"]
 
 _aten = torch.ops.aten
 _SAME = frozenset((_aten.detach.default, _aten.alias.default))
-_TURNS = frozenset((_aten.t.default, _aten.transpose.int, _aten.permute.default))
 
 
 @dataclass(frozen=True)
@@ -58,6 +57,7 @@ class Content:
     Attributes:
         data: The bytes (uint8).
         layout: What they stand for.
+        outs: The outputs of the matrix; 0 where it is no matrix but a convolution.
         original: The Parameter that was packed, or None.
         released: Whether that is empty for now, for its memory.
         changed: Whether the weight was changed after it was packed.
@@ -67,6 +67,7 @@ class Content:
     def __init__(self, data: Tensor, layout: Layout, original: nn.Parameter | None = None) -> None:
         self.data = data
         self.layout = layout
+        self.outs = layout.matrix[0] if len(layout.shape) == 2 else 0
         self.original = original
         self.released = False
         self.changed = False
@@ -122,6 +123,7 @@ class PackedTensor(Tensor):
 
     _content: Content
     _views: tuple[tuple[Any, ...], ...]
+    _start: int  # of a view: the element of the dense tensor that it begins with
 
     @staticmethod
     def __new__(  # noqa: PYI034 - Self is younger than Python 3.10
@@ -129,19 +131,22 @@ class PackedTensor(Tensor):
         content: Content,
         views: tuple[tuple[Any, ...], ...] = (),
         like: Tensor | None = None,
+        start: int = 0,
     ) -> PackedTensor:
         """For this package; use `pack`."""
         shape = content.layout.shape if like is None else like.shape
-        made: PackedTensor = Tensor._make_wrapper_subclass(
-            cls,
-            shape,
-            strides=None if like is None else like.stride(),
-            dtype=content.layout.dtype,
-            device=content.data.device,
-            requires_grad=False,
-        )
+        with torch.inference_mode(False):  # a view is none of inference if its base is not
+            made: PackedTensor = Tensor._make_wrapper_subclass(
+                cls,
+                shape,
+                strides=None if like is None else like.stride(),
+                dtype=content.layout.dtype,
+                device=content.data.device,
+                requires_grad=False,
+            )
         made._content = content
         made._views = views
+        made._start = start
         return made
 
     def __init__(self, *_: Any, **__: Any) -> None:
@@ -218,7 +223,7 @@ class PackedTensor(Tensor):
         Costs are defaults of this package, or what `sparsam calibrate` measured on this machine; nothing is
         measured now. It is one form, or two where one would be slower by more than a quarter for some of
         them and both take less memory than a dense weight by far, which narrow values do. Until then, and
-        always in convolutions, it is "panels", which suits all batches.
+        always in convolutions and other weights in groups, it is "panels", which suits all batches.
 
         Raises:
             ValueError: There are no batches, or one below 1.
@@ -325,7 +330,7 @@ class PackedTensor(Tensor):
         return self._content.data.is_shared()  # type: ignore[no-any-return, no-untyped-call]
 
     def _alias(self) -> PackedTensor:
-        return PackedTensor(self._content, self._views, _meta(self) if self._views else None)
+        return PackedTensor(self._content, self._views, _meta(self) if self._views else None, self._start)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PackedTensor:
         if id(self) in memo:
@@ -336,7 +341,7 @@ class PackedTensor(Tensor):
             content.original = copy.deepcopy(old.original, memo)
             content.released, content.changed, content.learns = old.released, old.changed, old.learns
         like = _meta(self) if self._views else None
-        made = PackedTensor(content, self._views, like)
+        made = PackedTensor(content, self._views, like, self._start)
         if isinstance(self, nn.Parameter):
             made._is_param = True
         memo[id(self)] = made
@@ -366,16 +371,16 @@ class PackedTensor(Tensor):
         return self._content.data
 
     def __tensor_flatten__(self) -> tuple[list[str], Any]:
-        return ["_inner"], (self._content.layout, self._views)
+        return ["_inner"], (self._content.layout, self._views, self._start)
 
     @staticmethod
     def __tensor_unflatten__(
         inner: dict[str, Tensor], context: Any, outer_size: Any, outer_stride: Any
     ) -> PackedTensor:
-        layout, views = context
+        layout, views, start = context
         like = torch.empty_strided(outer_size, outer_stride, device="meta") if views else None
         content = Content(inner["_inner"], layout)
-        return PackedTensor(content, views, like)
+        return PackedTensor(content, views, like, start)
 
     @classmethod
     def __torch_function__(
@@ -450,9 +455,12 @@ def _view(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     base: PackedTensor = args[0]
     shown = func(_meta(base), *args[1:], **kwargs)
     step = (func, _frozen(args[1:]), tuple(kwargs.items()))
-    if isinstance(shown, Tensor):
-        return PackedTensor(base._content, (*base._views, (*step, None)), shown)
-    return [PackedTensor(base._content, (*base._views, (*step, i)), one) for i, one in enumerate(shown)]
+
+    def view(index: int | None, one: Tensor) -> PackedTensor:
+        start = base._start + int(one.storage_offset())
+        return PackedTensor(base._content, (*base._views, (*step, index)), one, start)
+
+    return view(None, shown) if isinstance(shown, Tensor) else [view(*one) for one in enumerate(shown)]
 
 
 def _frozen(value: Any) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from types import FunctionType
 from typing import TYPE_CHECKING, Any
 
 from torch.autograd import forward_ad
@@ -26,7 +27,7 @@ _FROZEN = torch._C._functions.DelayedError  # an identity with a derivative that
 
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str = "") -> Any:
     """activation(input W^T + bias) where the weight (out, in) is packed; else NotImplemented."""
-    return _linear(input, weight, bias, activation) if _orientation(weight) == "rows" else NotImplemented
+    return _linear(input, weight, bias, activation, turned=False)
 
 
 def addmm(
@@ -40,15 +41,17 @@ def addmm(
     activation: str = "",
 ) -> Any:
     """activation(mat1 W + input) where the weight (in, out) is packed; else NotImplemented."""
-    if beta != 1 or alpha != 1 or out is not None or input.ndim != 1 or _orientation(mat2) != "columns":
+    if beta != 1 or alpha != 1 or out is not None or input.ndim != 1:
         return NotImplemented
-    return _linear(mat1, mat2, input, activation)
+    return _linear(mat1, mat2, input, activation, turned=True)
 
 
 def _matmul(input: Tensor, other: Tensor, *, out: None = None) -> Any:
-    if out is not None or _orientation(other) != "columns":
-        return NotImplemented
-    return _linear(input, other, None, "")
+    return NotImplemented if out is not None else _linear(input, other, None, "", turned=True)
+
+
+def _attend(*args: Any, **kwargs: Any) -> Any:
+    return _ATTENTION(*args, **kwargs)
 
 
 def convolve(
@@ -102,8 +105,18 @@ def _dimensions(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
     return weight.ndim
 
 
+# PyTorch's attention, but that it does not ask again whether a tensor has functions of its own: what it calls
+# does, so that its products are those of packed weights.
+_ATTENTION = FunctionType(
+    functional.multi_head_attention_forward.__code__,
+    {**vars(functional), "has_torch_function": lambda _: False},
+    "multi_head_attention_forward",
+    functional.multi_head_attention_forward.__defaults__,
+)
+
 HANDLERS: Mapping[Any, Callable[..., Any]] = {
     functional.linear: linear,
+    functional.multi_head_attention_forward: _attend,
     functional.conv1d: _conv1d,
     functional.conv2d: _conv2d_of_images,
     torch.addmm: addmm,
@@ -116,49 +129,57 @@ HANDLERS: Mapping[Any, Callable[..., Any]] = {
 }
 
 
-def _orientation(weight: Any) -> str:
-    """Where a packed matrix has its outputs: in "rows" or "columns"; "" for another tensor or view."""
+def _shown(weight: Any, content: Content, *, turned: bool) -> tuple[int, int] | None:
+    """The first of the outputs that a view of a packed matrix shows, and how many they are.
+
+    Args:
+        weight: The view.
+        content: Of it.
+        turned: Whether it is to be (in, out), and not (out, in).
+
+    Returns:
+        None for what is no whole rows of the matrix, in another orientation, or begins within a group.
+    """
+    layout = content.layout
+    if len(layout.shape) != 2 or weight.ndim != 2:
+        return None
+    # What a view shows is all in its shape, strides and start.
+    width, (height, breadth), strides = layout.shape[1], weight.shape, weight.stride()
+    if turned is not layout.transposed:  # the view is transposed
+        height, breadth, strides = breadth, height, strides[::-1]
+    if breadth != width or strides != (width, 1) or weight._start % width or height == 0:
+        return None
+    first, each = weight._start // width, content.outs // layout.groups
+    if layout.transposed:
+        return (0, content.outs) if (first, height) == (0, layout.shape[0]) else None
+    return None if first % each or height % each else (first, height)
+
+
+def _linear(x: Tensor, weight: Any, bias: Tensor | None, activation: str, *, turned: bool) -> Any:
     content = getattr(weight, "_content", None)
-    if content is None:
-        return ""
-    layout, views = content.layout, weight._views
-    if not views and not layout.transposed and len(layout.shape) == 2:
-        return "rows"  # first, for it is asked in each call of a linear layer
-    turned = layout.transposed
-    if views:
-        if len(views) > 1 or len(layout.shape) != 2 or weight.shape != layout.shape[::-1]:
-            return ""
-        func, args, *_ = views[0]
-        if func is _aten.permute.default:
-            turn = args[0][0] % 2 == 1
-        elif func is _aten.transpose.int:
-            turn = args[0] % 2 != args[1] % 2
-        else:
-            turn = func is _aten.t.default
-        if not turn:
-            return ""
-        turned = not turned
-    elif len(layout.shape) != 2:
-        return ""
-    return "columns" if turned else "rows"
-
-
-def _linear(x: Tensor, weight: Any, bias: Tensor | None, activation: str) -> Any:
-    if (type(x) is not Tensor and hasattr(x, "_content")) or (
-        type(bias) not in _BIASES and hasattr(bias, "_content")
+    if (
+        content is None
+        or (type(x) is not Tensor and hasattr(x, "_content"))
+        or (type(bias) not in _BIASES and hasattr(bias, "_content"))
     ):
         return NotImplemented
-    content = weight._content
+    if weight._views:
+        if (shown := _shown(weight, content, turned=turned)) is None:
+            return NotImplemented
+        first, outs = shown
+    elif content.layout.transposed is turned and content.outs:
+        first, outs = 0, content.outs
+    else:
+        return NotImplemented
     x = _autocast(x)
     if _is_plain(x):
         if not (torch.is_grad_enabled() and _needs_gradient(x, content, bias)):
-            return operators.linear(x, content.read or content.weight, bias, activation)
+            return operators.linear(x, content.read or content.weight, bias, activation, first, outs)
         with torch.no_grad():
-            y = operators.linear(x, content.weight, bias, activation)
+            y = operators.linear(x, content.weight, bias, activation, first, outs)
         return _FROZEN(NO_DERIVATIVE, 1)(y.requires_grad_())
     _refuse(x)
-    outs = content.layout.matrix[0]
-    return torch.ops.sparsam.linear(x, content.data, bias, outs, activation)
+    return torch.ops.sparsam.linear(x, content.data, bias, outs, activation, first)
 
 
 def _conv2d(x: Tensor, weight: Any, bias: Tensor | None, geometry: Any, activation: str) -> Tensor:

@@ -12,8 +12,9 @@ from typing import Any, Literal, TypeAlias
 from torch.nn.utils import parametrize
 
 import torch
+from sparsam.torch.layers.packed_parameter import is_packed
 from sparsam.torch.layers.packed_weight import DTYPES
-from sparsam.torch.layers.packing import is_transposed, packed_weight
+from sparsam.torch.layers.packing import is_transposed
 from torch import Tensor, nn
 
 __all__ = ["Kind", "PrunableWeight", "prunable_weights"]
@@ -194,7 +195,7 @@ def _heads(model: nn.Module) -> set[int]:
         for inner in module.modules()
     }
     for module in model.modules():
-        if isinstance(module, nn.Linear) and id(module) not in listed and packed_weight(module) is None:
+        if isinstance(module, nn.Linear) and id(module) not in listed and not is_packed(module):
             weight = module._parameters.get("weight")
             if weight is not None and weight.shape == largest:
                 heads.add(id(module))
@@ -217,7 +218,7 @@ def _check(weight: PrunableWeight) -> None:
     module, attribute = weight.module, weight.attribute
     parameter = module._parameters.get(attribute)
     got, do = "", ""
-    if attribute == "weight" and packed_weight(module) is not None:
+    if is_packed(module):
         got, do = "a packed one", "call sparsam.torch.restore(model) first"
     elif parametrize.is_parametrized(module, attribute):
         got = "one computed by a parametrization"

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from sparsam.torch.acceleration.fusion import Fused
+from sparsam.torch.layers.packed_parameter import packed_parameters
 from sparsam.torch.layers.packed_tensor import PackedTensor
 from sparsam.torch.layers.packed_weight import DTYPES
 from sparsam.torch.layers.packing import PackedLayer
@@ -86,8 +87,9 @@ class Contents:
         entries = {}
         for name, layer in layers.items():
             alone = name in activations or id(layer.layer) not in stand_in
-            computed = "weight" not in layer.layer._parameters
-            entries[name] = Layer.of(layer, layer.activation if alone else None, computed=computed)
+            for weight in packed_parameters(layer.layer):
+                entry = name if weight.name == "weight" else f"{name}.{weight.name}"
+                entries[entry] = Layer.of(weight, layer.activation if alone else None)
         more = dict(_hidden_buffers(model, state)) if buffers else {}
         manifest = Manifest(weights, entries, fused, tied, tuple(more))
         return cls(tensors | more, manifest)

@@ -11,9 +11,9 @@ from torch.nn.utils import parametrize, prune
 import torch
 from sparsam.torch.acceleration.fusion import recognise_activation
 from sparsam.torch.layers.packed_weight import DTYPES
-from sparsam.torch.layers.packing import is_transposed
+from sparsam.torch.layers.packing import PROJECTIONS, groups, is_transposed, packable
 from sparsam.torch.serialization.encoding import Encoded
-from sparsam.torch.serialization.manifest import BITS, Manifest, dtype_name
+from sparsam.torch.serialization.manifest import BITS, Manifest, dtype_name, place
 from sparsam.torch.serialization.meta_device import materialize, tie, unsaved_tensors
 from sparsam.torch.serialization.stored_weights import StoredWeights
 from torch import Tensor, nn
@@ -85,14 +85,14 @@ class Loaded:
 def check_layers(manifest: Manifest, modules: Mapping[str, nn.Module]) -> None:
     """Raises ValueError where the layers and activations of a file are no such modules in the model."""
     for name, layer in manifest.layers.items():
-        module = modules.get(name)
-        known = isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d)) or (module and is_transposed(module))
-        if module is None or not known:
+        path, attribute = place(name)
+        module = modules.get(path)
+        if module is None or (module, attribute) not in packable(module):
             came = "none" if module is None else f"a {type(module).__name__}"
             msg = f"layer {name!r}: expected a linear layer or a convolution in the model; got {came}; {_DO}"
             raise ValueError(msg)
-        computed = "weight" not in module._parameters
-        if computed != (layer.computed is not None) or (computed and not _can_compute(module)):
+        computed = attribute not in module._parameters
+        if computed != (layer.computed is not None) or (computed and not _can_compute(module, attribute)):
             ways = (
                 "a weight of its own",
                 "one that torch.nn.utils.prune or parametrize computes, as in the model that was saved",
@@ -100,12 +100,12 @@ def check_layers(manifest: Manifest, modules: Mapping[str, nn.Module]) -> None:
             wanted, came = ways if layer.computed is None else ways[::-1]
             msg = f"layer {name!r}: expected {wanted}; got {came}; {_DO}"
             raise ValueError(msg)
-        groups = getattr(module, "groups", 1)
-        if groups != layer.groups:
-            msg = f"layer {name!r}: expected {layer.groups} groups in the model; got {groups}; {_DO}"
+        wanted_groups = groups(module, attribute)
+        if layer.groups != wanted_groups and not (attribute in PROJECTIONS and layer.groups == 1):
+            msg = f"layer {name!r}: expected {layer.groups} groups in the model; got {wanted_groups}; {_DO}"
             raise ValueError(msg)
         if layer.computed is None:
-            turned = manifest.weights[manifest.stored(f"{name}.weight")].transposed
+            turned = manifest.weights[manifest.stored_weight(name)].transposed
             if turned != is_transposed(module):
                 kinds = (
                     "a layer with a weight (out, in)",
@@ -125,10 +125,10 @@ def check_layers(manifest: Manifest, modules: Mapping[str, nn.Module]) -> None:
             raise ValueError(msg)
 
 
-def _can_compute(module: nn.Module) -> bool:
+def _can_compute(module: nn.Module, attribute: str) -> bool:
     hooks = module._forward_pre_hooks.values()
-    return parametrize.is_parametrized(module, "weight") or any(
-        isinstance(hook, prune.BasePruningMethod) and hook._tensor_name == "weight" for hook in hooks
+    return parametrize.is_parametrized(module, attribute) or any(
+        isinstance(hook, prune.BasePruningMethod) and hook._tensor_name == attribute for hook in hooks
     )
 
 

@@ -12,10 +12,11 @@ from msgspec import Meta
 
 from sparsam.checkpoint.json_state import Count, Positive, convert, decode
 from sparsam.torch.layers.operators import ACTIVATIONS
+from sparsam.torch.layers.packed_parameter import PackedParameter
 from sparsam.torch.layers.packed_weight import DTYPES
-from sparsam.torch.layers.packing import PackedLayer
+from sparsam.torch.layers.packing import PROJECTIONS
 
-__all__ = ["BITS", "MARK", "Layer", "Manifest", "Weight", "dtype_name"]
+__all__ = ["BITS", "MARK", "Layer", "Manifest", "Weight", "dtype_name", "place"]
 
 T = TypeVar("T")
 
@@ -62,10 +63,11 @@ class Layer(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     computed: str | None
 
     @classmethod
-    def of(cls, layer: PackedLayer, activation: str | None, *, computed: bool) -> Layer:
-        """What there is to say of a layer."""
-        weight = layer.packed
-        return cls(weight.groups, activation, weight.forms, dtype_name(weight.dtype) if computed else None)
+    def of(cls, weight: PackedParameter, activation: str | None) -> Layer:
+        """What there is to say of a layer with that weight."""
+        packed = weight.tensor.packed
+        computed = None if weight.name in weight.module._parameters else dtype_name(packed.dtype)
+        return cls(packed.groups, activation, packed.forms, computed)
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,7 @@ class Manifest:
 
     Attributes:
         weights: The tensors that are stored as values and bits.
-        layers: The packed layers by name.
+        layers: The packed layers by name; projections of nn.MultiheadAttention by that of the Parameter.
         fused: Name of an activation module -> names of the layers that compute it.
         tied: Name of a tensor -> the name under which the same memory is stored.
         buffers: The tensors that are stored though the model's state dict lacks them.
@@ -85,6 +87,10 @@ class Manifest:
     fused: dict[str, tuple[str, ...]]
     tied: dict[str, str]
     buffers: tuple[str, ...] = ()
+
+    def stored_weight(self, name: str) -> str:
+        """The name under which the weight of a layer is stored."""
+        return self.stored(".".join(place(name)))
 
     def stored(self, name: str) -> str:
         """The name under which a tensor is stored."""
@@ -136,7 +142,7 @@ class Manifest:
         layer = self.layers[name]
         if layer.computed is not None:
             return
-        stored = self.stored(f"{name}.weight")
+        stored = self.stored_weight(name)
         weight = self.weights.get(stored)
         if weight is None:
             msg = (
@@ -153,6 +159,12 @@ class Manifest:
 
 
 _REMEDY = "save the model again"
+
+
+def place(name: str) -> tuple[str, str]:
+    """The module and the attribute of a layer: `weight`, unless it is named as a projection of attention."""
+    module, _, last = name.rpartition(".")
+    return (module, last) if last in PROJECTIONS else (name, "weight")
 
 
 def dtype_name(dtype: object) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from torch.nn.utils import prune
 
 import torch
-from sparsam.torch.layers.packing import packed_weight
+from sparsam.torch.layers.packed_parameter import packed_parameters
 from torch import Tensor, nn
 
 __all__ = ["materialize", "tie", "unsaved_tensors"]
@@ -62,15 +62,15 @@ def materialize(model: nn.Module) -> None:
             if buffer is not None and buffer.is_meta:
                 module._buffers[name] = real(buffer)
     for module in model.modules():
-        weight = packed_weight(module)
-        if weight is None or (dense := weight.original) is None or not dense.is_meta:
-            continue
-        content = weight._content
-        if id(dense) in made:
-            content.original = made[id(dense)][1]  # type: ignore[assignment]
-        else:
-            empty = _like(dense, torch.empty(0, dtype=dense.dtype, device="cpu"))
-            content.original, content.released = empty, True  # type: ignore[assignment]
+        for weight in packed_parameters(module):
+            content = weight.tensor._content
+            if (dense := content.original) is None or not dense.is_meta:
+                continue
+            if id(dense) in made:
+                content.original = made[id(dense)][1]  # type: ignore[assignment]
+            else:
+                empty = _like(dense, torch.empty(0, dtype=dense.dtype, device="cpu"))
+                content.original, content.released = empty, True  # type: ignore[assignment]
 
 
 def _like(old: Tensor, new: Tensor) -> Tensor:

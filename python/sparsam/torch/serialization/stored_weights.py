@@ -11,11 +11,12 @@ from sparsam._core import Packed
 from sparsam.torch.acceleration.fusion import Fused, Fusion
 from sparsam.torch.acceleration.installation import LayerSwap
 from sparsam.torch.acceleration.memory import discard
+from sparsam.torch.layers.packed_parameter import PackedParameter
 from sparsam.torch.layers.packed_tensor import Content, Layout, PackedTensor
 from sparsam.torch.layers.packed_weight import join
-from sparsam.torch.layers.packing import PackedLayer
+from sparsam.torch.layers.packing import PackedLayer, is_transposed, packed_layers
 from sparsam.torch.serialization.encoding import Encoded, matrix_shape
-from sparsam.torch.serialization.manifest import Layer, Manifest
+from sparsam.torch.serialization.manifest import Layer, Manifest, place
 from torch import Tensor, nn
 
 __all__ = ["StoredWeights"]
@@ -37,8 +38,8 @@ class StoredWeights:
         """Begins with none."""
         self.manifest = manifest
         self._parts: dict[_Use, list[Packed]] = {}
-        self._layers: dict[int, PackedLayer] = {}  # by the id of the module
-        self._own = {f"{n}.weight" for n, layer in manifest.layers.items() if layer.computed is None}
+        self._layers: dict[tuple[int, str], PackedLayer] = {}  # by the id of the module, and the attribute
+        self._own = {".".join(place(n)) for n, layer in manifest.layers.items() if layer.computed is None}
 
     def add(self, name: str, encoded: Encoded) -> None:
         """Takes one.
@@ -57,15 +58,18 @@ class StoredWeights:
         """Puts the packed weights into the layers that have one of their own, and frees their dense ones."""
         modules = dict(model.named_modules(remove_duplicate=False))
         claims = self._claims(model)
-        users: dict[_Use, dict[int, tuple[nn.Module, Layer]]] = {}
+        users: dict[_Use, dict[tuple[int, str], tuple[nn.Module, Layer]]] = {}
         for name, layer in self.manifest.layers.items():
             if layer.computed is None:
-                module = modules[name]
-                users.setdefault(self._use(name, layer), {})[id(module)] = module, layer
+                path, attribute = place(name)
+                module = modules[path]
+                users.setdefault(self._use(name, layer), {})[id(module), attribute] = module, layer
         for use, found in users.items():
-            weight = self._packed_tensor(use, next(iter(found.values()))[0], claims)
+            (_, attribute), (module, _) = next(iter(found.items()))
+            weight = self._packed_tensor(use, module._parameters[attribute], claims)
             for key, (module, layer) in found.items():
-                packed = self._layers[key] = PackedLayer(module, weight)
+                one = PackedParameter(module, key[1], weight)
+                packed = self._layers[key] = PackedLayer(module, [one])
                 packed.activation = layer.activation
                 packed.install()
             for kept in discard(model, [weight]):
@@ -100,18 +104,20 @@ class StoredWeights:
         modules = dict(model.named_modules(remove_duplicate=False))
         swap = LayerSwap(model)
         for name, layer in self.manifest.layers.items():
-            module = modules[name]
-            if id(module) not in self._layers:
-                self._layers[id(module)] = _pack_computed(module, layer)
-            if self._layers[id(module)] not in swap.layers.values():
-                swap.layers[name] = self._layers[id(module)]
+            path, attribute = place(name)
+            module = modules[path]
+            key = id(module), attribute
+            if key not in self._layers:
+                self._layers[key] = _pack_computed(module, attribute, layer)
+            if self._layers[key] not in swap.layers.values():
+                swap.layers[name] = self._layers[key]
         seen: set[int] = set()
         for name, into in self.manifest.fused.items():
             module = modules[name]
             if id(module) in seen:
                 continue
             seen.add(id(module))
-            computing = tuple(self._layers[id(modules[one])] for one in into)
+            computing = tuple(self._layers[id(modules[one]), "weight"] for one in into)
             replacement = Fused(module, tuple(layer.layer for layer in computing), into)
             places = tuple(swap.where[id(module)])
             swap.fusions.append(Fusion(computing[0].activation or "", computing, replacement, places))
@@ -119,13 +125,13 @@ class StoredWeights:
         for fusion in swap.fusions:
             fusion.replacement.into = tuple(named[id(layer)] for layer in fusion.layers)
         swap.show(swap.layers)
-        return len(swap.layers)
+        return len(packed_layers(model))
 
     def _uses(self, name: str, layer: Layer, stored: str) -> bool:
-        return layer.computed is None and self.manifest.stored(f"{name}.weight") == stored
+        return layer.computed is None and self.manifest.stored_weight(name) == stored
 
     def _use(self, name: str, layer: Layer) -> _Use:
-        return self.manifest.stored(f"{name}.weight"), layer.groups, layer.forms
+        return self.manifest.stored_weight(name), layer.groups, layer.forms
 
     def _claims(self, model: nn.Module) -> dict[int, set[str]]:
         """Under which names the file stores what is one Parameter of the model."""
@@ -134,10 +140,9 @@ class StoredWeights:
             claims.setdefault(id(tensor), set()).add(self.manifest.stored(name))
         return claims
 
-    def _packed_tensor(self, use: _Use, module: nn.Module, claims: dict[int, set[str]]) -> PackedTensor:
+    def _packed_tensor(self, use: _Use, dense: Any, claims: dict[int, set[str]]) -> PackedTensor:
         stored, groups, forms = use
         weight = self.manifest.weights[stored]
-        dense: Any = module._parameters["weight"]
         layout = Layout(tuple(weight.shape), dense.dtype, groups, weight.transposed)
         one = len(claims[id(dense)]) == 1  # else restoring must not give one Parameter two values
         content = Content(join(self._parts[use], forms), layout, dense if one else None)
@@ -152,12 +157,16 @@ class StoredWeights:
         return matrix.T if weight.transposed else matrix.reshape(weight.shape)
 
 
-def _pack_computed(module: nn.Module, layer: Layer) -> PackedLayer:
+def _pack_computed(module: nn.Module, attribute: str, layer: Layer) -> PackedLayer:
     for hook in module._forward_pre_hooks.values():
         if isinstance(hook, prune.BasePruningMethod):
             hook(module, ())
-    packed = PackedLayer.of(module, dtype=getattr(torch, layer.computed or ""))
+    dtype, turned = getattr(torch, layer.computed or ""), is_transposed(module)
+    weight = PackedTensor.pack(
+        getattr(module, attribute), dtype=dtype, groups=layer.groups, transposed=turned
+    )
+    packed = PackedLayer(module, [PackedParameter(module, attribute, weight)])
     packed.activation = layer.activation
     if packed.packed.forms != layer.forms:
-        packed.weight._content.data = packed.packed.with_forms(layer.forms)
+        weight._content.data = packed.packed.with_forms(layer.forms)
     return packed

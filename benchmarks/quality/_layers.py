@@ -1,8 +1,8 @@
 """Pruning methods over the layers of any network: what the scripts of this folder compare.
 
 A method takes weights, what is known of the inputs of their layers, and a sparsity. `ONE_SHOT` see the inputs
-of the dense network and keep its biases. `fit` is one step of pruning *in sequence*: a layer sees the inputs
-that the layers pruned before it give, and aims at the outputs of the dense network.
+of the dense network and keep its biases. `IN_SEQUENCE` is `sparsam.torch.prune`: a layer sees the inputs that
+the layers pruned before it give, and aims at the outputs of the dense network.
 """
 
 from __future__ import annotations
@@ -22,9 +22,6 @@ from sparsam.statistics import InputStatistics
 
 Array = NDArray[Any]
 Arrays = Mapping[str, Array]
-
-DAMPING = 1e-4
-"""Of least squares towards given outputs; 1e-2 to 1e-5 made no difference above noise (docs/quality.md)."""
 
 
 @dataclass(frozen=True)
@@ -101,67 +98,13 @@ ONE_SHOT: dict[str, OneShot] = {
     "admm + refit, sensitivity": lambda known, s: by_refit(by_admm, known, known.refitted.allocate(s)),
 }
 
-IN_SEQUENCE: dict[str, tuple[Choose, Callable[[Known, float], dict[str, float]]]] = {
-    "in sequence, obs, uniform": (obs_mask, _uniform),
-    "in sequence, admm, uniform": (by_admm, _uniform),
-    "in sequence, admm, lamp": (by_admm, lambda known, s: allocate(known.weights, s, "lamp")),
-    "in sequence, admm, sensitivity": (by_admm, lambda known, s: known.refitted.allocate(s)),
+IN_SEQUENCE: dict[str, tuple[str, Callable[[Known, float], Mapping[str, float] | str]]] = {
+    "in sequence, obs, uniform": ("obs", lambda _, __: "uniform"),
+    "in sequence, admm, uniform": ("admm", lambda _, __: "uniform"),
+    "in sequence, admm, lamp": ("admm", lambda _, __: "lamp"),
+    "in sequence, admm, sensitivity": ("admm", lambda known, s: known.refitted.allocate(s)),
 }
-
-
-@dataclass(frozen=True)
-class Outputs:
-    """Wanted outputs y beside the inputs x of a layer: the sum of y x^T and of y over the same samples."""
-
-    cross: Array
-    total: Array
-
-
-@dataclass(frozen=True)
-class Fitted:
-    """A layer after `fit`: float32 weights of the shape that came in, bias and mask."""
-
-    weights: Array
-    bias: Array
-    mask: Mask
-
-
-def fit(
-    name: str,
-    weights: Array,
-    inputs: InputStatistics,
-    outputs: Outputs,
-    choose: Choose,
-    sparsity: float,
-    scale: Array | None = None,
-) -> Fitted:
-    """Prunes a layer such that it gives the wanted outputs, with a bias of its own.
-
-    The bias takes up the means, so inputs and outputs are centred. What is pruned is chosen for W*, the least
-    squares without a mask. With `scale` (out,) the layer's outputs are those of other weights, `weights /
-    scale`, times `scale` (a batch normalisation's, folded in), and the choice is made for those.
-    """
-    dense = Mask.ones(weights.shape)
-    optimum = _least_squares(name, weights, inputs, outputs, dense).weights
-    if scale is not None:
-        optimum = optimum / scale.reshape(-1, *[1] * (weights.ndim - 1))
-    mask = choose(name, optimum, inputs.centred.gram, sparsity)
-    return _least_squares(name, weights, inputs, outputs, mask)
-
-
-def refine(name: str, weights: Array, inputs: InputStatistics, outputs: Outputs, mask: Mask) -> Fitted:
-    """Fits a layer to other outputs on the mask that it has."""
-    return _least_squares(name, weights, inputs, outputs, mask)
-
-
-def _least_squares(
-    name: str, weights: Array, inputs: InputStatistics, outputs: Outputs, mask: Mask
-) -> Fitted:
-    cross = outputs.cross - np.outer(outputs.total, inputs.mean)
-    new = refit(weights, inputs.centred, mask, cross=cross, damping=DAMPING, name=name)
-    matrix = new.reshape(len(new), -1).astype(np.float64)
-    bias = outputs.total / inputs.count - matrix @ inputs.mean
-    return Fitted(new, bias.astype(np.float32), mask)
+"""`sparsam.torch.prune`: a method, and how a total is shared out."""
 
 
 def table(rows: Mapping[str, Sequence[float]], sparsities: Sequence[float], digits: int = 1) -> str:

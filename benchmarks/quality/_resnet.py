@@ -1,4 +1,4 @@
-"""ResNet-20 for CIFAR-10 in functions of PyTorch: loading, inference, and the inputs of its layers.
+"""ResNet-20 for CIFAR-10: loading, in functions with the inputs of its layers, and as a model of PyTorch.
 
 The network is He et al., "Deep residual learning for image recognition", 2015, section 4.2, with shortcuts of
 option A: every second pixel, and channels of zeros. Batch normalisation is a scale and a shift.
@@ -6,7 +6,7 @@ option A: every second pixel, and channels of zeros. Batch normalisation is a sc
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 import torch.nn.functional as F
 from numpy.typing import NDArray
-from torch.nn.grad import conv2d_weight
 
 import torch
 from sparsam.statistics import InputStatistics
+from torch import nn
 
 Array = NDArray[Any]
 Tensor = torch.Tensor
@@ -96,6 +96,57 @@ class Network:
         return replace(self, weights={**self.weights, **new}, bias={**self.bias, **shift})
 
 
+class Block(nn.Module):
+    """A residual block of the network as a model of PyTorch."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(outputs)
+        self.conv2 = nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(outputs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
+        return F.relu(y + shortcut(x, y.shape[1]))
+
+
+class ResNet20(nn.Module):
+    """The network as a model of PyTorch, with the keys of its published weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 16, 3, 1, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(16)
+        blocks = {name: Block(*_channels(name), BLOCKS[name]) for name in BLOCKS}
+        for stage in ("layer1", "layer2", "layer3"):
+            own = [block for name, block in blocks.items() if name.startswith(stage)]
+            self.add_module(stage, nn.Sequential(*own))
+        self.linear = nn.Linear(64, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.bn1(self.conv1(x)))
+        for stage in ("layer1", "layer2", "layer3"):
+            x = self.get_submodule(stage)(x)
+        result: Tensor = self.linear(x.mean((2, 3)))
+        return result
+
+    @torch.no_grad()
+    def logits(self, x: Tensor) -> Tensor:
+        """(n, 10) for images (n, 3, 32, 32)."""
+        return torch.cat([self(part) for part in batches(x)])
+
+    def arrays(self) -> dict[str, Array]:
+        """The weights to prune."""
+        return {name: self.get_parameter(f"{name}.weight").detach().numpy() for name in PRUNED}
+
+
+def _channels(block: str) -> tuple[int, int]:
+    """Those that a block takes and gives."""
+    outputs = {"layer1": 16, "layer2": 32, "layer3": 64}[block.partition(".")[0]]
+    return (outputs // BLOCKS[block], outputs)
+
+
 @dataclass(frozen=True)
 class Images:
     """Normalised images (n, 3, 32, 32) and labels (n,)."""
@@ -104,8 +155,8 @@ class Images:
     labels: Tensor
 
 
-def load(data: Path) -> tuple[Network, Images, Images]:
-    """The dense network, calibration images, test images; SystemExit that says what a folder lacks."""
+def load(data: Path) -> tuple[Network, ResNet20, Images, Images]:
+    """The dense network in both forms, calibration and test images; SystemExit that says what is missing."""
     if not all((data / name).is_file() for name in (_WEIGHTS, _CALIBRATION, _TEST)):
         raise SystemExit(f"{data}: {SOURCE}")  # noqa: EM102
     state = torch.load(data / _WEIGHTS, map_location="cpu", weights_only=True)["state_dict"]
@@ -117,7 +168,9 @@ def load(data: Path) -> tuple[Network, Images, Images]:
         bias[name] = state[f"{norm}.bias"] - scale[name] * state[f"{norm}.running_mean"]
         weights[name] = state[f"{name}.weight"]
     network = Network(weights, scale, bias, (state["linear.weight"], state["linear.bias"]))
-    return network, _images(data / _CALIBRATION), _images(data / _TEST)
+    model = ResNet20().eval()
+    model.load_state_dict(state)
+    return network, model, _images(data / _CALIBRATION), _images(data / _TEST)
 
 
 def _images(file: Path) -> Images:
@@ -146,19 +199,6 @@ def statistics(x: Tensor, stride: int = 1) -> InputStatistics:
     return found
 
 
-def cross_moments(x: Tensor, y: Tensor, stride: int = 1) -> tuple[Array, Array]:
-    """The sums of y x^T, (out, in * 9), and of y over patches x of the input and outputs y at their places.
-
-    The first is what a convolution's weights have as gradient where its outputs have y.
-    """
-    gradient: Callable[..., Tensor] = conv2d_weight
-    cross = np.zeros((y.shape[1], x.shape[1] * 9))
-    for part, wanted in zip(batches(x), batches(y), strict=True):
-        shape = [y.shape[1], x.shape[1], 3, 3]
-        cross += gradient(part, shape, wanted, stride, 1).reshape(cross.shape).numpy()
-    return cross, y.sum((0, 2, 3), dtype=torch.float64).numpy()
-
-
 def dense_inputs(network: Network, x: Tensor) -> dict[str, InputStatistics]:
     """The inputs of each layer to prune."""
     found = {}
@@ -170,7 +210,7 @@ def dense_inputs(network: Network, x: Tensor) -> dict[str, InputStatistics]:
     return found
 
 
-def accuracy(network: Network, images: Images) -> float:
+def accuracy(network: Network | ResNet20, images: Images) -> float:
     """In percent."""
     return 100 * float((network.logits(images.x).argmax(1) == images.labels).float().mean())
 

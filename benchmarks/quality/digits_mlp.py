@@ -11,30 +11,31 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from sklearn.neural_network import MLPClassifier
 
+import torch
 from _layers import (
     IN_SEQUENCE,
     ONE_SHOT,
     Array,
-    Choose,
     Known,
-    Outputs,
     by_refit,
     check_sparsity,
-    fit,
     obs_mask,
-    refine,
     table,
 )
 from sparsam.analysis.sweep import SensitivityCurve, SensitivityPoint, SensitivityReport, sensitivity
 from sparsam.statistics import InputStatistics
+from sparsam.torch import prune
+from torch import nn
 
 SPARSITIES = (0.5, 0.6, 0.7, 0.8, 0.9)
 GRID = (0.3, 0.5, 0.7, 0.8, 0.85, 0.9, 0.95, 0.98)
@@ -43,7 +44,6 @@ GRID = (0.3, 0.5, 0.7, 0.8, 0.85, 0.9, 0.95, 0.98)
 HIDDEN = (128, 64)
 PASSES = 60
 CALIBRATION = 512
-REFINEMENTS = 3
 
 
 @dataclass(frozen=True)
@@ -128,26 +128,25 @@ def statistics(x: Array) -> InputStatistics:
     return InputStatistics(x.shape[1]).update(x)
 
 
-def in_sequence(network: Network, x: Array, choose: Choose, shares: Mapping[str, float]) -> Network:
-    """Prunes layer by layer; each sees what the pruned layers before it give, and aims at the dense one."""
-    dense = network.inputs(x)
-    pruned = network
-    *hidden, last = network.weights
-    for name in (*hidden, last):
-        wanted, inputs = network.layer(name, dense[name]), statistics(x)
-        layer = fit(name, network.weights[name], inputs, outputs(x, wanted), choose, shares[name])
-        for _ in range(REFINEMENTS if name != last else 0):
-            # Below 0 any output will do, as the ReLU gives 0: there the layer is asked for what it gives.
-            given = x @ layer.weights.T + layer.bias
-            visible = np.where(wanted > 0, wanted, np.minimum(given, 0))
-            layer = refine(name, layer.weights, inputs, outputs(x, visible), layer.mask)
-        pruned = Network({**pruned.weights, name: layer.weights}, {**pruned.biases, name: layer.bias})
-        x = np.maximum(pruned.layer(name, x), 0)
-    return pruned
-
-
-def outputs(x: Array, y: Array) -> Outputs:
-    return Outputs(y.astype(np.float64).T @ x.astype(np.float64), y.sum(axis=0, dtype=np.float64))
+def in_sequence(
+    network: Network, x: Array, method: str, allocation: Mapping[str, float] | str, sparsity: float
+) -> Network:
+    """`sparsam.torch.prune` of the network as a model of PyTorch."""
+    layers: dict[str, nn.Module] = {}
+    for name, weights in network.weights.items():
+        layers[name] = layer = nn.Linear(weights.shape[1], len(weights))
+        layer.weight.data = torch.from_numpy(weights)
+        layer.bias.data = torch.from_numpy(network.biases[name])
+        layers[f"{name}_relu"] = nn.ReLU()
+    layers.popitem()
+    model = nn.Sequential(OrderedDict(layers))
+    if not isinstance(allocation, str):
+        allocation = {f"{name}.weight": share for name, share in allocation.items()}
+    options: Any = {"method": method, "allocation": allocation, "target_sparsity": sparsity}
+    prune(model, None, torch.from_numpy(x).chunk(16), **options)
+    state = {name: tensor.numpy() for name, tensor in model.state_dict().items()}
+    matrices = {name: state[f"{name}.weight"] for name in network.weights}
+    return Network(matrices, {name: state[f"{name}.bias"] for name in network.weights})
 
 
 def compare(problem: Problem, sparsities: Sequence[float]) -> dict[str, list[float]]:
@@ -158,8 +157,8 @@ def compare(problem: Problem, sparsities: Sequence[float]) -> dict[str, list[flo
     for sparsity in sparsities:
         candidates = {name: network.having(method(known, sparsity)) for name, method in ONE_SHOT.items()}
         candidates |= {
-            name: in_sequence(network, x, choose, allocation(known, sparsity))
-            for name, (choose, allocation) in IN_SEQUENCE.items()
+            name: in_sequence(network, x, word, allocation(known, sparsity), sparsity)
+            for name, (word, allocation) in IN_SEQUENCE.items()
         }
         for name, pruned in candidates.items():
             check_sparsity(pruned.weights, sparsity, name)

@@ -9,105 +9,57 @@ Calibration uses 512 training images and no label. What was chosen by what is in
 from __future__ import annotations
 
 import argparse
+import copy
 import os
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-import torch.nn.functional as F
 
 import torch
 from _layers import (
     IN_SEQUENCE,
     ONE_SHOT,
     Array,
-    Choose,
-    Fitted,
     Known,
-    Outputs,
     by_refit,
     check_sparsity,
-    fit,
     obs_mask,
-    refine,
     table,
 )
 from _resnet import (
-    BLOCKS,
     SOURCE,
     Images,
     Network,
+    ResNet20,
     Tensor,
     accuracy,
-    cross_moments,
+    batches,
     dense_inputs,
     divergence,
     load,
-    shortcut,
-    statistics,
 )
 from sparsam.analysis.sweep import SensitivityCurve, SensitivityPoint, SensitivityReport, sensitivity
+from sparsam.torch import prune
 
 SPARSITIES = (0.5, 0.6, 0.7, 0.8, 0.9)
 GRID = (0.3, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95, 0.99)
 """Where sensitivity is measured."""
 
-REFINEMENTS = 3
-"""How often a layer is fitted again to what the ReLU lets through."""
-
 
 def in_sequence(
-    network: Network, x: Tensor, choose: Choose, shares: Mapping[str, float], refinements: int = REFINEMENTS
-) -> Network:
-    """Prunes layer by layer; each sees what the pruned layers before it give, and aims at the dense network.
-
-    The second convolution of a block is added to the shortcut, so it makes up for the shortcut's error too:
-    its wanted outputs are those of the dense block less the pruned network's shortcut.
-    """
-    pruned = network
-    x = dense = network.start(x)
-    for block, stride in BLOCKS.items():
-        first, second = f"{block}.conv1", f"{block}.conv2"
-        wanted = network.conv(first, dense, stride)
-        pruned = _fit(pruned, first, x, wanted, torch.zeros(()), choose, shares[first], stride, refinements)
-        middle = F.relu(pruned.conv(first, x, stride))
-        wanted = network.conv(second, F.relu(wanted)) + shortcut(dense, wanted.shape[1])
-        added = shortcut(x, wanted.shape[1])
-        pruned = _fit(pruned, second, middle, wanted, added, choose, shares[second], 1, refinements)
-        x, dense = F.relu(pruned.conv(second, middle) + added), F.relu(wanted)
+    model: ResNet20, x: Tensor, method: str, allocation: Mapping[str, float] | str, sparsity: float
+) -> ResNet20:
+    """`sparsam.torch.prune` of all convolutions but the first."""
+    if not isinstance(allocation, str):
+        allocation = {f"{name}.weight": share for name, share in allocation.items()}
+    pruned = copy.deepcopy(model)
+    options: Any = {"method": method, "allocation": allocation, "target_sparsity": sparsity}
+    prune(pruned, None, batches(x), exclude=("conv1.weight", "linear"), **options)
     return pruned
-
-
-def _fit(
-    network: Network,
-    name: str,
-    x: Tensor,
-    wanted: Tensor,
-    added: Tensor,
-    choose: Choose,
-    share: float,
-    stride: int,
-    refinements: int,
-) -> Network:
-    """The network with one convolution pruned; `wanted` is its output plus `added`, before the ReLU."""
-    dense, scale, inputs = network.folded(name), network.scale[name].numpy(), statistics(x, stride)
-
-    def used(layer: Fitted) -> Network:
-        unfolded = layer.weights / scale.reshape(-1, 1, 1, 1)
-        return network.having({name: unfolded}, {name: layer.bias})
-
-    def outputs(y: Tensor) -> Outputs:
-        return Outputs(*cross_moments(x, y, stride))
-
-    layer = fit(name, dense, inputs, outputs(wanted - added), choose, share, scale)
-    for _ in range(refinements):
-        # Below 0 any output will do, as the ReLU gives 0: there the network is asked for what it gives.
-        given = used(layer).conv(name, x, stride) + added
-        visible = torch.where(wanted > 0, wanted, given.clamp(max=0))
-        layer = refine(name, layer.weights, inputs, outputs(visible - added), layer.mask)
-    return used(layer)
 
 
 def calibrate(network: Network, x: Tensor) -> Known:
@@ -135,7 +87,11 @@ def calibrate(network: Network, x: Tensor) -> Known:
 
 
 def compare(
-    network: Network, x: Tensor, measure: Callable[[Network], float], sparsities: Sequence[float]
+    network: Network,
+    model: ResNet20,
+    x: Tensor,
+    measure: Callable[[Network | ResNet20], float],
+    sparsities: Sequence[float],
 ) -> dict[str, list[float]]:
     """Method -> what is measured at each sparsity."""
     known = calibrate(network, x)
@@ -145,10 +101,10 @@ def compare(
             pruned = network.having(method(known, sparsity))
             check_sparsity({key: pruned.arrays()[key] for key in known.weights}, sparsity, name)
             rows.setdefault(name, []).append(measure(pruned))
-        for name, (choose, allocation) in IN_SEQUENCE.items():
-            pruned = in_sequence(network, x, choose, allocation(known, sparsity))
-            check_sparsity(pruned.arrays(), sparsity, name)
-            rows.setdefault(name, []).append(measure(pruned))
+        for name, (word, allocation) in IN_SEQUENCE.items():
+            smaller = in_sequence(model, x, word, allocation(known, sparsity), sparsity)
+            check_sparsity(smaller.arrays(), sparsity, name)
+            rows.setdefault(name, []).append(measure(smaller))
     return rows
 
 
@@ -166,7 +122,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.data is None:
         parser.error(f"expected --data FOLDER or SPARSAM_DATA; {SOURCE}")
     start = time.perf_counter()
-    network, calibration, test = load(Path(options.data))
+    network, model, calibration, test = load(Path(options.data))
     held_out = np.arange(len(calibration.x)) % 4 == 0
     with torch.no_grad():
         if options.choose:
@@ -175,6 +131,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             dense = network.logits(rest)
             rows = compare(
                 network,
+                model,
                 calibration.x[~held_out],
                 lambda pruned: divergence(pruned.logits(rest), dense),
                 options.sparsities,
@@ -183,7 +140,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         else:
             dense_accuracy = check_dense(network, test)
             print(f"test accuracy in percent, {len(test.x)} images; dense {dense_accuracy:.1f}\n")
-            rows = compare(network, calibration.x, lambda pruned: accuracy(pruned, test), options.sparsities)
+            rows = compare(
+                network, model, calibration.x, lambda pruned: accuracy(pruned, test), options.sparsities
+            )
             text = table(rows, options.sparsities)
     print(text)
     print(f"\n{time.perf_counter() - start:.0f} s", file=sys.stderr)

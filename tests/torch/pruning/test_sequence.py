@@ -24,7 +24,9 @@ from sparsam import Unstructured
 from sparsam.reconstruction.sequential import LayerFit, LayerProblem, fit_layer
 from sparsam.statistics import InputStatistics
 from sparsam.torch import prune
-from sparsam.torch.pruning import layer_fits, one_shot
+from sparsam.torch.pruning import layer_fits, one_shot, spilling
+from sparsam.torch.pruning.prunable import prunable_weights
+from sparsam.torch.pruning.twins import Twin
 from torch import Tensor, nn
 
 
@@ -295,6 +297,40 @@ def test_texts_that_are_alike_are_fitted_to_own_outputs() -> None:
     with pytest.warns(UserWarning, match="expected text of many kinds; got 5 distinct tokens of 768"):
         report = prune(model, None, few, target_sparsity=0.5)
     assert {layer.note for layer in report.layers if layer.error is not None} == {"own targets"}
+
+
+@pytest.mark.parametrize("name", ["convnet", "encoder"])
+def test_activations_on_disk_change_nothing(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(spilling, "_LEAST", 1)
+    mapped: list[int] = []
+    from_file = torch.from_file
+
+    def counted(*args: Any, **kwargs: Any) -> Tensor:
+        mapped.append(1)
+        return from_file(*args, **kwargs)
+
+    monkeypatch.setattr(torch, "from_file", counted)
+    results = []
+    for spill_dir in (None, tmp_path / "spill"):
+        model, batches = model_and_batches(name, 4)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            prune(model, None, batches, target_sparsity=0.5, spill_dir=spill_dir)
+        results.append(model.state_dict())
+    assert len(mapped) > 50
+    assert list((tmp_path / "spill").iterdir()) == []
+    for key, tensor in results[0].items():
+        assert torch.equal(tensor, results[1][key]), key
+
+
+def test_decoders_keep_no_cache() -> None:
+    model, batches = model_and_batches("llama")
+    assert model.config.use_cache
+    twin = Twin(model, prunable_weights(model)[0])
+    assert twin.model(**batches[0]).past_key_values is None
+    assert model(**batches[0]).past_key_values is not None
 
 
 MEMORY = """

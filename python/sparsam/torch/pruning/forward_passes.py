@@ -229,6 +229,12 @@ class Pass:
             hits[0].through(step, result)
             self._tracked[id(result)] = hits[0]
             return result
+        if name == "copy_" and len(hits) == 1 and args[1] is hits[0].tensor:
+            self._forget(hits[0])
+            result = func(*args, **kwargs)
+            hits[0].through(lambda tensor: tensor, result)
+            self._tracked[id(result)] = hits[0]
+            return result
         result = func(*args, **kwargs)
         if isinstance(result, (torch.Size, torch.dtype, torch.device, torch.layout, bool, int, str)):
             return result

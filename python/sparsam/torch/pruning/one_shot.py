@@ -29,6 +29,7 @@ from sparsam.torch.pruning.prunable import PrunableWeight, prunable_weights
 from sparsam.torch.pruning.pruning_report import PruningReport, described
 from sparsam.torch.pruning.saved_progress import SavedProgress, identify
 from sparsam.torch.pruning.sequence import LayerSequence
+from sparsam.torch.pruning.spilling import spill_outputs
 from sparsam.torch.pruning.twins import Twin
 from torch import Tensor, nn
 
@@ -56,6 +57,7 @@ def prune(
     progress: bool = False,
     executor: Executor | None = None,
     state_dir: str | Path | None = None,
+    spill_dir: str | Path | None = None,
     **changes: Unpack[ConfigFields],
 ) -> PruningReport:
     """Prunes a model in place, which stays an ordinary model: same classes, same state_dict keys, no hooks.
@@ -85,6 +87,8 @@ def prune(
         progress: Show a progress bar with the time left on standard error.
         executor: Solves the problems of layers with the same inputs in its workers; the result is the same.
         state_dir: A folder that a call stopped in the middle goes on from, when it is made again.
+        spill_dir: A folder for activations, which are then files there and not in memory; they go with the
+            call.
         **changes: Fields of `PruningConfig` to set on top of `config`.
 
     Returns:
@@ -122,6 +126,10 @@ def prune(
             said.append(text)
             targets = "own"
         reference = Twin(model, weights) if targets == "dense" and plan.method.reconstructs else None
+        if spill_dir is not None:
+            for twin in (pruned, reference):
+                if twin is not None:
+                    spill_outputs(twin.model, Path(spill_dir))
         saved = None
         if state_dir is not None:
             identity = identify(model, batches, (given, targets))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from sparsam.torch.pruning.prunable import PrunableWeight
@@ -35,6 +36,7 @@ class Twin:
             got = f"{type(error).__name__}: {error}"
             msg = f"model: expected one that copy.deepcopy can copy; got {got}; mend that"
             raise ValueError(msg) from error
+        _keep_no_cache(self.model)
         modules = dict(self.model.named_modules())
         self.weights: dict[str, PrunableWeight] = {}
         for weight in weights:
@@ -42,6 +44,14 @@ class Twin:
             self.weights[weight.name] = PrunableWeight(
                 weight.name, modules[path], weight.attribute, weight.kind, weight.transposed, weight.groups
             )
+
+
+def _keep_no_cache(model: nn.Module) -> None:
+    """Lets decoders of Hugging Face run without a cache, which would hold keys and values of all layers."""
+    for module in model.modules():
+        config: Any = getattr(module, "config", None)
+        if getattr(config, "use_cache", False) is True:
+            config.use_cache = False  # the twin's own
 
 
 def set_values(parameter: Tensor, values: Tensor) -> None:

@@ -1,0 +1,40 @@
+"""Activations on disk: outputs of modules in files, which the operating system reads as they are needed."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["spill_outputs"]
+
+_LEAST = 1 << 16  # bytes; smaller outputs stay in memory
+
+
+def spill_outputs(model: nn.Module, folder: Path) -> None:
+    """Puts the outputs of the innermost modules of a twin into files, from now on.
+
+    Each file is removed as soon as it is open: its space is freed with the tensor, whatever happens.
+
+    Args:
+        model: The twin.
+        folder: Where; made if it is not there.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    for module in model.modules():
+        if not any(True for _ in module.children()):
+            module.register_forward_hook(lambda _, args, output: _spilled(args, output, folder))
+
+
+def _spilled(args: Sequence[Any], output: Any, folder: Path) -> Any:
+    """The output as a tensor on a file; itself where it is small, no plain tensor, or one of the inputs."""
+    if type(output) is not Tensor or output.nbytes < _LEAST or any(output is value for value in args):
+        return output
+    with tempfile.NamedTemporaryFile(dir=folder, prefix="activations-") as file:
+        file.truncate(output.nbytes)
+        mapped = torch.from_file(file.name, shared=True, size=output.numel(), dtype=output.dtype)
+    return mapped.view(output.shape).copy_(output)

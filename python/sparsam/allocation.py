@@ -42,7 +42,8 @@ from sparsam.inputs.float_mode import standard_floats
 from sparsam.inputs.names import NamePatterns, closest, matching
 from sparsam.orientation import Weights, as_weights
 from sparsam.patterns import NM, Block, Pattern, Slices, Unstructured
-from sparsam.selection import _check_dtype, _select_groups, score_tensor
+from sparsam.ranking import score_tensor
+from sparsam.selection import _check_dtype, _select_groups
 from sparsam.statistics import InputStatistics
 from sparsam.tiles import count_groups
 

@@ -33,7 +33,7 @@ class Mask:
 
     def __init__(self, words: NDArray[np.uint64], shape: tuple[int, ...]) -> None:
         """For this package: `words` hold 64 elements each and are owned by the mask from now on."""
-        words.flags.writeable = False
+        words.setflags(write=False)
         self._words = words
         self._shape = tuple(shape)
         self._count: int | None = None

@@ -16,7 +16,7 @@ from sparsam.inputs.float_mode import standard_floats
 from sparsam.inputs.names import NamePatterns, closest, matching
 from sparsam.masks import Mask
 from sparsam.orientation import Weights, mask_outputs_first
-from sparsam.patterns import NM, Block, Pattern, Slices, Tied
+from sparsam.patterns import NM, Block, Pattern, Slices, Tied, Unstructured
 from sparsam.selection import DTYPES, is_weight_dtype
 from sparsam.tiles import count_pruned
 
@@ -110,7 +110,8 @@ def make_pools(
             if key is not None:
                 sparsity, pattern = config.overrides[key].settle(config)
                 scope: Scope = "layer" if isinstance(pattern, (Block, Slices)) else alone
-                overrides.append(Pool((name,), sparsity, pattern, (), scope, transposed & {name}))
+                own = transposed and transposed & {name}
+                overrides.append(Pool((name,), sparsity, pattern, (), scope, own))
             elif array.ndim < min_rank or (min_rank and array.dtype.kind in "biu"):
                 continue
             else:
@@ -128,7 +129,10 @@ def make_pools(
     ]
     if config.scope != "global":
         shares = _shares(Weights({name: arrays[name] for name in pooled}, transposed), config, previous)
-        each = [Pool((name,), shares[name], pattern, (), alone, transposed & {name}) for name in pooled]
+        each = [
+            Pool((name,), shares[name], pattern, (), alone, transposed and transposed & {name})
+            for name in pooled
+        ]
         tie_pools = [Pool(members((tie,)), target, pattern, (tie,), transposed=transposed) for tie in free]
         return [*each, *tie_pools, *pools]
     # A single weight does not compare with a head.
@@ -141,29 +145,25 @@ def make_pools(
     return together + pools
 
 
-def batched(pools: Iterable[Pool], sizes: Mapping[str, int]) -> list[Pool]:
-    """Returns the pools, small tensors that are decided alike, each by itself, handed over together."""
-    batches: list[Pool] = []
-    open_: dict[tuple[float, Pattern, Scope], tuple[list[Pool], int]] = {}
+def batched(pools: Iterable[Pool], sizes: Mapping[str, int]) -> list[list[Pool]]:
+    """Returns the pools in batches: small tensors of one pattern and scope, each by itself, come together."""
+    batches: list[list[Pool]] = []
+    open_: dict[tuple[Pattern, Scope], list[Pool]] = {}
+    filled: dict[tuple[Pattern, Scope], int] = {}
+    key: tuple[Pattern, Scope] = (Unstructured(), "layer")
     for pool in pools:
         size = sizes[pool.names[0]] if len(pool.names) == 1 else _SMALL + 1
         if pool.ties or pool.scope == "global" or size > _SMALL:
-            batches.append(pool)
+            batches.append([pool])
             continue
-        key = (pool.sparsity, pool.pattern, pool.scope)
-        alike, total = open_.get(key, ([], 0))
-        alike.append(pool)
-        open_[key] = (alike, total + size)
-        if total + size >= _BATCH:
-            batches.append(_merged(open_.pop(key)[0]))
-    return batches + [_merged(alike) for alike, _ in open_.values()]
-
-
-def _merged(pools: list[Pool]) -> Pool:
-    first = pools[0]
-    names = tuple(name for pool in pools for name in pool.names)
-    transposed = frozenset().union(*(pool.transposed for pool in pools))
-    return Pool(names, first.sparsity, first.pattern, (), first.scope, transposed)
+        if pool.pattern is not key[0] or pool.scope != key[1]:
+            key = (pool.pattern, pool.scope)
+        open_.setdefault(key, []).append(pool)
+        filled[key] = filled.get(key, 0) + size
+        if filled[key] >= _BATCH:
+            batches.append(open_.pop(key))
+            del filled[key]
+    return batches + list(open_.values())
 
 
 def _shares(weights: Weights, config: PruningConfig, previous: Mapping[str, Mask] | None) -> dict[str, float]:

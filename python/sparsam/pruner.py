@@ -7,7 +7,7 @@ pool into masks, and the masks are applied.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Generic, TypeVar, overload
@@ -25,8 +25,9 @@ from sparsam.masks import Mask, _check_apart
 from sparsam.orientation import mask_as_stored, outputs_first
 from sparsam.patterns import Unstructured
 from sparsam.pools import Pool, batched, check_patterns, make_pools
+from sparsam.ranking import pruned_last, score_tensor
 from sparsam.report import LayerStats, Report, measure
-from sparsam.selection import Pruned, _refuse_nan, pruned_last, score_tensor, select_into
+from sparsam.selection import Pruned, _refuse_nan, select_into
 from sparsam.sharing import find_shared
 
 if TYPE_CHECKING:
@@ -198,6 +199,7 @@ def prune_pools(
     outs: Mapping[str, NDArray[Any]],
     *,
     previous: Mapping[str, Mask] | None = None,
+    checked: bool = False,
 ) -> Pruned:
     """Selects in each pool and writes the pruned tensors.
 
@@ -208,6 +210,7 @@ def prune_pools(
         outs: Name -> where the pruned tensor goes; may be the same array.
         previous: Masks of an earlier step; what they pruned stays pruned, as long as no pool's sparsity
             shrinks.
+        checked: Whether the outputs are known to fit, and to share no memory.
 
     Returns:
         Name -> mask of each tensor in a pool, in the order of `arrays`, and how many of its weights are not
@@ -217,9 +220,10 @@ def prune_pools(
     masks: dict[str, Mask] = {}
     nonzero: dict[str, int] = {}
     tied: dict[str, Mask] = {}
-    for pool in batched(pools, {name: array.size for name, array in arrays.items()}):
+    for batch in batched(pools, {name: array.size for name, array in arrays.items()}):
+        pool = batch[0]
         if not pool.ties:
-            pruned = _prune_pool(arrays, pool, method, outs, previous)
+            pruned = _prune_batch(arrays, batch, method, outs, previous, checked=checked)
             masks |= pruned.masks
             nonzero |= pruned.nonzero
             continue
@@ -242,35 +246,38 @@ def prune_pools(
     return Pruned({name: masks[name] for name in arrays if name in masks}, nonzero)
 
 
-def _prune_pool(
+def _prune_batch(
     arrays: Mapping[str, NDArray[Any]],
-    pool: Pool,
+    batch: Sequence[Pool],
     method: Scorer,
     outs: Mapping[str, NDArray[Any]],
     previous: Mapping[str, Mask] | None,
+    *,
+    checked: bool,
 ) -> Pruned:
-    """`prune_pools` for one pool without ties."""
-    norm = scores.traits(method).norm
-    turned = pool.transposed if pool.scope == "row" or pool.pattern != Unstructured() else frozenset()
-    ranked = {
-        name: score_tensor(method, name, arrays[name], transposed=name in pool.transposed)
-        for name in pool.names
-    }
+    """`prune_pools` for one pool without ties, or several of one tensor each with one pattern and scope."""
+    norm, pattern, scope = scores.traits(method).norm, batch[0].pattern, batch[0].scope
+    alone = len(batch) > 1
+    sparsity = {pool.names[0]: pool.sparsity for pool in batch} if alone else batch[0].sparsity
+    names = [name for pool in batch for name in pool.names]
+    transposed = frozenset().union(*(pool.transposed for pool in batch if pool.transposed))
+    turned = transposed if scope == "row" or pattern != Unstructured() else frozenset()
+    ranked = {name: score_tensor(method, name, arrays[name], transposed=name in transposed) for name in names}
     for name in turned:
         _refuse_nan([ranked[name]], [name])  # With its place in the tensor as it is stored.
-    fused = previous is None and not turned and all(ranked[name] is arrays[name] for name in pool.names)
+    fused = previous is None and not turned and all(ranked[name] is arrays[name] for name in names)
 
     def select(scored: Mapping[str, NDArray[Any]]) -> Pruned:
         viewed = {name: outputs_first(array) if name in turned else array for name, array in scored.items()}
         found = select_into(
-            viewed, pool.sparsity, pool.pattern, scope=pool.scope, norm=norm, out=outs if fused else None
+            viewed, sparsity, pattern, scope=scope, norm=norm, out=outs if fused else None, checked=checked
         )
         masks = {name: mask_as_stored(mask) if name in turned else mask for name, mask in found.masks.items()}
         return Pruned(masks, found.nonzero)
 
     chosen, nonzero = select(ranked)
     if previous is not None and any((mask & ~previous[name]).count for name, mask in chosen.items()):
-        chosen = select({name: pruned_last(ranked[name], previous[name], norm) for name in pool.names}).masks
+        chosen = select({name: pruned_last(ranked[name], previous[name], norm) for name in names}).masks
     if not fused:
         nonzero = {name: mask.write(arrays[name], outs[name]) for name, mask in chosen.items()}
     return Pruned(chosen, nonzero)
@@ -288,7 +295,8 @@ def describe(
     `nonzero` spares it reading those tensors whose weights other than zero were counted. `shared` has a later
     name -> the first one of tensors with two names, which count once.
     """
-    patterns = {name: str(pool.pattern) for pool in pools for name in pool.names}
+    shown = {pattern: str(pattern) for pattern in {pool.pattern for pool in pools}}
+    patterns = {name: shown[pool.pattern] for pool in pools for name in pool.names}
     patterns |= tied_patterns(tied for pool in pools for tied in pool.ties)
     pruned = {name: mask.size - mask.count for name, mask in masks.items()}
     return Report(
@@ -331,7 +339,7 @@ def _prune(
             first = {name: array for name, array in arrays.items() if name not in shared}
             pools = make_pools(first, config, min_rank=min_rank)
         outs = {name: np.empty_like(arrays[name], order="C") for name in names if name not in shared}
-    masks, nonzero = prune_pools(arrays, pools, scores.resolve(config.method), outs)
+    masks, nonzero = prune_pools(arrays, pools, scores.resolve(config.method), outs, checked=True)
     report = describe({**arrays, **outs}, masks, pools, nonzero, shared)
     masks = {name: masks[shared.get(name, name)] for name in names}
     if inplace:

@@ -15,13 +15,12 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from sparsam import _core
-from sparsam.config import Scope, Scorer
+from sparsam.config import Scope
 from sparsam.inputs.checks import check_sparsity, expected
 from sparsam.inputs.float_mode import standard_floats
 from sparsam.masks import Mask, _check_apart, _check_overlap
-from sparsam.orientation import as_stored, mask_as_stored, outputs_first
+from sparsam.orientation import mask_as_stored, outputs_first
 from sparsam.patterns import NM, Block, Pattern, Slices, Unstructured
-from sparsam.scores import traits
 from sparsam.tiles import matrix_shape, tile_sizes, tiling_of
 
 DTYPES = ("float16", "bfloat16", "float32", "float64")
@@ -168,14 +167,19 @@ class Pruned(NamedTuple):
 @standard_floats
 def select_into(
     scores: Mapping[str, ArrayLike],
-    sparsity: float,
+    sparsity: float | Mapping[str, float],
     pattern: Pattern,
     *,
     scope: Scope,
     norm: int,
     out: Mapping[str, NDArray[Any]] | None,
+    checked: bool = False,
 ) -> Pruned:
-    """`select_many`, and what it counted in `out`."""
+    """`select_many`, and what it counted in `out`.
+
+    Unless the scope is global, `sparsity` may give one for each name. `checked` outputs are known to fit and
+    to share no memory.
+    """
     if norm not in (1, 2):
         raise ValueError(
             expected("norm", norm, "1 (sum of magnitudes) or 2 (sum of squares)", "pass one of them")
@@ -185,29 +189,39 @@ def select_into(
     arrays = {name: np.asarray(array) for name, array in scores.items()}
     for name, array in arrays.items():
         _check_dtype(name, array)
-        if out is not None:
+        if out is not None and not checked:
             _check_out(name, array, out.get(name))
-    if out is not None:
+    if out is not None and not checked:
         _check_apart(arrays, {name: out[name] for name in arrays})
-    if isinstance(pattern, Unstructured):
-        if scope == "global":
+    if scope == "global" and isinstance(pattern, (Unstructured, Block, Slices)):
+        assert not isinstance(sparsity, Mapping)  # one threshold has one
+        if isinstance(pattern, Unstructured):
             return _select_entries(arrays, sparsity, out)
+        return _written(_select_tiles(arrays, sparsity, pattern, norm), arrays, out)
+    if not isinstance(sparsity, Mapping):
+        sparsity = dict.fromkeys(arrays, check_sparsity("sparsity", sparsity))
+    if isinstance(pattern, Unstructured):
         if scope == "layer":
             return _select_each(arrays, sparsity, out)
-        masks = {name: _select_rows(name, array, sparsity) for name, array in arrays.items()}
+        masks = {name: _select_rows(name, array, sparsity[name]) for name, array in arrays.items()}
     elif isinstance(pattern, NM):
-        masks = {name: _select_nm(name, array, sparsity, pattern) for name, array in arrays.items()}
+        masks = {name: _select_nm(name, array, sparsity[name], pattern) for name, array in arrays.items()}
     elif isinstance(pattern, (Block, Slices)):
         if scope == "row":
             wanted = "Unstructured() or NM with scope 'row', which compares weights within a row"
             raise ValueError(expected("pattern", pattern, wanted, "use scope 'layer'"))
-        pools = [arrays] if scope == "global" else [{name: array} for name, array in arrays.items()]
         masks = {}
-        for pool in pools:
-            masks |= _select_tiles(pool, sparsity, pattern, norm)
+        for name, array in arrays.items():
+            masks |= _select_tiles({name: array}, sparsity[name], pattern, norm)
     else:
         wanted = "Unstructured(), NM(n, m), Block(rows, cols) or Slices(axis, size)"
         raise TypeError(expected("pattern", pattern, wanted, "pass one of them"))
+    return _written(masks, arrays, out)
+
+
+def _written(
+    masks: dict[str, Mask], arrays: Mapping[str, NDArray[Any]], out: Mapping[str, NDArray[Any]] | None
+) -> Pruned:
     if out is None:
         return Pruned(masks, {})
     return Pruned(masks, {name: mask.write(arrays[name], out[name]) for name, mask in masks.items()})
@@ -247,46 +261,6 @@ def _refuse_nan(pool: Sequence[NDArray[Any]], names: Sequence[str] | None, *, by
     what = f"array {array}" if names is None else f"tensor {names[array]!r}"
     msg = f"{by}{what}: expected numbers to rank; got NaN at index {at}; repair or exclude the tensor"
     raise ValueError(msg)
-
-
-def score_tensor(
-    method: Scorer, name: str, tensor: NDArray[Any], *, transposed: bool = False
-) -> NDArray[Any]:
-    """Returns the scores of a tensor, checked: its shape, a dtype that can be ranked, none below 0.
-
-    A `transposed` tensor is handed over as (out, in) if the method needs that, and its scores come back as it
-    is stored.
-    """
-    if transposed and traits(method).needs_rows_as_outputs:
-        ranked = as_stored(np.asarray(method.score(name, outputs_first(tensor))))
-    else:
-        ranked = np.asarray(method.score(name, tensor))
-    if ranked is tensor:
-        return tensor
-    if ranked.shape != tensor.shape or ranked.dtype.name not in DTYPES:
-        msg = (
-            f"tensor {name!r}: expected scores of shape {tensor.shape} and one of the dtypes "
-            f"{', '.join(DTYPES)} from {method!r}; got shape {ranked.shape} and dtype {ranked.dtype}; return "
-            "a score for each weight"
-        )
-        raise ValueError(msg)
-    if not traits(method).ranks_by_magnitude and (ranked < 0).any():
-        msg = (
-            f"tensor {name!r}: expected scores of at least 0 from {method!r}; got {ranked.min()}; shift "
-            "them, or set ranks_by_magnitude"
-        )
-        raise ValueError(msg)
-    return ranked
-
-
-def pruned_last(ranked: NDArray[Any], previous: Mask, norm: int) -> NDArray[np.float64]:
-    """Returns scores in which a kept zero beats what is pruned already: a tie at zero revives nothing.
-
-    A kept zero scores the least float64, or the square root of that where groups sum up squares.
-    """
-    keep = previous.to_array()
-    least = 2.0 ** (-1074 if norm == 1 else -537)
-    return np.where(keep, np.maximum(np.abs(ranked.astype(np.float64)), least), 0.0)
 
 
 def is_weight_dtype(dtype: np.dtype[Any]) -> bool:
@@ -336,12 +310,17 @@ def _select_entries(
 
 
 def _select_each(
-    scores: Mapping[str, NDArray[Any]], sparsity: float, out: Mapping[str, NDArray[Any]] | None
+    scores: Mapping[str, NDArray[Any]],
+    sparsities: Mapping[str, float],
+    out: Mapping[str, NDArray[Any]] | None,
 ) -> Pruned:
     """`_select_entries` of each array by itself, in one call of the kernels."""
     names, pool = list(scores), list(scores.values())
     outs = [] if out is None else [out[name] for name in names]
-    found = _core.threshold_masks(pool, [_rank(sparsity, array.size) for array in pool], outs)
+    for share in set(sparsities.values()):
+        check_sparsity("sparsity", share)
+    ranks = [round(sparsities[name] * array.size) for name, array in scores.items()]
+    found = _core.threshold_masks(pool, ranks, outs)
     if found is None:
         raise _vanished(pool, names)
     return _pruned(scores, *found)

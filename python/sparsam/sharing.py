@@ -8,7 +8,7 @@ from typing import Any
 from numpy.typing import NDArray
 
 from sparsam import _core
-from sparsam.masks import _check_apart
+from sparsam.masks import _check_apart, _ranges_meet
 from sparsam.pools import Pool
 
 
@@ -18,6 +18,10 @@ def find_shared(arrays: Mapping[str, NDArray[Any]], pools: Iterable[Pool]) -> di
     Raises:
         ValueError: Two names are to be pruned differently, are tied, or share only a part of their memory.
     """
+    pools = list(pools)
+    named = dict.fromkeys(name for pool in pools for name in pool.names)
+    if not named or not _ranges_meet([arrays[name] for name in named]):
+        return {}
     pool_of: dict[str, Pool] = {}
     for pool in pools:
         for name in pool.names:

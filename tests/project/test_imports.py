@@ -26,6 +26,7 @@ STAGES = [
     "orientation",
     "tiles",
     "selection",
+    "ranking",
     "allocation",
     "coupling",
     "pools",

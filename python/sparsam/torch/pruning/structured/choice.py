@@ -11,8 +11,9 @@ from sparsam.config import PruningConfig
 from sparsam.inputs.names import NamePatterns, closest, matching
 from sparsam.inputs.tensors import to_numpy
 from sparsam.patterns import Unstructured
+from sparsam.ranking import score_tensor
 from sparsam.scores import resolve, traits
-from sparsam.selection import _select_entries, score_tensor
+from sparsam.selection import _select_entries
 from sparsam.torch.pruning.structured.structures import KINDS, Structure
 from torch import Tensor
 

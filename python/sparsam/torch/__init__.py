@@ -38,6 +38,7 @@ from sparsam.torch.pruning.tickets import find_ticket
 from sparsam.torch.pruning.training_callbacks import lightning_callback, trainer_callback
 from sparsam.torch.pruning.while_training import Pruner
 from sparsam.torch.serialization.files import load, save
+from sparsam.torch.serialization.transformers_models import register
 from sparsam.torch.sparse_tensors import from_sparse_tensor, to_sparse_tensor
 
 __all__ = [
@@ -66,6 +67,8 @@ __all__ = [
     "to_sparse_tensor",
     "trainer_callback",
 ]
+
+register()
 
 if not any(
     _core.adopt_runtime(str(library))

@@ -25,6 +25,7 @@ from sparsam.torch.acceleration.packing import needs_examples, pack
 from sparsam.torch.acceleration.report import AccelerationReport
 from sparsam.torch.acceleration.verification import Gain, fuse, settle, try_out
 from sparsam.torch.layers.packed_weight import DTYPES
+from sparsam.torch.serialization.transformers_models import announce
 from torch import Tensor, nn
 
 __all__ = ["accelerate"]
@@ -103,6 +104,7 @@ def accelerate(
             _install(swap, outcome)
             rows = left | rows_of(found, swap, outcome)
             release(model, [swap.layers[name] for name in outcome.swapped])
+            announce(model)
             report = AccelerationReport(
                 in_order(model, rows),
                 None if outcome.gain is None else 1e3 * outcome.gain.before,

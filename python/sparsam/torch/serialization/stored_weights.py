@@ -17,6 +17,7 @@ from sparsam.torch.layers.packed_weight import join
 from sparsam.torch.layers.packing import PackedLayer, is_transposed, packed_layers
 from sparsam.torch.serialization.encoding import Encoded, matrix_shape
 from sparsam.torch.serialization.manifest import Layer, Manifest, place
+from sparsam.torch.serialization.transformers_models import announce
 from torch import Tensor, nn
 
 __all__ = ["StoredWeights"]
@@ -53,6 +54,10 @@ class StoredWeights:
         uses = {self._use(n, layer) for n, layer in layers if self._uses(n, layer, name)}
         for use in uses or {(name, 1, ())}:
             self._parts[use] = encoded.parts(name, rows, cols, use[1])
+
+    def missing(self) -> list[str]:
+        """The names of those that were not added."""
+        return sorted(self.manifest.weights.keys() - {use[0] for use in self._parts})
 
     def pack(self, model: nn.Module) -> None:
         """Puts the packed weights into the layers that have one of their own, and frees their dense ones."""
@@ -125,6 +130,7 @@ class StoredWeights:
         for fusion in swap.fusions:
             fusion.replacement.into = tuple(named[id(layer)] for layer in fusion.layers)
         swap.show(swap.layers)
+        announce(model)
         return len(packed_layers(model))
 
     def _uses(self, name: str, layer: Layer, stored: str) -> bool:

@@ -28,6 +28,7 @@ from sparsam.torch.layers.packed_tensor import PackedTensor
 from sparsam.torch.layers.packing import pack
 from sparsam.torch.pruning.distillation import distill
 from sparsam.torch.pruning.distillation_report import DistillationReport
+from sparsam.torch.pruning.latency import LatencyPlan, latency_plan
 from sparsam.torch.pruning.one_shot import prune
 from sparsam.torch.pruning.pruning_report import PruningReport
 from sparsam.torch.pruning.smallest import SmallestModel, find_smallest
@@ -45,6 +46,7 @@ __all__ = [
     "AccelerationReport",
     "DistillationReport",
     "HeadImportance",
+    "LatencyPlan",
     "LayerRow",
     "PackedTensor",
     "Pruner",
@@ -57,6 +59,7 @@ __all__ = [
     "find_ticket",
     "from_sparse_tensor",
     "head_importance",
+    "latency_plan",
     "lightning_callback",
     "load",
     "pack",

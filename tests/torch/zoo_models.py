@@ -259,7 +259,7 @@ ZOO: tuple[Specimen, ...] = (
         computed=1,
     ),
     Specimen("Signals", "plain", _plain(lambda s: Signals(s.width, s.layers), lambda s: s.signals(4))),
-    Specimen("layers read in forward", "plain", _plain(lambda s: Curious(s.width), lambda s: s.signals(3))),
+    Specimen("layers read in forward", "plain", _plain(lambda s: Curious(s.width), lambda s: s.signals(4))),
     Specimen(
         "computed weights",
         "plain",

@@ -103,7 +103,7 @@ class Curious(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.conv = nn.Conv1d(3, width, 4, stride=2, padding=1)
+        self.conv = nn.Conv1d(4, width, 4, stride=2, padding=1)
         self.fc1 = nn.Linear(width, 2 * width)
         self.fc2 = Conv1D(width, 2 * width)  # type: ignore[no-untyped-call]
 

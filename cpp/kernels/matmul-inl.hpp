@@ -3,6 +3,7 @@
 #pragma once
 #include "activations-inl.hpp"
 #include "matmul.hpp"
+#include "sparsam/check.hpp"
 
 #define SPARSAM_INLINE inline __attribute__((always_inline))
 
@@ -71,6 +72,7 @@ SPARSAM_INLINE void bitmask_row(const BitmaskView& w, std::size_t row, const flo
   constexpr std::size_t kSteps = 64 / kLanes, kChains = kBatch == 1 ? 4 : 2, kAhead = 2048;
   const std::uint64_t* words = w.words + row * w.row_words;
   const Value* p = static_cast<const Value*>(w.values) + w.row_start[row];
+  SPARSAM_CHECK(row < w.rows && w.row_words * 64 >= w.cols);
   Floats::Reg sum[kBatch][kChains];
   for (auto& of_one : sum)
     for (auto& chain : of_one) chain = Floats::zero();
@@ -93,6 +95,7 @@ SPARSAM_INLINE void bitmask_row(const BitmaskView& w, std::size_t row, const flo
     }
     p += __builtin_popcountll(word);
   }
+  SPARSAM_CHECK(p == static_cast<const Value*>(w.values) + w.row_start[row + 1]);
   for (std::size_t t = 0; t < kBatch; ++t) {
     Floats::Reg total = sum[t][0];
     for (std::size_t chain = 1; chain < kChains; ++chain) total = Floats::add(total, sum[t][chain]);
@@ -134,10 +137,16 @@ void bitmask_fetching(const BitmaskView& w, std::size_t begin, std::size_t end, 
 template <class Value>
 void bitmask(const BitmaskView& w, std::size_t begin, std::size_t end, const float* x, std::size_t x_stride,
              std::size_t batch, Epilogue epilogue, Output y) {
+  SPARSAM_CHECK(begin <= end && end <= w.rows && batch >= 1 && batch <= 4);
   if (batch == 1) bitmask_fetching<Value, 1>(w, begin, end, x, x_stride, epilogue, y);
   if (batch == 2) bitmask_fetching<Value, 2>(w, begin, end, x, x_stride, epilogue, y);
   if (batch == 3) bitmask_fetching<Value, 3>(w, begin, end, x, x_stride, epilogue, y);
   if (batch == 4) bitmask_fetching<Value, 4>(w, begin, end, x, x_stride, epilogue, y);
+}
+
+// What a tile may be: 1, 2 or 4 vectors that hold the batch.
+SPARSAM_INLINE bool is_tile(std::size_t batch, std::size_t vectors) {
+  return (vectors == 1 || vectors == 2 || vectors == 4) && batch <= vectors * kLanes;
 }
 
 template <class X, std::size_t kVectors>
@@ -181,6 +190,7 @@ void pack_rows(Input x, std::size_t batch, std::size_t n, std::size_t depth, std
 }
 
 void pack(Input x, std::size_t batch, std::size_t n, std::size_t depth, std::size_t vectors, float* tile) {
+  SPARSAM_CHECK(is_tile(batch, vectors) && n <= depth && depth <= kMaxDepth);
   if (x.narrow)
     pack_rows<Bfloat>(x, batch, n, depth, vectors, tile);
   else
@@ -195,6 +205,7 @@ void gather_tile(const float* x, const std::uint32_t* columns, std::size_t n, st
   bool whole = true;
   for (std::size_t v = 0; v < kVectors; ++v) {
     from[v] = sources[v];
+    SPARSAM_CHECK(from[v].count <= kLanes);
     whole = whole && from[v].count == kLanes;
   }
   for (std::size_t k = 0; k < n; ++k) {
@@ -211,6 +222,7 @@ void gather_tile(const float* x, const std::uint32_t* columns, std::size_t n, st
 
 void gather(const float* x, const std::uint32_t* columns, std::size_t n, std::size_t depth,
             const Source* sources, std::size_t vectors, float* tile) {
+  SPARSAM_CHECK(is_tile(0, vectors) && n <= depth && depth <= kMaxDepth);
   if (vectors == 1) gather_tile<1>(x, columns, n, depth, sources, tile);
   if (vectors == 2) gather_tile<2>(x, columns, n, depth, sources, tile);
   if (vectors == 4) gather_tile<4>(x, columns, n, depth, sources, tile);
@@ -263,6 +275,13 @@ SPARSAM_INLINE void panel_step(const Value* value, Word offsets, const float* ti
   }
 }
 
+// In the assertion build, that the offsets of a step lie in the tile; `depth` is its column of zeros.
+template <class Offset, bool kShared, class Word>
+SPARSAM_INLINE void check_offsets([[maybe_unused]] Word offsets, [[maybe_unused]] std::size_t depth) {
+  for (std::size_t r = 0; r < (kShared ? 1 : 4); ++r)
+    SPARSAM_CHECK(static_cast<Offset>(offsets >> (8 * sizeof(Offset) * r)) <= depth);
+}
+
 // One block: the sums of a unit's four rows stay in registers while its entries stream by. Rows come sorted
 // by their number of entries, so the loop's length is the same many times in a row and no branch is
 // mispredicted per entry. The offsets are read one step ahead: an address that waits for a load holds up the
@@ -281,12 +300,14 @@ void panel_block(const PanelView& w, const PanelBlock* block, bool first, const 
     float* row[4];
 #pragma GCC unroll 4
     for (std::size_t r = 0; r < 4; ++r) {
+      SPARSAM_CHECK(header[1 + r] <= kRowBlock);
       row[r] = sums + header[1 + r] * kStride;
 #pragma GCC unroll 4
       for (std::size_t v = 0; v < kVectors; ++v)
         sum[r][v] = first ? Floats::zero() : Floats::load(row[r] + v * kLanes);
     }
     const Value* const end = value + 4 * static_cast<std::size_t>(header[0]);
+    SPARSAM_CHECK(end <= static_cast<const Value*>(w.values) + 4 * block[1].step);
     Word next;
     __builtin_memcpy(&next, offset, sizeof next);
     if constexpr (kVectors == 1) {
@@ -299,6 +320,8 @@ void panel_block(const PanelView& w, const PanelBlock* block, bool first, const 
         Word then;
         __builtin_memcpy(&then, offset + kOffsets, sizeof then);
         __builtin_memcpy(&next, offset + 2 * kOffsets, sizeof next);
+        check_offsets<Offset, kShared>(now, w.depth);
+        check_offsets<Offset, kShared>(then, w.depth);
         panel_step<Offset, kVectors, kShared>(value, now, tile, sum);
         panel_step<Offset, kVectors, kShared>(value + 4, then, tile, more);
         offset += 2 * kOffsets;
@@ -310,6 +333,7 @@ void panel_block(const PanelView& w, const PanelBlock* block, bool first, const 
       if constexpr (kVectors == 2) __builtin_prefetch(reinterpret_cast<const char*>(value) + 2048);
       const Word now = next;
       __builtin_memcpy(&next, offset + kOffsets, sizeof next);
+      check_offsets<Offset, kShared>(now, w.depth);
       panel_step<Offset, kVectors, kShared>(value, now, tile, sum);
     }
 #pragma GCC unroll 4
@@ -412,6 +436,9 @@ template <class Value>
 void panel_across(const PanelView& w, std::size_t row_block, const float* tile, std::size_t vectors,
                   float* sums, Epilogue epilogue, const Stretch* stretches, std::size_t n, float* y,
                   std::size_t y_stride) {
+  SPARSAM_CHECK(is_tile(0, vectors) && row_block * kRowBlock < w.rows);
+  for (std::size_t s = 0; s < n; ++s)
+    SPARSAM_CHECK(stretches[s].from + stretches[s].count <= vectors * kLanes);
   if (vectors == 1)
     panel_tile_across<Value, 1>(w, row_block, tile, sums, epilogue, stretches, n, y, y_stride);
   if (vectors == 2)
@@ -423,6 +450,7 @@ void panel_across(const PanelView& w, std::size_t row_block, const float* tile, 
 template <class Value>
 void panel(const PanelView& w, std::size_t row_block, const float* tile, std::size_t vectors,
            std::size_t batch, float* sums, Epilogue epilogue, Output y) {
+  SPARSAM_CHECK(is_tile(batch, vectors) && row_block * kRowBlock < w.rows);
   if (vectors == 1) panel_tile<Value, 1>(w, row_block, tile, batch, sums, epilogue, y);
   if (vectors == 2) panel_tile<Value, 2>(w, row_block, tile, batch, sums, epilogue, y);
   if (vectors == 4) panel_tile<Value, 4>(w, row_block, tile, batch, sums, epilogue, y);

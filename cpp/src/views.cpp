@@ -5,6 +5,8 @@
 #include <cmath>
 #include <stdexcept>
 
+#include "sparsam/check.hpp"
+
 namespace sparsam {
 
 std::uint64_t key_at_most(double value, DType t) {
@@ -54,6 +56,7 @@ View View::in_memory_order() const {
 // Calls visit(pointer, byte stride, count) for the straight runs that make up [start, start + n).
 template <class Visit>
 void View::for_each_run(std::size_t start, std::size_t n, Visit&& visit) const {
+  SPARSAM_CHECK(start <= size_ && n <= size_ - start);
   if (n == 0) return;
   const std::size_t last = dims_.size() - 1;
   const Dim inner = dims_[last];
@@ -65,6 +68,7 @@ void View::for_each_run(std::size_t start, std::size_t n, Visit&& visit) const {
     p += static_cast<std::ptrdiff_t>(index[i]) * dims_[i].stride;
   }
   while (true) {
+    SPARSAM_CHECK(index[last] < inner.size);
     const std::size_t count = std::min(n, inner.size - index[last]);
     visit(p, inner.stride, count);
     n -= count;
@@ -99,6 +103,7 @@ Bits widen(const char* p, DType t) {
 
 template <class Bits>
 const Bits* View::read(std::size_t start, std::size_t n, Bits* buffer) const {
+  SPARSAM_CHECK(start <= size_ && n <= size_ - start);
   const bool same = item_size(dtype_) == sizeof(Bits);
   if (same && contiguous_) return reinterpret_cast<const Bits*>(data_) + start;
   Bits* to = buffer;

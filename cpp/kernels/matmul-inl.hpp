@@ -285,8 +285,9 @@ SPARSAM_INLINE void check_offsets([[maybe_unused]] Word offsets, [[maybe_unused]
 // One block: the sums of a unit's four rows stay in registers while its entries stream by. Rows come sorted
 // by their number of entries, so the loop's length is the same many times in a row and no branch is
 // mispredicted per entry. The offsets are read one step ahead: an address that waits for a load holds up the
-// loads behind it. A tile of one vector has too few sums to hide the latency of adding to them, so every
-// other step adds to a second set.
+// loads behind it. Narrow tiles are limited by loads, and a fetch ahead is one: there is one for four steps,
+// which are a cache line of floats. A tile of one vector has too few sums to hide the latency of adding to
+// them, so every other step adds to a second set, where registers hold both.
 template <class Value, class Offset, std::size_t kVectors, bool kShared>
 void panel_block(const PanelView& w, const PanelBlock* block, bool first, const float* tile, float* sums) {
   constexpr std::size_t kStride = kVectors * kLanes, kOffsets = kShared ? 1 : 4;
@@ -310,27 +311,26 @@ void panel_block(const PanelView& w, const PanelBlock* block, bool first, const 
     SPARSAM_CHECK(end <= static_cast<const Value*>(w.values) + 4 * block[1].step);
     Word next;
     __builtin_memcpy(&next, offset, sizeof next);
-    if constexpr (kVectors == 1) {
-      Floats::Reg more[4][kVectors] = {
-          {Floats::zero()}, {Floats::zero()}, {Floats::zero()}, {Floats::zero()}};
-      for (const Value* const pairs = value + (end - value) / 8 * 8; value != pairs; value += 8) {
+    if constexpr (kVectors <= 2 && Floats::kOneRegister) {
+      Floats::Reg other[4][kVectors] = {};
+      const Value* const quads = value + (end - value) / 16 * 16;
+      for (; value != quads; value += 16, offset += 4 * kOffsets) {
         __builtin_prefetch(reinterpret_cast<const char*>(value) + 2048);
-        __builtin_prefetch(reinterpret_cast<const char*>(offset) + 1024);
-        const Word now = next;
-        Word then;
-        __builtin_memcpy(&then, offset + kOffsets, sizeof then);
-        __builtin_memcpy(&next, offset + 2 * kOffsets, sizeof next);
-        check_offsets<Offset, kShared>(now, w.depth);
-        check_offsets<Offset, kShared>(then, w.depth);
-        panel_step<Offset, kVectors, kShared>(value, now, tile, sum);
-        panel_step<Offset, kVectors, kShared>(value + 4, then, tile, more);
-        offset += 2 * kOffsets;
-      }
+        if constexpr (kVectors == 1) __builtin_prefetch(reinterpret_cast<const char*>(offset) + 1024);
 #pragma GCC unroll 4
-      for (std::size_t r = 0; r < 4; ++r) sum[r][0] = Floats::add(sum[r][0], more[r][0]);
+        for (std::size_t step = 0; step < 4; ++step) {
+          const Word now = next;
+          __builtin_memcpy(&next, offset + (step + 1) * kOffsets, sizeof next);
+          check_offsets<Offset, kShared>(now, w.depth);
+          panel_step<Offset, kVectors, kShared>(value + 4 * step, now, tile,
+                                                kVectors == 1 && step % 2 == 1 ? other : sum);
+        }
+      }
+      if constexpr (kVectors == 1)
+#pragma GCC unroll 4
+        for (std::size_t r = 0; r < 4; ++r) sum[r][0] = Floats::add(sum[r][0], other[r][0]);
     }
     for (; value != end; value += 4, offset += kOffsets) {
-      if constexpr (kVectors == 2) __builtin_prefetch(reinterpret_cast<const char*>(value) + 2048);
       const Word now = next;
       __builtin_memcpy(&next, offset + kOffsets, sizeof next);
       check_offsets<Offset, kShared>(now, w.depth);

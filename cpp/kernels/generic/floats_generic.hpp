@@ -10,6 +10,7 @@ namespace {
 
 struct Floats {
   static constexpr std::size_t kLanes = 8;
+  static constexpr bool kOneRegister = false;  // a Reg takes several
   struct Reg {
     float lane[kLanes];
   };

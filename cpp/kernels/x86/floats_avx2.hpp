@@ -30,6 +30,7 @@ alignas(32) constexpr std::int32_t kFirstLanes[16] = {-1, -1, -1, -1, -1, -1, -1
 
 struct Floats {
   static constexpr std::size_t kLanes = 8;
+  static constexpr bool kOneRegister = true;  // for a Reg
   using Reg = __m256;
 
   static __m256i first_lanes(std::size_t n) {

@@ -12,6 +12,7 @@ namespace {
 
 struct Floats {
   static constexpr std::size_t kLanes = 16;
+  static constexpr bool kOneRegister = true;  // for a Reg
   using Reg = __m512;
 
   static __mmask16 first_lanes(std::size_t n) { return static_cast<__mmask16>((1u << n) - 1); }

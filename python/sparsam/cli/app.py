@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import typer
 from rich.console import Console
 
-from sparsam.cli import analysis, benchmarks, demos, machine, pruning
+from sparsam.cli import analysis, benchmarks, compression, demos, machine, pruning
 from sparsam.report import printable
 
 __all__ = ["run"]
@@ -19,7 +19,7 @@ _UsageError: type[Exception] = typer.BadParameter.__mro__[1]
 app = typer.Typer(
     help="Prune neural-network weights exactly.", add_completion=False, pretty_exceptions_enable=False
 )
-for group in (demos, pruning, analysis, benchmarks, machine):
+for group in (demos, pruning, compression, analysis, benchmarks, machine):
     group.register(app)
 
 

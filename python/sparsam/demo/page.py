@@ -2,29 +2,16 @@
 
 from __future__ import annotations
 
-import base64
-import html
-import io
-from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
 from sparsam import plot
 from sparsam.bench import machine
-from sparsam.checkpoint.atomic import check_target, publish
+from sparsam.checkpoint.atomic import check_target
 from sparsam.demo.digits import ALLOWED_LOSS, DemoResult
+from sparsam.plot import html_page
+from sparsam.plot.html_page import document, paragraph, picture, table
 
 __all__ = ["check", "render", "write"]
-
-_STYLE = """
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 60em; margin: 2em auto; padding: 0 1em; color: #222; }
-table { border-collapse: collapse; margin: 1em 0; font-size: 14px; font-variant-numeric: tabular-nums; }
-th, td { padding: 0.25em 0.8em; border-bottom: 1px solid #ddd; text-align: right; }
-th { border-bottom: 2px solid #888; }
-.text { text-align: left; }
-.wide { overflow-x: auto; }
-img { max-width: 100%; }
-"""
 
 
 def check(file: Path) -> None:
@@ -40,8 +27,7 @@ def check(file: Path) -> None:
 
 def write(result: DemoResult, file: Path) -> None:
     """Writes the page, completely or not at all; OSError if it cannot be written."""
-    text = render(result)
-    publish({file: lambda path: path.write_text(text, encoding="utf-8")})
+    html_page.write(render(result), file)
 
 
 def render(result: DemoResult) -> str:
@@ -50,19 +36,19 @@ def render(result: DemoResult) -> str:
     trained_on = result.recovery_passes * len(result.steps)
     parts = [
         "<h1>sparsam demo</h1>",
-        _paragraph(
+        paragraph(
             f"A {'-'.join(map(str, result.layers))} network on scikit-learn's digits, seed {result.seed}: "
             f"{result.train_images} images to train on, {result.test_images} others to test on. Dense, "
             f"after {result.training_passes} passes of training, {result.dense_accuracy:.2%} of the test "
             f"images are right; after {trained_on} more passes {result.longer_accuracy:.2%}."
         ),
-        _paragraph(f"Measured on {machine()}, in {result.seconds:.1f} s."),
+        paragraph(f"Measured on {machine()}, in {result.seconds:.1f} s."),
         "<h2>Accuracy against sparsity</h2>",
-        _paragraph(
+        paragraph(
             f"With recovery: {result.recovery_passes} passes of training under the masks after each step. "
             "Without: the dense weights pruned at once."
         ),
-        _picture(
+        picture(
             plot.degradation(
                 {
                     "with recovery": [(step.sparsity, step.iterative) for step in result.steps],
@@ -73,7 +59,7 @@ def render(result: DemoResult) -> str:
             ),
             "accuracy against sparsity, with recovery and without",
         ),
-        _table(
+        table(
             ("step", "sparsity", "with recovery", "without"),
             (
                 (step.iteration, f"{step.sparsity:.2%}", f"{step.iterative:.2%}", f"{step.one_shot:.2%}")
@@ -81,16 +67,16 @@ def render(result: DemoResult) -> str:
             ),
         ),
         "<h2>Sensitivity</h2>",
-        _paragraph("Accuracy on the training images with one matrix pruned, all others dense."),
+        paragraph("Accuracy on the training images with one matrix pruned, all others dense."),
         _sensitivity(result),
-        _picture(plot.sensitivity_map(result.sensitivity), "loss of each matrix at each sparsity"),
-        _picture(plot.sensitivity_curves(result.sensitivity), "accuracy against the sparsity of each matrix"),
+        picture(plot.sensitivity_map(result.sensitivity), "loss of each matrix at each sparsity"),
+        picture(plot.sensitivity_curves(result.sensitivity), "accuracy against the sparsity of each matrix"),
         "<h2>The smallest networks</h2>",
-        _paragraph(
+        paragraph(
             f"The highest sparsity at which at most {ALLOWED_LOSS:.0%} of the training images is lost. The "
             "test images had no part in the choice."
         ),
-        _table(
+        table(
             ("pruned how", "sparsity", "training", "test", "tried"),
             (
                 (
@@ -106,13 +92,13 @@ def render(result: DemoResult) -> str:
         ),
         "<h2>The network pruned step by step</h2>",
         _report(result),
-        _paragraph(
+        paragraph(
             f"{total.dense_bytes:,} bytes dense, {total.packed_bytes:,} packed: "
             f"{total.dense_bytes / total.packed_bytes:.1f} times smaller."
         ),
-        _picture(plot.sparsity_per_tensor(result.report), "sparsity of each matrix"),
+        picture(plot.sparsity_per_tensor(result.report), "sparsity of each matrix"),
         "<h2>Time</h2>",
-        _paragraph(
+        paragraph(
             f"Selection of what to keep, {len(result.steps)} times over all matrices: "
             f"{result.selection_seconds * 1e3:.2f} ms; np.partition on the same arrays: "
             f"{result.partition_seconds * 1e3:.2f} ms. Products x W^T, medians in milliseconds; even: "
@@ -120,11 +106,7 @@ def render(result: DemoResult) -> str:
         ),
         _matmuls(result),
     ]
-    body = "\n".join(parts)
-    return (
-        f'<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<title>sparsam demo</title>\n'
-        f"<style>{_STYLE}</style>\n</head>\n<body>\n{body}\n</body>\n</html>\n"
-    )
+    return document("sparsam demo", parts)
 
 
 def _sensitivity(result: DemoResult) -> str:
@@ -137,7 +119,7 @@ def _sensitivity(result: DemoResult) -> str:
         cells = ("-" if score is None else f"{score:.2%}" for score in scores)
         rows.append((name, f"{curves[name].params:,}", *cells, f"{tolerated[name]:.0%}"))
     header = ("matrix", "weights", *(f"{s:.0%}" for s in report.sparsities), "tolerates")
-    return _table(header, rows, texts=1)
+    return table(header, rows, texts=1)
 
 
 def _report(result: DemoResult) -> str:
@@ -155,7 +137,7 @@ def _report(result: DemoResult) -> str:
         )
         for row in (*result.report.layers, result.report.total)
     ]
-    return _table(header, rows, texts=3)
+    return table(header, rows, texts=3)
 
 
 def _matmuls(result: DemoResult) -> str:
@@ -175,35 +157,4 @@ def _matmuls(result: DemoResult) -> str:
         for timing in result.matmuls
         for row in (timing.row,)
     ]
-    return _table(header, rows, texts=2)
-
-
-def _paragraph(text: str) -> str:
-    return f"<p>{html.escape(text)}</p>"
-
-
-def _table(header: Sequence[str], rows: Iterable[Sequence[object]], *, texts: int = 0) -> str:
-    """A table whose first columns are text, the others numbers."""
-
-    def line(tag: str, cells: Sequence[object]) -> str:
-        opening = (f'<{tag} class="text">' if i < texts else f"<{tag}>" for i in range(len(cells)))
-        joined = "".join(
-            f"{start}{html.escape(str(cell))}</{tag}>" for start, cell in zip(opening, cells, strict=True)
-        )
-        return f"<tr>{joined}</tr>"
-
-    lines = [
-        f"<thead>{line('th', header)}</thead>",
-        "<tbody>",
-        *(line("td", row) for row in rows),
-        "</tbody>",
-    ]
-    return "\n".join(['<div class="wide"><table>', *lines, "</table></div>"])
-
-
-def _picture(figure: Any, description: str) -> str:
-    """The figure as an image inside the page."""
-    data = io.BytesIO()
-    figure.savefig(data, format="svg", metadata={"Date": None})
-    encoded = base64.b64encode(data.getvalue()).decode("ascii")
-    return f'<img alt="{html.escape(description)}" src="data:image/svg+xml;base64,{encoded}">'
+    return table(header, rows, texts=2)

@@ -24,6 +24,8 @@ from sparsam import _core
 from sparsam.torch.acceleration.installation import restore
 from sparsam.torch.acceleration.report import AccelerationReport, LayerRow
 from sparsam.torch.acceleration.workflow import accelerate
+from sparsam.torch.compression.compression_report import CompressionReport
+from sparsam.torch.compression.workflow import compress
 from sparsam.torch.layers.packed_tensor import PackedTensor
 from sparsam.torch.layers.packing import pack
 from sparsam.torch.pruning.distillation import distill
@@ -44,6 +46,7 @@ from sparsam.torch.sparse_tensors import from_sparse_tensor, to_sparse_tensor
 
 __all__ = [
     "AccelerationReport",
+    "CompressionReport",
     "DistillationReport",
     "HeadImportance",
     "LatencyPlan",
@@ -54,6 +57,7 @@ __all__ = [
     "ShrinkReport",
     "SmallestModel",
     "accelerate",
+    "compress",
     "distill",
     "find_smallest",
     "find_ticket",

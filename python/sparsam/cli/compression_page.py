@@ -1,0 +1,61 @@
+"""What `sparsam compress` measured, as one page of HTML."""
+
+from __future__ import annotations
+
+import html
+
+from sparsam import plot
+from sparsam.bench import machine
+from sparsam.plot.html_page import document, paragraph, picture, table
+from sparsam.report import Report
+from sparsam.torch.compression.compression_report import CompressionReport
+
+__all__ = ["render"]
+
+
+def render(report: CompressionReport) -> str:
+    """Returns the page; ValueError if matplotlib is not installed."""
+    measure = report.stages[0].quality.measure
+    pruned = report.pruned_weights
+    parts = [
+        f"<h1>{html.escape(report.model)}</h1>",
+        paragraph(f"{report.texts[0].upper()}{report.texts[1:]}. All of it took {report.seconds:.0f} s."),
+        "<h2>Quality and size</h2>",
+        table(("model", "zeros", measure, "MiB", "seconds"), report.stage_rows(), texts=1),
+        "<h2>Time</h2>",
+        paragraph(f"Measured on {machine()}; medians in milliseconds, dense and accelerated in turn."),
+        table(("texts", "tokens", "dense", "accelerated", "speed-up"), report.timing_rows()),
+        f"<h2>{measure.capitalize()} against sparsity</h2>",
+        paragraph("As asked for, with calibration; and by magnitude, without."),
+        picture(
+            plot.degradation(
+                {"as asked for": list(report.recovered), "magnitude": list(report.curve)},
+                dense_score=report.stages[0].quality.value,
+                score=measure,
+            ),
+            f"{measure} against sparsity",
+        ),
+        "<h2>Layers</h2>",
+        paragraph(
+            "Error: the squared difference from the wanted outputs over held-out calibration, as a share of "
+            "their energy."
+        ),
+        picture(plot.sparsity_per_tensor(Report(pruned)), "sparsity of each weight"),
+        table(
+            ("weight", "shape", "weights", "zeros", "error"),
+            (
+                (
+                    row.name,
+                    "x".join(map(str, row.shape)),
+                    f"{row.total_params:,}",
+                    f"{row.sparsity:.2%}",
+                    "-" if row.error is None else f"{row.error:.2e}",
+                )
+                for row in pruned
+            ),
+            texts=2,
+        ),
+        "<h2>What runs packed</h2>",
+        report.acceleration._repr_html_(),
+    ]
+    return document(f"sparsam compress {report.model}", parts)

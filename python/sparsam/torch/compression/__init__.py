@@ -1,0 +1,7 @@
+"""The whole path for a Hugging Face directory: prune, recover, accelerate, save, and measure each stage.
+
+`workflow` is `compress`; `model_directory` reads and writes models, `texts` makes batches of text, `quality`
+compares a model with its dense original on texts that it was not calibrated with, `timing` measures both in
+turn, and `compression_report` holds the result. Needs transformers. Imports the other folders of
+`sparsam.torch`.
+"""

@@ -1,0 +1,124 @@
+"""What `compress` did: quality, bytes and time of the dense model and of each stage after it."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from sparsam.torch.acceleration.report import AccelerationReport
+from sparsam.torch.compression.quality import Quality
+from sparsam.torch.compression.timing import Timing
+from sparsam.torch.pruning.pruning_report import PrunedWeight, PruningReport
+
+__all__ = ["CompressionReport", "Stage"]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """The model at one point.
+
+    Attributes:
+        name: "dense", "pruned", "distilled" or "accelerated".
+        sparsity: Of the weights that were pruned.
+        quality: On held-out texts.
+        nbytes: Of its weight files; None of what was not saved.
+        seconds: It took to get there.
+    """
+
+    name: str
+    sparsity: float
+    quality: Quality
+    nbytes: int | None
+    seconds: float
+
+
+@dataclass(frozen=True)
+class CompressionReport:
+    """The result of `compress`; print it.
+
+    Attributes:
+        model: The directory that was read.
+        texts: What it was calibrated with and measured on, in words.
+        stages: The dense model, then what became of it.
+        curve: (sparsity, quality) of pruning by magnitude, without calibration.
+        recovered: (sparsity, quality) of the pruning that was asked for, before any distillation.
+        timings: Of the dense model beside the accelerated one.
+        pruning: Each weight's sparsity and error.
+        acceleration: What runs packed.
+        seconds: All of it.
+    """
+
+    model: str
+    texts: str
+    stages: tuple[Stage, ...]
+    curve: tuple[tuple[float, float], ...]
+    recovered: tuple[tuple[float, float], ...]
+    timings: tuple[Timing, ...]
+    pruning: PruningReport
+    acceleration: AccelerationReport
+    seconds: float
+
+    @property
+    def pruned_weights(self) -> tuple[PrunedWeight, ...]:
+        """The rows of the weights that are not dense."""
+        return tuple(row for row in self.pruning.layers if row.pattern != "dense")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, in the order of the attributes."""
+        plain = dict(vars(self))
+        plain["stages"] = [asdict(stage) for stage in self.stages]
+        plain["timings"] = [asdict(timing) | {"speedup": timing.speedup} for timing in self.timings]
+        plain["pruning"] = self.pruning.to_dict()
+        plain["acceleration"] = self.acceleration.to_dict()
+        return plain
+
+    def stage_rows(self) -> list[tuple[str, ...]]:
+        """The table of stages as text: name, zeros, quality, MiB, seconds."""
+        return [
+            (
+                stage.name,
+                f"{stage.sparsity:.1%}",
+                str(stage.quality),
+                "-" if stage.nbytes is None else f"{stage.nbytes / (1 << 20):.1f}",
+                f"{stage.seconds:.0f}",
+            )
+            for stage in self.stages
+        ]
+
+    def timing_rows(self) -> list[tuple[str, ...]]:
+        """The table of times as text: texts, tokens, dense, accelerated, speed-up."""
+        return [
+            (
+                str(timing.rows),
+                str(timing.tokens),
+                f"{timing.dense_ms:.2f}",
+                f"{timing.accelerated_ms:.2f}",
+                f"{timing.speedup:.2f}x",
+            )
+            for timing in self.timings
+        ]
+
+    def __str__(self) -> str:
+        measure = self.stages[0].quality.measure
+        return "\n".join(
+            [
+                f"{self.model}: {self.texts}",
+                *_aligned([("model", "zeros", measure, "MiB", "seconds"), *self.stage_rows()], texts=1),
+                "medians in milliseconds, taken in turn",
+                *_aligned(
+                    [("texts", "tokens", "dense", "accelerated", "speed-up"), *self.timing_rows()], texts=0
+                ),
+            ]
+        )
+
+
+def _aligned(rows: list[tuple[str, ...]], *, texts: int) -> list[str]:
+    """Rows as lines: the first columns to the left, numbers to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        "  ".join(
+            cell.ljust(width) if i < texts else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    ]

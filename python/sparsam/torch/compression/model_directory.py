@@ -1,0 +1,120 @@
+"""A Hugging Face directory: its model and tokenizer, and the files beside them."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sparsam.inputs.checks import expected
+from torch import nn
+
+__all__ = ["ModelDirectory", "copy_companions", "read_directory", "weight_bytes", "without_bars"]
+
+_ENDINGS = ("safetensors", "bin", "h5", "msgpack", "onnx", "gguf", "pt", "pth", "ckpt", "ot")
+
+
+@dataclass(frozen=True)
+class ModelDirectory:
+    """What was read from a directory.
+
+    Attributes:
+        path: The directory.
+        model: On the CPU, float32, in eval mode.
+        tokenizer: That goes with it.
+        causal: Whether it is a language model that predicts the next token.
+        longest: The most tokens that it takes at once.
+    """
+
+    path: Path
+    model: nn.Module
+    tokenizer: Any
+    causal: bool
+    longest: int
+
+
+def read_directory(path: Path) -> ModelDirectory:
+    """Reads the model of the class that its configuration names, from local files only.
+
+    Raises:
+        ValueError: The directory holds no model for transformers, or one whose forward takes no plain text
+            (an encoder-decoder, say).
+        ImportError: transformers is not installed.
+    """
+    if not (path / "config.json").is_file():
+        raise ValueError(
+            expected("model", str(path), "a Hugging Face directory with config.json", "check the path")
+        )
+    import transformers  # noqa: PLC0415 - an extra, and slow to import
+    from transformers.models.auto import modeling_auto  # noqa: PLC0415
+
+    config: Any = transformers.AutoConfig.from_pretrained(path, local_files_only=True)
+    if getattr(config, "is_encoder_decoder", False):
+        wanted = "an encoder or a decoder"
+        do = "call sparsam.torch.prune with inputs of your own"
+        raise ValueError(expected("model", f"an encoder-decoder ({config.model_type})", wanted, do))
+    names = list(getattr(config, "architectures", None) or ())
+    causal = bool(names) and names[0] in modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
+    kind: Any = getattr(transformers, names[0], transformers.AutoModel) if names else transformers.AutoModel
+    try:
+        with without_bars():
+            model = kind.from_pretrained(path, local_files_only=True).float().eval()
+        tokenizer: Any = transformers.AutoTokenizer.from_pretrained(path, local_files_only=True)
+    except OSError as error:
+        wanted = "a model and a tokenizer that transformers reads"
+        raise ValueError(expected("model", str(path), wanted, f"check its files ({error})")) from error
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    longest = min(
+        int(number)
+        for number in (getattr(config, "max_position_embeddings", None), tokenizer.model_max_length, 1 << 20)
+        if number
+    )
+    return ModelDirectory(path, model, tokenizer, causal, longest)
+
+
+@contextmanager
+def without_bars() -> Iterator[None]:
+    """Switches off the progress bars of transformers while this is open."""
+    from transformers.utils import logging  # noqa: PLC0415
+
+    bars: Any = logging  # not typed
+    shown = bars.is_progress_bar_enabled()
+    bars.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            bars.enable_progress_bar()
+
+
+def copy_companions(source: Path, target: Path) -> None:
+    """Copies what a directory holds beside its weights: tokenizer, generation and pooling files, folders.
+
+    What is in `target` already stays.
+    """
+    for item in sorted(source.iterdir()):
+        if (target / item.name).exists() or _holds_weights(item):
+            continue
+        if item.is_dir():
+            shutil.copytree(item, target / item.name, symlinks=False)
+        else:
+            shutil.copyfile(item, target / item.name)
+
+
+def _holds_weights(item: Path) -> bool:
+    return item.suffix[1:] in _ENDINGS or item.name.endswith((".safetensors.index.json", ".bin.index.json"))
+
+
+def weight_bytes(path: Path) -> int:
+    """The bytes of a directory's safetensors files, each of an index once; of others if there are none."""
+    index = path / "model.safetensors.index.json"
+    if index.is_file():
+        files = {path / name for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()}
+        return sum(file.stat().st_size for file in files)
+    files = set(path.glob("*.safetensors")) or set(path.glob("*.bin"))
+    return sum(file.stat().st_size for file in files)

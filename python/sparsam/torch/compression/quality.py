@@ -1,0 +1,116 @@
+"""How near a model is to its dense original, on texts without labels that it was not calibrated with."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from torch.nn import functional
+
+import torch
+from sparsam.torch.pruning.calibration import Batch
+from torch import Tensor, nn
+
+__all__ = ["Quality", "mean_state", "measure_quality"]
+
+_PAIRS = 20_000
+
+
+@dataclass(frozen=True)
+class Quality:
+    """A measure, and what a model reached.
+
+    Attributes:
+        measure: "similarity": Spearman's rank correlation between the cosine similarities of pairs of texts
+            (all, or 20,000) by this model and by the dense one; embeddings are the mean over the tokens of
+            the last hidden state. "agreement": the share of predictions (the arg max of the logits)
+            that are the dense model's. "perplexity": of the text itself.
+        value: 1 is as good as dense, but for the perplexity, of which less is better.
+    """
+
+    measure: str
+    value: float
+
+    def __str__(self) -> str:
+        return f"{self.value:.2f}" if self.measure == "perplexity" else f"{self.value:.4f}"
+
+
+def measure_quality(
+    dense: nn.Module, model: nn.Module, batches: Sequence[dict[str, Tensor]], *, causal: bool
+) -> Quality:
+    """Measures a model; with `dense` itself as the model, what the others are compared with.
+
+    Args:
+        dense: The original.
+        model: The one to measure, of the same outputs.
+        batches: Held-out text.
+        causal: Whether they are language models.
+    """
+    with torch.inference_mode():
+        if causal:
+            return Quality("perplexity", _perplexity(model, batches))
+        first: Any = model(**batches[0])
+        if hasattr(first, "logits"):
+            return Quality("agreement", _agreement(dense, model, batches))
+        return Quality("similarity", _similarity(_embeddings(dense, batches), _embeddings(model, batches)))
+
+
+def _perplexity(model: nn.Module, batches: Sequence[dict[str, Tensor]]) -> float:
+    total, count = 0.0, 0
+    for batch in batches:
+        logits = model(**batch).logits[:, :-1].flatten(0, 1)
+        wanted = batch["input_ids"][:, 1:].flatten()
+        total += float(functional.cross_entropy(logits.double(), wanted, reduction="sum"))
+        count += len(wanted)
+    return math.exp(min(total / count, 700.0))
+
+
+def _agreement(dense: nn.Module, model: nn.Module, batches: Sequence[dict[str, Tensor]]) -> float:
+    same, count = 0, 0
+    for batch in batches:
+        ours, theirs = (one(**batch).logits.argmax(-1) for one in (model, dense))
+        seen = batch["attention_mask"].bool() if ours.ndim == 2 else torch.ones_like(ours, dtype=torch.bool)
+        same += int((ours == theirs)[seen].sum())
+        count += int(seen.sum())
+    return same / count
+
+
+def _embeddings(model: nn.Module, batches: Sequence[dict[str, Tensor]]) -> NDArray[np.float64]:
+    found = []
+    for batch in batches:
+        found.append(functional.normalize(_mean(model(**batch), batch["attention_mask"]).double(), dim=1))
+    result: NDArray[np.float64] = torch.cat(found).numpy()
+    return result
+
+
+def mean_state(output: Any, batch: Batch) -> Tensor:
+    """The embeddings of sentences, as `distill` asks for them: the mean over the tokens of the last state."""
+    return _mean(output, batch.kwargs["attention_mask"])
+
+
+def _mean(output: Any, attention_mask: Tensor) -> Tensor:
+    mask = attention_mask[..., None].to(output.last_hidden_state.dtype)
+    result: Tensor = (output.last_hidden_state * mask).sum(1) / mask.sum(1)
+    return result
+
+
+def _similarity(dense: NDArray[np.float64], other: NDArray[np.float64]) -> float:
+    """Spearman's correlation; pairs of texts at equal distances in the list of all pairs."""
+    i, j = np.triu_indices(len(dense), k=1)
+    chosen = np.unique(np.linspace(0, len(i) - 1, min(_PAIRS, len(i))).astype(np.int64))
+    ranks = [_ranks(np.einsum("nd,nd->n", e[i[chosen]], e[j[chosen]])) for e in (dense, other)]
+    if any(np.ptp(rank) == 0 for rank in ranks):
+        return 0.0
+    return float(np.corrcoef(ranks[0], ranks[1])[0, 1])
+
+
+def _ranks(values: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Ranks from 0; equal values share the mean of theirs."""
+    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
+    ends = np.cumsum(counts)
+    result: NDArray[np.float64] = ((ends - counts + ends - 1) / 2)[inverse]
+    return result

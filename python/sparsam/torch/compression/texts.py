@@ -1,0 +1,116 @@
+"""Plain text as batches: for calibration, and held out from it for measuring quality."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from sparsam.inputs.checks import expected
+from torch import Tensor
+
+__all__ = ["TextBatches", "batches_of", "read_texts"]
+
+Batch = dict[str, Tensor]
+
+HELD_OUT = 10  # one text in so many is held out
+_HELD_OUT_MOST = 256
+_SENTENCES = 16  # in a batch
+_TOKENS = 256  # of a sentence at most
+_WINDOW = 512  # tokens of a window of running text
+
+
+@dataclass(frozen=True)
+class TextBatches:
+    """Texts as keyword inputs of a model.
+
+    Attributes:
+        calibration: What the model is pruned and distilled with.
+        held_out: Other texts, for measuring quality.
+        unit: What a row of a batch is: "sentences" or "windows".
+    """
+
+    calibration: list[Batch]
+    held_out: list[Batch]
+    unit: str
+
+    def rows(self, batches: Sequence[Batch]) -> int:
+        """How many sentences or windows."""
+        return sum(len(batch["input_ids"]) for batch in batches)
+
+
+def read_texts(file: Path) -> list[str]:
+    """Returns the lines of a UTF-8 file that are not blank, each once, in their order.
+
+    Raises:
+        ValueError: It is no text, or has fewer than 20 different lines.
+        OSError: It cannot be read.
+    """
+    if not file.is_file():
+        raise ValueError(
+            expected("calibration", str(file), "a file with a text on each line", "check the path")
+        )
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(expected("calibration", str(file), "UTF-8 text", f"convert it ({error})")) from error
+    texts = list(dict.fromkeys(line.strip() for line in lines if line.strip()))
+    if len(texts) < 2 * HELD_OUT:
+        wanted = f"at least {2 * HELD_OUT} different lines of text"
+        raise ValueError(expected("calibration", f"{len(texts)} in {file}", wanted, "give more text"))
+    return texts
+
+
+def batches_of(texts: Sequence[str], tokenizer: Any, *, running: bool, longest: int) -> TextBatches:
+    """Tokenizes texts; every tenth is held out.
+
+    Args:
+        texts: At least 20.
+        tokenizer: Of the model.
+        running: Whether texts are joined and cut into windows of equal length, as language models read them;
+            else each is one row, and batches are made of texts of about the same length.
+        longest: The most tokens that the model takes at once.
+
+    Raises:
+        ValueError: There is not enough text for a window.
+    """
+    apart = list(texts[HELD_OUT - 1 :: HELD_OUT])[:_HELD_OUT_MOST]
+    taken = set(apart)
+    kept = [text for text in texts if text not in taken]
+    if running:
+        length = min(_WINDOW, longest)
+        return TextBatches(_windows(kept, tokenizer, length), _windows(apart, tokenizer, length), "windows")
+    length = min(_TOKENS, longest)
+    return TextBatches(_sentences(kept, tokenizer, length), _sentences(apart, tokenizer, length), "sentences")
+
+
+def _sentences(texts: Sequence[str], tokenizer: Any, length: int) -> list[Batch]:
+    """Batches of about the same length each, in an order that mixes short and long ones."""
+    ordered = sorted(range(len(texts)), key=lambda i: (len(texts[i]), i))
+    groups = [ordered[start : start + _SENTENCES] for start in range(0, len(ordered), _SENTENCES)]
+    groups.sort(key=min)
+    return [
+        dict(
+            tokenizer(
+                [texts[i] for i in sorted(group)],
+                padding=True,
+                truncation=True,
+                max_length=length,
+                return_tensors="pt",
+            )
+        )
+        for group in groups
+    ]
+
+
+def _windows(texts: Sequence[str], tokenizer: Any, length: int) -> list[Batch]:
+    """Windows of running text, without padding."""
+    ids = tokenizer("\n".join(texts), return_tensors="pt", verbose=False)["input_ids"][0]
+    count = len(ids) // length
+    if not count:
+        wanted = f"at least {length} tokens to calibrate with and {length} to measure with"
+        raise ValueError(expected("calibration", f"a part of {len(ids)}", wanted, "give more text"))
+    windows = ids[: count * length].reshape(count, length)
+    return [{"input_ids": row[None], "attention_mask": torch.ones_like(row[None])} for row in windows]

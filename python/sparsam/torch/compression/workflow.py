@@ -1,0 +1,185 @@
+"""compress: read, prune, distill, accelerate, save, measure."""
+
+from __future__ import annotations
+
+import copy
+import math
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from sparsam.config import PruningConfig
+from sparsam.inputs.checks import expected
+from sparsam.torch.acceleration.workflow import accelerate
+from sparsam.torch.compression.compression_report import CompressionReport, Stage
+from sparsam.torch.compression.model_directory import (
+    ModelDirectory,
+    copy_companions,
+    read_directory,
+    weight_bytes,
+    without_bars,
+)
+from sparsam.torch.compression.quality import mean_state, measure_quality
+from sparsam.torch.compression.texts import TextBatches, batches_of, read_texts
+from sparsam.torch.compression.timing import example, time_in_turn
+from sparsam.torch.pruning.distillation import distill
+from sparsam.torch.pruning.one_shot import prune
+from torch import nn
+
+__all__ = ["compress"]
+
+_SAMPLES = {"sentences": 1024, "windows": 64}  # of calibration, at most
+_CURVE = (0.5, 0.6, 0.7, 0.8, 0.9)
+_SHAPES = {False: ((1, 16), (8, 64), (32, 128)), True: ((1, 1), (1, 64), (8, 128))}  # by whether it is causal
+_SECONDS = 2.0  # of timing for each shape
+
+
+def compress(
+    model: str | Path,
+    calibration: str | Path | Sequence[str],
+    output: str | Path,
+    config: PruningConfig | None = None,
+    *,
+    distill_minutes: float = 0.0,
+    shapes: Sequence[tuple[int, int]] | None = None,
+    progress: Callable[[str, int, int], None] = lambda *_: None,
+) -> CompressionReport:
+    """Makes a Hugging Face model smaller and faster, measures what that cost, and saves it.
+
+    The model is pruned in sequence towards the outputs of the dense one (`prune` with calibration), distilled
+    from it if asked to, and its pruned layers run packed where that is faster (`accelerate`). One text in
+    ten, 256 at most, is held out: the quality of each stage is measured on these alone.
+
+    Args:
+        model: A directory that transformers reads: an encoder or a decoder, with its tokenizer.
+        calibration: A UTF-8 file with a text on each line, or the texts; no labels.
+        output: The directory to write; it must not exist. Everything that `model` holds beside its weights is
+            there too, and `from_pretrained` reads it once sparsam.torch is imported.
+        config: What to prune; `PruningConfig(target_sparsity=0.8, method="admm")` if left out.
+        distill_minutes: How long to train on the texts afterwards; 0: not at all.
+        shapes: (texts, tokens) of the inputs that the model is accelerated for and timed with.
+        progress: Called with what is being done, and how many of how many parts are finished.
+
+    Returns:
+        Quality, bytes and time of each stage.
+
+    Raises:
+        ValueError: No model that it can do, too little text, `output` exists; what `prune` raises.
+        ImportError: transformers is not installed.
+    """
+    start = time.perf_counter()
+    target = Path(output)
+    if target.exists() or target.is_symlink():
+        raise ValueError(expected("output", str(target), "a directory that does not exist yet", "remove it"))
+    if not (math.isfinite(distill_minutes) and distill_minutes >= 0):
+        raise ValueError(expected("distill_minutes", distill_minutes, "a number from 0", "leave it out"))
+    given = PruningConfig(target_sparsity=0.8, method="admm") if config is None else config
+    texts = read_texts(Path(calibration)) if isinstance(calibration, (str, Path)) else list(calibration)
+    parts = 6 if distill_minutes else 5
+    progress("reading", 0, parts)
+    source = read_directory(Path(model))
+    batches = batches_of(texts, source.tokenizer, running=source.causal, longest=source.longest)
+    work = _Work(source, batches)
+    work.reach("dense", weight_bytes(source.path))
+
+    progress("pruning", 1, parts)
+    pruned = prune(work.model, given, batches.calibration, calibration_samples=_SAMPLES[batches.unit])
+    work.sparsity = _sparsity(pruned)
+    work.reach("pruned")
+    if distill_minutes:
+        progress("distilling", 2, parts)
+        pooled = mean_state if work.stages[0].quality.measure == "similarity" else None
+        distill(work.model, work.dense, batches.calibration, seconds=60 * distill_minutes, output=pooled)
+        work.reach("distilled")
+
+    progress("comparing", parts - 3, parts)
+    curve = work.curve(given)
+    progress("accelerating", parts - 2, parts)
+    usual = ((rows, min(tokens, source.longest)) for rows, tokens in _SHAPES[source.causal])
+    chosen = tuple(shapes or usual)
+    vocabulary = int(source.model.config.vocab_size)  # type: ignore[union-attr, arg-type]
+    examples = [example(shape, vocabulary) for shape in chosen]
+    accelerated = accelerate(work.model, examples, verbose=False)
+    _save(work.model, source, target)
+    work.reach("accelerated", weight_bytes(target))
+    progress("measuring", parts - 1, parts)
+    timings = time_in_turn(work.dense, work.model, chosen, vocabulary, _SECONDS)
+    progress("measuring", parts, parts)
+    return CompressionReport(
+        str(source.path),
+        f"calibrated on {batches.rows(batches.calibration):,} {batches.unit}, "
+        f"quality on {batches.rows(batches.held_out):,} others",
+        tuple(work.stages),
+        curve,
+        tuple((stage.sparsity, stage.quality.value) for stage in work.stages if stage.name == "pruned"),
+        timings,
+        pruned,
+        accelerated,
+        time.perf_counter() - start,
+    )
+
+
+class _Work:
+    """The model on its way, its dense original, and what was measured so far."""
+
+    def __init__(self, source: ModelDirectory, batches: TextBatches) -> None:
+        self.dense: nn.Module = copy.deepcopy(source.model)
+        self.model = source.model
+        self.batches = batches
+        self.causal = source.causal
+        self.sparsity = 0.0
+        self.stages: list[Stage] = []
+        self._since = time.perf_counter()
+
+    def reach(self, name: str, nbytes: int | None = None) -> None:
+        """Measures the quality of a stage."""
+        seconds = time.perf_counter() - self._since
+        self.stages.append(Stage(name, self.sparsity, self._quality(self.model), nbytes, seconds))
+        self._since = time.perf_counter()
+
+    def curve(self, config: PruningConfig) -> tuple[tuple[float, float], ...]:
+        """What pruning by magnitude gives at some sparsities, on copies of the dense model."""
+        points = [(0.0, self.stages[0].quality.value)]
+        plain = PruningConfig(exclude=config.exclude)
+        for sparsity in _CURVE:
+            other = copy.deepcopy(self.dense)
+            prune(other, plain.with_changes(target_sparsity=sparsity))
+            points.append((sparsity, self._quality(other).value))
+        self._since = time.perf_counter()
+        return tuple(points)
+
+    def _quality(self, model: nn.Module) -> Any:
+        return measure_quality(self.dense, model, self.batches.held_out, causal=self.causal)
+
+
+def _sparsity(report: Any) -> float:
+    """The fraction of zeros of the weights that were pruned."""
+    rows = [row for row in report.layers if row.pattern != "dense"]
+    pruned, total = (sum(getattr(row, name) for row in rows) for name in ("pruned_params", "total_params"))
+    return float(pruned / total)
+
+
+def _save(model: nn.Module, source: ModelDirectory, target: Path) -> None:
+    """Writes the directory beside its place, and renames it when it is whole."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    beside = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    try:
+        saved: Any = model
+        with without_bars():
+            saved.save_pretrained(beside)
+        copy_companions(source.path, beside)
+        beside.chmod(0o777 & ~_umask())
+        os.rename(beside, target)  # noqa: PTH104 - fails if the target came into being meanwhile
+    except BaseException:
+        shutil.rmtree(beside, ignore_errors=True)
+        raise
+
+
+def _umask() -> int:
+    current = os.umask(0)
+    os.umask(current)
+    return current

@@ -16,6 +16,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 import torch
 from sparsam.cli import main
 from sparsam.config import PruningConfig
+from sparsam.torch.compression import workflow
 from sparsam.torch.compression.quality import measure_quality
 from sparsam.torch.compression.texts import batches_of, read_texts
 from sparsam.torch.compression.workflow import compress
@@ -212,3 +213,17 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert "encoder.layer.1.output.dense.weight" in html
     assert "http" not in html.replace("http://www.w3.org", "")
     assert "output: expected a directory that does not exist yet" in fail(capsys, *arguments)
+
+
+def test_a_distillation_that_harms_is_undone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def harm(student: Any, *_: Any, **__: Any) -> None:
+        with torch.no_grad():
+            student.encoder.layer[1].output.dense.weight.mul_(-3)
+
+    monkeypatch.setattr(workflow, "distill", harm)
+    source = directory(tmp_path / "dense", encoder())
+    config = PruningConfig(target_sparsity=0.5, method="obs")
+    report = compress(source, texts(), tmp_path / "out", config, distill_minutes=1, shapes=((1, 4),))
+    _, pruned, distilled, accelerated = (stage.quality.value for stage in report.stages)
+    assert distilled < pruned
+    assert accelerated == pytest.approx(pruned, rel=1e-3)

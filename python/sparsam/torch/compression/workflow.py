@@ -8,10 +8,11 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from sparsam.config import PruningConfig
 from sparsam.inputs.checks import expected
 from sparsam.torch.acceleration.workflow import accelerate
@@ -28,7 +29,7 @@ from sparsam.torch.compression.texts import TextBatches, batches_of, read_texts
 from sparsam.torch.compression.timing import example, time_in_turn
 from sparsam.torch.pruning.distillation import distill
 from sparsam.torch.pruning.one_shot import prune
-from torch import nn
+from torch import Tensor, nn
 
 __all__ = ["compress"]
 
@@ -60,7 +61,8 @@ def compress(
         output: The directory to write; it must not exist. Everything that `model` holds beside its weights is
             there too, and `from_pretrained` reads it once sparsam.torch is imported.
         config: What to prune; `PruningConfig(target_sparsity=0.8, method="admm")` if left out.
-        distill_minutes: How long to train on the texts afterwards; 0: not at all.
+        distill_minutes: How long to train on the texts afterwards; 0: not at all. Where the held-out quality
+            is not better for it, the weights of before are kept.
         shapes: (texts, tokens) of the inputs that the model is accelerated for and timed with.
         progress: Called with what is being done, and how many of how many parts are finished.
 
@@ -92,9 +94,11 @@ def compress(
     work.reach("pruned")
     if distill_minutes:
         progress("distilling", 2, parts)
+        before = {name: tensor.detach().clone() for name, tensor in work.model.named_parameters()}
         pooled = mean_state if work.stages[0].quality.measure == "similarity" else None
         distill(work.model, work.dense, batches.calibration, seconds=60 * distill_minutes, output=pooled)
         work.reach("distilled")
+        work.keep_the_better(before)
 
     progress("comparing", parts - 3, parts)
     curve = work.curve(given)
@@ -140,6 +144,14 @@ class _Work:
         seconds = time.perf_counter() - self._since
         self.stages.append(Stage(name, self.sparsity, self._quality(self.model), nbytes, seconds))
         self._since = time.perf_counter()
+
+    def keep_the_better(self, before: Mapping[str, Tensor]) -> None:
+        """Undoes the last stage if its quality is less than that of the one before it."""
+        earlier, last = (stage.quality for stage in self.stages[-2:])
+        if last.value > earlier.value if last.measure == "perplexity" else last.value < earlier.value:
+            with torch.no_grad():
+                for name, tensor in self.model.named_parameters():
+                    tensor.copy_(before[name])
 
     def curve(self, config: PruningConfig) -> tuple[tuple[float, float], ...]:
         """What pruning by magnitude gives at some sparsities, on copies of the dense model."""

@@ -58,7 +58,7 @@ __all__ = [
 BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 BITMASK_BATCHES = 5  # of BATCHES: it expands the weights anew for every few rows of x; time grows with them
 DTYPES = ("float32", "bfloat16", "float16")
-KERNEL_REVISION = 2
+KERNEL_REVISION = 3
 """Count this up when kernels change so much that calibrations measured before mislead."""
 
 # Kind of product -> how many of BATCHES have coefficients. "blocks": panels of aligned groups of four rows

@@ -291,6 +291,44 @@ def test_short_calibration_is_fitted_to_own_outputs() -> None:
     assert len(report.warnings) == str(report).count("warning: ") == 1
 
 
+class Experts(nn.Module):
+    """A router sends each row to one of several experts, other rows when it is pruned."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.router = nn.Linear(8, 4)
+        self.experts = nn.ModuleList(nn.Linear(8, 8) for _ in range(4))
+        self.end = nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        chosen = self.router(x).argmax(-1)
+        y = x.clone()
+        for i, expert in enumerate(self.experts):
+            rows = (chosen == i).nonzero()[:, 0]
+            if len(rows):
+                y = y.index_add(0, rows, expert(x[rows]))
+        result: Tensor = self.end(y)
+        return result
+
+
+@pytest.mark.parametrize("method", ["admm", "obs"])
+def test_experts_that_a_router_chooses(method: Any) -> None:
+    torch.manual_seed(0)
+    model = Experts()
+    report = prune(model, None, [normal(i, 64, 8) for i in range(8)], target_sparsity=0.5, method=method)
+    assert {name: int((p == 0).sum()) for name, p in model.named_parameters() if p.ndim == 2} == {
+        "router.weight": 16,
+        **{f"experts.{i}.weight": 32 for i in range(4)},
+        "end.weight": 12,
+    }
+    notes = {layer.name: layer.note for layer in report.layers}
+    assert notes["router.weight"] == notes["end.weight"] == "dense targets"
+    assert {notes[f"experts.{i}.weight"] for i in range(4)} == {"own targets"}
+    errors = [layer.error for layer in report.layers if layer.error is not None]
+    assert len(errors) == 6
+    assert all(0 < error < 0.5 for error in errors)
+
+
 def test_texts_that_are_alike_are_fitted_to_own_outputs() -> None:
     model, _ = model_and_batches("bert")
     few = [{"input_ids": torch.arange(12).repeat(8, 1) % 4 + i % 2} for i in range(8)]

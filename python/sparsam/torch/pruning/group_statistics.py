@@ -13,7 +13,7 @@ from sparsam.torch.pruning.layer_inputs import Inputs, input_rows, output_rows
 from sparsam.torch.pruning.prunable import PrunableWeight
 from torch import Tensor
 
-__all__ = ["GroupStatistics", "Seen", "split"]
+__all__ = ["GroupStatistics", "OtherRows", "Seen", "split"]
 
 _HELD_OUT = 10  # one batch in so many is set aside
 _FEW = 4  # batches: of fewer, the last rows of each are set aside instead
@@ -39,6 +39,10 @@ class Seen:
     stream: Tensor | None = None
 
 
+class OtherRows(Exception):
+    """The dense network sent other rows to a weight than the pruned one, as routers of experts do."""
+
+
 class GroupStatistics:
     """The moments of a group, of the batches that fits are made from and of those held out.
 
@@ -58,10 +62,13 @@ class GroupStatistics:
 
         Raises:
             ValueError: It is not finite; the message names the first weight.
+            OtherRows: The outputs are not of these inputs.
         """
         first = self._weights[0]
         parts = input_rows(first, seen.inputs)
         outputs = [output_rows(weight, seen.outputs[weight.name]) for weight in self._weights if seen.outputs]
+        if any(len(output) != max(map(len, parts)) for output in outputs):
+            raise OtherRows
         if not self.parts:
             self._begin(parts, outputs)
         for i, rows in enumerate(parts):

@@ -8,7 +8,7 @@ import torch
 from sparsam.torch.pruning.calibration import Batch
 from sparsam.torch.pruning.call_plan import Group, plan_calls
 from sparsam.torch.pruning.forward_passes import Pass, Residual, Slots, Tracked, advance, current_pass, end
-from sparsam.torch.pruning.group_statistics import GroupStatistics, Seen
+from sparsam.torch.pruning.group_statistics import GroupStatistics, OtherRows, Seen
 from sparsam.torch.pruning.layer_inputs import Inputs, watch
 from sparsam.torch.pruning.twins import Rows, Twin
 from torch import Tensor, nn
@@ -83,30 +83,48 @@ class LayerSequence:
     def gather(self, group: Group) -> GroupStatistics:
         """Lets all batches go on to a group, and returns what they show of it.
 
+        Without targets where the dense network sends other rows to the group, or none: to experts, its
+        routers choose other rows than those of the pruned network.
+
         Raises:
             ValueError: No batch reaches it, what reaches it is not finite, or the model raised.
         """
-        weights = [self._pruned.weights[name] for name in group.names]
-        found = GroupStatistics(weights, len(self._batches))
-        names = set(group.names)
         targets = self._targets(group)
         advance([one for one in self._passes if one.waits_at is None or one.waits_at in self._fitted])
         if group.repeated:
+            found = self._statistics(group)
             self._gather_all_calls(group, found)
         else:
-            for i, one in enumerate(self._passes):
-                if one.waits_at not in names:
-                    continue
-                wanted, stream = _wanted(group, targets[i], one.residual) if targets else ({}, None)
-                if targets and len(wanted) < len(names):
-                    continue
-                found.add(Seen(one.batch, i, one.inputs, wanted, stream))
+            try:
+                found = self._gather_waiting(group, targets)
+            except OtherRows:
+                found = self._gather_waiting(group, [])
+            else:
+                if targets and not found.parts:
+                    found = self._gather_waiting(group, [])
         if not found.parts or not found.parts[0][0].count:
             msg = (
                 f"calibration: expected inputs that reach weight {group.names[0]!r}; got none, or padding "
                 "only; exclude it, or give more batches"
             )
             raise ValueError(msg)
+        return found
+
+    def _statistics(self, group: Group) -> GroupStatistics:
+        return GroupStatistics([self._pruned.weights[name] for name in group.names], len(self._batches))
+
+    def _gather_waiting(
+        self, group: Group, targets: Sequence[Mapping[str, Tensor | None]]
+    ) -> GroupStatistics:
+        """What the passes show that wait at a group, with the targets of each batch, if any."""
+        found, names = self._statistics(group), set(group.names)
+        for i, one in enumerate(self._passes):
+            if one.waits_at not in names:
+                continue
+            wanted, stream = _wanted(group, targets[i], one.residual) if targets else ({}, None)
+            if targets and len(wanted) < len(names):
+                continue
+            found.add(Seen(one.batch, i, one.inputs, wanted, stream))
         return found
 
     def settle(self, group: Group) -> None:

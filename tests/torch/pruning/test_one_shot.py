@@ -187,6 +187,44 @@ def test_gradient_methods(method: str) -> None:
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
+class Stateful(nn.Module):
+    """Counts its runs in a buffer, has a layer that no batch reaches, and needs autograd in its forward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.unused, self.end = nn.Linear(6, 8), nn.Linear(6, 8), nn.Linear(8, 1)
+        self.runs: Tensor
+        self.register_buffer("runs", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.runs += 1
+        with torch.enable_grad():
+            x = x.detach().requires_grad_()
+            energy = self.end(self.layer(x).tanh()).sum()
+        return torch.autograd.grad(energy, x, create_graph=True)[0]
+
+
+@pytest.mark.parametrize("options", [{}, {"method": "wanda"}, {"method": "ria", "scope": "global"}])
+def test_runs_leave_the_state_of_the_model_alone(options: Any) -> None:
+    torch.manual_seed(0)
+    model = Stateful()
+    quiet_prune(model, [normal(i, 16, 6) for i in range(4)], exclude=["unused"], **options)
+    assert int(model.runs) == 0
+    assert int((model.layer.weight == 0).sum() + (model.end.weight == 0).sum()) == 28
+
+
+@pytest.mark.parametrize("method", ["saliency", "fisher", "movement"])
+def test_a_loss_has_to_depend_on_each_weight(method: Any) -> None:
+    model = Stateful()
+    before = copy.deepcopy(model.state_dict())
+    options: Any = {"loss_fn": lambda model, batch: model(batch).square().mean(), "method": method}
+    with pytest.raises(
+        ValueError, match=r"loss_fn: expected .*; got no gradient of 'unused.weight' from any"
+    ):
+        prune(model, None, [normal(0, 16, 6)], **options)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
 def test_the_same_result_again_and_with_other_thread_counts() -> None:
     results = []
     before = torch.get_num_threads()

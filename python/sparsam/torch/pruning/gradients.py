@@ -38,12 +38,14 @@ def gradient_scorer(
     minus the sum of weight times gradient.
 
     Raises:
-        ValueError: The loss is no number with a gradient, or a gradient is not finite.
+        ValueError: The loss is no number with a gradient, does not depend on a weight, or a gradient is not
+            finite.
     """
     twin = Twin(model, weights)
     sums = {name: np.zeros(tuple(weight.parameter.shape)) for name, weight in twin.weights.items()}
     for weight in twin.weights.values():
         weight.parameter.requires_grad_(True)
+    reached: set[str] = set()
     for index, batch in enumerate(batches):
         with torch.enable_grad():
             loss = loss_fn(twin.model, batch.given)
@@ -58,6 +60,7 @@ def gradient_scorer(
             gradient = weight.parameter.grad
             if gradient is None:
                 continue
+            reached.add(name)
             values = gradient.double().numpy()
             if not np.isfinite(values).all():
                 msg = (
@@ -71,4 +74,11 @@ def gradient_scorer(
                 values = -values * weight.parameter.detach().double().numpy()
             sums[name] += values if method == "movement" else values / len(batches)
             weight.parameter.grad = None
+    for name in twin.weights:
+        if name not in reached:
+            msg = (
+                "loss_fn: expected a loss that depends on every weight that is pruned; got no gradient of "
+                f"{name!r} from any batch; exclude it, or use it in the loss"
+            )
+            raise ValueError(msg)
     return GRADIENT_METHODS[method](sums)

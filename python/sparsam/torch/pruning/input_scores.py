@@ -88,7 +88,9 @@ class _Reader(Pass):
             if self._twin.weights[name].kind != "convolution":
                 mask = self.batch.row_mask(given[i].shape[:-1])
             try:
-                statistics.update(part.float().numpy(), weights=None if mask is None else mask.numpy())
+                statistics.update(
+                    part.detach().float().numpy(), weights=None if mask is None else mask.numpy()
+                )
             except ValueError as error:
                 wanted = f"finite activations in batch {self._place} of the calibration"
                 msg = f"weight {name!r}: expected {wanted}; got {error}; leave it out"

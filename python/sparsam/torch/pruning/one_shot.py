@@ -77,8 +77,8 @@ def prune(
             tokenizers give, or a DataLoader. Rows where an `attention_mask` is 0 do not count. One batch in
             ten is held out, for the damping of fits and the errors of the report.
         targets: "dense", or "own": layers are fitted to what their own dense weights would give, as in
-            SparseGPT, which is safer with little calibration. Weights of recurrent layers, and those that one
-            run calls several times, always are.
+            SparseGPT, which is safer with little calibration. Weights of recurrent layers, those that one
+            run calls several times, and experts to which the pruned network sends other rows always are.
         loss_fn: For the methods "saliency", "fisher" and "movement": called with the model and each batch of
             the calibration, labels included, it returns the loss.
         calibration_samples: How many rows of the calibration to use at most, about; spread evenly over what
@@ -143,6 +143,9 @@ def prune(
     for text in said:
         warnings.warn(text, UserWarning, stacklevel=2)
     return _report(model, plan, dense, known, batches, said, time.perf_counter() - begun)
+
+
+_NORM_BUFFERS = ("running_mean", "running_var", "num_batches_tracked")  # what pruning may change
 
 
 @dataclass(frozen=True)
@@ -273,7 +276,9 @@ def _at_once(
 
 def _install(model: nn.Module, pruned: Twin) -> None:
     """Writes what the twin has other than the model into the model: all of it, or nothing."""
-    ours = dict([*model.named_parameters(), *model.named_buffers()])
+    ours: dict[str, Tensor] = dict(model.named_parameters())
+    # other buffers are the model's own state, which its runs here are not to change
+    ours.update((name, buffer) for name, buffer in model.named_buffers() if name.endswith(_NORM_BUFFERS))
     theirs = dict([*pruned.model.named_parameters(), *pruned.model.named_buffers()])
     old: list[tuple[Tensor, Tensor]] = []
     with torch.no_grad():

@@ -235,6 +235,7 @@ def endless() -> Iterator[Tensor]:
         ({"checkpoint_every": 0}, "checkpoint_every: expected an integer of at least 1"),
         ({"layers": "some"}, "layers: expected 'all', 'last' or 'outputs'"),
         ({"output": lambda *_: None}, "teacher: expected an output with a floating-point tensor"),
+        ({"output": lambda out, _: out.mean()}, "teacher: expected an output with .*; got a single number"),
         ({"learning_rate": 1e30}, "loss: expected a finite number; got (nan|inf) at step"),
     ],
 )
@@ -258,6 +259,10 @@ def test_bad_pairs(tmp_path: Path) -> None:
     other = nn.Sequential(nn.Linear(20, 32), nn.ReLU(), nn.Linear(32, 9))
     with pytest.raises(ValueError, match=r"output of the student: expected shape \(16, 9\); got \(16, 8\)"):
         distill(student, other, inputs(), steps=1, layers="outputs")
+    of_teacher = torch.optim.SGD(teacher.parameters(), lr=0.1)
+    with pytest.raises(ValueError, match=r"student: expected outputs with gradients of what the optimizer"):
+        distill(student, teacher, inputs(), steps=1, optimizer=of_teacher)
+    assert all(parameter.requires_grad for parameter in student.parameters())
     with pytest.raises(ValueError, match=r"expected the student's blocks; got none named '0'"):
         distill(student, nn.Linear(20, 8), inputs(), steps=1)
     student.requires_grad_(False)

@@ -126,6 +126,12 @@ def distill(
                     got = f"{value} at step {run.step}"
                     msg = f"loss: expected a finite number; got {got}; lower the learning rate, look for NaN"
                     raise ValueError(msg)
+                if not loss.requires_grad:
+                    msg = (
+                        "student: expected outputs with gradients of what the optimizer trains; got none; "
+                        "give it the student's Parameters, and run forward without torch.no_grad"
+                    )
+                    raise ValueError(msg)
                 optimizer.zero_grad()
                 loss.backward()  # type: ignore[no-untyped-call]
                 optimizer.step()
@@ -290,8 +296,12 @@ def _output(
 ) -> Tensor:
     result = model(*batch.args, **batch.kwargs)
     tensor = first_tensor(result) if output is None else output(result, batch)
-    if not isinstance(tensor, Tensor):
-        got = type(result if output is None else tensor).__name__
+    if not isinstance(tensor, Tensor) or not tensor.ndim:
+        got = (
+            "a single number"
+            if isinstance(tensor, Tensor)
+            else type(result if output is None else tensor).__name__
+        )
         msg = f"{what}: expected an output with a floating-point tensor; got {got}; pass output="
         raise ValueError(msg)
     return tensor

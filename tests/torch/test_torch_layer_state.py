@@ -117,6 +117,12 @@ def test_gradients_are_refused() -> None:
         assert y.requires_grad
         with pytest.raises(RuntimeError, match=r"restore\(model\) before training"):
             y.sum().backward()
+        bias = layer.bias
+        for source in (x, bias):
+            with pytest.raises(RuntimeError, match=r"restore\(model\) before training"):
+                torch.autograd.grad(layer(x).sum(), source, allow_unused=True)
+        with pytest.raises(RuntimeError, match=r"restore\(model\) before training"):
+            torch.autograd.grad(layer(x.detach()).sum(), bias, allow_unused=True)
         with torch.no_grad():
             assert not layer(x).requires_grad
         with torch.inference_mode():

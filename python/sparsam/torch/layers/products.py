@@ -177,7 +177,7 @@ def _linear(x: Tensor, weight: Any, bias: Tensor | None, activation: str, *, tur
             return operators.linear(x, content.read or content.weight, bias, activation, first, outs)
         with torch.no_grad():
             y = operators.linear(x, content.weight, bias, activation, first, outs)
-        return _FROZEN(NO_DERIVATIVE, 1)(y.requires_grad_())
+        return _frozen(y, x, bias)
     _refuse(x)
     return torch.ops.sparsam.linear(x, content.data, bias, outs, activation, first)
 
@@ -189,11 +189,19 @@ def _conv2d(x: Tensor, weight: Any, bias: Tensor | None, geometry: Any, activati
             return operators.conv2d(x, content.weight, bias, *geometry, activation)  # type: ignore[call-arg]
         with torch.no_grad():
             y = operators.conv2d(x, content.weight, bias, *geometry, activation)  # type: ignore[call-arg]
-        return _FROZEN(NO_DERIVATIVE, 1)(y.requires_grad_())
+        return _frozen(y, x, bias)
     _refuse(x)
     outs = content.layout.shape[0]
     found: Tensor = torch.ops.sparsam.conv2d(x, content.data, bias, outs, *geometry, activation)
     return found
+
+
+def _frozen(y: Tensor, *sources: Tensor | None) -> Tensor:
+    """Returns y, with a derivative that raises, by those of its sources that require gradients."""
+    inputs = [y.requires_grad_(), *(x for x in sources if x is not None and x.requires_grad)]
+    found = _FROZEN(NO_DERIVATIVE, len(inputs))(*inputs)
+    result: Tensor = found if isinstance(found, Tensor) else found[0]
+    return result
 
 
 def _needs_gradient(x: Tensor, content: Content, bias: Tensor | None) -> bool:

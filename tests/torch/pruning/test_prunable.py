@@ -20,6 +20,7 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
+import sparsam.torch
 import torch
 from sparsam.torch import pack
 from sparsam.torch.pruning.prunable import prunable_weights
@@ -241,3 +242,10 @@ def test_what_cannot_be_pruned_as_it_is(case: str) -> None:
     weights, dense = prunable_weights(model, exclude=("0",))
     assert [weight.name for weight in weights] == ["1.weight"]
     assert dense["0.weight"] == "excluded"
+
+
+@pytest.mark.parametrize("call", [prunable_weights, sparsam.torch.prune, sparsam.torch.find_smallest])
+def test_a_state_dict_is_no_model(call: Any) -> None:
+    options = {"eval_fn": len, "max_drop": 0.1} if call is sparsam.torch.find_smallest else {}
+    with pytest.raises(TypeError, match=r"model: expected a torch.nn.Module; got OrderedDict"):
+        call(nn.Linear(4, 4).state_dict(), **options)

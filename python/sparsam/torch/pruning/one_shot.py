@@ -99,6 +99,7 @@ def prune(
             sparse, on another device); calibration is missing, empty, not finite, does not reach a weight,
             or is not what the model takes; a sparsity or pattern does not fit a weight or the method.
             The model is then as it was, as it is after an interrupt.
+        TypeError: `model` is no module.
 
     Warns:
         UserWarning: The calibration is short for a layer, or its texts are alike: own targets are used there.

@@ -17,7 +17,7 @@ from sparsam.torch.layers.packed_weight import DTYPES
 from sparsam.torch.layers.packing import is_transposed
 from torch import Tensor, nn
 
-__all__ = ["Kind", "PrunableWeight", "prunable_weights"]
+__all__ = ["Kind", "PrunableWeight", "check_model", "prunable_weights"]
 
 Kind: TypeAlias = Literal["linear", "convolution", "attention", "recurrent"]
 
@@ -74,10 +74,12 @@ def prunable_weights(
     Raises:
         ValueError: A weight that could be pruned and is not excluded is packed, parametrized, sparse, on the
             meta device or not initialised; its dtype is none of float16, bfloat16, float32, float64.
+        TypeError: `model` is no module.
 
     Warns:
         UserWarning: A pattern of `exclude` matches no weight.
     """
+    check_model(model)
     heads = _heads(model)
     tables = {
         _memory(table.weight): name for name, table in model.named_modules() if isinstance(table, _TABLES)
@@ -112,6 +114,14 @@ def prunable_weights(
             message = f"exclude: expected names or patterns of weights; got {pattern!r}, which matches none"
             warnings.warn(message, UserWarning, stacklevel=3)
     return found, dense
+
+
+def check_model(model: object) -> None:
+    """Raises a TypeError for what is no module, such as a state dict."""
+    if not isinstance(model, nn.Module):
+        got = type(model).__name__
+        msg = f"model: expected a torch.nn.Module; got {got}; pass the model, or tensors to sparsam.prune"
+        raise TypeError(msg)
 
 
 def _matches(name: str, pattern: str) -> bool:

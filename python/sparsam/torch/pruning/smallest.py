@@ -19,6 +19,7 @@ from sparsam.patterns import NM
 from sparsam.pruner import configured
 from sparsam.torch.pruning.calibration import read_calibration
 from sparsam.torch.pruning.one_shot import prune
+from sparsam.torch.pruning.prunable import check_model
 from sparsam.torch.pruning.pruning_report import PruningReport
 from sparsam.torch.pruning.saved_progress import identify
 from torch import Tensor, nn
@@ -136,7 +137,9 @@ def find_smallest(
     Raises:
         ValueError: `eval_fn` returned no finite number; an N:M pattern, which has one sparsity, is the
             configuration's; `state_dir` is another search's; an argument is out of range; as for `prune`.
+        TypeError: `model` is no module.
     """
+    check_model(model)
     if isinstance(max_drop, bool) or not isinstance(max_drop, Real) or not 0 <= max_drop < math.inf:
         raise ValueError(
             expected("max_drop", max_drop, "a number of at least 0", "pass how much may be lost")

@@ -196,6 +196,34 @@ def test_what_is_no_model(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+def test_what_is_found_before_anything_is_pruned(tmp_path: Path) -> None:
+    source, out = directory(tmp_path / "dense", encoder()), tmp_path / "out"
+    kept = sorted(source.iterdir())
+    with pytest.raises(ValueError, match="output: expected a directory outside of the model's"):
+        compress(source, texts(), source / "small")
+    with pytest.raises(
+        ValueError, match="calibration: expected at least 20 different lines of text; got '12'"
+    ):
+        compress(source, [*texts()[:12], texts()[0], " "], out)
+    for shape in ((1, 33), (0, 8), (1, 0)):
+        with pytest.raises(ValueError, match=r"shapes: expected .* of at most 32 tokens"):
+            compress(source, texts(), out, shapes=(shape,))
+    answers = directory(tmp_path / "answers", transformers.BertForQuestionAnswering(encoder().config))
+    with pytest.raises(
+        ValueError, match="got a BertForQuestionAnswering that returns start_logits, end_logits"
+    ):
+        compress(answers, texts(), out)
+    clip: Any = transformers.CLIPConfig
+    small = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    text = small | {"vocab_size": 64, "max_position_embeddings": 32}
+    images = small | {"image_size": 8, "patch_size": 4}
+    pairs = transformers.CLIPModel(clip(text_config=text, vision_config=images, projection_dim=8))
+    with pytest.raises(ValueError, match="got a CLIPModel that raises"):
+        compress(directory(tmp_path / "pairs", pairs), texts(), out)
+    assert sorted(source.iterdir()) == kept
+    assert not out.exists()
+
+
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source = directory(tmp_path / "dense", encoder())
     capsys.readouterr()

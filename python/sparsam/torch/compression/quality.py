@@ -15,7 +15,7 @@ import torch
 from sparsam.torch.pruning.calibration import Batch
 from torch import Tensor, nn
 
-__all__ = ["Quality", "mean_state", "measure_quality"]
+__all__ = ["Quality", "check_outputs", "mean_state", "measure_quality"]
 
 _PAIRS = 20_000
 
@@ -57,6 +57,24 @@ def measure_quality(
         if hasattr(first, "logits"):
             return Quality("agreement", _agreement(dense, model, batches))
         return Quality("similarity", _similarity(_embeddings(dense, batches), _embeddings(model, batches)))
+
+
+def check_outputs(model: nn.Module, batch: dict[str, Tensor]) -> None:
+    """Raises the ValueError that says why a model cannot be measured; `batch`: of the held-out text."""
+    wanted = "one that takes plain text and returns logits or last_hidden_state"
+    do = "load its base model and save that, or call sparsam.torch.prune with inputs of your own"
+    kind = type(model).__name__
+    try:
+        with torch.no_grad():
+            result: Any = model(**batch)
+    except Exception as error:
+        got = f"a {kind} that raises {type(error).__name__} ({str(error)[:120]})"
+        msg = f"model: expected {wanted}; got {got}; {do}"
+        raise ValueError(msg) from error
+    if not any(isinstance(getattr(result, name, None), Tensor) for name in ("logits", "last_hidden_state")):
+        names = ", ".join(getattr(result, "keys", list)())
+        msg = f"model: expected {wanted}; got a {kind} that returns {names}; {do}"
+        raise ValueError(msg)
 
 
 def _perplexity(model: nn.Module, batches: Sequence[dict[str, Tensor]]) -> float:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ import torch
 from sparsam.inputs.checks import expected
 from torch import Tensor
 
-__all__ = ["TextBatches", "batches_of", "read_texts"]
+__all__ = ["TextBatches", "batches_of", "distinct_texts", "read_texts"]
 
 Batch = dict[str, Tensor]
 
@@ -56,10 +56,15 @@ def read_texts(file: Path) -> list[str]:
         lines = file.read_text(encoding="utf-8").splitlines()
     except UnicodeDecodeError as error:
         raise ValueError(expected("calibration", str(file), "UTF-8 text", f"convert it ({error})")) from error
+    return distinct_texts(lines, f" in {file}")
+
+
+def distinct_texts(lines: Iterable[str], where: str = "") -> list[str]:
+    """Returns the texts that are not blank, each once, in their order; ValueError if there are too few."""
     texts = list(dict.fromkeys(line.strip() for line in lines if line.strip()))
     if len(texts) < 2 * HELD_OUT:
         wanted = f"at least {2 * HELD_OUT} different lines of text"
-        raise ValueError(expected("calibration", f"{len(texts)} in {file}", wanted, "give more text"))
+        raise ValueError(expected("calibration", f"{len(texts)}{where}", wanted, "give more text"))
     return texts
 
 

@@ -24,8 +24,8 @@ from sparsam.torch.compression.model_directory import (
     weight_bytes,
     without_bars,
 )
-from sparsam.torch.compression.quality import mean_state, measure_quality
-from sparsam.torch.compression.texts import TextBatches, batches_of, read_texts
+from sparsam.torch.compression.quality import check_outputs, mean_state, measure_quality
+from sparsam.torch.compression.texts import TextBatches, batches_of, distinct_texts, read_texts
 from sparsam.torch.compression.timing import example, time_in_turn
 from sparsam.torch.pruning.distillation import distill
 from sparsam.torch.pruning.one_shot import prune
@@ -70,7 +70,8 @@ def compress(
         Quality, bytes and time of each stage.
 
     Raises:
-        ValueError: No model that it can do, too little text, `output` exists; what `prune` raises.
+        ValueError: No model that it can do, too little text, `output` exists or is inside `model`; what
+            `prune` raises.
         ImportError: transformers is not installed.
     """
     start = time.perf_counter()
@@ -80,11 +81,19 @@ def compress(
     if not (math.isfinite(distill_minutes) and distill_minutes >= 0):
         raise ValueError(expected("distill_minutes", distill_minutes, "a number from 0", "leave it out"))
     given = PruningConfig(target_sparsity=0.8, method="admm") if config is None else config
-    texts = read_texts(Path(calibration)) if isinstance(calibration, (str, Path)) else list(calibration)
+    texts = (
+        read_texts(Path(calibration)) if isinstance(calibration, (str, Path)) else distinct_texts(calibration)
+    )
     parts = 6 if distill_minutes else 5
     progress("reading", 0, parts)
     source = read_directory(Path(model))
+    if Path(model).resolve() in target.resolve().parents:  # its folders are copied
+        raise ValueError(expected("output", str(target), "a directory outside of the model's", "move it"))
     batches = batches_of(texts, source.tokenizer, running=source.causal, longest=source.longest)
+    check_outputs(source.model, batches.held_out[0])
+    chosen = _shapes(source, shapes)
+    vocabulary = int(source.model.config.vocab_size)  # type: ignore[union-attr, arg-type]
+    examples = [example(shape, vocabulary) for shape in chosen]
     work = _Work(source, batches)
     work.reach("dense", weight_bytes(source.path))
 
@@ -103,10 +112,6 @@ def compress(
     progress("comparing", parts - 3, parts)
     curve = work.curve(given)
     progress("accelerating", parts - 2, parts)
-    usual = ((rows, min(tokens, source.longest)) for rows, tokens in _SHAPES[source.causal])
-    chosen = tuple(shapes or usual)
-    vocabulary = int(source.model.config.vocab_size)  # type: ignore[union-attr, arg-type]
-    examples = [example(shape, vocabulary) for shape in chosen]
     accelerated = accelerate(work.model, examples, verbose=False)
     _save(work.model, source, target)
     work.reach("accelerated", weight_bytes(target))
@@ -125,6 +130,17 @@ def compress(
         accelerated,
         time.perf_counter() - start,
     )
+
+
+def _shapes(source: ModelDirectory, shapes: Sequence[tuple[int, int]] | None) -> tuple[tuple[int, int], ...]:
+    """The shapes asked for, checked; or else the usual ones."""
+    if not shapes:
+        return tuple((rows, min(tokens, source.longest)) for rows, tokens in _SHAPES[source.causal])
+    for rows, tokens in shapes:
+        if rows < 1 or not 1 <= tokens <= source.longest:
+            wanted = f"(texts, tokens) from (1, 1), of at most {source.longest} tokens"
+            raise ValueError(expected("shapes", (rows, tokens), wanted, "correct it"))
+    return tuple(shapes)
 
 
 class _Work:

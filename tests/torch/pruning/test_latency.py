@@ -93,6 +93,19 @@ def test_a_layer_that_is_called_twice_counts_twice() -> None:
     assert rows == [[5, 2]]
 
 
+def test_layers_that_are_called_by_keyword_are_seen() -> None:
+    class Keyword(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(8, 4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.layer(input=x)  # type: ignore[no-any-return]
+
+    plan = latency_plan(Keyword().eval(), [torch.randn(16, 8)], sparsity=0.5, levels=())
+    assert [step.sparsity for step in plan.steps["layer.weight"]] == [0.0, 0.5]
+
+
 def test_what_cannot_be_planned_is_an_error() -> None:
     model, _ = make("mlp")
     with pytest.raises(ValueError, match="sparsity: expected a number from 0"):

@@ -59,6 +59,22 @@ def test_a_ticket_of_a_model_with_buffers() -> None:
     train(model, lambda: None, 0)
 
 
+def test_the_model_has_its_initial_weights_after_a_failure() -> None:
+    model = network()
+    start = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+    def fail(model: nn.Module, hold: Callable[[], None], seed: int) -> None:
+        train(model, hold, seed)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        find_ticket(model, fail, score)
+    with pytest.raises(ValueError, match=r"rewind: expected the model's state_dict; got none of '0.bias'"):
+        find_ticket(model, train, score, rewind={"0.weight": start["0.weight"]})
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, start[name]), name
+
+
 def test_rewinding_and_what_stays_dense() -> None:
     model = network()
     train(model, lambda: None, 5)

@@ -169,8 +169,8 @@ class _Seen:
         self.statistics: dict[str, InputStatistics] = {}
 
         def watch(weight: PrunableWeight, batch: Batch, *, first: bool) -> Any:
-            def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
-                x = args[0].detach()
+            def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+                x = (args[0] if args else next(iter(kwargs.values()))).detach()
                 rows = x.reshape(-1, x.shape[-1])
                 if first:
                     self.rows.setdefault(weight.name, []).append(len(rows))
@@ -179,7 +179,7 @@ class _Seen:
                 known = self.statistics.setdefault(weight.name, InputStatistics(x.shape[-1]))
                 known.update(kept.float().numpy())
 
-            return weight.module.register_forward_pre_hook(hook)
+            return weight.module.register_forward_pre_hook(hook, with_kwargs=True)
 
         for i, batch in enumerate(batches):
             with removed(watch(weight, batch, first=i == 0) for weight in weights):

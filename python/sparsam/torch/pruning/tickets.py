@@ -53,7 +53,8 @@ def find_ticket(
         callback: Called after each training.
 
     Raises:
-        ValueError: As for `sparsam.find_ticket`.
+        ValueError: As for `sparsam.find_ticket`; `rewind` lacks a tensor of the model. Whatever is raised,
+            the model has its initial weights again.
         TypeError: `model` is no module.
     """
     if not isinstance(model, nn.Module):
@@ -92,21 +93,34 @@ def find_ticket(
             for name, array in initial.items()
         }
 
-    result = lottery.find_ticket(
-        initial,
-        train,
-        evaluate,
-        rounds=rounds,
-        fraction=fraction,
-        rewind=None if rewind is None else {name: _arrays(rewind)[name] for name in initial},
-        config=settings,
-        controls=controls,
-        reinit_fn=reinitialised,
-        seeds=seeds,
-        callback=callback,
-    )
+    try:
+        result = lottery.find_ticket(
+            initial,
+            train,
+            evaluate,
+            rounds=rounds,
+            fraction=fraction,
+            rewind=None if rewind is None else _rewound(rewind, initial),
+            config=settings,
+            controls=controls,
+            reinit_fn=reinitialised,
+            seeds=seeds,
+            callback=callback,
+        )
+    except BaseException:
+        _load(plain, initial)
+        raise
     _load(plain, result.weights)
     return result
+
+
+def _rewound(state: Mapping[str, Tensor], initial: Arrays) -> Arrays:
+    """The arrays of an early state_dict, of the tensors that the model has."""
+    for name in initial:
+        if name not in state:
+            msg = f"rewind: expected the model's state_dict; got none of {name!r}; pass model.state_dict()"
+            raise ValueError(msg)
+    return {name: to_host(name, state[name]).copy() for name in initial}
 
 
 def _arrays(state: Mapping[str, Tensor]) -> Arrays:

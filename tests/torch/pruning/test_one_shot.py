@@ -260,6 +260,42 @@ def test_batch_normalisation_measured_again() -> None:
         assert torch.equal(parameter, kept.get_parameter(name)), name
 
 
+def test_batch_normalisation_is_not_measured_without_calibration() -> None:
+    model, _ = model_and_batches("convnet")
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match="estimate_batch_norm: expected calibration to measure on; got none"):
+        prune(model, target_sparsity=0.5, estimate_batch_norm=True)
+    flat = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8)).eval()
+    single = [normal(i, 1, 4) for i in range(20)]
+    with pytest.raises(ValueError, match=r"estimate_batch_norm: expected several values .* in batch 0; got"):
+        prune(flat, None, single, target_sparsity=0.5, estimate_batch_norm=True)
+    assert int((flat.get_parameter("0.weight") != 0).sum()) == 32
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_buffers_that_count_runs_do_not_see_the_calibration() -> None:
+    class Counting(nn.Module):
+        runs: Tensor
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(8, 8)
+            self.register_buffer("runs", torch.zeros(1))
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.runs += 1
+            return self.linear(x)  # type: ignore[no-any-return]
+
+    model = Counting().eval()
+    report = prune(model, None, [normal(i, 64, 8) for i in range(5)], target_sparsity=0.5)
+    assert int(model.runs) == 0
+    assert int((model.linear.weight == 0).sum()) == 32
+    plain = report.to_dict()
+    assert plain["calibration"] == "320 samples in 5 batches"
+    assert plain["warnings"] == []
+    assert plain["seconds"] > 0
+
+
 def test_bfloat16() -> None:
     model, batches = model_and_batches("llama", 5)
     model.to(torch.bfloat16)

@@ -22,6 +22,7 @@ from pruning_models import model_and_batches, normal
 import torch
 from sparsam import Unstructured
 from sparsam.reconstruction.sequential import LayerFit, LayerProblem, fit_layer
+from sparsam.scores import Saliency
 from sparsam.statistics import InputStatistics
 from sparsam.torch import prune
 from sparsam.torch.pruning import layer_fits, one_shot, spilling
@@ -265,6 +266,30 @@ def test_a_folder_of_another_call_is_refused(tmp_path: Path) -> None:
         prune(other, None, batches[1:], target_sparsity=0.5, state_dir=tmp_path)
 
 
+def test_a_folder_of_other_scores_or_other_keywords_is_refused(tmp_path: Path) -> None:
+    dense, batches = net()
+    wanted = "state_dir: .*: expected what a call with this model, calibration and configuration saved"
+    gradients = {name: normal(1, *p.shape).numpy() for name, p in dense.named_parameters()}
+    prune(copy.deepcopy(dense), None, batches, method=Saliency(gradients), state_dir=tmp_path / "scores")
+    prune(copy.deepcopy(dense), None, batches, method=Saliency(gradients), state_dir=tmp_path / "scores")
+    others = {name: gradient[::-1].copy() for name, gradient in gradients.items()}
+    with pytest.raises(ValueError, match=wanted):
+        prune(copy.deepcopy(dense), None, batches, method=Saliency(others), state_dir=tmp_path / "scores")
+
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(6, 8), nn.Linear(6, 8)
+
+        def forward(self, x: Tensor, y: Tensor) -> Tensor:
+            return self.a(x) + self.b(y)  # type: ignore[no-any-return]
+
+    two, x, y = Two(), normal(2, 64, 6), normal(3, 64, 6)
+    prune(copy.deepcopy(two), None, [{"x": x, "y": y}], state_dir=tmp_path / "keywords")
+    with pytest.raises(ValueError, match=wanted):
+        prune(copy.deepcopy(two), None, [{"y": x, "x": y}], state_dir=tmp_path / "keywords")
+
+
 def test_progress_goes_to_standard_error_and_only_when_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
     model, batches = net()
     prune(model, None, batches, target_sparsity=0.5)
@@ -276,6 +301,56 @@ def test_progress_goes_to_standard_error_and_only_when_asked_for(capsys: pytest.
     assert len(lines) == 6
     assert lines[-1].startswith("[########################] 8/8 end.weight")
     assert lines[-1].endswith("0:00 left")
+
+
+class InPlace(nn.Module):
+    """Networks that compute the same: with inputs left alone, or changed in place afterwards."""
+
+    def __init__(self, *, twice: bool, change: bool) -> None:
+        super().__init__()
+        self.inner, self.end = nn.Linear(12, 12), nn.Linear(12, 4)
+        self.twice, self.change = twice, change
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = x.clone()
+        for _ in range(2 if self.twice else 1):
+            y = self.inner(h)
+            if self.change:
+                h.zero_()
+            h = h.add_(y) if self.change and self.twice else y
+        result: Tensor = self.end(h if self.twice else h + x)
+        return result
+
+
+@pytest.mark.parametrize("twice", [False, True])
+def test_inputs_that_are_changed_in_place_afterwards(twice: bool) -> None:
+    batches = [normal(i, 32, 12) for i in range(8)]
+    networks = [InPlace(twice=twice, change=change).eval() for change in (False, True)]
+    networks[1].load_state_dict(networks[0].state_dict())
+    dense = copy.deepcopy(networks[0])
+    errors = []
+    for network in networks:
+        report = prune(network, None, batches, target_sparsity=0.5)
+        errors.append([layer.error for layer in report.layers])
+    with torch.no_grad():
+        wanted = torch.cat([dense(batch) for batch in batches])
+        off = [float((torch.cat([n(batch) for batch in batches]) - wanted).square().sum()) for n in networks]
+    if twice:
+        assert errors[0] == errors[1]
+        assert off[0] == off[1]
+    else:  # fitted where it is called and not at the sum
+        assert off[1] < 1.2 * off[0]
+
+
+def test_in_inference_mode() -> None:
+    networks = [net()[0] for _ in range(2)]
+    _, batches = net()
+    prune(networks[0], None, batches, target_sparsity=0.5)
+    with torch.inference_mode():
+        prune(networks[1], None, [batch.clone() for batch in batches], target_sparsity=0.5)
+    for name, parameter in networks[1].named_parameters():
+        assert torch.equal(parameter, networks[0].get_parameter(name)), name
+        assert not parameter.is_inference()
 
 
 def test_short_calibration_is_fitted_to_own_outputs() -> None:

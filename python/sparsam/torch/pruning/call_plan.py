@@ -94,6 +94,7 @@ class _Trace(Pass):
         self._sums: set[str] = set()
         self._norms: dict[str, Tensor] = {}
         self._pending: dict[str, int] = {}
+        self._given: dict[str, list[tuple[Tensor, int]]] = {}
 
     def before(self, name: str, inputs: Callable[[], Inputs], again: Callable[[], Tensor]) -> None:
         del again
@@ -101,16 +102,17 @@ class _Trace(Pass):
         if self.calls[name] > 1 or name in self._known:
             return
         given = inputs()
+        self._given[name] = [(tensor, _version(tensor)) for tensor in given]
         if len(given) == 1:
             for known, version, group in self._inputs:
                 same = unfolding(self._weights[group.names[0]]) == unfolding(self._weights[name])
-                if same and known[0] is given[0] and known[0]._version == version:
+                if same and known[0] is given[0] and _version(known[0]) == version:
                     group.names.append(name)
                     return
         group = Group([name])
         self._plan.groups.append(group)
         if len(given) == 1:
-            self._inputs.append((given, given[0]._version, group))
+            self._inputs.append((given, _version(given[0]), group))
         # What comes later ends the wait for sums of what came before.
         self._pending.clear()
 
@@ -126,8 +128,10 @@ class _Trace(Pass):
         name = residual.own.name
         self._note_norm(residual.own)
         if name in self._pending:
-            self._sums.add(name)
             del self._pending[name]
+            # Who waits at the sum computes the output again: the inputs must still be what they were.
+            if all(_version(tensor) == version for tensor, version in self._given[name]):
+                self._sums.add(name)
 
     def lost(self, tracked: Tracked) -> None:
         self._note_norm(tracked)
@@ -143,3 +147,8 @@ class _Trace(Pass):
             if len(group.names) == 1 and not group.repeated:
                 self._plan.residual.update(self._sums.intersection(group.names))
         self._plan.norms.update(self._norms)
+
+
+def _version(tensor: Tensor) -> int:
+    """How often a tensor was changed in place; those of inference mode do not tell."""
+    return 0 if tensor.is_inference() else tensor._version

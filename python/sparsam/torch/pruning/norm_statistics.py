@@ -17,6 +17,9 @@ def estimate_norms(model: nn.Module, batches: Sequence[Batch]) -> None:
     Args:
         model: A twin, in evaluation mode.
         batches: The calibration.
+
+    Raises:
+        ValueError: A batch has one value of a channel, which has no variance.
     """
     norms = [
         module
@@ -29,8 +32,13 @@ def estimate_norms(model: nn.Module, batches: Sequence[Batch]) -> None:
         norm.momentum = None  # a plain average
         norm.train()
     with torch.no_grad():
-        for batch in batches:
-            model(*batch.args, **batch.kwargs)
+        for index, batch in enumerate(batches):
+            try:
+                model(*batch.args, **batch.kwargs)
+            except ValueError as error:
+                wanted = f"several values for each channel in batch {index}"
+                msg = f"estimate_batch_norm: expected {wanted}; got {error}; use larger batches"
+                raise ValueError(msg) from error
     for norm, (momentum, tracked) in zip(norms, before, strict=True):
         norm.momentum = momentum
         if norm.num_batches_tracked is not None and tracked is not None:

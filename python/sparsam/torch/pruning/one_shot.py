@@ -119,6 +119,9 @@ def prune(
     if calibration is not None:
         batches = read_calibration(model, calibration, positive("calibration_samples", calibration_samples))
     _check(model, plan, batches, loss_fn)
+    if estimate_batch_norm and batches is None:
+        msg = "estimate_batch_norm: expected calibration to measure on; got none; pass calibration"
+        raise ValueError(msg)
     said: list[str] = []
     pruned = Twin(model, weights)
     known: dict[str, NewLayer] = {}
@@ -133,7 +136,7 @@ def prune(
                     spill_outputs(twin.model, Path(spill_dir))
         saved = None
         if state_dir is not None:
-            identity = identify(model, batches, (given, targets))
+            identity = identify(model, batches, given, targets)
             saved = SavedProgress(Path(state_dir), identity)
         known = _in_sequence(pruned, reference, batches, plan, executor, saved, progress, said)
     else:

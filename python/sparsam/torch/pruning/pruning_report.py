@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
+from typing import Any
 
 from sparsam.report import LayerStats, Report, printable
 from sparsam.torch.pruning.layer_fits import NewLayer
@@ -61,6 +62,11 @@ class PruningReport(Report):
             lines.append(f"calibration: {self.calibration}")
         lines += [f"warning: {text}" for text in self.warnings]
         return "\n".join([*lines, f"{self.seconds:.1f} s"])
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns that of `Report` with the other attributes, in plain types."""
+        more = {"calibration": self.calibration, "seconds": self.seconds, "warnings": list(self.warnings)}
+        return super().to_dict() | more
 
     def _columns(self) -> tuple[str, ...]:
         return (*super()._columns(), "error", "note")

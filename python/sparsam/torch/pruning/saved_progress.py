@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +14,14 @@ from torch.utils import _pytree as pytree
 import torch
 from sparsam import checkpoint
 from sparsam._core import __version__
+from sparsam.config import PruningConfig
+from sparsam.torch.layers.packed_tensor import PackedTensor
 from sparsam.torch.pruning.calibration import Batch
 from sparsam.torch.pruning.layer_fits import NewLayer
+from sparsam.training.run_identity import RunIdentity
 from torch import Tensor, nn
 
-__all__ = ["SavedProgress"]
+__all__ = ["SavedProgress", "digest_of", "identify"]
 
 
 class SavedProgress:
@@ -85,14 +88,17 @@ class SavedProgress:
         return self._folder / f"group-{place:05d}.safetensors"
 
 
-def identify(model: nn.Module, batches: Iterable[Batch], settings: object) -> str:
-    """A digest of the model's values, the calibration and the settings."""
+def identify(model: nn.Module, batches: Iterable[Batch], config: PruningConfig, targets: str = "") -> str:
+    """A digest of the model's values, the calibration and the settings, scores by their content."""
+    word = config.method if isinstance(config.method, str) else ""
+    # The methods that are fitted have no scorer: any other stands in for them.
+    settings = RunIdentity.of(config.with_changes(method="magnitude") if word else config, [], {})
     digest = hashlib.blake2b(digest_size=16)
-    digest.update(f"{__version__} {torch.__version__} {settings!r}".encode())
-    for name, tensor in model.state_dict().items():
-        digest.update(name.encode())
-        _update(digest, tensor)
+    versions = f"{__version__} {torch.__version__}"
+    digest.update(f"{versions} {word} {config.target_sparsity!r} {targets} {settings!r}".encode())
+    digest.update(digest_of(model.state_dict()))
     for batch in batches:
+        digest.update(f"{len(batch.args)} {list(batch.kwargs)}".encode())
         for leaf in pytree.tree_leaves((batch.args, batch.kwargs)):
             if isinstance(leaf, Tensor):
                 _update(digest, leaf)
@@ -101,10 +107,20 @@ def identify(model: nn.Module, batches: Iterable[Batch], settings: object) -> st
     return digest.hexdigest()
 
 
+def digest_of(state: Mapping[str, Any]) -> bytes:
+    """A digest of the names and values of a state_dict."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name, tensor in state.items():
+        digest.update(name.encode())
+        _update(digest, tensor)
+    return digest.digest()
+
+
 def _update(digest: Any, tensor: Any) -> None:
-    if not isinstance(tensor, Tensor) or tensor.layout is not torch.strided or tensor.device.type == "meta":
+    plain = isinstance(tensor, Tensor) and not isinstance(tensor, PackedTensor)
+    if not plain or tensor.layout is not torch.strided or tensor.device.type == "meta":
         digest.update(repr(type(tensor)).encode())
         return
     digest.update(f"{tuple(tensor.shape)} {tensor.dtype}".encode())
-    flat = tensor.detach().reshape(-1).contiguous()
+    flat = tensor.detach().cpu().reshape(-1).contiguous()
     digest.update(np.ascontiguousarray(flat.view(torch.uint8).numpy()) if flat.numel() else b"")

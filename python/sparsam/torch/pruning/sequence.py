@@ -289,4 +289,4 @@ class _Collector(Pass):
     def before(self, name: str, inputs: Callable[[], Inputs], again: Callable[[], Tensor]) -> None:
         del again
         if name == self._name:
-            self.inputs.append(inputs())
+            self.inputs.append(tuple(x.clone() for x in inputs()))  # the model may change it in place

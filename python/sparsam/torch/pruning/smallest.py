@@ -257,7 +257,12 @@ class _Known:
     """The probes of an earlier, stopped search, and this one's as they come."""
 
     def __init__(
-        self, state_dir: str | Path | None, model: nn.Module, batches: Any, samples: int, settings: object
+        self,
+        state_dir: str | Path | None,
+        model: nn.Module,
+        batches: Any,
+        samples: int,
+        settings: PruningConfig,
     ) -> None:
         self.probes: dict[float, tuple[float, float]] = {}
         self._file = None if state_dir is None else Path(state_dir) / "search.json"

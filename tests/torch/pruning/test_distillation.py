@@ -178,6 +178,14 @@ def test_a_killed_run_goes_on_as_if_it_had_not_stopped(tmp_path: Path, grow: boo
     assert run(tmp_path)[1] == again  # What is finished is not done again.
 
 
+def test_rows_of_padding_do_not_count_as_pruned() -> None:
+    teacher = nn.Sequential(nn.Embedding(100, 8, padding_idx=0), nn.Linear(8, 16), nn.Linear(16, 4))
+    student = copy.deepcopy(teacher)
+    prune(student, target_sparsity=0.75)
+    report = distill(student, teacher, [torch.randint(1, 100, (4, 6))], steps=2)
+    assert report.sparsity == (0.75, 0.75)
+
+
 def test_ctrl_c_in_the_middle_of_a_step_leaves_the_student_valid() -> None:
     student, teacher = pruned_mlp()
     held = zeros(student)
@@ -272,6 +280,15 @@ def test_bad_pairs(tmp_path: Path) -> None:
     distill(student, teacher, inputs(), steps=1, state_dir=tmp_path)
     with pytest.raises(ValueError, match=r"expected this run's state; got one of other steps"):
         distill(student, teacher, inputs(), steps=2, state_dir=tmp_path)
+    sparser = pruned_mlp(0.9)[0]
+    with pytest.raises(ValueError, match=r"expected this run's state; got one of other zeros"):
+        distill(sparser, teacher, inputs(), steps=1, state_dir=tmp_path)
+    with torch.no_grad():
+        teacher.get_parameter("0.bias").add_(1)
+    with pytest.raises(ValueError, match=r"expected this run's state; got one of other teacher"):
+        distill(student, teacher, inputs(), steps=1, state_dir=tmp_path)
+    with torch.no_grad():
+        teacher.get_parameter("0.bias").sub_(1)
     (tmp_path / "distillation.pt").write_bytes(b"nothing")
     with pytest.raises(ValueError, match=r"expected a state of distill; got .*delete it to start again"):
         distill(student, teacher, inputs(), steps=1, state_dir=tmp_path)

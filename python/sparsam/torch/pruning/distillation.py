@@ -18,6 +18,7 @@ from sparsam.torch.pruning.distillation_report import DistillationReport
 from sparsam.torch.pruning.hidden_states import HiddenStates, block_names, first_tensor
 from sparsam.torch.pruning.masked_weights import MaskedWeights, zeros_of
 from sparsam.torch.pruning.progress_bar import ProgressBar
+from sparsam.torch.pruning.saved_progress import digest_of
 from sparsam.torch.pruning.while_training import Pruner
 from sparsam.training.callbacks import sparsity_of
 from torch import Tensor, nn
@@ -75,12 +76,12 @@ def distill(
 
     Raises:
         ValueError: There are no batches; student and teacher are one, or give other shapes; a loss is not
-            finite; `state_dir` is of another run. The student is then valid, its zeros held, as it is after
-            KeyboardInterrupt.
+            finite; `state_dir` is of another run, teacher or set of zeros. The student is then valid, its
+            zeros held, as it is after KeyboardInterrupt.
     """
     _check(student, teacher, steps, seconds, layers)
     masked = _masked(student, pruner)
-    before = sparsity_of(masked.masks)
+    before = _sparsity(student, masked, pruner)
     names = [] if layers == "outputs" else block_names(student)[-1 if layers == "last" else 0 :]
     shared = dict(teacher.named_modules())
     missing = [name for name in names if name not in shared]
@@ -95,6 +96,9 @@ def distill(
     positive("checkpoint_every", checkpoint_every)
     run = _Run(student, optimizer, pruner, None if state_dir is None else Path(state_dir) / FILE)
     run.identity = {"layers": layers, "steps": steps, "blocks": names, "rate": learning_rate if own else None}
+    if state_dir is not None:
+        run.identity["teacher"] = digest_of(teacher.state_dict()).hex()
+        run.identity["zeros"] = None if pruner is not None else _digest(masked)
     modes = [(module, module.training) for model in (student, teacher) for module in model.modules()]
     trained = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     idle = [p for p in student.parameters() if p.requires_grad and id(p) not in trained]
@@ -105,7 +109,6 @@ def distill(
         for parameter in idle:
             parameter.requires_grad_(False)
         if run.resume():
-            masked = _masked(student, pruner)
             bar.step("resumed", run.step, skipped=True)
         with HiddenStates(student, names) as states, HiddenStates(teacher, names) as wanted:
             start = time.monotonic() - run.seconds
@@ -149,7 +152,7 @@ def distill(
             parameter.requires_grad_(True)
         for module, mode in modes:
             module.training = mode
-    after = sparsity_of(masked.masks if pruner is None else pruner.masks)
+    after = _sparsity(student, masked, pruner)
     return DistillationReport(run.step, run.seconds, run.stopped, tuple(run.losses), (before, after))
 
 
@@ -277,8 +280,27 @@ def _masked(student: nn.Module, pruner: Pruner | None) -> MaskedWeights:
     return MaskedWeights({name: parameters[name] for name in masks}, masks)
 
 
+def _digest(masked: MaskedWeights) -> str:
+    """What tells the zeros of one student from those of another."""
+    masks = {name: torch.from_numpy(mask.to_array()) for name, mask in masked.masks.items()}
+    return digest_of(masks).hex()
+
+
+def _sparsity(student: nn.Module, masked: MaskedWeights, pruner: Pruner | None) -> float:
+    """The share of zeros among masked weights; embeddings, whose rows of padding are zero, do not count."""
+    if pruner is not None:
+        return pruner.sparsity
+    tables = {id(weight) for weight in _tables(student)}
+    counted = {name: mask for name, mask in masked.masks.items() if id(masked.parameters[name]) not in tables}
+    return sparsity_of(counted)
+
+
+def _tables(student: nn.Module) -> list[Tensor]:
+    return [m.weight for m in student.modules() if isinstance(m, (nn.Embedding, nn.EmbeddingBag))]
+
+
 def _trained(student: nn.Module) -> list[nn.Parameter]:
-    tables = {id(m.weight) for m in student.modules() if isinstance(m, (nn.Embedding, nn.EmbeddingBag))}
+    tables = {id(weight) for weight in _tables(student)}
     trained = [p for p in student.parameters() if p.requires_grad and id(p) not in tables]
     if not trained:
         msg = "student: expected Parameters that require gradients; got none; call requires_grad_(True)"

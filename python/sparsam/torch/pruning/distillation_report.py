@@ -18,7 +18,7 @@ class DistillationReport:
         seconds: How long they took.
         stopped: What ended it: "steps", "seconds", or "batches" where an iterator had no more.
         losses: The loss of each step: that of the hidden states and that of the outputs together.
-        sparsity: The share of zeros among the masked weights, before and after.
+        sparsity: The share of zeros among the masked weights but embeddings, before and after.
     """
 
     steps: int

@@ -114,4 +114,8 @@ def test_what_cannot_be_planned_is_an_error() -> None:
         latency_plan(nn.Conv1d(1, 2, 1), [torch.randn(4, 1, 3)], sparsity=0.5)
     with pytest.raises(ValueError, match="calibration: expected at least one batch"):
         latency_plan(model, [], sparsity=0.5)
+    model[0].bias.data[3] = float("nan")
+    with pytest.raises(ValueError, match=r"weight '2.weight': expected finite activations; got inputs"):
+        latency_plan(model, [torch.randn(4, 12)], sparsity=0.5)
+    model[0].bias.data[3] = 0.0
     assert np.isfinite(run(model, torch.randn(2, 12)).numpy()).all()

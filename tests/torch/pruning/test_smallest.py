@@ -13,6 +13,7 @@ import sparsam
 import torch
 from sparsam import NM, PruningConfig
 from sparsam.torch import find_smallest, prune
+from torch import nn
 
 
 def sparsity(model: Any) -> float:
@@ -119,6 +120,19 @@ def test_a_stopped_search_goes_on(stop: int, tmp_path: Path) -> None:
 def test_arguments_out_of_range(arguments: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         find_smallest(make("mlp")[0], lambda m: -sparsity(m), **arguments)
+
+
+def test_buffers_that_cannot_be_written_are_left_alone() -> None:
+    class Expanded(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(8, 8)
+            self.register_buffer("shift", torch.zeros(1).expand(8))
+
+    model = Expanded()
+    found = find_smallest(model, lambda _: 1.0, max_drop=0.0, max_evaluations=3)
+    assert found.sparsity > 0
+    assert found.sparsity == int((model.linear.weight == 0).sum()) / 64
 
 
 def test_a_score_that_is_none_leaves_the_model() -> None:

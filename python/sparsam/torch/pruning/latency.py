@@ -177,7 +177,11 @@ class _Seen:
                 mask = batch.row_mask(x.shape[:-1])
                 kept = rows if mask is None else rows[mask.reshape(-1)]
                 known = self.statistics.setdefault(weight.name, InputStatistics(x.shape[-1]))
-                known.update(kept.float().numpy())
+                try:
+                    known.update(kept.float().numpy())
+                except ValueError as error:
+                    msg = f"weight {weight.name!r}: expected finite activations; got {error}; leave it out"
+                    raise ValueError(msg) from error
 
             return weight.module.register_forward_pre_hook(hook, with_kwargs=True)
 

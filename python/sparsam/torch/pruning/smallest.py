@@ -234,7 +234,9 @@ class _States:
     def _write(self, values: dict[int, Tensor]) -> None:
         with torch.no_grad():
             for key, tensor in self._tensors.items():
-                tensor.copy_(values.get(key, self._dense[key]))
+                value = values.get(key, self._dense[key])
+                if not torch.equal(tensor, value):  # an expanded buffer cannot be written
+                    tensor.copy_(value)
 
     def undone_by_errors(self) -> _Undone:
         """Whatever is raised inside, the model is dense again afterwards."""

@@ -178,6 +178,18 @@ def test_a_killed_run_goes_on_as_if_it_had_not_stopped(tmp_path: Path, grow: boo
     assert run(tmp_path)[1] == again  # What is finished is not done again.
 
 
+def test_outputs_of_one_number_are_matched() -> None:
+    torch.manual_seed(0)
+    teacher = nn.Sequential(nn.Linear(20, 32), nn.ReLU(), nn.Linear(32, 1))
+    student = copy.deepcopy(teacher)
+    prune(student, target_sparsity=0.5)
+    with torch.no_grad():  # which a caller may have left on
+        report = distill(student, teacher, inputs(), steps=60, layers="outputs", learning_rate=1e-2)
+        a, b = (torch.cat([model(batch) for batch in inputs()]) for model in (student, teacher))
+    assert report.last_loss < 0.2 * report.first_loss
+    assert float((a - b).square().sum() / b.square().sum()) < 0.2 * report.first_loss
+
+
 def test_rows_of_padding_do_not_count_as_pruned() -> None:
     teacher = nn.Sequential(nn.Embedding(100, 8, padding_idx=0), nn.Linear(8, 16), nn.Linear(16, 4))
     student = copy.deepcopy(teacher)
@@ -273,6 +285,9 @@ def test_bad_pairs(tmp_path: Path) -> None:
     assert all(parameter.requires_grad for parameter in student.parameters())
     with pytest.raises(ValueError, match=r"expected the student's blocks; got none named '0'"):
         distill(student, nn.Linear(20, 8), inputs(), steps=1)
+    pruner = Pruner(copy.deepcopy(student), target_sparsity=0.6, end=1)
+    with pytest.raises(ValueError, match=r"pruner: expected that of the student; got one of another model"):
+        distill(student, teacher, inputs(), steps=1, pruner=pruner)
     student.requires_grad_(False)
     with pytest.raises(ValueError, match=r"student: expected Parameters that require gradients"):
         distill(student, teacher, inputs(), steps=1)

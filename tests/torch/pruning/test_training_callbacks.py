@@ -93,6 +93,15 @@ def test_hugging_face_trainer_accumulates(tmp_path: Path) -> None:
     assert not list(tmp_path.glob("checkpoint-*"))
 
 
+def test_the_pruner_of_another_model_is_refused(tmp_path: Path) -> None:
+    pruner = Pruner(bert(), target_sparsity=0.7, end=9)
+    with pytest.raises(ValueError, match="pruner: expected that of the Trainer's model; got one of another"):
+        trainer(tmp_path, pruner, bert()).train()
+    pruner = Pruner(Regression(), target_sparsity=0.7, end=9)
+    with pytest.raises(ValueError, match="pruner: expected that of the LightningModule; got one of another"):
+        fit(Regression(), pruner, tmp_path)
+
+
 def test_a_checkpoint_without_the_pruner_is_refused(tmp_path: Path) -> None:
     model = bert()
     trainer(tmp_path, Pruner(model, target_sparsity=0.7, end=9), model).train()

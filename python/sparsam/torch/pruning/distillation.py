@@ -47,7 +47,8 @@ def distill(
     """Trains a pruned student towards its dense teacher, without labels, in place; zeros stay zero.
 
     The loss is the mean over the layers of ||h - t||^2 / ||t||^2 between hidden states, plus the mean of
-    1 - cos between outputs along their last axis; where an `attention_mask` is 0, nothing counts. Hidden
+    1 - cos between outputs along their last axis (of a length of 1, where it says nothing: that of hidden
+    states); where an `attention_mask` is 0, nothing counts. Hidden
     states are what the blocks return, alike modules in a row; of a model without any, what its layers
     return. Both models run in evaluation mode: no dropout, and batch norms with the statistics they have.
 
@@ -91,6 +92,8 @@ def distill(
     own = optimizer is None
     if optimizer is None:
         optimizer = torch.optim.AdamW(_trained(student), lr=learning_rate, weight_decay=0.0)
+    if pruner is not None:
+        pruner._weights.check_model("student", student)
     if pruner is not None and pruner.optimizer is None:
         pruner.optimizer = optimizer
     positive("checkpoint_every", checkpoint_every)
@@ -110,7 +113,11 @@ def distill(
             parameter.requires_grad_(False)
         if run.resume():
             bar.step("resumed", run.step, skipped=True)
-        with HiddenStates(student, names) as states, HiddenStates(teacher, names) as wanted:
+        with (
+            HiddenStates(student, names) as states,
+            HiddenStates(teacher, names) as wanted,
+            torch.enable_grad(),
+        ):
             start = time.monotonic() - run.seconds
             for batch in _endless(student, batches, run):
                 share = _share(run.step, time.monotonic() - start, steps, seconds)
@@ -337,11 +344,16 @@ def _loss(
         state = states[name]
         _same_shape(f"hidden state of {name!r}", state, wanted[name], "use layers='outputs'")
         a, b = _rows(state, batch), _rows(wanted[name], batch)
-        hidden.append((a - b).square().sum() / b.square().sum().clamp_min(1e-12))
+        hidden.append(_distance(a, b))
     _same_shape("output of the student", found, target, "distill from a teacher with the same outputs")
-    cosine = nn.functional.cosine_similarity(_rows(found, batch), _rows(target, batch), dim=-1)
-    loss = (1 - cosine).mean()
+    a, b = _rows(found, batch), _rows(target, batch)
+    cosines = nn.functional.cosine_similarity(a, b, dim=-1)
+    loss = _distance(a, b) if a.shape[-1] == 1 else (1 - cosines).mean()
     return loss + torch.stack(hidden).mean() if hidden else loss
+
+
+def _distance(a: Tensor, b: Tensor) -> Tensor:
+    return (a - b).square().sum() / b.square().sum().clamp_min(1e-12)
 
 
 def _rows(tensor: Tensor, batch: Batch) -> Tensor:

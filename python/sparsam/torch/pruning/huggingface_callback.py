@@ -27,7 +27,13 @@ class HuggingFaceCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Takes the optimizer if the pruner has none, and the state of a checkpoint that is resumed."""
+        """Takes the optimizer if the pruner has none, and the state of a checkpoint that is resumed.
+
+        Raises:
+            ValueError: The pruner is another model's, as with `model_init`; a checkpoint lacks its state.
+        """
+        if (model := kwargs.get("model")) is not None:
+            self.pruner._weights.check_model("Trainer's model", model)
         if self.pruner.optimizer is None:
             self.pruner.optimizer = kwargs.get("optimizer")
         if state.global_step in (0, self.pruner.steps):

@@ -23,6 +23,7 @@ class LightningCallback(pl.Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Takes the optimizer, whose state the pruner may have to reset, if it has none."""
+        self.pruner._weights.check_model("LightningModule", pl_module)
         self._optimizer_steps = trainer.global_step
         if self.pruner.optimizer is None and len(trainer.optimizers) == 1:
             self.pruner.optimizer = trainer.optimizers[0]

@@ -43,6 +43,17 @@ class MaskedWeights:
         for name, mask in self.masks.items():
             self._zero(name, mask, self.parameters[name])
 
+    def check_model(self, what: str, model: nn.Module) -> None:
+        """Raises ValueError if a model, called `what`, lacks some of these Parameters."""
+        own = {id(parameter) for parameter in model.parameters()}
+        for name, parameter in self.parameters.items():
+            if id(parameter) not in own:
+                msg = (
+                    f"pruner: expected that of the {what}; got one of another model, of which it prunes "
+                    f"{name!r}; make it of the very model that is trained"
+                )
+                raise ValueError(msg)
+
     def mask_gradients(self) -> None:
         """Zeroes the gradients of the pruned weights."""
         for name, mask in self.masks.items():

@@ -21,7 +21,7 @@ from transformers.pytorch_utils import Conv1D
 import torch
 from sparsam import NM, Block, PruningConfig, Random, Slices, Tied, Unstructured
 from sparsam.schedules import Polynomial
-from sparsam.torch import Pruner
+from sparsam.torch import Pruner, pack
 from sparsam.torch.pruning import masked_weights
 from sparsam.training.regrowth import SET, RigL, rigl_update
 from torch import nn
@@ -463,3 +463,25 @@ def test_a_scorer_object_and_every_default() -> None:
         True, True, True, False, True, True,
     ]  # fmt: skip
     assert 0 < pruner.sparsity < 0.1
+
+
+@pytest.mark.parametrize(
+    "replace",
+    [
+        lambda model: model.load_state_dict(copy.deepcopy(model.state_dict()), assign=True),
+        lambda model: pack(model[0]),
+    ],
+)
+def test_parameters_that_were_replaced_are_noticed(replace: Any) -> None:
+    model = mlp()
+    pruner = Pruner(model, target_sparsity=0.5, end=0)
+    pruner.step()
+    layer, weight = model[0], model.get_parameter("0.weight")
+    model[0] = nn.Sequential(layer)  # another name, the same Parameter
+    pruner.step()
+    assert int((weight.detach() == 0).sum()) == 320
+    model[0] = layer
+    replace(model)
+    with pytest.raises(ValueError, match=r"weight '0.weight': expected the Parameter that the pruner"):
+        pruner.step()
+    assert pruner.steps == 2

@@ -106,6 +106,7 @@ class Pruner:
         settings = configured(config, changes)
         self.optimizer = optimizer
         self.steps = 0
+        self._model = plain_model(model)
         self._regrow = regrowth.resolve(regrow)
         _check_regrow(self._regrow, settings)
         at_once = self._regrow is not None or isinstance(settings.pattern, NM)
@@ -173,8 +174,9 @@ class Pruner:
 
         Raises:
             ValueError: A weight is NaN; a gradient that the method needs is missing, or the optimizer that
-                `regrow` needs.
+                `regrow` needs; the model has another Parameter in place of one that is being pruned.
         """
+        self._check_parameters()
         step = self.steps
         if self._evidence is not None and not self.finished:
             self._evidence.observe()
@@ -186,6 +188,16 @@ class Pruner:
         self._dense_gradients = None
         self.steps = step + 1
         return updated
+
+    def _check_parameters(self) -> None:
+        here = {id(parameter) for parameter in self._model.parameters()}
+        for name, parameter in self._weights.parameters.items():
+            if id(parameter) not in here:
+                msg = (
+                    f"weight {name!r}: expected the Parameter that the pruner was made with; got another in "
+                    "its place; make the pruner after load_state_dict(assign=True), shrink or accelerate"
+                )
+                raise ValueError(msg)
 
     def mask_gradients(self) -> None:
         """Zeroes the gradients of pruned weights: after `backward()`, before clipping and `optimizer.step()`.

@@ -1,0 +1,45 @@
+"""What each process of the test of DistributedDataParallel does: a module that they can import."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+from training_cases import mlp
+
+import torch
+from sparsam.torch import Pruner
+
+CASES: dict[str, dict[str, Any]] = {
+    "magnitude": {},
+    "movement": {"method": "movement", "scope": "global"},
+    "rigl": {"regrow": "rigl"},
+    "set": {"regrow": "set"},
+}
+
+
+def work(rank: int, folder: str) -> None:
+    """One of two processes: other data each, and another start, which DistributedDataParallel overwrites."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    for case, options in CASES.items():
+        model = DistributedDataParallel(mlp(rank))
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, weight_decay=0.5)
+        pruner = Pruner(model, target_sparsity=0.8, end=8, every=2, optimizer=optimizer, **options)
+        for step in range(12):
+            optimizer.zero_grad()
+            for part in range(2):  # Gradients are accumulated, and exchanged with the second part.
+                inputs = torch.randn(
+                    8, 20, generator=torch.Generator().manual_seed(100 * step + 10 * rank + part)
+                )
+                if part == 0:
+                    with model.no_sync():
+                        (model(inputs).square().mean() - inputs.mean()).backward()
+                else:
+                    (model(inputs).square().mean() - inputs.mean()).backward()
+            pruner.mask_gradients()
+            optimizer.step()
+            pruner.step()
+        torch.save([model.module.state_dict(), pruner.state_dict()], f"{folder}/{case}-{rank}.pt")
+    dist.destroy_process_group()

@@ -352,7 +352,7 @@ def test_arguments() -> None:
         (
             ValueError,
             {"train_fn": lambda w, *_: {"a": w["a"] * np.nan}},
-            r"train_fn \(dense, seed 0\): tensor 'a' is NaN",
+            r"train_fn \(dense, seed 0\): tensor 'a': expected numbers to rank; got NaN",
         ),
         (
             ValueError,

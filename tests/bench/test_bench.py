@@ -187,7 +187,7 @@ def test_table(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--shape", "3072"], "shape: expected OUTxIN, as 3072x768; got '3072'"),
+        (["--shape", "3072"], "shape: expected OUTxIN; got '3072'; write 3072x768, say"),
         (["--shape", "0x4"], "shape: expected"),
         (["--batch", "1,,2"], "batch: expected positive integers"),
         (["--batch", "0"], "batch: expected"),
@@ -234,5 +234,5 @@ def test_a_picture(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
 
 def test_pictures_need_matplotlib(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(ValueError, match=r"pictures need matplotlib .* pip install 'sparsam\[plot\]'"):
+    with pytest.raises(ValueError, match=r"pictures: expected matplotlib; .* pip install 'sparsam\[plot\]'"):
         plot.speedups([ROW], tmp_path / "a.png", "")

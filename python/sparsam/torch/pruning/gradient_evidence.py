@@ -19,13 +19,11 @@ from typing import Any
 
 import torch
 from sparsam.config import Scorer
-from sparsam.scores import Fisher, Movement, Saliency
+from sparsam.torch.pruning.gradients import GRADIENT_METHODS
 from sparsam.torch.pruning.masked_weights import to_host
 from torch import Tensor, nn
 
-__all__ = ["GRADIENT_METHODS", "GradientEvidence", "gradients_of"]
-
-GRADIENT_METHODS = ("saliency", "fisher", "movement")
+__all__ = ["GradientEvidence", "gradients_of"]
 
 
 class GradientEvidence:
@@ -75,10 +73,10 @@ class GradientEvidence:
 
     def scorer(self) -> Scorer:
         """Returns the scorer of now."""
-        if self._method == "movement":
-            return Movement({name: to_host(name, total) for name, total in self._sums.items()})
-        means = {name: to_host(name, total / self._steps) for name, total in self._sums.items()}
-        return Saliency(means) if self._method == "saliency" else Fisher(means)
+        count = 1 if self._method == "movement" else self._steps
+        return GRADIENT_METHODS[self._method](
+            {name: to_host(name, total / count) for name, total in self._sums.items()}
+        )
 
     def restart(self) -> None:
         """Begins the next interval between updates."""

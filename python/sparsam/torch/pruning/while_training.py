@@ -19,7 +19,8 @@ from sparsam.patterns import NM, Unstructured
 from sparsam.pools import Pool, check_patterns, make_pools
 from sparsam.pruner import configured, describe, prune_pools
 from sparsam.report import Report
-from sparsam.torch.pruning.gradient_evidence import GRADIENT_METHODS, GradientEvidence, gradients_of
+from sparsam.torch.pruning.gradient_evidence import GradientEvidence, gradients_of
+from sparsam.torch.pruning.gradients import GRADIENT_METHODS
 from sparsam.torch.pruning.masked_weights import MaskedWeights, forget, plain_model, to_host, zeros_of
 from sparsam.torch.pruning.prunable import prunable_weights
 from sparsam.training import regrowth

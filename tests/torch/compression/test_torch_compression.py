@@ -17,7 +17,7 @@ import torch
 from sparsam.cli import main
 from sparsam.config import PruningConfig
 from sparsam.torch.compression import workflow
-from sparsam.torch.compression.quality import measure_quality
+from sparsam.torch.compression.quality import QualityMeasure
 from sparsam.torch.compression.texts import batches_of, read_texts
 from sparsam.torch.compression.workflow import compress
 
@@ -146,7 +146,7 @@ def test_similarity_is_spearmans() -> None:
         embeddings.append(np.array(rows))
     pairs = np.triu_indices(len(embeddings[0]), k=1)
     wanted = scipy.stats.spearmanr(*((e @ e.T)[pairs] for e in embeddings)).statistic
-    assert measure_quality(dense, other, batches.held_out, causal=False).value == pytest.approx(wanted)
+    assert QualityMeasure(dense, batches.held_out, causal=False).of(other).value == pytest.approx(wanted)
     assert wanted < 0.9999
 
 

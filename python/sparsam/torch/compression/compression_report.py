@@ -61,7 +61,7 @@ class CompressionReport:
     @property
     def pruned_weights(self) -> tuple[PrunedWeight, ...]:
         """The rows of the weights that are not dense."""
-        return tuple(row for row in self.pruning.layers if row.pattern != "dense")
+        return self.pruning.pruned
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, in the order of the attributes."""

@@ -15,7 +15,7 @@ import torch
 from sparsam.torch.pruning.calibration import Batch
 from torch import Tensor, nn
 
-__all__ = ["Quality", "check_outputs", "mean_state", "measure_quality"]
+__all__ = ["Quality", "QualityMeasure", "check_outputs", "mean_state"]
 
 _PAIRS = 20_000
 
@@ -39,24 +39,42 @@ class Quality:
         return f"{self.value:.2f}" if self.measure == "perplexity" else f"{self.value:.4f}"
 
 
-def measure_quality(
-    dense: nn.Module, model: nn.Module, batches: Sequence[dict[str, Tensor]], *, causal: bool
-) -> Quality:
-    """Measures a model; with `dense` itself as the model, what the others are compared with.
+class QualityMeasure:
+    """Measures models on the same held-out text, by what the dense model says of it.
 
-    Args:
-        dense: The original.
-        model: The one to measure, of the same outputs.
-        batches: Held-out text.
-        causal: Whether they are language models.
+    The dense model runs over the text once, when this is made.
     """
-    with torch.inference_mode():
+
+    def __init__(self, dense: nn.Module, batches: Sequence[dict[str, Tensor]], *, causal: bool) -> None:
+        """Chooses the measure by the dense model's outputs, which `check_outputs` has passed.
+
+        Args:
+            dense: The original.
+            batches: Held-out text.
+            causal: Whether it is a language model.
+        """
+        self._batches = batches
+        self._predictions: list[Tensor] = []
+        self._embeddings = np.empty((0, 0))
+        self.measure = "perplexity"
         if causal:
-            return Quality("perplexity", _perplexity(model, batches))
-        first: Any = model(**batches[0])
-        if hasattr(first, "logits"):
-            return Quality("agreement", _agreement(dense, model, batches))
-        return Quality("similarity", _similarity(_embeddings(dense, batches), _embeddings(model, batches)))
+            return
+        with torch.inference_mode():
+            if hasattr(dense(**batches[0]), "logits"):
+                self.measure, self._predictions = "agreement", _predictions(dense, batches)
+            else:
+                self.measure, self._embeddings = "similarity", _embeddings(dense, batches)
+
+    def of(self, model: nn.Module) -> Quality:
+        """The quality of a model; that of the dense one itself is what others are compared with."""
+        with torch.inference_mode():
+            if self.measure == "perplexity":
+                value = _perplexity(model, self._batches)
+            elif self.measure == "agreement":
+                value = _agreement(self._predictions, _predictions(model, self._batches), self._batches)
+            else:
+                value = _similarity(self._embeddings, _embeddings(model, self._batches))
+        return Quality(self.measure, value)
 
 
 def check_outputs(model: nn.Module, batch: dict[str, Tensor]) -> None:
@@ -87,10 +105,15 @@ def _perplexity(model: nn.Module, batches: Sequence[dict[str, Tensor]]) -> float
     return math.exp(min(total / count, 700.0))
 
 
-def _agreement(dense: nn.Module, model: nn.Module, batches: Sequence[dict[str, Tensor]]) -> float:
+def _predictions(model: nn.Module, batches: Sequence[dict[str, Tensor]]) -> list[Tensor]:
+    return [model(**batch).logits.argmax(-1) for batch in batches]
+
+
+def _agreement(
+    dense: Sequence[Tensor], other: Sequence[Tensor], batches: Sequence[dict[str, Tensor]]
+) -> float:
     same, count = 0, 0
-    for batch in batches:
-        ours, theirs = (one(**batch).logits.argmax(-1) for one in (model, dense))
+    for theirs, ours, batch in zip(dense, other, batches, strict=True):
         seen = batch["attention_mask"].bool() if ours.ndim == 2 else torch.ones_like(ours, dtype=torch.bool)
         same += int((ours == theirs)[seen].sum())
         count += int(seen.sum())

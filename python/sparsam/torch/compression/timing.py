@@ -44,13 +44,12 @@ def example(shape: tuple[int, int], vocabulary: int) -> dict[str, Tensor]:
 
 
 def time_in_turn(
-    dense: nn.Module, model: nn.Module, shapes: Sequence[tuple[int, int]], vocabulary: int, seconds: float
+    dense: nn.Module, model: nn.Module, examples: Sequence[dict[str, Tensor]], seconds: float
 ) -> tuple[Timing, ...]:
-    """Times both models with each shape for about `seconds`, and at least five runs of each."""
+    """Times both models with each example for about `seconds`, and at least five runs of each."""
     found = []
     with torch.inference_mode():
-        for shape in shapes:
-            inputs = example(shape, vocabulary)
+        for inputs in examples:
             for one in (dense, model):
                 one(**inputs)
             taken: tuple[list[float], list[float]] = ([], [])
@@ -60,5 +59,5 @@ def time_in_turn(
                     start = time.perf_counter()
                     one(**inputs)
                     times.append(1e3 * (time.perf_counter() - start))
-            found.append(Timing(*shape, *map(statistics.median, taken)))
+            found.append(Timing(*inputs["input_ids"].shape, *map(statistics.median, taken)))
     return tuple(found)

@@ -24,7 +24,7 @@ from sparsam.torch.compression.model_directory import (
     weight_bytes,
     without_bars,
 )
-from sparsam.torch.compression.quality import check_outputs, mean_state, measure_quality
+from sparsam.torch.compression.quality import QualityMeasure, check_outputs, mean_state
 from sparsam.torch.compression.texts import TextBatches, batches_of, distinct_texts, read_texts
 from sparsam.torch.compression.timing import example, time_in_turn
 from sparsam.torch.pruning.distillation import distill
@@ -59,7 +59,7 @@ def compress(
         model: A directory that transformers reads: an encoder or a decoder, with its tokenizer.
         calibration: A UTF-8 file with a text on each line, or the texts; no labels.
         output: The directory to write; it must not exist. Everything that `model` holds beside its weights is
-            there too, and `from_pretrained` reads it once sparsam.torch is imported.
+            there too; `from_pretrained` reads it once `sparsam.torch.huggingface` is imported.
         config: What to prune; `PruningConfig(target_sparsity=0.8, method="admm")` if left out.
         distill_minutes: How long to train on the texts afterwards; 0: not at all. Where the held-out quality
             is not better for it, the weights of before are kept.
@@ -99,7 +99,7 @@ def compress(
 
     progress("pruning", 1, parts)
     pruned = prune(work.model, given, batches.calibration, calibration_samples=_SAMPLES[batches.unit])
-    work.sparsity = _sparsity(pruned)
+    work.sparsity = pruned.pruned_sparsity
     work.reach("pruned")
     if distill_minutes:
         progress("distilling", 2, parts)
@@ -116,7 +116,7 @@ def compress(
     _save(work.model, source, target)
     work.reach("accelerated", weight_bytes(target))
     progress("measuring", parts - 1, parts)
-    timings = time_in_turn(work.dense, work.model, chosen, vocabulary, _SECONDS)
+    timings = time_in_turn(work.dense, work.model, examples, _SECONDS)
     progress("measuring", parts, parts)
     return CompressionReport(
         str(source.path),
@@ -149,8 +149,7 @@ class _Work:
     def __init__(self, source: ModelDirectory, batches: TextBatches) -> None:
         self.dense: nn.Module = copy.deepcopy(source.model)
         self.model = source.model
-        self.batches = batches
-        self.causal = source.causal
+        self.measure = QualityMeasure(self.dense, batches.held_out, causal=source.causal)
         self.sparsity = 0.0
         self.stages: list[Stage] = []
         self._since = time.perf_counter()
@@ -158,7 +157,7 @@ class _Work:
     def reach(self, name: str, nbytes: int | None = None) -> None:
         """Measures the quality of a stage."""
         seconds = time.perf_counter() - self._since
-        self.stages.append(Stage(name, self.sparsity, self._quality(self.model), nbytes, seconds))
+        self.stages.append(Stage(name, self.sparsity, self.measure.of(self.model), nbytes, seconds))
         self._since = time.perf_counter()
 
     def keep_the_better(self, before: Mapping[str, Tensor]) -> None:
@@ -176,19 +175,9 @@ class _Work:
         for sparsity in _CURVE:
             other = copy.deepcopy(self.dense)
             prune(other, plain.with_changes(target_sparsity=sparsity))
-            points.append((sparsity, self._quality(other).value))
+            points.append((sparsity, self.measure.of(other).value))
         self._since = time.perf_counter()
         return tuple(points)
-
-    def _quality(self, model: nn.Module) -> Any:
-        return measure_quality(self.dense, model, self.batches.held_out, causal=self.causal)
-
-
-def _sparsity(report: Any) -> float:
-    """The fraction of zeros of the weights that were pruned."""
-    rows = [row for row in report.layers if row.pattern != "dense"]
-    pruned, total = (sum(getattr(row, name) for row in rows) for name in ("pruned_params", "total_params"))
-    return float(pruned / total)
 
 
 def _save(model: nn.Module, source: ModelDirectory, target: Path) -> None:

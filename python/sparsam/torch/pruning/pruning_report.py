@@ -56,6 +56,17 @@ class PruningReport(Report):
         object.__setattr__(self, "seconds", seconds)
         object.__setattr__(self, "warnings", tuple(warnings))
 
+    @property
+    def pruned(self) -> tuple[PrunedWeight, ...]:
+        """The rows of the weights that are not dense."""
+        return tuple(row for row in self.layers if row.pattern != "dense")
+
+    @property
+    def pruned_sparsity(self) -> float:
+        """The fraction of zeros among the weights that are not dense."""
+        total = sum(row.total_params for row in self.pruned)
+        return sum(row.pruned_params for row in self.pruned) / total if total else 0.0
+
     def __str__(self) -> str:
         lines = [super().__str__(), f"rule: {_RULE}"]
         if self.calibration:

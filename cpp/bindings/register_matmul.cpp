@@ -1,4 +1,5 @@
 #include "arrays.hpp"
+#include "packed.hpp"
 #include "sparsam/forms.hpp"
 #include "sparsam/matmul.hpp"
 
@@ -44,15 +45,6 @@ std::vector<std::string> forms(const PackedMatrix& w) {
   for (const FormKind kind : {FormKind::bitmask, FormKind::panels})
     if (w.find(kind) != nullptr) names.emplace_back(name_of(kind));
   return names;
-}
-
-// The form that a kernel of that name reads; a copy, which outlives any keep().
-FormPtr form_for(const PackedMatrix& w, const std::string& kernel) {
-  FormPtr form = w.find(kind_of("kernel", kernel));
-  if (form == nullptr)
-    throw py::value_error("kernel '" + kernel + "': expected a form that the weight has; got only " +
-                          forms(w).front() + "; build the other with add('" + kernel + "')");
-  return form;
 }
 
 DType value_dtype(const py::array& a) {
@@ -278,6 +270,14 @@ void conv2d_at(const PackedMatrix& w, std::uintptr_t x, std::size_t x_stride, st
 }
 
 }  // namespace
+
+FormPtr form_for(const PackedMatrix& w, const std::string& kernel) {
+  FormPtr form = w.find(kind_of("kernel", kernel));
+  if (form == nullptr)
+    throw py::value_error("kernel '" + kernel + "': expected a form that the weight has; got only " +
+                          forms(w).front() + "; build the other with add('" + kernel + "')");
+  return form;
+}
 
 void register_matmul(py::module_& m) {
   py::class_<PackedMatrix>(m, "Packed")

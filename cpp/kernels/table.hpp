@@ -7,6 +7,7 @@
 #include "matmul.hpp"
 #include "moments.hpp"
 #include "reconstruction.hpp"
+#include "recurrent.hpp"
 #include "sparsam/check.hpp"
 
 namespace sparsam {
@@ -62,6 +63,7 @@ struct KernelTable {
   MatmulKernels matmul;
   ReconstructionKernels reconstruction;
   MomentKernels moments;
+  RecurrentKernels recurrent;
 };
 
 template <class Bits>

@@ -136,3 +136,20 @@ class Packed:
         out: int,
         out_stride: int,
     ) -> None: ...
+
+# One direction of one recurrent layer, see cpp/include/sparsam/recurrent.hpp; addresses as above.
+def recur_at(
+    weight: Packed,
+    kernel: str,
+    projection: Packed | None,
+    projection_kernel: str,
+    cell: str,
+    batches: Sequence[int],
+    reversed: bool,
+    inputs: int,
+    bias: int,
+    h: int,
+    c: int,
+    y: int,
+    y_stride: int,
+) -> None: ...

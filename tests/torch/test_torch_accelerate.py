@@ -179,7 +179,7 @@ def test_reasons() -> None:
             self.patched = nn.Linear(8, 8)
             self.wide = nn.Linear(8, 8).double()
             self.volume = nn.Conv3d(1, 1, 1)
-            self.lstm = nn.LSTM(8, 8)
+            self.turned = nn.ConvTranspose1d(8, 8, 1)
             self.away = nn.Linear(8, 8, device="meta")
             self.empty = nn.Linear(0, 8)
 
@@ -204,7 +204,7 @@ def test_reasons() -> None:
         "patched": "has hooks",
         "wide": "its weight is float64",
         "volume": "no kernel for Conv3d",
-        "lstm": "no kernel for LSTM",
+        "turned": "no kernel for ConvTranspose1d",
         "away": "its weight is on meta",
         "empty": "it has no weights",
     }

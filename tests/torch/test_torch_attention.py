@@ -231,12 +231,16 @@ def test_gradients_are_refused() -> None:
 
 
 def test_what_cannot_be_packed_by_hand() -> None:
-    with pytest.raises(ValueError, match="activation: expected None for a MultiheadAttention; got 'relu'"):
+    with pytest.raises(
+        ValueError, match="activation: expected None for a layer of class MultiheadAttention; got 'relu'"
+    ):
         pack(attention(), activation="relu")
     with pytest.raises(TypeError, match="expected a dense one; got a packed MultiheadAttention"):
         pack(pack(attention()))
-    with pytest.raises(TypeError, match=r"Conv2d or MultiheadAttention; got a LSTM; leave it dense"):
-        pack(nn.LSTM(4, 4))
+    with pytest.raises(
+        TypeError, match=r"MultiheadAttention or recurrent layer; got a Bilinear; leave it dense"
+    ):
+        pack(nn.Bilinear(4, 4, 4))
 
 
 class Crossing(nn.Module):

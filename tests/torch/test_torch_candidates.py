@@ -105,7 +105,10 @@ def type_of_hook(layer: nn.Module) -> str:
         (nn.Sequential(nn.ReLU()), "the model has no layer of a kind that can be packed"),
         (nn.Sequential(nn.Linear(24, 24), nn.Linear(24, 24)), "too few zeros (2 layers)"),
         (mlp().double(), "its weight is float64 (2 layers)"),
-        (nn.Sequential(nn.LSTM(24, 24)), "no kernel for LSTM (1 layer)"),
+        (
+            nn.Sequential(nn.Unflatten(0, (1, 5)), nn.ConvTranspose1d(5, 2, 1)),
+            "no kernel for ConvTranspose1d (1 layer)",
+        ),
     ],
 )
 def test_the_closing_line_tells_why_nothing_was_swapped(model: nn.Module, why: str) -> None:

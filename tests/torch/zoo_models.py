@@ -229,8 +229,8 @@ ZOO: tuple[Specimen, ...] = (
         "plain",
         _plain(lambda s: Attention(s.width, s.heads), lambda s: (s.rows(), s.rows().repeat(1, 1, 2))),
     ),
-    Specimen("LSTM tagger", "plain", _tagger(nn.LSTM), {("LSTM", "no kernel for LSTM"): 1}),
-    Specimen("GRU tagger", "plain", _tagger(nn.GRU), {("GRU", "no kernel for GRU"): 1}),
+    Specimen("LSTM tagger", "plain", _tagger(nn.LSTM)),
+    Specimen("GRU tagger", "plain", _tagger(nn.GRU)),
     Specimen("tied weights", "plain", _plain(lambda s: Tied(s.width, s.words), Size.ids)),
     Specimen("FalconModel", "decoder", _text("FalconModel", lambda s: {"ffn_hidden_size": s.wide})),
     Specimen(

@@ -7,6 +7,7 @@
 #include "matmul-inl.hpp"
 #include "moments-inl.hpp"
 #include "reconstruction-inl.hpp"
+#include "recurrent-inl.hpp"
 #include "selection-inl.hpp"
 
 namespace sparsam::SPARSAM_TARGET {
@@ -22,6 +23,7 @@ const KernelTable table = {
     kMatmulKernels,
     kReconstructionKernels,
     kMomentKernels,
+    kRecurrentKernels,
 };
 
 }  // namespace sparsam::SPARSAM_TARGET

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import itertools
 import warnings
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,7 +16,7 @@ from torch.nn.utils.weight_norm import WeightNorm
 import torch
 from sparsam.torch.acceleration.report import LayerRow
 from sparsam.torch.layers.packed_weight import DTYPES
-from sparsam.torch.layers.packing import PackedLayer, dense_class, packable
+from sparsam.torch.layers.packing import PackedLayer, dense_class, packable, packed_together
 from torch import Tensor, nn
 
 __all__ = ["Candidate", "Place", "candidates", "has_hooks", "places"]
@@ -25,8 +26,6 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_
 _WEIGHTY = (
     nn.Linear,
     nn.modules.conv._ConvNd,
-    nn.RNNBase,
-    nn.RNNCellBase,
     nn.Bilinear,
 )
 
@@ -103,7 +102,8 @@ def _every_candidate(model: nn.Module) -> tuple[list[Candidate], dict[str, Layer
             if reason := _obstacle(own):
                 left[name] = LayerRow(name, kind, _shape(own), reason=reason)
                 continue
-            pruned = tuple(place for place in own if _density([place]) <= _MOST)
+            parts = [own] if packed_together(layer) else [(place,) for place in own]
+            pruned = tuple(itertools.chain(*(part for part in parts if _density(part) <= _MOST)))
             candidate = Candidate(name, layer, pruned or own, _density(pruned or own))
             if pruned:
                 found.append(candidate)
@@ -157,6 +157,8 @@ def _obstacle(places: Sequence[Place]) -> str:
             return "has hooks"
         for hook in module._forward_pre_hooks.values():
             hook(module, ())  # of torch.nn.utils.prune: the weight as the next call would compute it
+        if isinstance(module, nn.RNNBase) and parametrize.is_parametrized(module, name):
+            return "its weights are computed by torch.nn.utils.parametrize"
         weight = _weight((module, name))
         if type(weight) not in {Tensor, nn.Parameter}:
             return f"its weight is a {type(weight).__name__}"

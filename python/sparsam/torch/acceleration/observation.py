@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from torch.nn.utils.rnn import PackedSequence
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
@@ -146,12 +147,11 @@ class _Trace:
         self._module_calls[key] += 1
         self._depth += 1
         if key in self._layers:
-            attends = isinstance(module, nn.MultiheadAttention)
-            inputs = _attention_inputs(*args, **kwargs) if attends else [*args, *kwargs.values()]
-            x = inputs[0] if args or attends else kwargs.get("input")
-            plain = (len(inputs) == 1 or attends) and type(x) is Tensor and not x.is_nested
-            self.calls[self._layers[key]][tuple(x.shape) if plain and x is not None else None] += 1
-            if attends and all(one is x for one in inputs):
+            inputs = _inputs(module, args, kwargs)
+            x = inputs[0] if inputs else None
+            shape = tuple(x.shape) if type(x) is Tensor and not x.is_nested else None
+            self.calls[self._layers[key]][shape] += 1
+            if isinstance(module, nn.MultiheadAttention) and all(one is x for one in inputs):
                 self._to_itself[key] += 1
         for value in (*args, *kwargs.values()):
             if self._read(value, key):
@@ -168,9 +168,24 @@ class _Trace:
         self._layer_calls[key] += 1
 
 
+def _inputs(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Any]:
+    """The tensors that a layer multiplies with; none where it is called in a way that is not known."""
+    if isinstance(module, nn.MultiheadAttention):
+        return _attention_inputs(*args, **kwargs)
+    if isinstance(module, (nn.RNNBase, nn.RNNCellBase)):
+        return [_recurrent_input(*args, **kwargs)]
+    if len(args) + len(kwargs) != 1:
+        return []
+    return [args[0] if args else kwargs.get("input")]
+
+
 def _attention_inputs(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> list[Any]:
-    """What nn.MultiheadAttention attends with, of its arguments."""
     return [query, key, value]
+
+
+def _recurrent_input(input: Any, *_: Any, **__: Any) -> Any:
+    """Of a packed sequence, all that it holds."""
+    return input.data if isinstance(input, PackedSequence) else input
 
 
 class _Functions(TorchFunctionMode):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+import math
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 import torch
 from sparsam.torch.acceleration.candidate_layers import Candidate
@@ -17,7 +18,7 @@ __all__ = ["needs_examples", "pack"]
 def pack(
     found: Iterable[Candidate],
     dtype: torch.dtype | None,
-    batches: Mapping[str, Collection[int]],
+    shapes: Mapping[str, Collection[Sequence[int]]],
     to_itself: Collection[str] = (),
 ) -> dict[str, PackedLayer]:
     """Packed layers by name, not in the model yet; those whose weights are one Parameter share a packed one.
@@ -25,7 +26,7 @@ def pack(
     Args:
         found: The layers.
         dtype: What to store values as.
-        batches: The numbers of rows that linear layers are called with, by name.
+        shapes: The shapes of the inputs that layers are called with, by name.
         to_itself: The layers that are attention of something to itself, and nothing else: then the product
             with the three projections is one.
     """
@@ -45,7 +46,9 @@ def pack(
                     getattr(module, name), dtype=dtype, groups=pieces, transposed=turned
                 )
             weights.append(PackedParameter(module, name, made[key]))
-            rows.setdefault(id(made[key]), set()).update(batches.get(candidate.name, ()))
+            rows.setdefault(id(made[key]), set()).update(
+                _rows(layer, name, shape) for shape in shapes.get(candidate.name, ())
+            )
         layers[candidate.name] = PackedLayer(layer, weights)
     for weight in made.values():
         if (wanted := rows[id(weight)]) and weight.ndim == 2:
@@ -53,6 +56,13 @@ def pack(
     return layers
 
 
+def _rows(layer: nn.Module, name: str, shape: Sequence[int]) -> int:
+    """How many rows a weight is multiplied with at once; those of a state are as many as the sequences."""
+    if isinstance(layer, nn.RNNBase) and not name.startswith("weight_ih"):
+        return max(1, shape[0 if layer.batch_first else 1]) if len(shape) == 3 else 1
+    return max(1, math.prod(shape[:-1]))
+
+
 def needs_examples(layer: nn.Module) -> bool:
     """Whether it is no linear layer, whose inputs are known but for the number of rows."""
-    return isinstance(layer, (nn.Conv1d, nn.Conv2d, nn.MultiheadAttention))
+    return isinstance(layer, (nn.Conv1d, nn.Conv2d, nn.MultiheadAttention, nn.RNNBase, nn.RNNCellBase))

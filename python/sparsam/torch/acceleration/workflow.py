@@ -135,13 +135,8 @@ def _by_examples(
     """Runs the model with examples, dense and packed."""
     seen = observe(model, runner, found, swap.where)
     reasons = {name: why for name, calls in seen.calls.items() if (why := _unsuitable(calls))}
-    batches = {
-        name: {max(1, math.prod(shape[:-1])) for shape in calls}
-        for name, calls in seen.calls.items()
-        if name not in reasons
-    }
     suitable = [one for one in found if one.name not in reasons]
-    swap.layers = pack(suitable, dtype, batches, seen.to_itself)
+    swap.layers = pack(suitable, dtype, {one.name: seen.calls[one.name] for one in suitable}, seen.to_itself)
     narrow = _is_narrow(swap)
     rounded = narrow or dtype not in {None, torch.float32}
     tolerance = _WHOLE_NARROW if rounded else _WHOLE
@@ -177,7 +172,7 @@ def _by_rows(
     """Times linear layers alone."""
     reasons = {one.name: "needs example_inputs" for one in found if needs_examples(one.layer)}
     linear = [one for one in found if one.name not in reasons]
-    swap.layers = pack(linear, dtype, {one.name: _ROWS for one in linear})
+    swap.layers = pack(linear, dtype, {one.name: [(rows, 1) for rows in _ROWS] for one in linear})
     swap.fusions = fusions(observe_sequences(model, linear, swap.where), swap.layers, swap.where)
     swap.show(swap.layers)
     follows = {name: one.replacement.original for one in swap.fusions for name in one.replacement.into}

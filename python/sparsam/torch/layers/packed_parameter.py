@@ -42,8 +42,9 @@ class PackedParameter:
             for key, hook in hooks.items():
                 module._forward_pre_hooks[key] = _Pruned(hook, self.tensor, _versions(module, name))
             own[name] = self.tensor
+            _list_weight(module, name, self.tensor)
         else:
-            module._parameters[name] = self.tensor  # type: ignore[assignment]
+            _assign(module, name, self.tensor)
         if _SCRIPT not in own:
             module.register_state_dict_post_hook(_dense_state)  # type: ignore[no-untyped-call]
             own[_SCRIPT] = _refuse_script
@@ -64,7 +65,7 @@ class PackedParameter:
             content = self.tensor._content
             if content.original is None:
                 content.original, content.changed = nn.Parameter(self.tensor.to_dense()), False
-            module._parameters[name] = content.original
+            _assign(module, name, content.original)
         if not is_packed(module):
             clean(module)
 
@@ -122,6 +123,17 @@ def _every_packed(module: nn.Module) -> Iterator[tuple[str, PackedTensor]]:
         for name, computed in lists._modules.items():
             if isinstance(computed, _Computed):
                 yield name, computed.packed
+
+
+def _assign(module: nn.Module, name: str, weight: Any) -> None:
+    module._parameters[name] = weight
+    _list_weight(module, name, weight)
+
+
+def _list_weight(module: nn.Module, name: str, weight: Tensor) -> None:
+    """Tells recurrent layers, which read their weights from a list."""
+    if isinstance(module, nn.RNNBase):
+        module._flat_weights[module._flat_weights_names.index(name)] = weight
 
 
 def _packed(module: nn.Module, name: str) -> PackedTensor | None:

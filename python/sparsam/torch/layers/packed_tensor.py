@@ -13,12 +13,13 @@ from torch.utils import _pytree as pytree
 import torch
 from sparsam.sparse.arguments import numbers
 from sparsam.sparse.dispatch import Explanation
-from sparsam.torch.layers import products
+from sparsam.torch.layers import products, recurrent
 from sparsam.torch.layers.packed_weight import DTYPES, PackedWeight, pack_matrix, to_array
 from torch import Tensor, nn
 
 __all__ = ["PackedTensor"]
 
+_HANDLERS = {**products.HANDLERS, **recurrent.HANDLERS}
 _aten = torch.ops.aten
 _SAME = frozenset((_aten.detach.default, _aten.alias.default))
 
@@ -386,7 +387,7 @@ class PackedTensor(Tensor):
     def __torch_function__(
         cls, func: Any, types: Iterable[type], args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        product = products.HANDLERS.get(func)
+        product = _HANDLERS.get(func)
         if product is not None:
             found = product(*args, **(kwargs or {}))
             if found is not NotImplemented:

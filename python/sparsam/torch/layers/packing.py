@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import re
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -24,14 +26,18 @@ __all__ = [
     "clean",
     "dense_class",
     "groups",
+    "is_one_of_several",
     "is_packed",
     "is_transposed",
     "pack",
     "packable",
     "packed_layers",
+    "packed_together",
 ]
 
 _CONVOLUTIONS = (nn.Conv1d.forward, nn.Conv2d.forward)
+_RECURRENT = (nn.RNNBase, nn.RNNCellBase)
+_OF_RECURRENT = re.compile(r"weight_(ih|hh|hr)(_l\d+(_reverse)?)?")
 PROJECTIONS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
 
 
@@ -45,12 +51,13 @@ def pack(
     """Packs the weight of one layer in place: `layer.weight` is a `PackedTensor` then.
 
     `sparsam.torch.restore` gives back the Parameter that was there. Of a `MultiheadAttention` all projections
-    are packed: `in_proj_weight` (or `q_proj_weight` and so on) and `out_proj.weight`.
+    are packed: `in_proj_weight` (or `q_proj_weight` and so on) and `out_proj.weight`; of an `LSTM`, `GRU`,
+    `RNN` or a cell of these all matrices.
 
     Args:
-        layer: A `torch.nn.Linear` (or the Conv1D of Hugging Face's GPT-2), `Conv1d`, `Conv2d` or
-            `MultiheadAttention`, or one of a subclass; on the CPU, float32, bfloat16 or float16. Its zeros
-            are what is skipped.
+        layer: A `torch.nn.Linear` (or the Conv1D of Hugging Face's GPT-2), `Conv1d`, `Conv2d`,
+            `MultiheadAttention`, `LSTM`, `GRU`, `RNN` or a cell of these, or one of a subclass; on the CPU,
+            float32, bfloat16 or float16. Its zeros are what is skipped.
         dtype: What to store the values as, `torch.bfloat16` say; by default as they are. Sums are float32.
         activation: Applied to the layer's result: None, "relu", "gelu", "gelu_tanh" or "silu".
         batches: The numbers of rows that a linear layer will be called with, see `PackedTensor.prepare`.
@@ -93,7 +100,7 @@ class PackedLayer:
             raise TypeError(msg)
         if not (places := packable(layer)):
             msg = (
-                "layer: expected a torch.nn.Linear, Conv1d, Conv2d or MultiheadAttention; "
+                "layer: expected a torch.nn.Linear, Conv1d, Conv2d, MultiheadAttention or recurrent layer; "
                 f"got a {name}; leave it dense"
             )
             raise TypeError(msg)
@@ -128,8 +135,9 @@ class PackedLayer:
             known = ", ".join(repr(known) for known in ACTIVATIONS if known)
             msg = f"activation: expected None or one of {known}; got {name!r}; pass one of them"
             raise ValueError(msg)
-        if name is not None and isinstance(self.layer, nn.MultiheadAttention):
-            msg = f"activation: expected None for a MultiheadAttention; got {name!r}; leave it out"
+        if name is not None and isinstance(self.layer, (nn.MultiheadAttention, *_RECURRENT)):
+            kind = dense_class(self.layer).__name__
+            msg = f"activation: expected None for a layer of class {kind}; got {name!r}; leave it out"
             raise ValueError(msg)
         self._activation = name or ""
         if is_packed(self.layer):
@@ -196,8 +204,23 @@ def packable(layer: nn.Module) -> tuple[tuple[nn.Module, str], ...]:
     if isinstance(layer, nn.MultiheadAttention):
         own = tuple((layer, name) for name in PROJECTIONS if getattr(layer, name, None) is not None)
         return (*own, (layer.out_proj, "weight"))
+    if isinstance(layer, nn.RNNBase):
+        names = itertools.chain(*layer._all_weights)
+        return tuple((layer, name) for name in names if name.startswith("weight"))
+    if isinstance(layer, nn.RNNCellBase):
+        return (layer, "weight_ih"), (layer, "weight_hh")
     known = isinstance(layer, (nn.Linear, nn.Conv1d, nn.Conv2d)) or is_transposed(layer)
     return ((layer, "weight"),) if known else ()
+
+
+def is_one_of_several(attribute: str) -> bool:
+    """Whether that is the name of a weight in layers that have several: attention and recurrent ones."""
+    return attribute in PROJECTIONS or _OF_RECURRENT.fullmatch(attribute) is not None
+
+
+def packed_together(layer: nn.Module) -> bool:
+    """Whether it computes with packed weights only if all of its weights are packed."""
+    return isinstance(layer, _RECURRENT)
 
 
 def groups(layer: nn.Module, attribute: str) -> int:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 if TYPE_CHECKING:
     from sparsam.torch.layers.packed_tensor import Content
 
-__all__ = ["HANDLERS", "addmm", "convolve", "linear"]
+__all__ = ["HANDLERS", "addmm", "convolve", "frozen", "is_plain", "linear", "needs_gradient", "refuse"]
 
 _aten = torch.ops.aten
 _BIASES = (nn.Parameter, Tensor, type(None))
@@ -172,31 +172,31 @@ def _linear(x: Tensor, weight: Any, bias: Tensor | None, activation: str, *, tur
     else:
         return NotImplemented
     x = _autocast(x)
-    if _is_plain(x):
-        if not (torch.is_grad_enabled() and _needs_gradient(x, content, bias)):
+    if is_plain(x):
+        if not (torch.is_grad_enabled() and needs_gradient(x, content, bias)):
             return operators.linear(x, content.read or content.weight, bias, activation, first, outs)
         with torch.no_grad():
             y = operators.linear(x, content.weight, bias, activation, first, outs)
-        return _frozen(y, x, bias)
-    _refuse(x)
+        return frozen(y, x, bias)
+    refuse(x)
     return torch.ops.sparsam.linear(x, content.data, bias, outs, activation, first)
 
 
 def _conv2d(x: Tensor, weight: Any, bias: Tensor | None, geometry: Any, activation: str) -> Tensor:
     content = weight._content
-    if _is_plain(x):
-        if not (torch.is_grad_enabled() and _needs_gradient(x, content, bias)):
+    if is_plain(x):
+        if not (torch.is_grad_enabled() and needs_gradient(x, content, bias)):
             return operators.conv2d(x, content.weight, bias, *geometry, activation)  # type: ignore[call-arg]
         with torch.no_grad():
             y = operators.conv2d(x, content.weight, bias, *geometry, activation)  # type: ignore[call-arg]
-        return _frozen(y, x, bias)
-    _refuse(x)
+        return frozen(y, x, bias)
+    refuse(x)
     outs = content.layout.shape[0]
     found: Tensor = torch.ops.sparsam.conv2d(x, content.data, bias, outs, *geometry, activation)
     return found
 
 
-def _frozen(y: Tensor, *sources: Tensor | None) -> Tensor:
+def frozen(y: Tensor, *sources: Tensor | None) -> Tensor:
     """Returns y, with a derivative that raises, by those of its sources that require gradients."""
     inputs = [y.requires_grad_(), *(x for x in sources if x is not None and x.requires_grad)]
     found = _FROZEN(NO_DERIVATIVE, len(inputs))(*inputs)
@@ -204,11 +204,12 @@ def _frozen(y: Tensor, *sources: Tensor | None) -> Tensor:
     return result
 
 
-def _needs_gradient(x: Tensor, content: Content, bias: Tensor | None) -> bool:
+def needs_gradient(x: Tensor, content: Content, bias: Tensor | None = None) -> bool:
+    """Whether a derivative would be expected of a product with x."""
     return x.requires_grad or content.learns or (bias is not None and bias.requires_grad)
 
 
-def _is_plain(x: Tensor) -> bool:
+def is_plain(x: Tensor) -> bool:
     """Whether a function of memory may be called for x: nobody traces, differentiates or watches."""
     return (
         type(x) is Tensor
@@ -221,7 +222,7 @@ def _is_plain(x: Tensor) -> bool:
     )
 
 
-def _refuse(x: Tensor) -> None:
+def refuse(x: Tensor) -> None:
     """Raises for an x that is no plain tensor and that an operator would answer wrongly, or with a riddle.
 
     Forward-mode AD and the transforms of torch.func would take the product for a constant. Going backward is

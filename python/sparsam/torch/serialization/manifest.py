@@ -14,7 +14,7 @@ from sparsam.checkpoint.json_state import Count, Positive, convert, decode
 from sparsam.torch.layers.operators import ACTIVATIONS
 from sparsam.torch.layers.packed_parameter import PackedParameter
 from sparsam.torch.layers.packed_weight import DTYPES
-from sparsam.torch.layers.packing import PROJECTIONS
+from sparsam.torch.layers.packing import is_one_of_several
 
 __all__ = ["BITS", "MARK", "Layer", "Manifest", "Weight", "dtype_name", "place"]
 
@@ -162,9 +162,9 @@ _REMEDY = "save the model again"
 
 
 def place(name: str) -> tuple[str, str]:
-    """The module and the attribute of a layer: `weight`, unless it is named as a projection of attention."""
+    """The module and the attribute of a layer: `weight`, unless the last part names one of several."""
     module, _, last = name.rpartition(".")
-    return (module, last) if last in PROJECTIONS else (name, "weight")
+    return (module, last) if is_one_of_several(last) else (name, "weight")
 
 
 def dtype_name(dtype: object) -> str:

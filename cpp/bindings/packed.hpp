@@ -1,0 +1,12 @@
+// Packed matrices as Python has them: what several register_*.cpp need. Include after arrays.hpp.
+#pragma once
+#include <string>
+
+#include "sparsam/forms.hpp"
+
+namespace sparsam {
+
+// The form that a kernel of that name reads; a copy, which outlives any keep().
+FormPtr form_for(const PackedMatrix& w, const std::string& kernel);
+
+}  // namespace sparsam

@@ -153,6 +153,9 @@ def test_biases_that_kernels_cannot_read() -> None:
         layer.bias = nn.Parameter(torch.ones(5))
         with pytest.raises(ValueError, match=r"bias: expected shape \(6,\); got \(5,\)"):
             layer(x)
+        layer.bias = nn.Parameter(torch.ones(6, device="meta"))
+        with pytest.raises(ValueError, match=r"bias: expected .* on the CPU, .*; got one on meta; use bias"):
+            layer(x)
 
 
 @pytest.mark.parametrize(

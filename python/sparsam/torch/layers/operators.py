@@ -33,6 +33,8 @@ NO_DERIVATIVE = (
     "gradient; call sparsam.torch.restore(model) before training, or run it under torch.no_grad()"
 )
 
+_READ = frozenset(DTYPES)
+
 _library = torch.library.Library("sparsam", "DEF")  # type: ignore[no-untyped-call]
 _tags = (torch.Tag.pt2_compliant_tag,)
 
@@ -56,9 +58,10 @@ def linear(
         outs: How many; all that follow if None. Both must be whole groups.
     """
     check(x)
-    if not x.ndim or x.shape[-1] != weight.cols:
-        shape = (weight.groups * weight.rows, weight.cols)
-        msg = f"x: expected shape (..., {weight.cols}); got {tuple(x.shape)}; the weight is {shape}"
+    shape = x.shape
+    if not shape or shape[-1] != weight.cols:
+        whole = (weight.groups * weight.rows, weight.cols)
+        msg = f"x: expected shape (..., {weight.cols}); got {tuple(shape)}; the weight is {whole}"
         raise ValueError(msg)
     if x.dtype is torch.float16:
         return linear(x.float(), weight, bias, activation, first, outs).half()
@@ -75,10 +78,11 @@ def linear(
 
 def _multiply(x: Tensor, weight: PackedWeight, part: Packed, bias: Tensor | None, activation: str) -> Tensor:
     """The product with one group."""
-    out = x.new_empty((*x.shape[:-1], weight.rows))
-    if not out.numel():
+    out = x.new_empty(*x.shape[:-1], weight.rows)  # numbers, which PyTorch reads faster than a tuple
+    size = out.numel()
+    if not size:
         return out
-    batch = math.prod(x.shape[:-1])
+    batch = size // weight.rows
     part.linear_at(
         weight.kernel(batch),
         x.data_ptr(),
@@ -146,15 +150,16 @@ def unpack(data: Tensor, rows: int, cols: int, dtype: torch.dtype) -> Tensor:
 
 def check(x: Tensor) -> None:
     """Raises for an x that kernels cannot read."""
-    if x.device.type != "cpu":
+    if x.is_cpu and x.dtype in _READ and x.layout is torch.strided:
+        return
+    if not x.is_cpu:
         msg = f"x: expected a tensor on the CPU, where packed weights are; got one on {x.device}; use x.cpu()"
         raise ValueError(msg)
     if x.dtype not in DTYPES:
         msg = f"x: expected one of {', '.join(map(str, DTYPES))}; got {x.dtype}; convert it with x.to()"
         raise TypeError(msg)
-    if x.layout is not torch.strided:
-        msg = f"x: expected a dense tensor; got {x.layout}; use x.to_dense()"
-        raise TypeError(msg)
+    msg = f"x: expected a dense tensor; got {x.layout}; use x.to_dense()"
+    raise TypeError(msg)
 
 
 def _plain_bias(bias: Tensor | None, outputs: int) -> Tensor | None:
@@ -164,7 +169,12 @@ def _plain_bias(bias: Tensor | None, outputs: int) -> Tensor | None:
     if bias.numel() != outputs or bias.ndim != 1:
         msg = f"bias: expected shape ({outputs},); got {tuple(bias.shape)}; pass one number for each output"
         raise ValueError(msg)
-    return bias.float().contiguous()
+    if not bias.is_cpu:
+        msg = f"bias: expected a tensor on the CPU, where packed weights are; got one on {bias.device}"
+        msg += "; use bias.cpu()"
+        raise ValueError(msg)
+    plain = bias.dtype is torch.float32 and bias.is_contiguous()  # most are, and need no call for it
+    return bias if plain else bias.float().contiguous()
 
 
 def _conv2d_shape(

@@ -6,14 +6,16 @@ from collections.abc import Callable, Mapping, Sequence
 from types import FunctionType
 from typing import TYPE_CHECKING, Any
 
+from torch._C import _are_functorch_transforms_active, _get_tracing_state, _len_torch_dispatch_stack
 from torch.autograd import forward_ad
+from torch.compiler import is_compiling
 from torch.nn import functional
 
 import torch
 from sparsam.torch.layers import operators
 from sparsam.torch.layers.operators import NO_DERIVATIVE
 from sparsam.torch.layers.packed_weight import DTYPES
-from torch import Tensor, nn
+from torch import Tensor, is_autocast_enabled, is_grad_enabled, nn
 
 if TYPE_CHECKING:
     from sparsam.torch.layers.packed_tensor import Content
@@ -21,13 +23,48 @@ if TYPE_CHECKING:
 __all__ = ["HANDLERS", "addmm", "convolve", "frozen", "is_plain", "linear", "needs_gradient", "refuse"]
 
 _aten = torch.ops.aten
-_BIASES = (nn.Parameter, Tensor, type(None))
+_BIASES = frozenset((nn.Parameter, Tensor, type(None)))
 _FROZEN = torch._C._functions.DelayedError  # an identity with a derivative that raises
 
 
-def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str = "") -> Any:
-    """activation(input W^T + bias) where the weight (out, in) is packed; else NotImplemented."""
-    return _linear(input, weight, bias, activation, turned=False)
+def linear(
+    input: Tensor, weight: Any, bias: Tensor | None = None, activation: str = "", turned: bool = False
+) -> Any:
+    """activation(input W^T + bias) where the weight is packed; else NotImplemented.
+
+    Args:
+        input: x.
+        weight: W (out, in).
+        bias: Of each output.
+        activation: As for `operators.linear`.
+        turned: Whether the weight is (in, out) instead.
+    """
+    content = getattr(weight, "_content", None)
+    plain_bias = type(bias) in _BIASES
+    if (
+        content is None
+        or (type(input) is not Tensor and hasattr(input, "_content"))
+        or not (plain_bias or not hasattr(bias, "_content"))
+    ):
+        return NotImplemented
+    if weight._views:
+        if (shown := _shown(weight, content, turned=turned)) is None:
+            return NotImplemented
+        first, outs = shown
+    elif content.layout.transposed is turned and content.outs:
+        first, outs = 0, content.outs
+    else:
+        return NotImplemented
+    x = _autocast(input) if is_autocast_enabled("cpu") else input
+    if plain_bias and is_plain(x):
+        read = content.read or content.weight
+        if not (is_grad_enabled() and needs_gradient(x, content, bias)):
+            return operators.linear(x, read, bias, activation, first, outs)
+        with torch.no_grad():
+            y = operators.linear(x, read, bias, activation, first, outs)
+        return frozen(y, x, bias)
+    refuse(x)
+    return torch.ops.sparsam.linear(x, content.data, bias, outs, activation, first)
 
 
 def addmm(
@@ -43,11 +80,11 @@ def addmm(
     """activation(mat1 W + input) where the weight (in, out) is packed; else NotImplemented."""
     if beta != 1 or alpha != 1 or out is not None or input.ndim != 1:
         return NotImplemented
-    return _linear(mat1, mat2, input, activation, turned=True)
+    return linear(mat1, mat2, input, activation, turned=True)
 
 
 def _matmul(input: Tensor, other: Tensor, *, out: None = None) -> Any:
-    return NotImplemented if out is not None else _linear(input, other, None, "", turned=True)
+    return NotImplemented if out is not None else linear(input, other, turned=True)
 
 
 def _attend(*args: Any, **kwargs: Any) -> Any:
@@ -155,37 +192,10 @@ def _shown(weight: Any, content: Content, *, turned: bool) -> tuple[int, int] | 
     return None if first % each or height % each else (first, height)
 
 
-def _linear(x: Tensor, weight: Any, bias: Tensor | None, activation: str, *, turned: bool) -> Any:
-    content = getattr(weight, "_content", None)
-    if (
-        content is None
-        or (type(x) is not Tensor and hasattr(x, "_content"))
-        or (type(bias) not in _BIASES and hasattr(bias, "_content"))
-    ):
-        return NotImplemented
-    if weight._views:
-        if (shown := _shown(weight, content, turned=turned)) is None:
-            return NotImplemented
-        first, outs = shown
-    elif content.layout.transposed is turned and content.outs:
-        first, outs = 0, content.outs
-    else:
-        return NotImplemented
-    x = _autocast(x)
-    if is_plain(x):
-        if not (torch.is_grad_enabled() and needs_gradient(x, content, bias)):
-            return operators.linear(x, content.read or content.weight, bias, activation, first, outs)
-        with torch.no_grad():
-            y = operators.linear(x, content.weight, bias, activation, first, outs)
-        return frozen(y, x, bias)
-    refuse(x)
-    return torch.ops.sparsam.linear(x, content.data, bias, outs, activation, first)
-
-
 def _conv2d(x: Tensor, weight: Any, bias: Tensor | None, geometry: Any, activation: str) -> Tensor:
     content = weight._content
     if is_plain(x):
-        if not (torch.is_grad_enabled() and needs_gradient(x, content, bias)):
+        if not (is_grad_enabled() and needs_gradient(x, content, bias)):
             return operators.conv2d(x, content.weight, bias, *geometry, activation)  # type: ignore[call-arg]
         with torch.no_grad():
             y = operators.conv2d(x, content.weight, bias, *geometry, activation)  # type: ignore[call-arg]
@@ -213,12 +223,12 @@ def is_plain(x: Tensor) -> bool:
     """Whether a function of memory may be called for x: nobody traces, differentiates or watches."""
     return (
         type(x) is Tensor
-        and not torch.compiler.is_compiling()
+        and not is_compiling()
         and not x.is_neg()
         and forward_ad._current_level < 0
-        and not torch._C._are_functorch_transforms_active()
-        and torch._C._get_tracing_state() is None
-        and torch._C._len_torch_dispatch_stack() == 0
+        and not _are_functorch_transforms_active()
+        and _get_tracing_state() is None
+        and not _len_torch_dispatch_stack()
     )
 
 
@@ -231,7 +241,7 @@ def refuse(x: Tensor) -> None:
     if torch.onnx.is_in_onnx_export():
         msg = "ONNX: expected dense layers; got a packed one; call sparsam.torch.restore(model) first"
         raise RuntimeError(msg)
-    if torch.compiler.is_compiling():
+    if is_compiling():
         return
     if type(x) is Tensor:
         operators.check(x)
@@ -243,9 +253,8 @@ def refuse(x: Tensor) -> None:
 
 def _autocast(x: Tensor) -> Tensor:
     """X as autocast would hand it to a linear layer."""
-    if torch.is_autocast_enabled("cpu") and x.dtype in DTYPES:
-        return x.to(torch.get_autocast_dtype("cpu"))
-    return x
+    wanted = is_autocast_enabled("cpu") and x.dtype in DTYPES
+    return x.to(torch.get_autocast_dtype("cpu")) if wanted else x
 
 
 def _pad(

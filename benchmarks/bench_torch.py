@@ -31,8 +31,9 @@ LIMIT = int(os.environ.get("SPARSAM_BENCH_MAX", "100_000_000"))
 
 
 def pruned(layer: Any, sparsity: float) -> Any:
-    """The layer, the smallest of its weights zeroed."""
-    sparsam.prune({"weight": layer.weight.detach().numpy()}, target_sparsity=sparsity, inplace=True)
+    """The layer, the smallest of each of its weights zeroed."""
+    weights = {name: weight.detach().numpy() for name, weight in layer.named_parameters() if "weight" in name}
+    sparsam.prune(weights, target_sparsity=sparsity, inplace=True)
     return layer
 
 

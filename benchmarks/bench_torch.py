@@ -189,6 +189,6 @@ def test_recurrent(
     x = torch.randn(steps, batch, width)
     with torch.inference_mode():
         expected = dense(x)[0]
-    layer: Any = pack(copy.deepcopy(dense)) if what == "packed" else dense
+    layer: Any = pack(copy.deepcopy(dense), batches=[batch]) if what == "packed" else dense
     group = f"{type(dense).__name__}, {width} wide, both ways, {steps} steps s={sparsity} n={batch}"
     run(benchmark, group, lambda: layer(x)[0], expected, rounds=20)

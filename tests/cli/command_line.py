@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
+from typing import Any
 
+import ml_dtypes
+import numpy as np
 import pytest
 
+from sparsam import checkpoint
 from sparsam.cli import main
 
 
@@ -25,3 +30,21 @@ def fail(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
     assert captured.err.startswith("sparsam: ")
     assert captured.err.count("\n") == 1
     return captured.err
+
+
+def sample() -> dict[str, Any]:
+    """The tensors of a small checkpoint, one of them integers."""
+    rng = np.random.default_rng(7)
+    return {
+        "head.weight": rng.standard_normal((8, 16), dtype=np.float32),
+        "mlp.bias": rng.standard_normal(16, dtype=np.float32),
+        "mlp.weight": rng.standard_normal((16, 32)).astype(ml_dtypes.bfloat16),
+        "positions": np.arange(12).reshape(3, 4),
+    }
+
+
+def save_model(folder: Path) -> Path:
+    """The path of `sample` as a checkpoint."""
+    path = folder / "model.safetensors"
+    checkpoint.save(path, sample(), {"format": "pt"})
+    return path

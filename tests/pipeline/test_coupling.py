@@ -1,8 +1,9 @@
+"""Slices of several tensors that are pruned together: against an oracle that ranks groups one by one."""
+
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import pairwise, product
-from pathlib import Path
+from itertools import product
 from typing import Any
 
 import ml_dtypes
@@ -14,41 +15,18 @@ from numpy.typing import NDArray
 
 import reference
 from cases import CASES, make
+from coupled_weights import MLP, SCORERS, SELF_ATTENTION, Arrays, block
 from sparsam.config import PruningConfig, Scope, Scorer
 from sparsam.masks import Mask
 from sparsam.patterns import NM, Block, Pattern, Slices, Tied, Unstructured
-from sparsam.pruner import MagnitudePruner, prune
-from sparsam.scores import Magnitude, Random
+from sparsam.pruner import prune
+from sparsam.scores import Magnitude
 from sparsam.training.iterative import IterativePruner
 
-Arrays = dict[str, NDArray[Any]]
 Rival = dict[str, Block | Slices]
 
 
-class Positional:
-    """A method of one's own: later weights matter more, and a bias is not to be asked for."""
-
-    def score(self, name: str, weights: NDArray[Any], /) -> NDArray[Any]:
-        assert weights.ndim > 1, name
-        return np.where(weights == 0, 0.0, np.arange(1.0, weights.size + 1).reshape(weights.shape))
-
-
-SCORERS: list[Scorer] = [Magnitude(), Magnitude(2), Random(7), Positional()]
-SELF_ATTENTION = Tied({"q": Slices(0, 3), "k": Slices(-2, 3), "v": Slices(0, 3), "o": Slices(1, 3)})
-MLP = Tied({"fc1": Slices(0), "fc1.bias": Slices(-1), "fc2": Slices(1)})
-
-
 SCOPES_OF_TIES: tuple[Scope, ...] = ("layer", "global")
-
-
-def block(seed: int = 0, high: int = 3) -> Arrays:
-    """Integers, so that every sum is exact and ties abound: attention with 4 heads of 3, and an MLP."""
-    rng = np.random.default_rng(seed)
-    shapes = {"fc2": (5, 8), "q": (12, 5), "fc1.bias": (8,), "k": (12, 5), "o": (5, 12), "v": (12, 5)}
-    shapes |= {"fc1": (8, 5), "embed": (8, 4), "norm": (5,), "conv": (4, 2, 2, 2)}
-    return {
-        name: np.asarray(rng.integers(-high, high + 1, shape), np.float32) for name, shape in shapes.items()
-    }
 
 
 def groups_of(x: NDArray[Any], pattern: Block | Slices) -> NDArray[np.int64]:
@@ -259,54 +237,6 @@ def test_adversarial_values(case: str) -> None:
         assert k in {0, 6} or np.max(scores[~kept]) <= np.min(scores[kept]) + rounding
 
 
-@pytest.mark.parametrize(
-    ("ties", "changes", "message"),
-    [
-        (
-            [Tied({"fc1.wieght": Slices(0)})],
-            {},
-            "ties: expected names of tensors as members; got 'fc1.wieght'; the closest names are 'fc1",
-        ),
-        (
-            [Tied({"q": Slices(2)})],
-            {},
-            r"tensor 'q': expected an axis for Slices\(axis=2, size=1\); got shape \(12, 5\)",
-        ),
-        ([Tied({"q": Slices(0, 5)})], {}, r"tensor 'q': expected an axis of a multiple of 5"),
-        (
-            [Tied({"q": Slices(0, 3), "o": Slices(1, 2)})],
-            {},
-            r"'q' of shape \(12, 5\) has 4 \(slices axis 0 size 3\), 'o' of .* has 6 \(slices axis 1",
-        ),
-        (
-            [SELF_ATTENTION, Tied({"q": Slices(-2)})],
-            {},
-            "tensor 'q': expected one tie across axis 0, since only one",
-        ),
-        ([MLP, MLP], {}, "tensor 'fc1': expected one tie across axis 0"),
-        (
-            [MLP],
-            {"exclude": ["fc*"]},
-            r"tensor 'fc1': expected members that are pruned; got 'fc\*' in exclude; narrow that",
-        ),
-        (
-            [MLP],
-            {"overrides": {"*bias": 0.5}},
-            r"of the tied \['fc1', 'fc1.bias', 'fc2'\]: expected .* got \{'fc1.bias': Override\(spars",
-        ),
-        ([MLP], {"overrides": {"fc*": 0.5, "fc2": 0.8}}, r"of the tied .*: expected one"),
-        ([MLP], {"overrides": {"fc*": (0.5, Slices(0))}}, r"of the tied .*: expected one"),
-    ],
-)
-def test_ties_that_do_not_fit(ties: list[Tied], changes: dict[str, Any], message: str) -> None:
-    for scope in ("layer", "global"):
-        config = PruningConfig(scope=scope, ties=ties, **changes)
-        with pytest.raises(ValueError, match=message):
-            prune(block(), config)
-        with pytest.raises(ValueError, match=message):
-            IterativePruner(config=config).run(block(), lambda _: 1.0)
-
-
 @pytest.mark.parametrize("scope", ["layer", "row", "global"])
 @pytest.mark.parametrize("sparsity", [0.0, 0.3, 0.75, 1.0])
 def test_a_tie_may_have_a_sparsity_of_its_own(scope: Scope, sparsity: float) -> None:
@@ -322,47 +252,6 @@ def test_a_tie_may_have_a_sparsity_of_its_own(scope: Scope, sparsity: float) -> 
     assert prune(weights, config, overrides=rounded).masks["fc1"].count == 25
 
 
-def test_an_allocation_that_names_what_is_tied_is_refused() -> None:
-    weights = {name: block()[name] for name in MLP.members}
-    with pytest.raises(
-        ValueError,
-        match=r"allocation: expected .* tensors to be pruned, apart from overrides and ties, .*; got 'fc1'",
-    ):
-        prune(weights, ties=[MLP], allocation={"fc1": 0.9})
-
-
-def test_ties_without_tensors() -> None:
-    with pytest.raises(ValueError, match=r"ties: expected names .*; got 'q'; there are no tensors"):
-        prune({}, ties=[SELF_ATTENTION])
-    with pytest.raises(ValueError, match=r"expected scope .layer. or .row., .* and no ties"):
-        MagnitudePruner(PruningConfig(ties=[MLP]))
-
-
-def test_nan_and_dtypes_are_refused_by_name() -> None:
-    for name in ("o", "fc1.bias"):
-        weights = block()
-        weights[name].reshape(-1)[3] = np.nan
-        with pytest.raises(
-            ValueError, match=rf"tensor '{name}': expected numbers to rank; got NaN at index \("
-        ):
-            prune(weights, ties=[MLP, SELF_ATTENTION])
-    weights = block()
-    weights["fc1.bias"] = np.ones(8, np.int64)
-    with pytest.raises(
-        TypeError, match=r"tensor 'fc1.bias': expected one of the dtypes float16, .*; got int64"
-    ):
-        prune(weights, ties=[MLP])
-
-    class Broken:
-        def score(self, name: str, weights: NDArray[Any], /) -> NDArray[Any]:
-            return np.full(weights.shape, np.nan if name == "o" else 1.0)
-
-    with pytest.raises(
-        ValueError, match=r"the score of tensor 'o': expected numbers to rank; got NaN at index \(0, 0\)"
-    ):
-        prune(block(), method=Broken(), ties=[SELF_ATTENTION], exclude=["embed", "conv", "fc?"])
-
-
 def test_memory_layouts_do_not_matter(threads: int) -> None:
     expected = prune(block(), ties=[MLP, SELF_ATTENTION])
     views = {name: np.asfortranarray(array[::-1].copy())[::-1] for name, array in block().items()}
@@ -373,63 +262,3 @@ def test_memory_layouts_do_not_matter(threads: int) -> None:
 def test_one_array_by_itself_can_be_tied() -> None:
     result = prune(np.arange(6.0).reshape(3, 2), target_sparsity=1 / 3, ties=[Tied({"weights": Slices(0)})])
     assert result.weights.tolist() == [[0, 0], [2, 3], [4, 5]]
-
-
-@pytest.mark.parametrize("method", SCORERS)
-@pytest.mark.parametrize(
-    ("scope", "pattern"), [("layer", Unstructured()), ("global", Slices(0)), ("global", Block(2, 2))]
-)
-def test_iterations_are_nested_and_exact(method: Scorer, scope: Scope, pattern: Pattern) -> None:
-    ties = [
-        SELF_ATTENTION,
-        Tied({"fc1": Slices(0), "fc1.bias": Slices(0), "fc2": Slices(1)}),
-        Tied({"fc2": Slices(0), "embed": Slices(0, 1)}),
-    ]
-    weights = block(4) | {"embed": block(5)["embed"][:5]}
-    schedule = [0.1, 0.3, 0.3, 0.5, 0.8, 1.0]
-    seen: list[dict[str, Mask]] = []
-
-    def zero_some(arrays: Arrays, masks: dict[str, Mask], iteration: int) -> None:
-        """Revives what is pruned, then leaves kept weights at zero, so that they tie with pruned ones."""
-        seen.append(masks)
-        for array in arrays.values():
-            array[array == 0] = 1
-            if iteration > 1:
-                array[...] = 0
-
-    config = PruningConfig(pattern=pattern, method=method, scope=scope, ties=ties)
-    result = IterativePruner(schedule=schedule, config=config).run(weights, lambda _: 1.0, zero_some)
-    for before, after in pairwise(seen):
-        assert all((after[name] & before[name]) == after[name] for name in after)
-    heads = [4 - masks["q"].to_array().any(axis=1).reshape(4, 3).any(axis=1).sum() for masks in seen]
-    neurons = [8 - np.count_nonzero(masks["fc1.bias"].to_array()) for masks in seen]
-    if scope == "layer":
-        assert heads == [round(s * 4) for s in schedule]
-        assert neurons == [round(s * 8) for s in schedule]
-    assert result.masks == seen[-1]
-    assert not any(result.weights[name].any() for name in result.masks)
-
-
-@pytest.mark.parametrize("scope", ["layer", "global"])
-def test_without_recovery_the_end_is_that_of_one_shot(scope: Scope) -> None:
-    config = PruningConfig(0.7, scope=scope, ties=[MLP, SELF_ATTENTION], pattern=Slices(0))
-    weights = block(6, high=1000)
-    result = IterativePruner(0.1, config=config, num_iterations=5, schedule="linear").run(
-        weights, lambda _: 0.0
-    )
-    expected = prune(weights, config)
-    assert result.masks == expected.masks
-    assert result.report == expected.report
-
-
-def test_a_run_with_other_ties_is_another_run(tmp_path: Path) -> None:
-    def run(*ties: Tied) -> Any:
-        config = PruningConfig(schedule=[0.25, 0.5], ties=ties)
-        return IterativePruner(config=config).run(block(), lambda _: 1.0, state_dir=tmp_path)
-
-    first = run(MLP, SELF_ATTENTION)
-    again = run(Tied(dict(reversed(list(MLP.members.items())))), SELF_ATTENTION)
-    assert (again.history, again.masks) == (first.history, first.masks)
-    for ties in ((), (MLP,), (SELF_ATTENTION, MLP), (Tied(MLP.members, scored="fc1"), SELF_ATTENTION)):
-        with pytest.raises(ValueError, match=r"another run's: ties was .*, now "):
-            run(*ties)

@@ -129,3 +129,7 @@ def first(outputs: Any) -> torch.Tensor:
 @torch.no_grad()
 def run(model: nn.Module, inputs: Any) -> torch.Tensor:
     return first(model(**inputs) if isinstance(inputs, dict) else model(inputs))
+
+
+def hooks(model: nn.Module) -> int:
+    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())

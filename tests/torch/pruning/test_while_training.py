@@ -1,3 +1,5 @@
+"""`Pruner`: its schedule, masks and state, and the model, optimizer and devices that it meets."""
+
 from __future__ import annotations
 
 import copy
@@ -7,10 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 from training_cases import (
+    METHODS,
     OPTIMIZERS,
     batch,
     equal_states,
     loss_of,
+    made,
     mlp,
     smallest_pruned,
     train,
@@ -21,35 +25,11 @@ from transformers.pytorch_utils import Conv1D
 import torch
 from sparsam import NM, Block, PruningConfig, Random, Slices, Tied, Unstructured
 from sparsam.schedules import Polynomial
-from sparsam.torch import Pruner, pack
+from sparsam.torch import Pruner
 from sparsam.torch.pruning import masked_weights
-from sparsam.training.regrowth import SET, RigL, rigl_update
 from torch import nn
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-METHODS: dict[str, dict[str, Any]] = {
-    "magnitude": {},
-    "random": {"method": "random", "scope": "global"},
-    "lamp": {"allocation": "lamp"},
-    "rows": {"scope": "row"},
-    "saliency": {"method": "saliency"},
-    "fisher": {"method": "fisher", "scope": "global"},
-    "movement": {"method": "movement"},
-    "set": {"regrow": "set", "method": "random", "allocation": "erk"},
-    "rigl": {"regrow": RigL(0.4)},
-    "gradual rigl": {"regrow": "rigl", "schedule": "cubic"},
-    "nm": {"pattern": NM(2, 4), "target_sparsity": None, "begin": 10},
-    "block": {"pattern": Block(4, 4)},
-}
-
-
-def made(kind: str = "adamw", **options: Any) -> tuple[nn.Sequential, torch.optim.Optimizer, Pruner]:
-    model = mlp()
-    opt = OPTIMIZERS[kind](model.parameters())
-    settings = {"target_sparsity": 0.8, "end": 30, "every": 5} | options
-    arguments: dict[str, Any] = {"optimizer": opt} | settings
-    return model, opt, Pruner(model, **arguments)
 
 
 def test_moves_along_the_schedule_and_selects_as_the_oracle() -> None:
@@ -146,84 +126,6 @@ def test_a_run_goes_on_as_if_it_had_not_stopped(method: str, stop: int) -> None:
     assert equal_states(model, second)
     assert pruner.masks == second_pruner.masks
     assert not equal_states(model, mlp())
-
-
-@pytest.mark.parametrize("method", ["saliency", "fisher", "movement"])
-def test_gradient_scores_are_their_formulas(method: str) -> None:
-    model, opt, pruner = made(method=method, begin=6, end=6, schedule="one_shot")
-    sums = {name: np.zeros(w.shape, np.float32) for name, w in weights_of(model).items()}
-    for step in range(7):
-        opt.zero_grad()
-        loss_of(model, step).backward()
-        taken_at = weights_of(model)
-        for name, parameter in model.named_parameters():
-            if name in sums:
-                assert parameter.grad is not None
-                g = parameter.grad.numpy()
-                w = taken_at[name]
-                sums[name] += {"saliency": g, "fisher": g * g, "movement": -w * g}[method]
-        opt.step()
-        before = weights_of(model)
-        pruner.step()
-    for name, total in sums.items():
-        w = before[name].astype(np.float64)
-        mean = (total / np.float32(7)).astype(np.float64)
-        score = {"saliency": np.abs(w * mean), "fisher": w * w * mean, "movement": total}[method]
-        wanted = smallest_pruned(score, np.ones(w.shape, np.bool_), round(0.8 * w.size))
-        differs = wanted != pruner.masks[name].to_array()
-        # Sums in another order of operations may swap neighbours.
-        assert np.count_nonzero(differs) <= 2
-
-
-def test_saliency_counts_from_the_last_update_on() -> None:
-    model, opt, pruner = made(method="saliency", end=10, every=5)
-    train(model, opt, pruner, range(6))
-    assert pruner.state_dict()["evidence"]["steps"] == 0
-    train(model, opt, pruner, range(6, 9))
-    assert pruner.state_dict()["evidence"]["steps"] == 3
-
-
-def test_rigl_moves_a_constant_number_of_weights_to_where_gradients_are_large() -> None:
-    model, opt, pruner = made("adam", regrow=RigL(0.4), end=20, every=5)
-    train(model, opt, pruner, range(10))
-    masks = pruner.masks
-    opt.zero_grad()
-    loss_of(model, 10).backward()
-    gradients = {n: p.grad.numpy().copy() for n, p in model.named_parameters() if p.grad is not None}
-    pruner.mask_gradients()
-    opt.step()
-    before = weights_of(model)
-    assert pruner.step()
-    fraction = 0.4 / 2 * (1 + np.cos(np.pi * 10 / 20))
-    for name, mask in masks.items():
-        wanted = rigl_update(before[name], mask, gradients[name], fraction)
-        assert pruner.masks[name] == wanted
-        assert wanted.count == mask.count == weights_of(model)[name].size - round(0.8 * mask.size)
-        grown = (wanted & ~mask).to_array()
-        assert grown.any()
-        assert not weights_of(model)[name][grown].any()
-        state = opt.state[dict(model.named_parameters())[name]]
-        for key in ("exp_avg", "exp_avg_sq", "max_exp_avg_sq"):
-            assert not state[key].numpy()[grown].any()
-            assert state[key].numpy()[(wanted & mask).to_array()].all()
-    grown = (pruner.masks["0.weight"] & ~masks["0.weight"]).to_array()
-    train(model, opt, pruner, range(11, 13))
-    assert weights_of(model)["0.weight"][grown].all()
-    train(model, opt, pruner, range(13, 30))
-    assert pruner.sparsity == pytest.approx(0.8, abs=1e-3)
-
-
-def test_set_draws_anew_for_each_tensor_and_step() -> None:
-    runs = []
-    for seed in (0, 0, 1):
-        model, opt, pruner = made(regrow=SET(seed=seed), end=20)
-        train(model, opt, pruner, range(12))
-        runs.append(pruner.masks)
-    assert runs[0] == runs[1]
-    assert runs[0] != runs[2]
-    assert {name: mask.count for name, mask in runs[0].items()} == {
-        name: mask.count for name, mask in runs[2].items()
-    }
 
 
 def test_patterns_scopes_overrides_and_ties() -> None:
@@ -334,46 +236,6 @@ def test_a_compiled_model_is_pruned_by_the_names_of_the_plain_one() -> None:
     assert equal_states(plain, model)
 
 
-def test_gradients_that_are_accumulated_count_once() -> None:
-    model, opt, pruner = made("sgd", method="saliency", end=8)
-    train(model, opt, pruner, range(10))
-    parts, parts_opt, parts_pruner = made("sgd", method="saliency", end=8)
-    for step in range(10):
-        parts_opt.zero_grad()
-        inputs, targets = batch(step)
-        for part in (slice(0, 8), slice(8, 16)):
-            ((parts(inputs[part]) - targets[part]).square().mean() / 2).backward()
-        parts_opt.step()
-        parts_pruner.step()
-    assert parts_pruner.steps == 10
-    for name, mask in pruner.masks.items():
-        assert mask.count == parts_pruner.masks[name].count
-        assert np.mean(mask.to_array() == parts_pruner.masks[name].to_array()) > 0.99
-
-
-@pytest.mark.parametrize("method", ["magnitude", "saliency", "rigl"])
-def test_mixed_precision_with_a_scaler_that_skips_a_step(method: str) -> None:
-    model, opt, pruner = made("adam", **METHODS[method], end=8, every=2)
-    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8, growth_interval=100)
-    for step in range(12):
-        opt.zero_grad()
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            loss = loss_of(model, step)
-        scaler.scale(loss * (float("inf") if step == 4 else 1.0)).backward()
-        before = weights_of(model)
-        scaler.step(opt)
-        scaler.update()
-        waited = not pruner.step()
-        assert waited == (step not in ({0, 2, 5, 6, 8} if method == "rigl" else {0, 2, 4, 6, 8}))
-        if step == 4:
-            for name, w in weights_of(model).items():
-                keep = pruner.masks[name].to_array()
-                np.testing.assert_array_equal(w, np.where(keep, before[name], 0))
-    assert scaler.get_scale() == 2.0**7
-    assert pruner.sparsity == pytest.approx(0.8, abs=1e-3)
-    assert all(np.isfinite(w).all() for w in weights_of(model).values())
-
-
 def test_narrow_weights_are_pruned_as_they_are() -> None:
     model = mlp().to(torch.bfloat16)
     opt = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
@@ -397,63 +259,6 @@ def test_other_devices_give_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     assert equal_states(model, moved)
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"end": None}, "end: expected the step at which schedule 'cubic' reaches 0.8; got None"),
-        ({"begin": -1}, "begin: expected a step of at least 0; got -1"),
-        ({"begin": 9, "end": 4}, "end: expected a step of at least begin, 9; got 4"),
-        ({"every": 0}, "every: expected an integer of at least 1; got 0"),
-        ({"initial_sparsity": 0.9}, "schedule, iteration 2: expected at least 0.9"),
-        ({"initial_sparsity": 2}, "initial_sparsity: expected a number from 0"),
-        ({"schedule": lambda p: 0.8 * (1 - p)}, "target_sparsity|schedule"),
-        ({"pattern": NM(2, 4), "target_sparsity": 0.5, "schedule": "cubic"}, "schedule: expected 'one_shot'"),
-        ({"pattern": NM(2, 3), "target_sparsity": None}, "tensor '0.weight'.* multiple of 3"),
-        ({"pattern": Slices(0, 3)}, "0.weight"),
-        ({"regrow": "grow"}, "regrow: expected 'set', 'rigl'"),
-        ({"regrow": "rigl", "pattern": Block(2, 2)}, "pattern: expected Unstructured"),
-        ({"regrow": "set", "scope": "row"}, "regrow: expected scope 'layer' or 'global'"),
-        ({"method": "wanda"}, "method: expected an object that has its data; got the name 'wanda'"),
-        ({"overrides": {"nope": 0.5}}, "overrides: expected names or patterns of tensors; got 'nope'"),
-        ({"exclude": ("0.weight", "2")}, "model: expected weights to prune; got none in Sequential"),
-    ],
-)
-def test_errors_come_before_training(options: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        made(**options)
-
-
-def test_errors_while_training() -> None:
-    with pytest.raises(TypeError, match=r"model: expected a torch.nn.Module; got dict"):
-        Pruner({}, target_sparsity=0.5, end=3)  # type: ignore[arg-type]
-    model, opt, pruner = made(method="movement")
-    opt.zero_grad()
-    with pytest.raises(ValueError, match=r"tensor '0.weight': expected a gradient.*before zero_grad"):
-        pruner.step()
-    model, opt, pruner = made(regrow="rigl", every=1, optimizer=None)
-    with pytest.raises(ValueError, match=r"optimizer: expected the optimizer.*pass optimizer="):
-        train(model, opt, pruner, range(3))
-    model, opt, pruner = made(end=2)
-    with torch.no_grad():
-        model.get_parameter("0.weight")[3, 4] = float("nan")
-    with pytest.raises(ValueError, match=r"tensor '0.weight'.*NaN"):
-        train(model, opt, pruner, range(3))
-    assert pruner.sparsity == 0
-
-
-def test_states_of_others_are_refused() -> None:
-    _, _, pruner = made()
-    with pytest.raises(ValueError, match=r"state: expected what state_dict\(\) returned"):
-        pruner.load_state_dict({"steps": 3})
-    for options, word in (({"end": 31}, "end was 31, now 30"), ({"scope": "row"}, "scope was 'row'")):
-        _, _, other = made(**options)
-        with pytest.raises(ValueError, match=f"expected that of this pruner; got another's: .*{word}"):
-            pruner.load_state_dict(other.state_dict())
-    wide = Pruner(nn.Sequential(nn.Linear(20, 33), nn.Linear(33, 8)), target_sparsity=0.8, end=30, every=5)
-    with pytest.raises(ValueError, match=r"masks of the tensors of this model; got others for"):
-        pruner.load_state_dict(wide.state_dict())
-
-
 def test_a_scorer_object_and_every_default() -> None:
     model = mlp()
     pruner = Pruner(model, PruningConfig(0.5, method=Random(3), pattern=Unstructured()), end=1000)
@@ -463,25 +268,3 @@ def test_a_scorer_object_and_every_default() -> None:
         True, True, True, False, True, True,
     ]  # fmt: skip
     assert 0 < pruner.sparsity < 0.1
-
-
-@pytest.mark.parametrize(
-    "replace",
-    [
-        lambda model: model.load_state_dict(copy.deepcopy(model.state_dict()), assign=True),
-        lambda model: pack(model[0]),
-    ],
-)
-def test_parameters_that_were_replaced_are_noticed(replace: Any) -> None:
-    model = mlp()
-    pruner = Pruner(model, target_sparsity=0.5, end=0)
-    pruner.step()
-    layer, weight = model[0], model.get_parameter("0.weight")
-    model[0] = nn.Sequential(layer)  # another name, the same Parameter
-    pruner.step()
-    assert int((weight.detach() == 0).sum()) == 320
-    model[0] = layer
-    replace(model)
-    with pytest.raises(ValueError, match=r"weight '0.weight': expected the Parameter that the pruner"):
-        pruner.step()
-    assert pruner.steps == 2

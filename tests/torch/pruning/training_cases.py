@@ -9,7 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 import torch
+from sparsam import NM, Block
 from sparsam.torch import Pruner
+from sparsam.training.regrowth import RigL
 from torch import Tensor, nn
 
 OPTIMIZERS: dict[str, Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]] = {
@@ -19,6 +21,21 @@ OPTIMIZERS: dict[str, Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]]
     "adam": lambda parameters: torch.optim.Adam(parameters, lr=0.01, weight_decay=0.1, amsgrad=True),
     "adamw": lambda parameters: torch.optim.AdamW(parameters, lr=0.01, weight_decay=0.5),
     "fused": lambda parameters: torch.optim.AdamW(parameters, lr=0.01, weight_decay=0.5, fused=True),
+}
+
+METHODS: dict[str, dict[str, Any]] = {
+    "magnitude": {},
+    "random": {"method": "random", "scope": "global"},
+    "lamp": {"allocation": "lamp"},
+    "rows": {"scope": "row"},
+    "saliency": {"method": "saliency"},
+    "fisher": {"method": "fisher", "scope": "global"},
+    "movement": {"method": "movement"},
+    "set": {"regrow": "set", "method": "random", "allocation": "erk"},
+    "rigl": {"regrow": RigL(0.4)},
+    "gradual rigl": {"regrow": "rigl", "schedule": "cubic"},
+    "nm": {"pattern": NM(2, 4), "target_sparsity": None, "begin": 10},
+    "block": {"pattern": Block(4, 4)},
 }
 
 
@@ -78,3 +95,11 @@ def smallest_pruned(scores: NDArray[Any], keep: NDArray[np.bool_], k: int) -> ND
     new = np.ones(scores.size, np.bool_)
     new[order[:k]] = False
     return new.reshape(scores.shape)
+
+
+def made(kind: str = "adamw", **options: Any) -> tuple[nn.Sequential, torch.optim.Optimizer, Pruner]:
+    model = mlp()
+    opt = OPTIMIZERS[kind](model.parameters())
+    settings = {"target_sparsity": 0.8, "end": 30, "every": 5} | options
+    arguments: dict[str, Any] = {"optimizer": opt} | settings
+    return model, opt, Pruner(model, **arguments)

@@ -9,7 +9,7 @@ name         object          sparsity of a tensor
 "erk"        `ERK()`         1 - c sum(dims) / prod(dims); where that density passes 1, dense [1, 2]
 "lamp"       `Global("lamp")` what one threshold over the LAMP scores of all tensors prunes of it [3]
 "global"     `Global()`      the same with magnitudes
-             `OWL(...)`      less, the more outliers the Wanda scores of its block have [4]
+             `OWL(...)` lower, the more outliers the Wanda scores of its block have [4]
              a mapping       what it says of the name; the rest is uniform, so that the total holds
 ============ =============== ====================================================================
 

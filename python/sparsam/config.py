@@ -1,4 +1,4 @@
-"""What to prune, and how much: `PruningConfig`, which checks itself.
+"""What to prune, and how much: `PruningConfig`, which checks its fields.
 
 The stages give names their meaning: `sparsam.schedules` and `sparsam.scores` turn them into objects,
 `sparsam.selection` applies a pattern.
@@ -63,7 +63,7 @@ class Override:
     """What one tensor has instead of the configuration's target and pattern.
 
     Attributes:
-        sparsity: In [0, 1]; None: the target of the configuration. An N:M pattern brings its own.
+        sparsity: In [0, 1]; None: the target of the configuration. An N:M pattern has its own.
         pattern: None: the pattern of the configuration.
 
     Raises:
@@ -92,13 +92,13 @@ class Override:
         )
 
     def at(self, sparsity: float) -> Override:
-        """Returns it with another sparsity, where it has one that is not that of an N:M pattern."""
+        """Returns a copy with another sparsity, unless an N:M pattern determines it."""
         if self.sparsity is None or isinstance(self.pattern, NM):
             return self
         return replace(self, sparsity=sparsity)
 
     def scaled(self, share: float) -> Override:
-        """Returns it at a share of its sparsity; N:M has only one."""
+        """Returns a copy with its sparsity multiplied by `share`; N:M patterns have only one sparsity."""
         return self if self.sparsity is None else self.at(self.sparsity * share)
 
 
@@ -125,48 +125,51 @@ class ConfigFields(TypedDict, total=False):
 class PruningConfig:
     """How a set of tensors is pruned. Frozen; every field is checked when it is made.
 
-    Fields hold plain values: equal configurations do the same everywhere. Names of tensors are given exactly
-    or as shell-style patterns; an exact name always matches, whatever characters it has.
+    Fields hold plain values: equal configurations give equal results. Names of tensors are given exactly or
+    as shell-style patterns; an exact name always matches, whatever characters it has.
 
     Attributes:
-        target_sparsity: The fraction of weights to prune, in [0, 1]. Left out (or None), what an N:M pattern
-            or an explicit schedule asks for, else 0.5. Always a float on the finished object.
+        target_sparsity: The fraction of weights to prune, in [0, 1]. By default (None) the sparsity of an N:M
+            pattern or the end of an explicit schedule, else 0.5. Always a float on the finished object.
         method: "magnitude", "random", "lamp", or an object of `sparsam.scores`, a `Scorer`. The other names
             ("saliency", "fisher", "movement", "wanda", "ria", "obs", "admm") need data: `sparsam.torch.prune`
-            gathers it from a model, others say which object to pass.
-        pattern: Which weights stand or fall together: `Unstructured`, `NM`, `Block` or `Slices`.
+            collects it from a model, other functions say which object to pass.
+        pattern: Which weights are kept or pruned together: `Unstructured`, `NM`, `Block` or `Slices`.
         scope: What weights are compared with: "layer", those of the same tensor; "row", those of the same
             output row, as in Wanda (single weights and N:M only); "global", all, with one threshold.
-        allocation: How a total sparsity is shared out over tensors: "uniform" (each has it), "erk", "lamp",
+        allocation: How a total sparsity is divided among tensors: "uniform" (each has it), "erk", "lamp",
             "global", an object of `sparsam.allocation`, a `SensitivityReport`, or a mapping from names or
-            patterns to sparsities, the rest uniform. Others than "uniform" go with the scopes "layer" and
-            "row", not with N:M patterns, and hit the total exactly, in scope "row" but for the rounding in
-            each row.
-        schedule: The way to the target that `sparsam.IterativePruner` takes (`sparsam.prune` goes there at
-            once): a name, an object of `sparsam.schedules`, the list of sparsities itself, or a function of
-            progress in [0, 1] that returns the sparsity. None: its default, "linear".
+            patterns to sparsities, the rest uniform. Allocations other than "uniform" need scope "layer" or
+            "row" and a pattern other than N:M. The total is exact, in scope "row" up to the rounding of each
+            row.
+        schedule: How `sparsam.IterativePruner` approaches the target (`sparsam.prune` prunes to it at once):
+            a name, an object of `sparsam.schedules`, the list of sparsities itself, or a function of progress
+            in [0, 1] that returns the sparsity. None: its default, "linear".
         num_iterations: How many steps the schedule has; the length of an explicit list. None: the default of
             `sparsam.IterativePruner`, 4.
-        exclude: Names or patterns (`fnmatch.fnmatchcase`) of the tensors that stay dense; it beats overrides.
+        exclude: Names or patterns (`fnmatch.fnmatchcase`) of the tensors that stay dense; takes precedence
+            over overrides.
         overrides: Name or pattern -> a sparsity, a pattern, or both as `(sparsity, pattern)`; kept as
             `Override`. The last match wins. An overridden tensor is pruned by itself, outside the pool of a
-            global scope and the total of an allocation; with Block or Slices as a whole in scope "row" too.
-            Tensors with fewer than two axes (biases, norms) are pruned only when named here.
-        ties: `Tied` slices of several tensors, decided together in place of `pattern`. Each tie prunes
-            `round(target_sparsity * groups)` of its groups, whatever the allocation. In global scope ties
-            compete by score per weight: with the groups of all other tensors if `pattern` is `Block` or
-            `Slices`, else among themselves, since a weight does not compare with a head. A member must not
-            be excluded, and may be overridden only by a sparsity that all members of its tie have, to within
-            one weight: that of the tie, outside the pool of a global scope. It may be in two ties, across
-            different axes (the rows of a middle layer and its columns): each is decided on the original
-            weights, and what either of them prunes is pruned.
+            global scope and the total of an allocation; with Block or Slices its groups are compared over the
+            whole tensor, in scope "row" too. Tensors with fewer than two axes (biases, norms) are pruned only
+            when named here.
+        ties: Couplings: `Tied` slices of several tensors, pruned together in place of `pattern`. Each
+            coupling prunes `round(target_sparsity * groups)` of its groups, whatever the allocation. In
+            global scope couplings compete by score per weight: with the groups of all other tensors if
+            `pattern` is `Block` or `Slices`, else among themselves, since a single weight cannot be compared
+            with a head. A member must not be excluded, and may be overridden only by a sparsity that all
+            members of its coupling have, to within one weight; this is then the sparsity of the coupling,
+            outside the pool of a global scope. It may be in two couplings, across different axes (the rows of
+            a middle layer and its columns): each selects from the original weights, and what either of them
+            prunes is pruned.
         transposed: Names or patterns of the tensors that are stored as (in, out): Hugging Face's Conv1D,
-            Keras. Patterns, scope "row" and the scores that depend on inputs see them as (out, in); the last
-            two axes of a tensor of more than two, as of Keras' (height, width, in, out), as its first two.
-            Axes in `ties` are those of the tensor as it is stored.
+            Keras. Patterns, scope "row" and the scores that depend on inputs see them as (out, in); for more
+            than two axes, as in Keras' (height, width, in, out), the last two come first. Axes in `ties` are
+            those of the tensor as it is stored.
 
     Raises:
-        ValueError: A field has none of the values allowed, or target_sparsity contradicts an N:M pattern or
+        ValueError: A field has a value that is not allowed, or target_sparsity contradicts an N:M pattern or
             an explicit schedule.
     """
 
@@ -222,8 +225,8 @@ class PruningConfig:
     def with_changes(self, **changes: Unpack[ConfigFields]) -> PruningConfig:
         """Returns this configuration with some fields changed.
 
-        As `dataclasses.replace`, but a new N:M pattern or explicit schedule brings its own sparsity, and a
-        new list its own length, unless these are given too.
+        Like `dataclasses.replace`, but a new N:M pattern or explicit schedule sets target_sparsity, and a new
+        list sets num_iterations, unless these are given too.
         """
         free: dict[str, Any] = {}
         schedule = changes.get("schedule")
@@ -235,7 +238,7 @@ class PruningConfig:
 
 
 def check_growing(what: str, values: Iterable[object]) -> tuple[float, ...]:
-    """Returns `values` as floats in [0, 1] that never shrink, or raises the ValueError that says where."""
+    """Returns `values` as floats in [0, 1]; ValueError, with the iteration, where they decrease."""
     checked = tuple(
         check_sparsity(f"{what}, iteration {i}", value) for i, value in enumerate(values, start=1)
     )
@@ -249,7 +252,7 @@ def check_growing(what: str, values: Iterable[object]) -> tuple[float, ...]:
 
 
 def is_explicit(schedule: object) -> bool:
-    """Whether a schedule is the sparsities themselves: a list, or a function of progress."""
+    """Whether a schedule gives the sparsities itself: a list, or a function of progress."""
     return schedule is not None and not isinstance(schedule, (str, Schedule))
 
 
@@ -343,7 +346,7 @@ def _check_together(scope: str, allocation: object, pattern: Pattern) -> None:
         return
     if scope == "global":
         msg = (
-            "allocation: expected 'uniform' with scope 'global', whose one threshold shares the total out; "
+            "allocation: expected 'uniform' with scope 'global', whose one threshold divides the total; "
             f"got {allocation!r}; use scope 'layer'"
         )
         raise ValueError(msg)
@@ -407,7 +410,7 @@ def _overrides(value: object, pattern: Pattern) -> Mapping[str, Override]:
 
 
 def _override(what: str, value: object, pattern: Pattern) -> Override:
-    """Decodes what a user may write as an override; the only place that does."""
+    """Decodes an override as the user may write it; nothing else does."""
     if isinstance(value, Pattern):
         return Override(pattern=value)
     if not isinstance(value, Override):

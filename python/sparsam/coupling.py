@@ -1,8 +1,8 @@
-"""Ties: whether they fit the tensors, and which of their groups are pruned.
+"""Couplings (`Tied`): whether they fit the tensors, and which of their groups are pruned.
 
 One rule over several tensors: `round(sparsity * n)` of the n groups that compete are pruned, those with the
-lowest scores; among equal scores the lower index of a group is kept, and of several rivals the one whose
-first tensor comes first.
+lowest scores; among equal scores the lower index of a group is kept, and across rivals (couplings or single
+tensors) the one whose first tensor comes first.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ _LEAST = 2.0**-1074
 
 
 def check_ties(ties: Iterable[Tied], arrays: Mapping[str, NDArray[Any]]) -> None:
-    """Raises the ValueError that says where ties do not fit the tensors, or each other.
+    """Raises ValueError where couplings do not fit the tensors, or each other.
 
     Args:
-        ties: The ties.
+        ties: The couplings.
         arrays: Name -> array, of which only the shapes are looked at.
 
     Raises:
         ValueError: A member is no tensor, or has no such axis, or of a length that the size does not divide;
-            members differ in their number of groups; a tensor is in two ties across one axis.
+            members differ in their number of groups; a tensor is in two couplings across one axis.
     """
     seen: set[tuple[str, int]] = set()
     for tied in ties:
@@ -68,7 +68,7 @@ def check_ties(ties: Iterable[Tied], arrays: Mapping[str, NDArray[Any]]) -> None
 
 
 def tied_sparsities(config: PruningConfig, arrays: Mapping[str, NDArray[Any]]) -> tuple[float | None, ...]:
-    """Returns the sparsity that overrides give each tie of a configuration; None where they give none.
+    """Returns the sparsity that overrides give each coupling of a configuration; None where they give none.
 
     Raises:
         ValueError: As `check_ties`; a member is excluded; overrides are not one sparsity for all members.
@@ -82,7 +82,7 @@ def tied_sparsities(config: PruningConfig, arrays: Mapping[str, NDArray[Any]]) -
         if pattern is not None:
             msg = (
                 f"ties: tensor {name!r}: expected members that are pruned; got {pattern!r} in exclude; "
-                "narrow that pattern, or take the tensor out of the tie"
+                "narrow that pattern, or take the tensor out of that Tied"
             )
             raise ValueError(msg)
     return tuple(_own_sparsity(tied, config, overridden, arrays) for tied in config.ties)
@@ -119,7 +119,7 @@ def members(ties: Iterable[Tied]) -> tuple[str, ...]:
 
 
 def tied_patterns(ties: Iterable[Tied]) -> dict[str, str]:
-    """Returns name -> what a report calls the pattern of a tied tensor."""
+    """Returns name -> the pattern of a coupled tensor as a report shows it."""
     found: dict[str, list[str]] = {}
     for tied in ties:
         for name, slices in tied.members.items():
@@ -129,9 +129,9 @@ def tied_patterns(ties: Iterable[Tied]) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class _Rival:
-    """What has groups that compete: the tilings of tied tensors, or that of one tensor by itself.
+    """A competitor in a selection: the tilings of coupled tensors, or that of one tensor by itself.
 
-    A tensor by itself may be `turned`: stored as (in, out) and seen as (out, in).
+    A single tensor may be `turned`: stored as (in, out) and viewed as (out, in).
     """
 
     tilings: Mapping[str, tuple[int, int, int, int]]
@@ -154,7 +154,7 @@ def select_tied(
     norm: int = 1,
     previous: Mapping[str, Mask] | None = None,
 ) -> dict[str, Mask]:
-    """Selects among the groups of ties, and of tensors that compete with them.
+    """Selects among the groups of couplings, and of tensors that compete with them.
 
     A group's score is the sum of |score| (`norm` 1) or of its square (2) over its weights in the members that
     count, in float64, in the order of `arrays`. If there are several rivals it is divided by the number of
@@ -163,10 +163,11 @@ def select_tied(
     Args:
         arrays: Name -> array of every tensor, in the order that decides between equal scores.
         sparsity: In [0, 1], of all groups together.
-        ties: Ties that `check_ties` has passed.
+        ties: Couplings that `check_ties` accepted.
         score: Name -> scores of that tensor. Asked only for members whose scores count.
-        alone: Name -> `Block` or `Slices` of the tensors that compete beside the ties; members are left out.
-        transposed: Which tensors are stored as (in, out). Ties have the axes of the tensors as stored.
+        alone: Name -> `Block` or `Slices` of the other tensors that compete; members of couplings are left
+            out.
+        transposed: Which tensors are stored as (in, out). Couplings have the axes of the tensors as stored.
         norm: 1 or 2.
         previous: Name -> mask of an earlier step; groups that it prunes are pruned first.
 
@@ -221,7 +222,7 @@ def _tied_rival(tied: Tied, arrays: Mapping[str, NDArray[Any]]) -> _Rival:
 def _sums(
     rival: _Rival, scored: Sequence[str], score: Callable[[str], NDArray[Any]], norm: int
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """The sum of the scores of each group, and over how many weights."""
+    """The sum of the scores of each group, and the number of weights in it."""
     total, size = np.zeros(rival.groups), np.zeros(rival.groups)
     for name in scored:
         values = rival.view(score(name))

@@ -21,8 +21,8 @@ _MAX_DIMS = 64
 class Mask:
     """An immutable boolean array, bit-packed: True where a weight is kept.
 
-    Element i of the C order is bit i % 8 of byte i // 8; bits past the last element are 0. It takes an eighth
-    of a byte per weight, whatever the dtype of the weights.
+    Element i of the C order is bit i % 8 of byte i // 8; bits past the last element are 0. It takes one bit
+    per weight, whatever the dtype of the weights.
 
     Build one with `select`, `Mask.from_array`, `Mask.ones` or `Mask.from_bytes`; combine masks with `&`, `|`,
     `~`, and compare them with `==`. In NumPy's functions and operators, and as an index, it is the boolean
@@ -32,7 +32,7 @@ class Mask:
     __slots__ = ("_count", "_shape", "_words")
 
     def __init__(self, words: NDArray[np.uint64], shape: tuple[int, ...]) -> None:
-        """For this package: `words` hold 64 elements each and are owned by the mask from now on."""
+        """For this package only: `words` hold 64 elements each, and the mask takes ownership of them."""
         words.setflags(write=False)
         self._words = words
         self._shape = tuple(shape)
@@ -100,7 +100,7 @@ class Mask:
         return self._words.view(np.uint8)[: (self.size + 7) // 8]
 
     def apply(self, weights: NDArray[Scalar], *, out: NDArray[Scalar] | None = None) -> NDArray[Scalar]:
-        """The weights with the pruned ones as +0.
+        """Returns the weights with the pruned ones set to +0.
 
         Args:
             weights: the mask's shape; float16, bfloat16, float32 or float64; any strides.
@@ -133,7 +133,7 @@ class Mask:
         return out
 
     def write(self, weights: NDArray[Scalar], out: NDArray[Scalar]) -> int:
-        """For this package: `apply`, whose arguments were checked; returns how many weights are not zero."""
+        """For this package only: `apply` with checked arguments; returns how many weights are not zero."""
         _check_overlap(weights, out)
         return _core.apply_mask(weights, self._words, out)
 
@@ -205,7 +205,7 @@ class Mask:
         return self._combine(Mask.ones(self._shape), np.bitwise_xor)
 
     def __array__(self, dtype: DTypeLike | None = None, copy: bool | None = None) -> NDArray[Any]:
-        """The booleans, for NumPy's functions; ValueError for `copy=False`, since they are unpacked anew."""
+        """The booleans, for NumPy's functions; ValueError for `copy=False`, since unpacking makes a copy."""
         if copy is False:
             msg = "copy: expected True or None, since a mask holds bits; got False; call to_array()"
             raise ValueError(msg)
@@ -213,7 +213,7 @@ class Mask:
         return booleans if dtype is None else booleans.astype(dtype, copy=False)
 
     def __bool__(self) -> bool:
-        """Raises: a mask is true of some weights and false of others."""
+        """Raises ValueError: the truth value of a mask is ambiguous, as of an array."""
         msg = (
             f"Mask of shape {self._shape}: expected a question with one answer; got bool(mask); compare "
             "mask.count, or use mask.to_array().any() or .all()"
@@ -221,7 +221,7 @@ class Mask:
         raise ValueError(msg)
 
     def __eq__(self, other: object) -> Any:
-        """Whether two masks are equal; with an array, where it equals the booleans."""
+        """Whether two masks are equal; compared with an array, elementwise."""
         if isinstance(other, Mask):
             return self._shape == other._shape and bool(np.array_equal(self._words, other._words))
         if not hasattr(other, "__array__"):
@@ -256,20 +256,20 @@ def _check_shape(shape: tuple[int, ...]) -> None:
 
 
 def _check_overlap(weights: NDArray[Any], out: NDArray[Any]) -> None:
-    """Refuse an output that is a shifted view of the input: kernels read and write piece by piece."""
+    """Raise for an output that is a shifted view of the input: kernels read and write block by block."""
     if out is weights or not np.may_share_memory(weights, out):
         return
     same = weights.__array_interface__["data"][0] == out.__array_interface__["data"][0]
     if not (same and weights.strides == out.strides):
         msg = (
-            "out: expected the weights themselves (in place) or separate memory; got what overlaps them; "
-            "pass an array of its own"
+            "out: expected the weights themselves (in place) or separate memory; got overlapping memory; "
+            "pass a separate array"
         )
         raise ValueError(msg)
 
 
 def _check_apart(arrays: Mapping[str, NDArray[Any]], outs: Mapping[str, NDArray[Any]]) -> None:
-    """Refuse an output that shares memory with an array, or another output, of another name.
+    """Raise for an output that shares memory with an array or output of another name.
 
     A sweep over byte ranges. Where two ranges overlap, NumPy says whether they share an element: two columns
     of one matrix do not.
@@ -294,7 +294,7 @@ def _check_apart(arrays: Mapping[str, NDArray[Any]], outs: Mapping[str, NDArray[
             if np.may_share_memory(array, other, max_work=1000):  # type: ignore[arg-type]
                 msg = (
                     f"tensors {other_name!r} and {name!r}: expected separate memory, since weights that "
-                    "both hold would be decided twice; got shared memory; pass copies"
+                    "both hold would be pruned twice; got shared memory; pass copies"
                 )
                 raise ValueError(msg)
         open_ranges.append((start, end, name, written, array))

@@ -17,7 +17,7 @@ _EDGE, _PANEL = 128, 32  # of a tile, and what its edge is a multiple of
 
 @dataclass(frozen=True)
 class Scaled:
-    """A matrix whose column j stands for `scale[j]` times itself.
+    """A matrix whose column j is stored divided by `scale[j]`.
 
     Attributes:
         rows: (rows, width), float32 or float64, in C order.
@@ -35,15 +35,15 @@ class Scaled:
 
 @dataclass
 class MomentSums:
-    """A matrix of sums in tiles; of a symmetric one only those from the diagonal to the right.
+    """A matrix of sums in tiles; if it is symmetric, only tiles on the diagonal and to its right.
 
-    Each tile is contiguous, padded at the far edges. So half of a large matrix is never in memory, and sums
+    Each tile is contiguous, padded at the far edges. A large symmetric matrix takes half the memory, and sums
     stay in the cache while products are added to them.
 
     Attributes:
         height: Rows of the matrix.
-        width: Its columns.
-        symmetric: Whether it is that of a matrix with itself.
+        width: Columns of the matrix.
+        symmetric: Whether both factors are the same matrix.
         tiles: (tiles, edge, edge), row by row of tiles.
     """
 
@@ -54,13 +54,13 @@ class MomentSums:
 
     @classmethod
     def zeros(cls, height: int, width: int, *, symmetric: bool = False) -> MomentSums:
-        """The sums of nothing."""
+        """All sums 0."""
         (high, wide), (down, across) = _edges(height, width), _numbers(height, width)
         count = across * (across + 1) // 2 if symmetric else down * across
         return cls(height, width, symmetric, np.zeros((count, high, wide)))
 
     def add(self, a: Scaled, b: Scaled) -> None:
-        """Adds A^T B; all at once, or nothing if that fails."""
+        """Adds A^T B; changes nothing if that fails."""
         edges = _edges(self.height, self.width)
         _core.add_products(self.tiles, a.rows, a.scale, b.rows, b.scale, edges, self.symmetric)
 

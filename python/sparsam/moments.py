@@ -1,10 +1,10 @@
-"""Streaming second moments around the mean: of inputs, and of wanted outputs with them.
+"""Streaming second moments around the mean: of inputs, and of inputs with target outputs.
 
-Those of a block of rows around the block's own mean are products of matrices; blocks are merged in float64 by
-the formula of Chan, Golub and LeVeque ("Updating formulae and a pairwise algorithm for computing sample
+The moments of a block of rows around the block's own mean are matrix products; blocks are merged in float64
+by the formula of Chan, Golub and LeVeque ("Updating formulae and a pairwise algorithm for computing sample
 variances", 1979).
 
-The products are float32 unless the numbers are float64; sums of 128 of them are, and what these add up to is
+Products, and sums of 128 of them, are float32 unless the inputs are float64; these sums are added up in
 float64. With c_j column j of the centred rows, each row times the root of its weight, the moment of i and j
 is then off by at most 2^-16 ||c_i|| ||c_j|| (each number, product and sum is rounded to 2^-24, 130 times at
 most), in practice by some 2^-22 of it; with float64 numbers by at most 2^-43 of it, for means of up to 8000
@@ -27,7 +27,7 @@ __all__ = ["CentredMoments", "Moments"]
 
 @dataclass(frozen=True)
 class CentredMoments:
-    """Second moments of inputs around their mean; pass it as `h` to minimise what a bias cannot correct.
+    """Second moments of inputs around their mean; as `h` they give the error that a bias cannot correct.
 
     The last three are None without targets.
 
@@ -71,7 +71,7 @@ class CentredMoments:
         Args:
             w: Weights W, (out, in_features) or (out, in, ...).
             bias: b, (out,); by default the best one, with which r is 0.
-            rows: Which of the targets W gives, where they are those of several layers.
+            rows: Which of the targets belong to W, where the targets are those of several layers.
 
         Raises:
             ValueError: There are no targets, or the shapes do not fit together.
@@ -104,12 +104,12 @@ class CentredMoments:
 
 @dataclass
 class Moments:
-    """Moments of `inputs` numbers x, and of `targets` numbers y with them if that is not 0.
+    """Moments of vectors x of `inputs` numbers, and with vectors y of `targets` numbers if that is not 0.
 
     Attributes:
-        count: Of how many rows.
-        weight: Of what weight together.
-        mean: (in,); of a constant input exactly that.
+        count: The number of rows.
+        weight: The sum of the rows' weights.
+        mean: (in,); for a constant input exactly its value.
         sums: (in, in).
         target_mean: (out,).
         target_squares: (out,).
@@ -153,7 +153,7 @@ class Moments:
         self.precision = max(self.precision, float(np.finfo(dtype).eps))
 
     def merged(self, other: Moments) -> Moments:
-        """The moments of the rows of both."""
+        """Returns the moments of the rows of both."""
         weight = self.weight + other.weight
         factor = self.weight * other.weight / weight if weight else 0.0
         share = other.weight / weight if weight else 0.0
@@ -191,7 +191,7 @@ class _Centred:
         scaled: The centred rows times the roots of their weights, and Chan's term for two means as one more,
             (rows + 1, width). The scales are powers of two, with which the largest number of a column is
             between 1/2 and 1.
-        distance: From the mean so far to that of the block, (width,).
+        distance: The block's mean minus the mean so far, (width,).
         squares: The sums of the squares of each column, (width,).
     """
 
@@ -209,7 +209,7 @@ def _centre(
 ) -> _Centred:
     """Centres a block; `between` is the root of n m / (n + m) for rows of weight n so far and m here."""
     wide = np.empty((len(block) + 1, block.shape[1]))
-    # Less the first row, and only then less the mean: what is constant gives exactly 0.
+    # The first row is subtracted before the mean, so that constant columns give exactly 0.
     centred = np.subtract(block, block[0], out=wide[:-1], dtype=np.float64)
     offset = centred.mean(axis=0) if weights is None else weights @ centred / weights.sum()
     centred -= offset

@@ -1,4 +1,4 @@
-"""Weights stored as (in, out), viewed as the (out, in) that patterns, rows and inputs refer to."""
+"""Weights stored as (in, out), viewed as (out, in), to which patterns, rows and inputs refer."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Scalar = TypeVar("Scalar", bound=np.generic)
 
 
 class Weights(dict[str, NDArray[Any]]):
-    """Name -> array as stored, and `transposed`: the names of those that are (in, out)."""
+    """Name -> array as stored; `transposed` names those that are (in, out)."""
 
     def __init__(self, arrays: Mapping[str, NDArray[Any]], transposed: Iterable[str] = ()) -> None:
         super().__init__(arrays)
@@ -26,7 +26,7 @@ class Weights(dict[str, NDArray[Any]]):
 
 
 def as_weights(arrays: Mapping[str, NDArray[Any]]) -> Weights:
-    """Returns the mapping itself if it says what is transposed, else one in which nothing is."""
+    """Returns the mapping itself if it is `Weights`, else `Weights` with nothing transposed."""
     return arrays if isinstance(arrays, Weights) else Weights(arrays)
 
 

@@ -1,4 +1,4 @@
-"""Which weights stand or fall together."""
+"""Patterns: which weights are kept or pruned together."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ MAX_GROUP = 256
 
 @dataclass(frozen=True)
 class Unstructured:
-    """Every weight stands or falls by itself."""
+    """Every weight is kept or pruned by itself."""
 
     def __str__(self) -> str:
         return "unstructured"
@@ -25,16 +25,16 @@ class NM:
 
     A tensor of any rank is seen as its matrix `(shape[0], prod(shape[1:]))`, a 1-D tensor as one row; `m`,
     at most 256, must divide the length of a row. `n` counts the weights that stay, as in jaxpruner. tfmot and
-    Wanda count those that go: only 2:4 and 4:8 mean the same in both readings.
+    Wanda count those that are pruned: only 2:4 and 4:8 mean the same in both conventions.
 
     The rows of a convolution (out, in, kh, kw) thus run over inputs and kernel positions together, and groups
     may straddle input channels. Sparse tensor cores want groups of neighbouring input channels at one kernel
-    position: `axis="channels"`, for which `m` must divide the number of input channels. Of a tensor of one or
-    two axes both mean the same.
+    position: `axis="channels"`, for which `m` must divide the number of input channels. For a tensor of one
+        or two axes both mean the same.
 
     Attributes:
-        n: How many stay, at least 1.
-        m: Of how many, at most 256.
+        n: How many weights of a group are kept, at least 1.
+        m: How many weights a group has, at most 256.
         axis: "flat" or "channels".
     """
 
@@ -85,8 +85,8 @@ class Block:
 class Slices:
     """Whole slices across an axis: neurons (axis 0), inputs (axis 1), heads (`size` = head dimension).
 
-    `size` neighbouring slices stand or fall together; it must divide the length of the axis. A negative axis
-    counts from the end.
+    `size` neighbouring slices are kept or pruned together; it must divide the length of the axis. A negative
+    axis counts from the end.
     """
 
     axis: int
@@ -104,7 +104,7 @@ Pattern: TypeAlias = Unstructured | NM | Block | Slices
 
 @dataclass(frozen=True)
 class Tied:
-    """Slices of several tensors that stand or fall together: slice i of every member is group i.
+    """Slices of several tensors that are kept or pruned together: slice i of every member is group i.
 
     The heads of an attention block, and the neurons between two layers:
 
@@ -115,12 +115,13 @@ class Tied:
     All members must have the same number of groups; axes and sizes may differ (keys and values that several
     queries share; `Slices(1, height * width)` of the layer behind a Flatten). A group's score is the sum of
     the scores of its weights. Members of one axis (biases, the weight and bias of a norm) are pruned with the
-    group but do not count in its score: a bias says little about how much a neuron matters, and many a method
-    has no score for it. `scored` decides otherwise.
+    group but do not count in its score: a bias says little about how much a neuron matters, and many methods
+    have no score for it. `scored` overrides this.
 
     Attributes:
         members: Name of a tensor -> the `Slices` of it.
-        scored: The members whose scores count. Left out, those with two axes or more; if there are none, all.
+        scored: The members whose scores count. By default those with two axes or more; if there are none,
+            all.
 
     Raises:
         ValueError: No members, a member that is not `Slices` under a name, or `scored` names no member.

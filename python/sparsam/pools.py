@@ -29,14 +29,14 @@ _BATCH = 1 << 22
 class Pool:
     """Tensors that share one selection: one threshold and one exact count.
 
-    A name stands in two pools if it is in two ties.
+    A name is in two pools if it is in two couplings.
 
     Attributes:
         names: The tensors.
         sparsity: Of all their groups together; in scope "layer" and "row" of each tensor or row.
-        pattern: What is a group, but for tied tensors.
-        ties: The ties among them.
-        scope: What is compared.
+        pattern: What a group is; couplings have their own groups.
+        ties: The couplings among them.
+        scope: What weights are compared with, as in `PruningConfig`.
         transposed: Which tensors are stored as (in, out).
     """
 
@@ -49,7 +49,7 @@ class Pool:
 
 
 def check_patterns(config: PruningConfig, names: Collection[str], *, stacklevel: int) -> None:
-    """Raises for an override that matches no name; warns of other name patterns without effect."""
+    """Raises ValueError for an override that matches no name; warns of other name patterns without effect."""
     excluded = NamePatterns(config.exclude)
     names = dict.fromkeys(names)
     for pattern in config.overrides:
@@ -83,13 +83,14 @@ def make_pools(
     Args:
         arrays: Name -> array.
         config: The configuration.
-        min_rank: Tensors with fewer axes are pruned only when named in overrides. If it is above 0, so are
-            integers and booleans, which are no weights.
-        previous: Masks of an earlier step: an allocation other than uniform leaves no tensor fewer pruned
-            groups than these have. Where that exceeds the total, the others gain less.
+        min_rank: Tensors with fewer axes are pruned only when named in overrides. If it is above 0, the same
+            holds for integers and booleans, which are not weights.
+        previous: Masks of an earlier step: an allocation other than uniform prunes at least as many groups of
+            each tensor as these do. If that exceeds a tensor's share, the others get less.
 
     Raises:
-        ValueError: Ties or an allocation do not fit the tensors, or ties exclude or overrides.
+        ValueError: Couplings or an allocation do not fit the tensors, or couplings contradict exclude or
+            overrides.
         TypeError: A tensor to be pruned has a dtype that cannot be.
     """
     own_sparsities = tied_sparsities(config, arrays)
@@ -135,7 +136,7 @@ def make_pools(
         ]
         tie_pools = [Pool(members((tie,)), target, pattern, (tie,), transposed=transposed) for tie in free]
         return [*each, *tie_pools, *pools]
-    # A single weight does not compare with a head.
+    # A single weight cannot be compared with a head.
     rivals = [(pooled, free)] if isinstance(pattern, (Block, Slices)) else [(pooled, ()), ([], free)]
     together = [
         Pool((*names, *members(ties)), target, pattern, ties, transposed=transposed)
@@ -146,7 +147,7 @@ def make_pools(
 
 
 def batched(pools: Iterable[Pool], sizes: Mapping[str, int]) -> list[list[Pool]]:
-    """Returns the pools in batches: small tensors of one pattern and scope, each by itself, come together."""
+    """Returns the pools in batches, in which small tensors of one pattern and scope are together."""
     batches: list[list[Pool]] = []
     open_: dict[tuple[Pattern, Scope], list[Pool]] = {}
     filled: dict[tuple[Pattern, Scope], int] = {}
@@ -167,7 +168,7 @@ def batched(pools: Iterable[Pool], sizes: Mapping[str, int]) -> list[list[Pool]]
 
 
 def _shares(weights: Weights, config: PruningConfig, previous: Mapping[str, Mask] | None) -> dict[str, float]:
-    """The sparsity of each tensor: the target itself where it is uniform, as each tensor rounds by itself."""
+    """The sparsity of each tensor: for "uniform" the target itself, since each tensor rounds by itself."""
     if config.allocation == "uniform":
         return dict.fromkeys(weights, config.target_sparsity)
     pattern = config.pattern

@@ -1,6 +1,6 @@
 """Pruning: configuration and weights in, pruned weights, masks and a report out.
 
-This is where the stages meet: tensors that share one selection make a pool, scores and selection turn each
+This module combines the stages: tensors that share one selection form a pool, scores and selection turn each
 pool into masks, and the masks are applied.
 """
 
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 SINGLE = "weights"
-"""What a tensor that came without a name is called."""
+"""The name of an array that was passed without one."""
 
 WeightsT = TypeVar("WeightsT")
 MasksT = TypeVar("MasksT")
@@ -45,7 +45,7 @@ class PruningResult(Generic[WeightsT, MasksT]):
     """What `prune` returns.
 
     Attributes:
-        weights: Name -> pruned array, dtypes and shapes as they came; tensors left dense are the caller's own
+        weights: Name -> pruned array, dtypes and shapes as given; tensors left dense are the caller's own
             objects. One array if one array was given.
         masks: Name -> `Mask` of each tensor that was pruned. One mask if one array was given.
         report: The statistics of every tensor; `print` it.
@@ -82,39 +82,39 @@ def prune(
     """Prunes weights to the target sparsity of a configuration, at once.
 
     In each pool of tensors (one tensor, or in global scope all of them) exactly `round(sparsity * n)` of the
-    n groups of the pattern are zeroed, in scope "row" of each row; an allocation gives each tensor a sparsity
-    of its own, such that the total is `round(target_sparsity * N)` of all N groups. Among equal scores the
-    earlier tensor and the lower flat index are kept. Tensors tied by `ties` of the configuration are pruned
+    n groups of the pattern are zeroed, in scope "row" of each row; an allocation gives each tensor its own
+    sparsity, such that the total is `round(target_sparsity * N)` of all N groups. Among equal scores the
+    earlier tensor and the lower flat index are kept. Tensors coupled by the configuration's `ties` are pruned
     together, group by group.
 
     Args:
         weights: Name -> array of float16, bfloat16, float32 or float64, of any shape and strides; or one
-            array. Torch tensors and Parameters on the CPU, such as a state dict, come back as tensors without
-            gradient. What is no array (nested lists) goes through NumPy, integers as float64. Tensors with
-            fewer than two axes and arrays of integers or booleans stay dense unless named in `overrides`; one
-            array given by itself is pruned whatever its shape, and patterns know it as "weights". Arrays of
-            the same memory under two names are pruned once, count once, and come back as one.
+            array. Torch tensors and Parameters on the CPU, such as a state dict, are returned as tensors
+            without gradient. Nested lists are converted by NumPy, integers to float64. Tensors with fewer
+            than two axes and arrays of integers or booleans stay dense unless named in `overrides`; a single
+            array is pruned whatever its shape; its name in `exclude` and `overrides` is "weights". Arrays
+            with the same memory under two names are pruned once, counted once, and returned as one.
         config: What to do; `PruningConfig()` if left out.
-        inplace: Zero the pruned weights in the caller's arrays and return those. If a tensor turns out to be
-            unfit, or the user stops the call (KeyboardInterrupt), others may be pruned already; each is as it
-            was or pruned as a whole.
+        inplace: Zero the pruned weights in the caller's arrays and return those. If a tensor cannot be
+            pruned, or the user stops the call (KeyboardInterrupt), others may already be pruned; each is
+            either unchanged or completely pruned.
         **changes: Fields of `PruningConfig` to set on top of `config`: `prune(w, target_sparsity=0.9)`.
 
     Returns:
-        The pruned weights, their masks and a report. Arrays are new, but for `inplace` and tensors left
-        dense.
+        The pruned weights, their masks and a report. Arrays are new except with `inplace` and for tensors
+        left dense.
 
     Raises:
         ValueError: An override matches no tensor; a tensor has a NaN, or a shape that the pattern does not
-            divide; ties do not fit the tensors, `exclude` or `overrides`; tensors share memory and are to be
-            pruned differently, or overlap; `inplace` meets what is read-only, no array, or in the memory of
-            another tensor; a field of the configuration is wrong.
+            divide; couplings do not fit the tensors, `exclude` or `overrides`; tensors share memory and are
+            to be pruned differently, or overlap; with `inplace`, a tensor is read-only, not an array, or
+            overlaps another; a field of the configuration is wrong.
         TypeError: A tensor to be pruned has another dtype, or is a torch tensor that NumPy cannot read or
             that requires a gradient; `weights` is a model.
 
     Warns:
         UserWarning: A pattern in `exclude` or `transposed` matches no tensor, or one in `overrides` only
-            excluded ones; a tensor to be pruned has zeros and ones only.
+            excluded ones; a tensor to be pruned has only zeros and ones.
     """
     settings = configured(config, changes)
     named = weights if isinstance(weights, Mapping) else {SINGLE: weights}
@@ -137,7 +137,7 @@ class MagnitudePruner:
     """
 
     def __init__(self, config: PruningConfig | None = None) -> None:
-        """Takes the configuration, or the default; ValueError for what is not about magnitudes in a layer."""
+        """Takes the configuration, or the default; ValueError unless it prunes single layers by magnitude."""
         self.config = configured(config)
         self.stats: list[LayerStats] = []
         if not scores.traits(scores.resolve(self.config.method)).ranks_by_magnitude:
@@ -158,12 +158,12 @@ class MagnitudePruner:
         """Prunes one tensor, whatever its shape.
 
         Args:
-            name: What `exclude` and `overrides` of the configuration know the tensor as.
+            name: The tensor's name, as used in `exclude` and `overrides` of the configuration.
             weights: Anything that NumPy can turn into an array; integers become float64. Not modified.
 
         Returns:
-            The pruned array (a tensor if a torch tensor came), and its statistics, which are also appended to
-            `stats`.
+            The pruned array (a tensor if a torch tensor was given), and its statistics, which are also
+            appended to `stats`.
 
         Raises:
             ValueError: A NaN, or a shape that the pattern does not divide.
@@ -201,13 +201,13 @@ def prune_pools(
     previous: Mapping[str, Mask] | None = None,
     checked: bool = False,
 ) -> Pruned:
-    """Selects in each pool and writes the pruned tensors.
+    """Selects weights in each pool and writes the pruned tensors.
 
     Args:
         arrays: Name -> array.
         pools: What `make_pools` returned.
         method: The scorer.
-        outs: Name -> where the pruned tensor goes; may be the same array.
+        outs: Name -> array that receives the pruned tensor; may be the same array.
         previous: Masks of an earlier step; what they pruned stays pruned, as long as no pool's sparsity
             shrinks.
         checked: Whether the outputs are known to fit, and to share no memory.
@@ -240,7 +240,7 @@ def prune_pools(
             previous=previous,
         ).items():
             tied[name] = tied[name] & mask if name in tied else mask
-    # Only now, since a tensor in two ties is scored twice as it was.
+    # Only now, since a tensor in two couplings is scored twice with its original values.
     nonzero |= {name: mask.write(arrays[name], outs[name]) for name, mask in tied.items()}
     masks |= tied
     return Pruned({name: masks[name] for name in arrays if name in masks}, nonzero)
@@ -290,10 +290,10 @@ def describe(
     nonzero: Mapping[str, int] = MappingProxyType({}),
     shared: Mapping[str, str] = MappingProxyType({}),
 ) -> Report:
-    """Returns the report on tensors as these masks left them, those left dense included.
+    """Returns the report on the pruned tensors, and on those left dense.
 
-    `nonzero` spares it reading those tensors whose weights other than zero were counted. `shared` has a later
-    name -> the first one of tensors with two names, which count once.
+    Tensors in `nonzero` (name -> count of nonzero weights) are not read again. `shared` maps the later name
+    of a shared tensor to the first; it is counted once.
     """
     shown = {pattern: str(pattern) for pattern in {pool.pattern for pool in pools}}
     patterns = {name: shown[pool.pattern] for pool in pools for name in pool.names}
@@ -350,7 +350,7 @@ def _prune(
 
 
 def _warn_of_flags(arrays: Mapping[str, NDArray[Any]], names: Collection[str], *, stacklevel: int) -> None:
-    """Warns of tensors whose values are all 0 and 1, such as an attention mask: they are hardly weights."""
+    """Warns of tensors of zeros and ones only, such as attention masks, which are hardly weights."""
     for name in names:
         array = arrays[name]
         if array.ndim < 2 or not array.size or array.item(0) not in (0.0, 1.0):
@@ -365,7 +365,7 @@ def _warn_of_flags(arrays: Mapping[str, NDArray[Any]], names: Collection[str], *
 
 
 def _check_writeable(name: str, value: object, array: NDArray[Any]) -> None:
-    """Raises for what cannot be pruned in place."""
+    """Raises ValueError for a tensor that cannot be pruned in place."""
     if not (isinstance(value, np.ndarray) or is_tensor(value)):
         got = f"one of type {type(value).__name__}"
     elif not array.flags.writeable:

@@ -1,4 +1,4 @@
-"""Scores that selection can rank: those of a method, checked, and those that revive nothing."""
+"""Scores for selection: computed by a method and checked, and adjusted so that pruned weights stay pruned."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from sparsam.selection import DTYPES
 def score_tensor(
     method: Scorer, name: str, tensor: NDArray[Any], *, transposed: bool = False
 ) -> NDArray[Any]:
-    """Returns the scores of a tensor, checked: its shape, a dtype that can be ranked, none below 0.
+    """Returns the scores of a tensor, after checking their shape, dtype and sign.
 
-    A `transposed` tensor is handed over as (out, in) if the method needs that, and its scores come back as it
-    is stored.
+    A `transposed` tensor is passed as (out, in) if the method needs that; its scores are returned as it is
+    stored.
     """
     if transposed and traits(method).needs_rows_as_outputs:
         ranked = as_stored(np.asarray(method.score(name, outputs_first(tensor))))
@@ -45,9 +45,9 @@ def score_tensor(
 
 
 def pruned_last(ranked: NDArray[Any], previous: Mask, norm: int) -> NDArray[np.float64]:
-    """Returns scores in which a kept zero beats what is pruned already: a tie at zero revives nothing.
+    """Returns scores in which a kept zero ranks above pruned weights, so that ties at zero revive nothing.
 
-    A kept zero scores the least float64, or the square root of that where groups sum up squares.
+    A kept zero scores the smallest positive float64, or its square root where groups sum up squares.
     """
     keep = previous.to_array()
     least = 2.0 ** (-1074 if norm == 1 else -537)

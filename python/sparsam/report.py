@@ -1,4 +1,4 @@
-"""What pruning did, tensor by tensor: as text, Markdown, JSON or plain data. Columns keep their order."""
+"""What was pruned, tensor by tensor: as text, Markdown, JSON or plain data."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ class LayerStats:
         sparsity: pruned_params / total_params; 0.0 for an empty tensor.
         shape: Its shape.
         dtype: Its dtype by name.
-        pattern: What stood or fell together, as `str(pattern)`; "dense" for a tensor that was left alone,
-            "" where nothing is known but the values.
+        pattern: The pattern as text, `str(pattern)`; "dense" for a tensor that was not pruned, "" where only
+            the values are known.
         dense_bytes: Its size with every weight stored.
         packed_bytes: Its size as a bitmask and its nonzero weights, `ceil(n / 8) + nonzero * itemsize`, or
             dense_bytes where that is less.
@@ -61,8 +61,8 @@ def measure(
         name: The tensor's name.
         array: The tensor; read only if `nonzero` is not given.
         pruned: How many weights were pruned; all zeros if left out.
-        nonzero: How many weights are not zero, where that is known.
-        pattern: What stood or fell together.
+        nonzero: How many weights are not zero, if already counted.
+        pattern: The pattern as text.
     """
     if nonzero is None:
         counts = _core.count_nonzero if is_weight_dtype(array.dtype) else np.count_nonzero
@@ -78,18 +78,18 @@ def measure(
 
 @lru_cache(maxsize=64)
 def _dtype_name(dtype: np.dtype[Any]) -> str:
-    """The name, which NumPy composes anew each time."""
+    """The name of a dtype, cached because NumPy composes it each time."""
     return str(dtype.name)
 
 
 def printable(text: str) -> str:
-    """Returns the text with control characters escaped, which a terminal would interpret."""
+    """Returns the text with escapes for the control characters that a terminal would interpret."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 @dataclass(frozen=True)
 class Report:
-    """The statistics of all tensors, those left dense included. `print(report)` shows an aligned table."""
+    """The statistics of all tensors, including those left dense. `print(report)` shows an aligned table."""
 
     layers: tuple[LayerStats, ...]
 
@@ -173,7 +173,7 @@ def _is_text(column: str) -> bool:
 
 
 def readable_size(num_bytes: int) -> str:
-    """Returns the bytes in the unit that suits their number."""
+    """Returns a number of bytes as text in a suitable unit."""
     if num_bytes < 1024:
         return f"{num_bytes} B"
     size, unit = num_bytes / 1024, "KiB"

@@ -25,8 +25,8 @@ def available_isas() -> list[str]:
 class use_isa(AbstractContextManager["use_isa"]):
     """Switch the kernels to another instruction set, permanently or for a `with` block.
 
-    All instruction sets select bit for bit the same weights; this is for measuring and testing. The switch is
-    for the whole process, all threads included.
+    All instruction sets select exactly the same weights; this is for measuring and testing. It affects the
+    whole process, including all threads.
 
     Args:
         name: one of `available_isas()`.
@@ -52,8 +52,8 @@ def num_threads() -> int:
     """Threads that a call may use.
 
     By default the smallest of OpenMP's maximum (OMP_NUM_THREADS), the CPUs in the affinity mask and the
-    cgroup's CPU quota, as they were at the first call. 1 in a forked child: an OpenMP team does not
-    survive fork.
+    cgroup's CPU quota, all read at the first call. 1 in a forked child: an OpenMP team does not survive a
+    fork.
     """
     return _core.num_threads()
 

@@ -20,7 +20,7 @@ Elsewhere the same names mean other curves. At p = 0.5, from 0 to 1:
 
 - "cubic" is 0.875 here, in AGP, tfmot (PolynomialDecay), NNI (AGP), torchao (CubicSL) and jaxpruner
   (PolynomialSchedule, which runs one step ahead). "cube" of neural-compressor is p^3 = 0.125, "inverse_cubic"
-  of SparseML 1 - (1 - p)^(1/3) = 0.206. The exponent of llm-compressor's "polynomial_decay" is 2 unless told.
+  of SparseML 1 - (1 - p)^(1/3) = 0.206. The exponent of llm-compressor's "polynomial_decay" is 2 by default.
 - "cosine" is 0.5 here; "cos" of neural-compressor is 1 - cos(pi p / 2) = 0.293.
 - "exponential" is the formula of NNCF.
 
@@ -41,7 +41,7 @@ from sparsam.inputs.checks import expected
 
 
 class _Curve(ABC):
-    """A curve whose ends are exact and which rounding cannot carry past them."""
+    """A curve with exact ends, clipped so that rounding cannot exceed them."""
 
     def at(self, progress: float, /, *, initial: float, final: float) -> float:
         """Returns the sparsity at `progress` in [0, 1]."""
@@ -58,7 +58,7 @@ class _Curve(ABC):
 
 @dataclass(frozen=True)
 class OneShot:
-    """The final sparsity from the first iteration on; the others only recover."""
+    """The final sparsity from the first iteration on; later iterations only recover."""
 
     def at(self, progress: float, /, *, initial: float, final: float) -> float:  # noqa: ARG002
         """Returns `final`."""
@@ -67,7 +67,7 @@ class OneShot:
 
 @dataclass(frozen=True)
 class Polynomial(_Curve):
-    """sf + (si - sf) (1 - p)^power: fast while there is much to spare, then slower. Power 3 is AGP."""
+    """sf + (si - sf) (1 - p)^power: fast at first, then slower. Power 3 is AGP."""
 
     power: float = 3
 
@@ -84,7 +84,7 @@ class Polynomial(_Curve):
 class Exponential(_Curve):
     """1 - (1 - si) ((1 - sf) / (1 - si))^p: each iteration prunes the same share of what is left.
 
-    A density that decays geometrically never reaches 0 and cannot start there: an end at 1 is a ValueError.
+    A density that decays geometrically never reaches 0 and cannot start there: ValueError if either end is 1.
     """
 
     def at(self, progress: float, /, *, initial: float, final: float) -> float:
@@ -135,10 +135,10 @@ _NAMED: dict[str, Schedule] = {
 
 
 def resolve(schedule: ScheduleLike) -> Schedule:
-    """Returns the curve that a name, an object, a list of sparsities or a function of progress stands for.
+    """Returns the curve for a name, an object, a list of sparsities or a function of progress.
 
     Raises:
-        ValueError: The name is unknown, or the list is empty, shrinks or leaves [0, 1].
+        ValueError: The name is unknown, or the list is empty, decreases or leaves [0, 1].
     """
     if isinstance(schedule, str):
         if schedule not in _NAMED:
@@ -156,7 +156,7 @@ def resolve(schedule: ScheduleLike) -> Schedule:
 
 
 def sample(schedule: ScheduleLike, *, num_iterations: int, initial: float, final: float) -> list[float]:
-    """Returns the sparsity of each iteration, at p = i / (num_iterations - 1); of a single one, at p = 1.
+    """Returns the sparsity of each iteration, at p = i / (num_iterations - 1); at p = 1 if there is only one.
 
     Args:
         schedule: A name, an object, a list of sparsities or a function of progress.
@@ -165,7 +165,7 @@ def sample(schedule: ScheduleLike, *, num_iterations: int, initial: float, final
         final: sf, where it ends.
 
     Raises:
-        ValueError: The sparsity shrinks or leaves [0, 1], a list has another length, or the schedule is
+        ValueError: The sparsity decreases or leaves [0, 1], a list has another length, or the schedule is
             unknown.
     """
     curve = resolve(schedule)

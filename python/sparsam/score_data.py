@@ -16,7 +16,7 @@ Value = TypeVar("Value")
 
 
 def check_mapping(scorer: object, what: str, value: object, content: str) -> None:
-    """Refuses what is no mapping."""
+    """Raises ValueError for anything but a mapping."""
     if not isinstance(value, Mapping):
         kind = type(scorer).__name__
         raise ValueError(
@@ -39,7 +39,7 @@ def _entry(scorer: object, what: str, data: Mapping[str, Value], name: str) -> V
 def array_for(
     scorer: object, what: str, data: Mapping[str, ArrayLike], name: str, weights: NDArray[Any]
 ) -> NDArray[np.float64]:
-    """What `data` holds for a tensor, in its shape, as float64."""
+    """Returns the entry of `data` for a tensor, in its shape, as float64."""
     array = to_numbers(scorer, what, name, _entry(scorer, what, data, name))
     if array.shape != weights.shape:
         msg = (
@@ -51,7 +51,7 @@ def array_for(
 
 
 def to_numbers(scorer: object, what: str, name: str, value: ArrayLike) -> NDArray[np.float64]:
-    """The value as float64; ValueError for what is not made of real numbers."""
+    """Returns the value as float64; ValueError unless it consists of finite real numbers."""
     array = np.asarray(value)
     subject = f"{type(scorer).__name__}: {what} of tensor {name!r}"
     if array.dtype.kind not in "fiu" and array.dtype.name != "bfloat16":
@@ -64,7 +64,7 @@ def to_numbers(scorer: object, what: str, name: str, value: ArrayLike) -> NDArra
 
 
 def refuse_not_finite(subject: str, numbers: NDArray[np.float64]) -> None:
-    """Refuses NaN and infinities."""
+    """Raises ValueError for NaN and infinities."""
     finite = np.isfinite(numbers)
     if not finite.all():
         at = tuple(int(i) for i in np.argwhere(~finite)[0])
@@ -81,7 +81,7 @@ def refuse_not_finite(subject: str, numbers: NDArray[np.float64]) -> None:
 def input_rms(
     scorer: object, data: Mapping[str, InputStatistics], name: str, weights: NDArray[Any]
 ) -> NDArray[np.float64]:
-    """The root mean square of each input of a tensor, of as many as its matrix has columns."""
+    """Returns the root mean square of each input of a tensor: one for each column of its matrix."""
     kind = type(scorer).__name__
     statistics = _entry(scorer, "statistics", data, name)
     if not isinstance(statistics, InputStatistics):

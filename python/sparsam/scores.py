@@ -1,7 +1,7 @@
 """Which weights matter: arrays in, scores of the same shape out. The larger a score, the more worth keeping.
 
-A scorer is one function over one tensor. It knows nothing of sparsity, patterns or time, and gives what is
-already zero the lowest score, 0, so that a growing schedule finds first what it pruned before.
+A scorer is one function over one tensor. It knows nothing of sparsity, patterns or time, and gives zeros the
+lowest score, 0, so that a growing schedule prunes again what it pruned before.
 
 ========== ============================ ====================================================== =======
 name       object                       score of the weight w = W_ij, input x_j                needs
@@ -19,8 +19,7 @@ ria        `RIA(statistics)`            (abs(w) / its column + abs(w) / its row)
 What a score needs comes as a mapping from tensor names to arrays or `InputStatistics`, which is read when
 scores are computed and not copied. A group of weights (`Block`, `Slices`) has the sum of its weights' scores.
 Scores that need arithmetic are float64: products and squares of narrower types are then exact or rounded
-once, and neither overflow nor vanish; of float64 weights, what vanishes counts as 0 and what overflows as
-infinite.
+once, and neither overflow nor underflow; with float64 weights, underflow gives 0 and overflow infinity.
 
 [1] Lee et al., "Layer-adaptive sparsity for the magnitude-based pruning", 2021, arXiv:2010.07611.
 [2] Mozer and Smolensky, "Skeletonization: a technique for trimming the fat from a network via relevance
@@ -55,7 +54,7 @@ from sparsam.statistics import InputStatistics
 
 
 class Traits(NamedTuple):
-    """What a scorer says of itself beside its scores; the defaults are those of `sparsam.config.Scorer`."""
+    """The optional attributes of a scorer, with the defaults of `sparsam.config.Scorer`."""
 
     norm: int = 1
     ranks_by_magnitude: bool = False
@@ -125,10 +124,10 @@ class Random:
 
 @dataclass(frozen=True, eq=False)
 class Saliency:
-    """abs(w g): what the loss changes by, to first order, when the weight goes (Mozer, Smolensky 1989).
+    """abs(w g): the first-order change of the loss when the weight is pruned (Mozer, Smolensky 1989).
 
     SNIP has the same formula: it takes the gradient of one batch at initialisation, and divides by the sum
-    over the network, which changes no order.
+    over the network, which does not change the ranking.
 
     Attributes:
         gradients: Name -> the gradient of the loss, in the shape of the tensor.
@@ -147,11 +146,11 @@ class Saliency:
 
 @dataclass(frozen=True, eq=False)
 class Fisher:
-    """w^2 E[g^2]: twice what the loss rises by to second order, where the Hessian is diagonal and E[g^2].
+    """w^2 E[g^2]: twice the second-order rise of the loss, with a diagonal Hessian estimated as E[g^2].
 
-    The half of the Taylor term is left out, which changes no order. E[g^2] is the mean of the squared
-    gradients of single samples (the empirical Fisher information); the second moment that Adam keeps, of
-    batch gradients, is a common stand-in.
+    The factor 1/2 of the Taylor term is left out, which does not change the ranking. E[g^2] is the mean of
+    the squared gradients of single samples (the empirical Fisher information); the second moment that Adam
+    keeps, of batch gradients, is a common stand-in.
 
     Attributes:
         squared_gradients: Name -> E[g^2], at least 0, in the shape of the tensor.
@@ -179,14 +178,15 @@ class Fisher:
 class Movement:
     """- sum over training steps of w g: how far weights moved away from zero (Sanh et al. 2020).
 
-    The sum is signed: a weight that shrank has a negative one and goes before one that did not move. Scores
-    must not be negative, so what `score` returns is the sum less a constant, the same for all tensors of the
-    mapping: its smallest value, less a millionth of the range, so that only zeros score 0. Order, differences
-    and the comparison of groups of equal size stay what they were, between tensors too, up to float64
-    rounding: sums that differ by less than 2^-52 of the range may tie.
+    The sum is signed: a weight that shrank has a negative sum and is pruned before one that did not move.
+    Scores must not be negative, so `score` returns the sum minus a constant, the same for all tensors of the
+    mapping: the smallest sum minus a millionth of the range, so that only zeros score 0. Ranking, differences
+    and the comparison of groups of equal size are unchanged, between tensors too, up to float64 rounding:
+    sums that differ by less than 2^-52 of the range may tie.
 
     Attributes:
-        accumulated: Name -> the sum, in the shape of the tensor. Make a new object where the sums go on.
+        accumulated: Name -> the sum, in the shape of the tensor. Make a new object when the sums have
+            changed.
     """
 
     accumulated: Mapping[str, ArrayLike] = field(repr=False)
@@ -208,7 +208,7 @@ class Movement:
 
     @standard_floats
     def score(self, name: str, weights: NDArray[Any], /) -> NDArray[np.float64]:
-        """Returns the sums less the constant; ValueError where a sum is missing, misshapen or not finite."""
+        """Returns the sums minus the constant; ValueError where a sum is missing, misshapen or not finite."""
         raised = array_for(self, "accumulated", self.accumulated, name, weights) - self._floor
         if (raised < 0).any():
             msg = (
@@ -221,7 +221,7 @@ class Movement:
 
 @dataclass(frozen=True, eq=False)
 class Wanda:
-    """abs(W_ij) rms(x_j): a weight counts as much as what it multiplies (Sun et al. 2024).
+    """abs(W_ij) rms(x_j): the weight times the typical size of its input (Sun et al. 2024).
 
     The paper has ||x_j||_2, which is rms(x_j) times the square root of the number of inputs: the same order
     within a tensor. It compares weights within an output row: `scope="row"`.
@@ -249,12 +249,12 @@ class Wanda:
 class RIA:
     """(abs(W_ij) / sum_i abs(W_ij) + abs(W_ij) / sum_j abs(W_ij)) rms(x_j)^power (Zhang et al. 2024).
 
-    Relative importance and activations: a weight counts by its share of its input's column and of its
-    output's row, so that no row or column is pruned away as a whole.
+    Relative importance and activations: a weight is measured by its share of its column (input) and of its
+    row (output), so that no whole row or column is pruned away.
 
     Attributes:
         statistics: As for `Wanda`.
-        power: a in the paper, at least 0; its value is 0.5.
+        power: a in the paper, at least 0; 0.5 there.
     """
 
     statistics: Mapping[str, InputStatistics] = field(repr=False)
@@ -284,8 +284,8 @@ class LAMP:
     """w^2 over the sum of the w'^2 of its tensor that are not smaller, itself included (Lee et al. 2021).
 
     Within a tensor the order is that of magnitudes; between tensors (scope "global") it decides how many of
-    each go. Equal weights stand in the order of the rules of selection: the lower flat index has fewer others
-    in its sum, and the larger score. The largest weight of every tensor scores 1.
+    each are pruned. Equal weights are ordered as in selection: the lower flat index has fewer others in its
+    sum, and so the larger score. The largest weight of every tensor scores 1.
     """
 
     @standard_floats
@@ -301,7 +301,7 @@ class LAMP:
 
 
 def _times(weights: NDArray[Any], factors: NDArray[np.float64]) -> NDArray[np.float64]:
-    """abs(w) times factors that are at least 0: 0 where one of them is, NaN where w is."""
+    """abs(w) times non-negative factors: 0 where either is 0, NaN where w is NaN."""
     with np.errstate(over="ignore", under="ignore", invalid="ignore"):
         product = np.abs(weights.astype(np.float64)) * factors
     undefined = np.isnan(product)
@@ -311,7 +311,7 @@ def _times(weights: NDArray[Any], factors: NDArray[np.float64]) -> NDArray[np.fl
 
 
 def _relative_sizes(scorer: object, name: str, weights: NDArray[Any]) -> NDArray[np.float64]:
-    """Absolute values over a power of two, which is exact, so that neither squares nor sums overflow."""
+    """Absolute values divided by a power of two (exact), so that neither squares nor sums overflow."""
     sizes = np.abs(weights.astype(np.float64))
     refuse_not_finite(f"{type(scorer).__name__}: tensor {name!r}", sizes)
     with np.errstate(under="ignore"):
@@ -334,7 +334,7 @@ def resolve(method: str | Scorer) -> Scorer:
     """Returns the scorer that a name stands for; an object stands for itself.
 
     Raises:
-        ValueError: The name is unknown, or stands for a scorer that cannot do without data.
+        ValueError: The name is unknown, or stands for a scorer that needs data.
     """
     if not isinstance(method, str):
         return method

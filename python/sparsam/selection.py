@@ -47,8 +47,8 @@ def threshold(arrays: ArrayLike | Sequence[ArrayLike], sparsity: float) -> Thres
     """The exact k-th smallest magnitude over one array or a list of arrays, k = round(sparsity * n).
 
     Equals `np.sort(np.abs(x), axis=None)[k - 1]`, in about one read of the data: a sample brackets the rank,
-    one parallel pass counts and collects what lies in the bracket (Floyd and Rivest, 1975). Nothing is copied
-    but at most 5 % of the data, or 128 KiB where that is more.
+    one parallel pass counts and collects the values in the bracket (Floyd and Rivest, 1975). At most 5 % of
+    the data, or 128 KiB if that is more, is copied.
 
     Args:
         arrays: one array, or a list or tuple of arrays that share the threshold; float16, bfloat16, float32
@@ -60,7 +60,7 @@ def threshold(arrays: ArrayLike | Sequence[ArrayLike], sparsity: float) -> Thres
 
     Raises:
         ValueError: sparsity is outside [0, 1], or a NaN was found (with its place).
-        TypeError: a dtype is none of the four.
+        TypeError: a dtype is not one of the four.
     """
     if isinstance(arrays, np.ndarray):
         return _threshold([arrays], _rank(sparsity, arrays.size), None)
@@ -86,13 +86,13 @@ def select(
     Args:
         scores: ranked by magnitude: the larger, the more worth keeping. Dtypes and layouts as in `threshold`.
         sparsity: in [0, 1]. For NM(n, m) it must be 1 - n/m, or 0.
-        pattern: what stands or falls together. `Unstructured()`: each entry. `NM(n, m)`: the n largest of
+        pattern: what is kept or pruned together. `Unstructured()`: each entry. `NM(n, m)`: the n largest of
             every m along the rows of the matrix (shape[0], -1) are kept. `Block(r, c)`: tiles of that matrix,
             ragged at its far edges. `Slices(axis, size)`: runs of `size` indices of that axis.
         scope: "layer": all entries are compared. "row": those within a row of the matrix (shape[0], -1), as
             in Wanda: exactly `round(sparsity * columns)` of each row are pruned, ties to the lower index. A
-            vector is one row. For NM, which decides within rows anyway, it changes nothing; Block and Slices
-            reach across rows and are refused.
+            vector is one row. For NM, which selects within rows anyway, it changes nothing; Block and Slices
+            span rows and raise ValueError.
         norm: a group's score is the sum of |score| (1) or of its square (2), accumulated in float64 in a
             fixed order.
         transposed: the scores are (in, out), as in Hugging Face's Conv1D and Keras, or (..., in, out):
@@ -130,10 +130,10 @@ def select_many(
     norm: int = 1,
     out: Mapping[str, NDArray[Any]] | None = None,
 ) -> dict[str, Mask]:
-    """`select` over several arrays: with one threshold over all, one for each array, or one for each row.
+    """`select` for several arrays: with one threshold for all, for each array, or for each row.
 
     Groups of different tensors are compared by score per weight (the sum divided by the number of weights),
-    groups of one tensor by their sum. For NM every group decides by itself, so pooling changes nothing.
+    groups of one tensor by their sum. For NM selection is within each group, so pooling changes nothing.
 
     Args:
         scores: name -> array; ties go to the earlier name, then to the lower flat index.
@@ -143,8 +143,8 @@ def select_many(
             itself.
         norm: as in `select`.
         out: name -> array of the same shape and dtype that receives the scores with pruned entries as +0; may
-            be the same arrays (in place). Apart from that, no output may share memory with another array. Of
-            use where the scores are the weights themselves.
+            be the same arrays (in place). Apart from that, no output may share memory with another array.
+            Useful if the scores are the weights themselves.
 
     Returns:
         name -> mask.
@@ -152,13 +152,14 @@ def select_many(
     Raises:
         ValueError: as `select`, with the tensor's name.
         TypeError: as `select`, with the tensor's name.
-        KeyboardInterrupt: the user stopped the call. An output is then as it was, or pruned as a whole.
+        KeyboardInterrupt: the user stopped the call. Each output is then either unchanged or completely
+            pruned.
     """
     return select_into(scores, sparsity, pattern, scope=scope, norm=norm, out=out).masks
 
 
 class Pruned(NamedTuple):
-    """Masks, and of each tensor that was written how many weights are not zero."""
+    """Masks, and the number of nonzero weights of each tensor that was written."""
 
     masks: dict[str, Mask]
     nonzero: dict[str, int]
@@ -175,10 +176,10 @@ def select_into(
     out: Mapping[str, NDArray[Any]] | None,
     checked: bool = False,
 ) -> Pruned:
-    """`select_many`, and what it counted in `out`.
+    """`select_many`, which also counts the nonzero weights of `out`.
 
-    Unless the scope is global, `sparsity` may give one for each name. `checked` outputs are known to fit and
-    to share no memory.
+    Unless the scope is global, `sparsity` may map each name to its own. With `checked`, the caller guarantees
+    that outputs fit and share no memory.
     """
     if norm not in (1, 2):
         raise ValueError(
@@ -242,7 +243,7 @@ def _threshold(pool: list[NDArray[Any]], k: int, names: Sequence[str] | None) ->
 
 
 def _vanished(pool: Sequence[NDArray[Any]], names: Sequence[str] | None) -> ValueError:
-    """Raises the error that says where a NaN is; returns another where the kernel saw one that is gone."""
+    """Raises ValueError with the index of a NaN; returns the error to raise if it has been overwritten."""
     _refuse_nan(pool, names)
     what = "the arrays" if names is None else f"tensors {', '.join(map(repr, names[:3]))}"
     msg = (

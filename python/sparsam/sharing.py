@@ -1,4 +1,4 @@
-"""Weights that are listed under two names, such as shared embeddings in a state dict."""
+"""Shared weights: one memory under two names, such as embeddings in a state dict."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from sparsam.pools import Pool
 
 
 def find_shared(arrays: Mapping[str, NDArray[Any]], pools: Iterable[Pool]) -> dict[str, str]:
-    """Returns the later name of a tensor -> the first name of the same memory, over tensors to be pruned.
+    """Returns later name -> first name of the same memory, for tensors to be pruned.
 
     Raises:
-        ValueError: Two names are to be pruned differently, are tied, or share only a part of their memory.
+        ValueError: Two names are to be pruned differently, are coupled, or share only a part of their memory.
     """
     pools = list(pools)
     named = dict.fromkeys(name for pool in pools for name in pool.names)
@@ -38,7 +38,7 @@ def find_shared(arrays: Mapping[str, NDArray[Any]], pools: Iterable[Pool]) -> di
         if not _alike(name, pool_of[name], other, pool_of[other], array.size):
             msg = (
                 f"tensors {other!r} and {name!r} share memory: expected one sparsity and pattern for both, "
-                "and no ties; got two; exclude one of them, or override both alike"
+                "and no ties; got two; exclude one of them, or give both the same override"
             )
             raise ValueError(msg)
         shared[name] = other
@@ -48,7 +48,7 @@ def find_shared(arrays: Mapping[str, NDArray[Any]], pools: Iterable[Pool]) -> di
 
 
 def _alike(name: str, pool: Pool, other: str, other_pool: Pool, size: int) -> bool:
-    """Whether two tensors are pruned the same way, but for the rounding of an allocation."""
+    """Whether two tensors are pruned the same way, up to the rounding of an allocation."""
     return (
         not pool.ties
         and not other_pool.ties

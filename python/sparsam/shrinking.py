@@ -1,7 +1,7 @@
 """Shrinking: masked weights in, smaller dense arrays out.
 
 A slice of zeros can be removed if everything connected to it is removed too. Arrays do not say what they are
-connected to; ties do: the rows of one layer, the entries of its bias, the columns of the next.
+connected to; couplings do: the rows of one layer, the entries of its bias, the columns of the next.
 """
 
 from __future__ import annotations
@@ -21,42 +21,42 @@ from sparsam.patterns import Slices, Tied, as_ties
 def shrink(
     weights: Mapping[str, ArrayLike], masks: Mapping[str, Mask], ties: Tied | Sequence[Tied] = ()
 ) -> dict[str, NDArray[Any]]:
-    """Removes the slices that are zero in all members of a tie: the same network in smaller arrays.
+    """Removes the slices that are zero in all members of a coupling: the same network in smaller arrays.
 
-    Whoever prunes with `PruningConfig(ties=ties)` can hand over the same ties here:
+    Pass the same couplings as to `PruningConfig(ties=ties)`:
 
         ties = Tied({"fc1.weight": Slices(0), "fc1.bias": Slices(0), "fc2.weight": Slices(1)})
         result = sparsam.prune(weights, ties=ties)
         small = shrink(result.weights, result.masks, ties)
 
-    Without ties nothing is removed: a row of a layer can only go if the columns that read it go too. A tensor
-    may be in two ties, across different axes. The shapes of the result tell what is left: with 64 rows per
-    head, `small["q.weight"].shape[0] // 64` heads.
+    Without couplings nothing is removed: a row of a layer can be removed only together with the columns that
+    read it. A tensor may be in two couplings, across different axes. The shapes of the result show what is
+    left: with 64 rows per head, `small["q.weight"].shape[0] // 64` heads.
 
-    Removing zeros changes no sum, so the small network computes what the masked one did, up to the order in
-    which a product adds up. Where a layer is not a sum, the caller has to check that this still holds:
+    Removing zeros changes no sum, so the small network computes what the masked one did, up to the order of
+    summation. Where a layer is not a sum, the caller has to check that this still holds:
 
-    - Batch norms: weight, bias, running mean and variance of a channel are members of its tie. Zeroed, they
-      make the channel 0, as it is once its weight and bias are.
+    - Batch norms: weight, bias, running mean and variance of a channel are members of its coupling. A channel
+      whose weight and bias are zeroed is 0 with or without them.
     - A mean across the axis that gets shorter (layer norm over these neurons, a softmax over these channels)
-      is taken over fewer numbers afterwards, so it changes: do not shrink that axis.
+      is then taken over fewer numbers, so it changes: do not shrink that axis.
     - A constant that depends on the length of an axis, such as the scale of attention: keep the old value.
     - Behind a Flatten of (channels, height, width), a channel is `Slices(1, size=height * width)`.
 
     Args:
         weights: Name -> array of any dtype and shape. Not modified.
         masks: Name -> mask, as `sparsam.prune` returns them; weights are masked before anything else. Tensors
-            without one are taken as they are; `{}` where the weights are zero already.
+            without one are used as they are; `{}` if the weights are already zeroed.
         ties: Which slices are connected, as `Tied` objects.
 
     Returns:
-        Name -> array of the dtype that came: a new one for a tensor that has a mask or is tied, else the
+        Name -> array of the same dtype: a new one for a tensor that has a mask or is coupled, else the
         caller's own.
 
     Raises:
-        ValueError: A slice that the mask of one member removes is not wholly zero in another member; a mask
-            belongs to no tensor, or has another shape; ties do not fit the tensors or each other.
-        TypeError: `weights` or `masks` is no mapping of the kind above.
+        ValueError: A slice that the mask of one member removes is not all zero in another member; a mask
+            belongs to no tensor, or has another shape; couplings do not fit the tensors or each other.
+        TypeError: `weights` or `masks` is not a mapping of the kind above.
     """
     for what, value, kind in (("weights", weights, "arrays"), ("masks", masks, "masks")):
         if not isinstance(value, Mapping):
@@ -76,7 +76,7 @@ def shrink(
     kept = [(tied, _kept(tied, arrays)) for tied in ties]
     emptied = {name for tied, keep in kept if not keep.any() for name in tied.members}
     for tied, keep in kept:
-        # A tensor that another tie removes as a whole has no slices left to compare.
+        # A tensor that another coupling removes entirely has no slices left to compare.
         said = {name: masks[name] for name in tied.members if name in masks and name not in emptied}
         _check_masks(tied, keep, arrays, said)
     for tied, keep in kept:
@@ -101,7 +101,7 @@ def _check_mask(name: str, mask: object, arrays: Mapping[str, NDArray[Any]]) -> 
 
 
 def _kept(tied: Tied, arrays: Mapping[str, NDArray[Any]]) -> NDArray[np.bool_]:
-    """Which groups stay, because a member is not zero there."""
+    """Which groups are kept: those with a nonzero weight in some member."""
     alive = [_any(arrays[name] != 0, slices) for name, slices in tied.members.items()]
     return np.asarray(np.logical_or.reduce(alive))
 
@@ -109,7 +109,7 @@ def _kept(tied: Tied, arrays: Mapping[str, NDArray[Any]]) -> NDArray[np.bool_]:
 def _check_masks(
     tied: Tied, keep: NDArray[np.bool_], arrays: Mapping[str, NDArray[Any]], masks: Mapping[str, Mask]
 ) -> None:
-    """Raises for a group that stays although a mask removes it from one member."""
+    """Raises ValueError for a group that is kept although the mask of one member removes it."""
     for name, mask in masks.items():
         torn = keep & ~_any(mask.to_array(), tied.members[name])
         if mask.size and torn.any():
@@ -121,7 +121,7 @@ def _check_masks(
 
 
 def _any(flags: NDArray[np.bool_], slices: Slices) -> NDArray[np.bool_]:
-    """Whether any flag of a group is set."""
+    """Whether any flag is set, for each group."""
     lines = np.moveaxis(flags, slices.axis, 0)
     lines = lines.reshape(lines.shape[0], -1) if flags.size else np.zeros((lines.shape[0], 1), np.bool_)
     return np.asarray(lines.any(axis=1).reshape(-1, slices.size).any(axis=1))

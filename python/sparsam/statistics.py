@@ -26,13 +26,13 @@ _PIECE = 1 << 22  # elements of a block at most
 class InputStatistics:
     """Streaming sums over the inputs x of a layer with `in_features` inputs; `a + b` merges two.
 
-    With `gram`, second moments are kept as well, `in_features` squared numbers, which weight updates need
-    and scores do not. With `targets`, so are those of x with the outputs y that are wanted for it, by which
+    With `gram`, second moments are kept as well (`in_features` squared numbers), which weight updates need
+    and scores do not. With `targets`, those of x with the target outputs y are kept too, with which
     `refit(..., cross=)` fits a layer to the outputs of a dense network; layers that share their inputs share
     one object, with their targets side by side. Rows may have weights.
 
-    Objects can be pickled, so parts can be gathered in several processes and merged: `a + b` equals, but for
-    the rounding of the sums, one object that was updated with the inputs of both.
+    Objects can be pickled, so that several processes can each collect a part: up to the rounding of the sums,
+    `a + b` equals one object that was updated with the inputs of both.
     """
 
     def __init__(self, in_features: int, *, gram: bool = True, targets: int | None = None) -> None:
@@ -41,10 +41,10 @@ class InputStatistics:
         Args:
             in_features: How many inputs the layer has.
             gram: Whether to keep second moments.
-            targets: How many wanted outputs come with each input; None for none.
+            targets: The number of target outputs that come with each input; None for none.
 
         Raises:
-            ValueError: A number that is no integer of at least 1, or targets without `gram`.
+            ValueError: A number is not an integer of at least 1, or targets are given without `gram`.
         """
         self.in_features = positive("InputStatistics: in_features", in_features)
         self.targets = None if targets is None else positive("InputStatistics: targets", targets)
@@ -66,17 +66,17 @@ class InputStatistics:
         Args:
             x: (..., in_features), of any floating dtype and strides; the axes before the last count samples,
                 as tokens or im2col patches. Not modified.
-            targets: The wanted outputs y, (..., targets) with the same axes before the last, of any floating
-                dtype; only, and always, where `targets` was given.
+            targets: The target outputs y, (..., targets) with the same axes before the last, of any floating
+                dtype; required if the object was made with `targets`, else not allowed.
             weights: How much each row counts, of the shape of these axes, at least 0; 1 by default. Rows of
-                weight 0, as padding is, are left out: not counted, and free to hold what is not finite.
+                weight 0, such as padding, are left out: they are not counted and may hold NaN or infinities.
 
         Returns:
             This object.
 
         Raises:
-            ValueError: Shapes that do not fit together, a NaN or an infinity, negative weights, squares
-                beyond float64, or targets missing or not asked for; the statistics are then as they were.
+            ValueError: Shapes do not match, a NaN or an infinity, negative weights, squares that overflow
+                float64, or targets missing or unexpected. The statistics are then unchanged.
             TypeError: x or targets are not floating-point, or weights are not numbers.
         """
         inputs = _checked("inputs", x, self.in_features)
@@ -114,7 +114,7 @@ class InputStatistics:
 
     @property
     def rms(self) -> NDArray[np.float64]:
-        """sqrt(mean of x_j^2), (in_features,): Wanda's ||X_j||_2 over sqrt(count); ValueError before any."""
+        """sqrt(mean of x_j^2), (in_features,): Wanda's norm over sqrt(count); ValueError before the first."""
         return _frozen(np.sqrt(self._inputs.squares / self._seen()))
 
     @property
@@ -174,16 +174,16 @@ class InputStatistics:
         return self._second_moments().precision
 
     def __add__(self, other: InputStatistics) -> InputStatistics:
-        """Returns new statistics over the inputs of both; ValueError where they do not fit together."""
+        """Returns new statistics over the inputs of both; ValueError if their sizes or options differ."""
         if not isinstance(other, InputStatistics):
             return NotImplemented
         for what in ("in_features", "targets"):
             mine, theirs = getattr(self, what), getattr(other, what)
             if mine != theirs:
-                msg = f"InputStatistics: expected the same {what}; got {mine} and {theirs}; gather both alike"
+                msg = f"InputStatistics: expected the same {what}; got {mine} and {theirs}; use one value"
                 raise ValueError(msg)
         if (self._moments is None) != (other._moments is None):
-            msg = "InputStatistics: expected the same gram=; got True and False; gather both alike"
+            msg = "InputStatistics: expected the same gram=; got True and False; use one value"
             raise ValueError(msg)
         merged = InputStatistics(self.in_features, gram=False)
         merged.targets = self.targets
@@ -225,23 +225,23 @@ class InputStatistics:
 
     def _target_moments(self) -> Moments:
         if self.targets is None:
-            msg = "InputStatistics: expected targets=; got None; gather them again with their number"
+            msg = "InputStatistics: expected targets=; got None; collect them again with targets="
             raise ValueError(msg)
         return self._second_moments()
 
     def _second_moments(self) -> Moments:
         if self._moments is None:
-            msg = "InputStatistics: expected gram=True; got gram=False; gather them again"
+            msg = "InputStatistics: expected gram=True; got gram=False; collect them again with gram=True"
             raise ValueError(msg)
         if self._moments.count != self._count:
-            msg = "InputStatistics: expected whole updates; got an interrupted one; gather them again"
+            msg = "InputStatistics: expected whole updates; got an interrupted one; collect them again"
             raise ValueError(msg)
         return self._moments
 
 
 @dataclass(frozen=True)
 class _Block:
-    """Rows of each array, in float32 or float64, with their weights and where they come from."""
+    """Rows of each array, in float32 or float64, with their weights and their indices in the input."""
 
     arrays: list[NDArray[Any]]
     weights: NDArray[np.float64] | None
@@ -291,7 +291,7 @@ def _checked(name: str, values: ArrayLike, width: int) -> NDArray[Any]:
 
 
 def _checked_weights(weights: ArrayLike, shape: tuple[int, ...]) -> NDArray[np.float64]:
-    """The weights of the rows, in order."""
+    """The weights of the rows, flattened."""
     array = np.asarray(weights)
     if array.dtype.kind not in "fbiu" and array.dtype.name != "bfloat16":
         msg = f"weights: expected numbers; got dtype {array.dtype}; convert with .astype()"
@@ -347,7 +347,7 @@ def _refuse_not_finite(
 
 
 def _frozen(array: NDArray[np.float64]) -> NDArray[np.float64]:
-    """A read-only view; what it shows is replaced by an update, never changed, so it stays what it was."""
+    """A read-only view; an update replaces the array and never changes it, so the view stays valid."""
     view: NDArray[np.float64] = array.view()
     view.flags.writeable = False
     return view

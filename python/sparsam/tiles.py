@@ -1,4 +1,4 @@
-"""Groups of weights as tiles of a matrix: `Block` and `Slices` both come down to this."""
+"""Groups of weights as tiles of a matrix, for `Block` and `Slices` alike."""
 
 from __future__ import annotations
 

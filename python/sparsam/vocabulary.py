@@ -1,4 +1,4 @@
-"""The words of a configuration, and what objects in their place must have. `sparsam.config` exports them."""
+"""The names that a configuration accepts, and protocols for objects in their place; see `sparsam.config`."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Scorer(Protocol):
     """A pruning method: weights in, scores out; the larger a score, the more worth keeping.
 
     A scorer knows nothing of sparsity, patterns or time. Scores are not negative, and a weight that is zero
-    scores zero, so that a growing schedule finds first what it pruned before. Any object with this one
+    scores zero, so that a growing schedule prunes again what it pruned before. Any object with this one
     function is a method. Three further attributes are optional; `sparsam.scores.traits` reads them:
 
         norm: 1 (if absent) or 2: a group of weights scores the sum of its scores, or of their squares.
@@ -53,7 +53,7 @@ class Schedule(Protocol):
 
 @runtime_checkable
 class Allocation(Protocol):
-    """How a total sparsity is shared out over tensors, such as `sparsam.allocation.ERK`."""
+    """How a total sparsity is divided among tensors, such as `sparsam.allocation.ERK`."""
 
     def shares(
         self, weights: Mapping[str, NDArray[Any]], target: float, pattern: Unstructured | Block | Slices, /

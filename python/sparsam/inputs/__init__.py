@@ -1,4 +1,4 @@
-"""What every stage reads its arguments with: checks, errors, patterns of names, torch tensors, float modes.
+"""How every stage reads its arguments: checks and errors, name patterns, torch tensors, floating-point mode.
 
 Imports nothing of this package.
 """

@@ -1,4 +1,4 @@
-"""What every stage checks its arguments with: the value back, or the error that names it."""
+"""Checks of arguments for every stage: each returns the value, or raises an error that names it."""
 
 from __future__ import annotations
 
@@ -70,8 +70,8 @@ def expected(what: str, got: object, wanted: str, do: str) -> str:
 
     Args:
         what: The argument, tensor, option or file that is wrong, as the user knows it.
-        got: What came, shown by its repr. Where that says little (an array, a whole mapping), write the
-            message as an f-string of the same form, with the shape or the name that matters.
+        got: What came, shown by its repr. Where the repr is not helpful (an array, a whole mapping), write
+            the message as an f-string of the same form, with the relevant shape or name.
         wanted: What is accepted.
         do: What to change, as an imperative.
     """
@@ -93,7 +93,7 @@ def to_array(name: str, value: ArrayLike) -> NDArray[Any]:
 
 
 def array_of(what: str, value: ArrayLike) -> NDArray[Any]:
-    """As `to_array`, for what is no named tensor: errors begin with `what`."""
+    """Like `to_array`, for a value that is not a named tensor: errors begin with `what`."""
     if type(value) is np.ndarray:
         return value
     if is_tensor(value):
@@ -124,7 +124,7 @@ def array_of(what: str, value: ArrayLike) -> NDArray[Any]:
 
 
 def to_arrays(weights: object, what: str = "weights") -> dict[str, NDArray[Any]]:
-    """Returns the values of a mapping as plain arrays; TypeError for none, or a name that is not text."""
+    """Returns the values of a mapping from names as plain arrays; TypeError for anything else."""
     if is_model(weights):
         array_of(what, weights)  # type: ignore[arg-type]
     if not isinstance(weights, Mapping):

@@ -1,7 +1,7 @@
 """Arithmetic that does not depend on the floating-point mode of the caller.
 
 A program may make the processor treat subnormal numbers as zero (`torch.set_flush_denormal(True)`), in
-NumPy's arithmetic too. Weights and scores have to be compared without that.
+NumPy's arithmetic too. Weights and scores must be compared without that.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ Result = TypeVar("Result")
 
 
 def standard_floats(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
-    """Returns `function` as one that computes as IEEE 754 says, and restores the caller's mode."""
+    """Wraps `function` so that it computes by IEEE 754 and then restores the caller's mode."""
 
     @wraps(function)
     def standard(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:

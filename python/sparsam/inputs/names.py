@@ -1,7 +1,7 @@
 """Which names a pattern matches: one rule for exclude, overrides, allocations, groups and the command line.
 
-A pattern matches its own text exactly, whatever characters that has ("layers[0].weight"), and beyond that
-what `fnmatch.fnmatchcase` says.
+A pattern matches its own text exactly, whatever characters it contains ("layers[0].weight"), and otherwise as
+`fnmatch.fnmatchcase` does.
 """
 
 from __future__ import annotations
@@ -51,6 +51,6 @@ def matching(pattern: str, names: Collection[str]) -> list[str]:
 
 
 def closest(name: str, names: Iterable[str]) -> str:
-    """Returns what an error about an unknown name ends with: the names that look most like it."""
+    """Returns the end of an error about an unknown name: the most similar names."""
     close = difflib.get_close_matches(name, list(names), n=3, cutoff=0.0)
     return f"the closest names are {', '.join(map(repr, close))}" if close else "there are no tensors"

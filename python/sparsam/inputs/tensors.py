@@ -1,4 +1,4 @@
-"""torch tensors among weights, without importing torch: arrays on their memory, and tensors again."""
+"""Torch tensors as arrays on the same memory and back, without importing torch."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ def is_model(value: object) -> bool:
 
 
 def to_numpy(what: str, tensor: Any) -> NDArray[Any]:
-    """Returns a tensor as an array on the same memory; bfloat16 as that of ml_dtypes.
+    """Returns a tensor as an array on the same memory; bfloat16 becomes that of ml_dtypes.
 
     Raises:
-        TypeError: It is not dense, not on the CPU, part of a graph, or of a dtype that NumPy lacks; `what`
-            is what the message calls it.
+        TypeError: It is not dense, not on the CPU, requires a gradient, or has a dtype that NumPy lacks; the
+            message starts with `what`.
     """
     torch = sys.modules["torch"]
     if str(tensor.layout) != "torch.strided":

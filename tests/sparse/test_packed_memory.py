@@ -2,36 +2,10 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-import textwrap
-
 import pytest
 
-from packed_forms import FORMS, only, weights
+from packed_forms import FORMS, only, run, weights
 from sparsam._core import Packed
-
-HEAD = """
-import gc, sys
-import numpy as np
-from sparsam._core import Packed
-
-def resident():
-    return int(open("/proc/self/statm").read().split()[1]) * 4096
-
-rng = np.random.default_rng(0)
-"""
-
-
-def run(code: str) -> str:
-    environment = {**os.environ, "OPENBLAS_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, "-c", HEAD + textwrap.dedent(code)],
-        capture_output=True, text=True, check=False, timeout=120, env=environment,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    return done.stdout
 
 
 @pytest.mark.parametrize("form", FORMS)

@@ -1,6 +1,11 @@
-"""Weights with zeros, and packed weights in one form alone."""
+"""Weights with zeros, packed weights in one form alone, and processes to measure them in."""
 
 from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import textwrap
 
 import numpy as np
 from numpy.typing import NDArray
@@ -8,6 +13,17 @@ from numpy.typing import NDArray
 from sparsam._core import Packed
 
 FORMS = ("bitmask", "panels")
+
+HEAD = """
+import gc, sys
+import numpy as np
+from sparsam._core import Packed
+
+def resident():
+    return int(open("/proc/self/statm").read().split()[1]) * 4096
+
+rng = np.random.default_rng(0)
+"""
 
 
 def weights(rows: int, cols: int, sparsity: float, *, tall: int = 1, seed: int = 0) -> NDArray[np.float32]:
@@ -22,3 +38,14 @@ def only(packed: Packed, form: str) -> Packed:
     packed.keep([form])
     assert packed.forms == (form,)
     return packed
+
+
+def run(code: str) -> str:
+    """What the code prints in a process of its own."""
+    environment = {**os.environ, "OPENBLAS_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", HEAD + textwrap.dedent(code)],
+        capture_output=True, text=True, check=False, timeout=120, env=environment,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return done.stdout

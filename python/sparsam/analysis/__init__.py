@@ -1,4 +1,4 @@
-"""What pruning costs a network: sweeps, the smallest network that is good enough, lottery tickets.
+"""How pruning affects a network's score: sensitivity, the smallest sufficient network, lottery tickets.
 
 Tasks are spread over any `concurrent.futures.Executor`. Imports the pipeline, `checkpoint`, `training` and,
 for the pictures of a report, `plot`.

@@ -1,4 +1,4 @@
-"""Where to try next, in search of the highest sparsity that still passes: bisection, with checks below it."""
+"""The search for the highest sparsity that passes: bisection, with checks below the result."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class SearchProbe(NamedTuple):
 
 
 class Bisection:
-    """What was tried, and what follows from it. The dense model, target 0, is noted first.
+    """The probes of a search and the next target. The dense model, target 0, is noted first.
 
     The interval between the highest sparsity that passed and the lowest that failed is halved until it is at
     most `tolerance` wide; the end is tried only when all below it passed. Since a score need not fall with
@@ -33,8 +33,8 @@ class Bisection:
     if one fails, the search goes on below that.
 
     Attributes:
-        probes: Target -> what came of it.
-        finished: Whether the search ended by itself.
+        probes: Target -> its result.
+        finished: Whether the search converged.
     """
 
     def __init__(self, end: float, tolerance: float, checks: int) -> None:
@@ -43,11 +43,11 @@ class Bisection:
         self.finished = False
 
     def note(self, probe: SearchProbe) -> None:
-        """Takes in what came of a target."""
+        """Records the result for a target."""
         self.probes[probe.target] = probe
 
     def bounds(self) -> tuple[float, float | None]:
-        """The safe side: the highest target that passed below the lowest that failed; and that one."""
+        """The highest target that passed below the lowest that failed; and the latter."""
         failed = min((at for at, probe in self.probes.items() if not probe.passed), default=None)
         passed = max(
             at for at, probe in self.probes.items() if probe.passed and (failed is None or at < failed)
@@ -64,11 +64,11 @@ class Bisection:
         return target
 
     def curve(self) -> tuple[SearchProbe, ...]:
-        """All that was tried, by rising target."""
+        """All probes, by rising target."""
         return tuple(sorted(self.probes.values()))
 
     def _middle(self) -> float | None:
-        """Where bisection goes; None where it ends."""
+        """The next target of the bisection; None if it has ended."""
         low, high = self.bounds()
         if high is None and self._end - low <= self._tolerance:
             return self._end if low < self._end else None

@@ -1,4 +1,4 @@
-"""The fastest choice of densities within a budget of error, from what each layer costs at each of them.
+"""The fastest choice of densities within an error budget, from the time and error of each layer at each.
 
 Frantar and Alistarh, "SPDY: Accurate pruning with speedup guarantees", 2022, minimise the error within a
 budget of time; this is the same problem from the other side, solved exactly by the same dynamic programming.
@@ -23,8 +23,8 @@ class Step:
 
     Attributes:
         sparsity: In [0, 1].
-        seconds: What the layer takes, measured, at least 0.
-        error: What that costs in quality, at least 0; adds up over layers.
+        seconds: The measured time of the layer, at least 0.
+        error: The loss of quality, at least 0; adds up over layers.
     """
 
     sparsity: float
@@ -33,11 +33,11 @@ class Step:
 
 
 def fastest(steps: Mapping[str, Sequence[Step]], max_error: float) -> dict[str, Step]:
-    """Returns the step of each layer such that the total time is the least within a total error.
+    """Returns the step of each layer with the least total time within a total error.
 
     Args:
-        steps: Name -> what the layer costs at each sparsity.
-        max_error: The most that the errors may add up to.
+        steps: Name -> the time and error of the layer at each sparsity.
+        max_error: The largest allowed sum of errors.
 
     Raises:
         ValueError: No choice is within the budget; a layer has no steps, or numbers below 0 or not finite.

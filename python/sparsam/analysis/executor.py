@@ -1,9 +1,9 @@
 """One job, many small tasks, over any `concurrent.futures.Executor`.
 
-A job holds what all tasks share (the weights, the functions), and may be large; a task is a few words. Tasks
-therefore travel alone. A worker that does not have the job says so, and the task is sent again together with
-it, so that the job travels about once to each worker and not once with each task. Threads, and processes
-forked after the start, share the memory of the caller and are sent nothing.
+A job holds what all tasks share (the weights, the functions), and may be large; a task is small. Tasks are
+therefore sent without the job. A worker that does not have the job says so, and the task is sent again
+together with it, so that the job is sent about once to each worker and not with each task. Threads, and
+processes forked after the start, share the memory of the caller and are sent nothing.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class TaskError(Exception):
 
 @dataclass(frozen=True)
 class _Answer(Generic[ResultT]):
-    """What comes back from a worker: a result, an error, or the message that the job is missing."""
+    """The answer of a worker: a result, an error, or the message that the job is missing."""
 
     worker: tuple[str, int, int]
     result: ResultT | None = None
@@ -54,7 +54,7 @@ class _Answer(Generic[ResultT]):
 
 
 class TaskRunner(Generic[TaskT, ResultT]):
-    """A job, and where its tasks are done. A context manager: the job is forgotten at the end."""
+    """Runs the tasks of a job on an executor. A context manager: the job is released at the end."""
 
     def __init__(self, job: Callable[[TaskT], ResultT], executor: Executor | None) -> None:
         """Takes the job, called with each task, and the executor; None: here, one task after the other."""
@@ -114,12 +114,12 @@ class TaskRunner(Generic[TaskT, ResultT]):
 
     @property
     def room(self) -> int:
-        """How many tasks may be on their way at once."""
+        """How many tasks may be submitted at the same time."""
         return 2 * len(self._workers) + _HEADROOM
 
 
 class _Flight(Generic[TaskT, ResultT]):
-    """The tasks of one run, and the futures of those that are on their way."""
+    """The tasks of one run, and the futures of those submitted."""
 
     def __init__(
         self, runner: TaskRunner[TaskT, ResultT], executor: Executor, tasks: Iterable[TaskT]
@@ -160,7 +160,7 @@ class _Flight(Generic[TaskT, ResultT]):
             self._flying[future] = place, task, with_job
 
     def _carrying(self) -> int:
-        """How many tasks are on their way with the job."""
+        """How many submitted tasks carry the job."""
         return sum(with_job for *_, with_job in self._flying.values())
 
     def _receive(self, future: Future[_Answer[ResultT]]) -> Iterator[tuple[TaskT, ResultT]]:

@@ -40,7 +40,7 @@ def choose(items: Sequence[Sequence[Level]], needed: int) -> list[int] | None:
 
     Args:
         items: Levels of each, in rising order of `pruned` and of `cost`; the first prunes nothing.
-        needed: How many weights must go at least.
+        needed: The least number of weights to prune.
     """
     if sum(levels[-1].pruned for levels in items) < needed:
         return None
@@ -80,7 +80,7 @@ def choose(items: Sequence[Sequence[Level]], needed: int) -> list[int] | None:
 def give_back(
     items: Sequence[Sequence[Level]], choice: Sequence[int], needed: int, all_or_nothing: Sequence[bool]
 ) -> list[int]:
-    """Returns how many weights each item prunes once what `choice` prunes beyond `needed` is given back.
+    """Returns how many weights each item prunes after the surplus of `choice` over `needed` is returned.
 
     It goes to the item whose last step, from the level below the chosen one, costs most per weight (the
     earlier one among equals): the largest saving, costs being linear in between. An item that is all or
@@ -132,8 +132,8 @@ def _undominated(total: NDArray[np.int64], cost: NDArray[np.int64]) -> NDArray[n
 def _affordable(items: Sequence[Sequence[Level]], needed: int) -> tuple[list[list[Level]], float]:
     """The levels that cost no more than a choice that is known, and the cost of that.
 
-    Known is the choice that takes, along the lower convex hulls, the cheapest steps per weight until enough
-    weights are gone.
+    The known choice takes the cheapest steps per weight along the lower convex hulls until enough weights are
+    pruned.
     """
     pruned = [np.array([level.pruned for level in levels], np.float64) for levels in items]
     costs = [np.array([level.cost for level in levels], np.float64) for levels in items]

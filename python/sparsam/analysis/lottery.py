@@ -1,4 +1,4 @@
-"""Lottery tickets: iterative magnitude pruning with rewinding, and the controls that a ticket has to beat.
+"""Lottery tickets: iterative magnitude pruning with rewinding, and controls to compare a ticket with.
 
 [1] J. Frankle and M. Carbin, "The lottery ticket hypothesis: finding sparse, trainable neural networks",
     ICLR 2019: train, prune, reset what is left to its initial value, repeat.
@@ -33,12 +33,12 @@ Train = Callable[[Arrays, Masks, int], Mapping[str, ArrayLike] | None]
 
 
 class TicketRound(NamedTuple):
-    """One training.
+    """One training run.
 
     Attributes:
         round: 0 is the dense network.
         sparsity: The share of weights that are pruned, over the tensors that are being pruned.
-        score: Of the trained weights.
+        score: The score of the trained weights.
     """
 
     round: int
@@ -48,13 +48,13 @@ class TicketRound(NamedTuple):
 
 @dataclass(frozen=True)
 class TicketResult:
-    """What `find_ticket` found; `print` it.
+    """The result of `find_ticket`; `print` shows it.
 
     Attributes:
         rounds: The dense network and each round of pruning, trained with the first seed.
         masks: The ticket: name -> mask of each tensor that is pruned.
         weights: The ticket's start: the weights it is reset to, masked; train these.
-        trained: What training made of them with the first seed.
+        trained: The weights after training them with the first seed.
         report: The statistics of every tensor of `weights`.
         seeds: The seeds that the ticket and its controls were trained with.
         ticket_scores: The scores of the ticket, one for each seed.
@@ -82,7 +82,7 @@ class TicketResult:
 
     @property
     def margins(self) -> dict[str, tuple[float, ...]]:
-        """Control -> by how much the ticket's score is above the control's, for each seed."""
+        """Control -> the ticket's score minus the control's, for each seed."""
         return {
             name: tuple(ticket - other for ticket, other in zip(self.ticket_scores, found, strict=True))
             for name, found in self.control_scores.items()
@@ -149,25 +149,26 @@ def find_ticket(
 
         w = train(start * mask);  mask = the mask without the smallest |w|;  start as before
 
-    In a pool of n groups of the pattern (a tensor, a tie, or in global scope all of them) of which k are
-    pruned, a round prunes `round(fraction * (n - k))` more (in scope "row" to within the
-    rounding of each row); what is pruned stays so. The ticket is then trained
-    once for each seed, as are its controls, which have the same sparsity in every tensor:
+    In a pool of n groups of the pattern (a tensor, a coupling, or in global scope all of them) of which k are
+    pruned, a round prunes `round(fraction * (n - k))` more (in scope "row" to within the rounding of each
+    row); what is pruned stays so. The ticket is then trained once for each seed, as are its controls, which
+    have the same sparsity in every tensor:
 
-    - "reinitialised": the ticket's mask on newly drawn weights, by `reinit_fn`, or, left out, the values of
+    - "reinitialised": the ticket's mask on newly drawn weights, from `reinit_fn`, or by default the values of
       each tensor of `init_weights` in a random order, which for independent draws is a draw from the same
       distribution;
     - "random mask": the ticket's start under a mask drawn at random, of as many groups of the pattern.
 
     Args:
         init_weights: Name -> array: the weights at initialisation. Not modified.
-        train_fn: (weights, masks, seed) -> the trained weights, or None where it changed the given ones. The
-            masks say what must stay zero; what training revived is zeroed again at the end, but `train_fn`
-            itself has to train under the mask. The seed is for the order of the data and the like. Masks of
-            the dense network are all ones. What starts from `rewind` starts at that step of training.
+        train_fn: (weights, masks, seed) -> the trained weights, or None if it changed the given ones in
+            place. The masks say what must stay zero; weights that training revived are zeroed again at the
+            end, but `train_fn` itself has to train under the mask. The seed is for the order of the data and
+            other random choices. Masks of the dense network are all ones. What starts from `rewind` starts at
+            that step of training.
         eval_fn: Weights -> score; the larger, the better. It is given a copy.
         rounds: How many rounds of pruning.
-        fraction: The share of what is left that each round prunes.
+        fraction: The share of the remaining weights that each round prunes.
         rewind: The weights of an early step of training from `init_weights`, to which the kept weights are
             reset, and from which the random mask starts, after [2]; all tensors. Left out: `init_weights`.
             The dense network and what is reinitialised start from initial weights in any case.
@@ -263,7 +264,7 @@ def find_ticket(
 
 
 def _pools(arrays: Arrays, config: PruningConfig, fraction: float) -> list[tuple[Pool, int]]:
-    """What is pruned together, with the share of each round as its sparsity, and its number of groups."""
+    """The pools, with the fraction of each round as their sparsity, and their numbers of groups."""
     if config.allocation != "uniform":
         msg = (
             "allocation: expected 'uniform', since find_ticket prunes the same share of each pool; got "
@@ -296,7 +297,7 @@ def _pools(arrays: Arrays, config: PruningConfig, fraction: float) -> list[tuple
 def _reinitialised(
     initial: Arrays, seed: int, reinit_fn: Callable[[int], Mapping[str, ArrayLike]] | None
 ) -> Arrays:
-    """Newly drawn weights; without a function to draw them, the present values in another order."""
+    """Newly drawn weights; without `reinit_fn`, the initial values in another order."""
     if reinit_fn is not None:
         return _like("reinit_fn", reinit_fn(seed), initial)
     return {

@@ -1,4 +1,4 @@
-"""Masks drawn at random that prune as many groups of every tensor and tie as given ones."""
+"""Random masks that prune as many groups of every tensor and coupling as given ones."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def draw_masks(
 ) -> dict[str, Mask]:
     """Returns name -> a mask with as many groups of the pattern as the given one has, drawn at random.
 
-    Tied tensors are drawn together, group by group; what each tie of a tensor prunes is pruned of it.
+    Coupled tensors are drawn together, group by group; a tensor in two couplings loses the groups of both.
     """
     patterns = {name: pool.pattern for pool in pools for name in pool.names}
     transposed = frozenset().union(*(pool.transposed for pool in pools))

@@ -1,4 +1,4 @@
-"""A sensitivity report as JSON holds it."""
+"""The JSON form of a sensitivity report."""
 
 from __future__ import annotations
 
@@ -46,13 +46,13 @@ class ReportDocument(Document, frozen=True):
 
 
 def stored(curve: SensitivityCurve) -> CurveDocument:
-    """A curve as JSON holds it."""
+    """Returns the JSON form of a curve."""
     points = [PointDocument(p.sparsity, p.pruned, to_number(p.score)) for p in curve.points]
     return CurveDocument(curve.name, dict(curve.tensors), curve.all_or_nothing, points)
 
 
 def restored(curves: Sequence[CurveDocument], source: str) -> tuple[SensitivityCurve, ...]:
-    """The curves that JSON held.
+    """Returns the curves from their JSON form.
 
     Raises:
         ValueError: Two curves have one name, a curve does not rise, a score is NaN, or numbers of weights

@@ -1,4 +1,4 @@
-"""The smallest network that is still good enough: bisection over the total sparsity."""
+"""The smallest network with a sufficient score: bisection over the total sparsity."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ Allocate = Callable[[float], Mapping[str, float]]
 
 @dataclass(frozen=True)
 class SearchResult:
-    """What `find_smallest` found; `print` it.
+    """The result of `find_smallest`; `print` shows it.
 
     Attributes:
         sparsity: The sparsity of `weights`, over the tensors that are pruned; 0.0 if they are dense.
@@ -40,10 +40,10 @@ class SearchResult:
         weights: Name -> array, in new arrays where pruned.
         masks: Name -> mask of each tensor that is pruned; all ones if `weights` are dense.
         report: The statistics of every tensor.
-        curve: The degradation curve: all that was tried, the dense weights first, by rising target.
-        min_score: What was asked for.
-        max_sparsity: The highest total that the search could have gone to.
-        finished: Whether the search ended by itself; False if `max_evaluations` ran out.
+        curve: The degradation curve: all probes, the dense weights first, by rising target.
+        min_score: The required score.
+        max_sparsity: The highest total that could be reached.
+        finished: Whether the search converged; False if `max_evaluations` ran out.
     """
 
     sparsity: float
@@ -63,7 +63,7 @@ class SearchResult:
 
     @property
     def evaluations(self) -> int:
-        """How many evaluations the search took, that of the dense weights included."""
+        """The number of evaluations, including that of the dense weights."""
         return len(self.curve)
 
     @property
@@ -73,7 +73,7 @@ class SearchResult:
 
     @property
     def beyond(self) -> tuple[SearchProbe, ...]:
-        """What passed although a lower sparsity failed: not trusted, and not returned."""
+        """Probes that passed although a lower sparsity failed: not trusted, and not returned."""
         failed = [probe.target for probe in self.curve if not probe.passed]
         return tuple(probe for probe in self.curve if failed and probe.passed and probe.target > failed[0])
 
@@ -133,32 +133,33 @@ def find_smallest(
 
     That is right if the score falls with sparsity. Since it need not, up to `checks` probes are then spent in
     the middle of the widest gaps below the sparsity found; if one fails, the search goes on below that. The
-    result is on the safe side: everything that was tried at or below its sparsity passed. `curve`, `monotone`
-    and `beyond` of the result show what else was seen.
+    result is conservative: every probe at or below its sparsity passed. `curve`, `monotone` and `beyond` of
+    the result show the other probes.
 
     Args:
         weights: Name -> array, as for `sparsam.prune`. Not modified.
         eval_fn: Weights -> score; the larger, the better. It is given a copy.
         min_score: The lowest score that is good enough.
-        config: What is pruned, and how, as for `sparsam.prune`; the target sparsity is what is searched for,
+        config: What is pruned, and how, as for `sparsam.prune`; the target sparsity is searched for,
             overrides keep theirs.
-        allocation: How a total is shared out: what the `allocation` of the configuration takes (but fixed
+        allocation: How a total is divided: as for `allocation` of the configuration (except fixed
             sparsities), or a `SensitivityReport`, or a function from a total sparsity to {tensor: sparsity}.
-            Tensors that the last two do not name stay dense, unless overridden. Left out: as `config` says.
-        recover_fn: (weights, masks) -> the recovered weights, or None where it changed the given ones;
+            Tensors that the last two do not name stay dense, unless overridden. Default: as in `config`.
+        recover_fn: (weights, masks) -> the recovered weights, or None if it changed the given ones in place;
             pruned weights are zeroed again. Called in every probe.
         max_evaluations: How many times `eval_fn` may be called.
-        tolerance: How exactly the total is found.
-        checks: How many probes look for failures below what was found; 0 trusts that the score falls.
-        callback: Called with each probe, the dense weights being the first.
+        tolerance: The accuracy of the total sparsity.
+        checks: The number of further probes that look for failures below the result; 0 assumes that scores
+            fall with sparsity.
+        callback: Called with each probe, the dense weights first.
 
     Returns:
-        The weights found, and how; the dense ones with sparsity 0 if every probe failed.
+        The weights found, and all probes; the dense weights with sparsity 0 if every probe failed.
 
     Raises:
-        ValueError: The dense weights miss `min_score`; `eval_fn` returned NaN; an N:M pattern, which has one
-            sparsity, is the configuration's; an argument is out of range; as for `sparsam.prune`.
-        TypeError: `weights` is no mapping; a callback returned something of another type.
+        ValueError: The dense weights miss `min_score`; `eval_fn` returned NaN; the configuration has an N:M
+            pattern, which has one sparsity; an argument is out of range; as for `sparsam.prune`.
+        TypeError: `weights` is not a mapping; a callback returned something of another type.
     """
     arrays = to_arrays(weights)
     if isinstance(min_score, bool) or not isinstance(min_score, Real) or math.isnan(min_score):
@@ -286,7 +287,7 @@ class _Search:
 def _pruner(
     arrays: Arrays, config: PruningConfig, allocation: AllocationLike | SensitivityReport | Allocate | None
 ) -> Callable[[float], PruningResult[Arrays, Masks]]:
-    """Total sparsity -> what `prune` makes of that."""
+    """A function from a total sparsity to the result of `prune`."""
     changes: dict[str, Any] = {"schedule": None, "num_iterations": None, "target_sparsity": 0.0}
     allocate: Allocate | None = None
     if isinstance(allocation, SensitivityReport):
@@ -332,7 +333,7 @@ def _explicit(arrays: Arrays, config: PruningConfig, sparsities: Mapping[str, fl
     own: dict[str, Override] = {}
     for name, sparsity in sparsities.items():
         share = check_sparsity(f"allocation of {name!r}", sparsity)
-        # N:M has no sparsity 0 of its own, and a tie takes nothing but a sparsity.
+        # N:M has no sparsity 0, and a coupling accepts only a sparsity.
         pattern = patterns[name] if share else Unstructured()
         own[glob.escape(name)] = Override(share, None if name in tied else pattern)
     kept = {pattern: value for pattern, value in config.overrides.items() if pattern not in own}

@@ -1,4 +1,4 @@
-"""What a sensitivity sweep measured of one tensor or group."""
+"""The measurements of a sensitivity sweep for one tensor or group."""
 
 from __future__ import annotations
 

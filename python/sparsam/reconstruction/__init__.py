@@ -1,4 +1,4 @@
-"""Weights that make up for the pruned ones, from the second moments of a layer's inputs.
+"""Weight updates that compensate for pruned weights, from the second moments of a layer's inputs.
 
 With H the sum (or mean) of x x^T over the inputs x of a layer, replacing its weights W by W' changes its
 outputs by the squared error tr((W - W') H (W - W')^T). `refit` minimises it over the weights that a mask

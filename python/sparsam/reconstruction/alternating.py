@@ -120,7 +120,7 @@ def admm_mask(
     damping: float = 0.0,
     name: str = "weights",
 ) -> Mask:
-    """The mask that `admm` finds, without new weights: for those who fit the weights themselves.
+    """The mask that `admm` finds, without new weights.
 
     By growing penalties (Meng et al., "ALPS", 2024), on inputs scaled as in `admm`:
     B = (W G - V + rho D) (G + rho I)^-1, D = what `select` keeps of B + V / rho, V += rho (B - D), by one
@@ -155,7 +155,7 @@ def admm_mask(
 
 
 def _scaled(layer: Layer) -> tuple[Layer, NDArray[np.float64]]:
-    """The layer with a diagonal of H of 1, and what its columns were multiplied with, up to a constant."""
+    """The layer scaled so that H has diagonal 1, and the factors of its columns, up to a constant."""
     roots = np.sqrt(np.where(layer.live, layer.gram.diagonal(), 1.0))
     # Relative to the largest, which changes no choice: so float32 is wide enough for all inputs.
     scale = np.where(layer.live, roots / (roots.max(initial=0, where=layer.live) or 1.0), 1.0)
@@ -228,7 +228,7 @@ def _polish(
 def _find_mask(
     layer: Layer, sparsity: float, pattern: Pattern, iterations: int, rho: float, damping: float
 ) -> Mask:
-    """The support that growing penalties settle on; `layer` is scaled."""
+    """The support to which growing penalties converge; `layer` is scaled."""
     dtype: Any = np.float64 if layer.weights.dtype == np.float64 else np.float32
     shape, w = layer.weights.shape, np.where(layer.live, layer.matrix, 0).astype(dtype)
     mask = select(w.reshape(shape), sparsity, pattern, norm=2, name=layer.name)

@@ -1,4 +1,4 @@
-"""Optimal brain surgery by columns: pruning that makes up for each weight in those not yet visited."""
+"""Optimal brain surgery by columns: columns not yet visited compensate for each pruned weight."""
 
 from __future__ import annotations
 
@@ -56,26 +56,28 @@ def obs(
     which is the exact answer of optimal brain surgery for the columns not yet visited. The weights with the
     least cost (w_j / U_jj)^2 are pruned (Frantar and Alistarh, "SparseGPT", 2023, algorithm 1).
 
-    Unstructured: each block of columns chooses before its own sweep, from the weights as updated so far, and
-    over all rows. `round(sparsity * n)` weights of the layer are pruned in all; after each block the number
-    so far is the total times the share of live columns so far, rounded half up. NM: each group chooses when
-    the sweep reaches it, from the weights as they are then. Ties keep the lower index (in a block: lower row,
-    then lower column).
+    Unstructured: for each block of columns, weights are chosen before its sweep, from the values updated so
+        far, over all rows. `round(sparsity * n)` weights of the layer are pruned in all; after each block the
+        number
+    so far is the total times the share of live columns so far, rounded half up. NM: each group is chosen when
+    the sweep reaches it, from the current values. Ties keep the lower index (in a block: lower row, then
+    lower column).
 
-    Dead inputs (H_jj = 0) cost nothing: their weights are pruned first (if not all are needed, those with the
-    lower index are kept), and kept ones do not change.
+    Weights of dead inputs (H_jj = 0) have no cost: they are pruned first (if only some are, the lower indices
+    are kept), and kept ones do not change.
 
     Args:
         w: Weights, (out, in) or (out, in, ...), which is taken as (out, in * ...). float64 is computed in
             float64; float16, bfloat16 and float32 in float32 with U from float64. Not modified.
         h: The sum or mean of x x^T, (in, in), float32 or float64; or what has it as `gram`
             (`InputStatistics`).
-        mask: Which weights are kept, of the shape of w: nothing is chosen, the sweep only updates.
+        mask: Which weights are kept, of the shape of w; the sweep then only updates values.
         sparsity: In [0, 1]. For NM 1 - n/m or 0, and 1 - n/m if left out. Not with `mask`.
-        pattern: `Unstructured()` or `NM(n, m)`. For others choose a mask with `select` and pass it.
-        scope: "layer", or "row": every row prunes `round(sparsity * in)` weights, shared out over blocks in
-            the same way. Unstructured only.
-        block: Columns that choose together, 1 to 256; for NM rounded down to a multiple of m, at least m.
+        pattern: `Unstructured()` or `NM(n, m)`. For other patterns, choose a mask with `select` and pass it.
+        scope: "layer", or "row": every row prunes `round(sparsity * in)` weights, divided among blocks in the
+            same way. Unstructured only.
+        block: Columns for which weights are chosen together, 1 to 256; for NM rounded down to a multiple of
+            m, at least m.
         damping: Added to the diagonal of H, relative to its mean over live inputs. Where the factorisation
             fails it is tried again with ten times as much (after 0 with 1e-8) while it is at most 1; the
             result says what was used.
@@ -88,7 +90,7 @@ def obs(
 
     Raises:
         ValueError: Shapes that do not fit together; numbers that are not finite; an h that is not symmetric
-            or not positive semidefinite; a sparsity or pattern that the weights or the method do not take.
+            or not positive semidefinite; a sparsity or pattern that the weights or the method do not support.
         TypeError: Another dtype, or a mask that is no `Mask`.
     """
     array = np.asarray(w)
@@ -111,7 +113,7 @@ sparsegpt = obs
 
 @dataclass
 class _Choice:
-    """What is kept, as far as it is known: `keep` (out, in) is filled in by the sweep.
+    """Which weights are kept: `keep` (out, in) is filled in by the sweep.
 
     `pruned` is how many weights of live inputs are to be pruned, in the layer or in each row; None if nothing
     is left to choose, or `groups` do.
@@ -171,7 +173,7 @@ def _groups(layer: Layer, sparsity: float | None, pattern: NM) -> NM | None:
 
 
 def _sweep(layer: Layer, upper: NDArray[Any], choice: _Choice, block: int) -> NDArray[Any]:
-    """The blocks from left to right; `choice.keep` is complete afterwards."""
+    """Goes through the blocks from left to right and completes `choice.keep`."""
     w, original = layer.matrix, layer.matrix[:, ~layer.live]
     w[:, ~layer.live] = 0
     rows, columns = w.shape
@@ -217,7 +219,7 @@ def _choose_block(layer: Layer, diagonal: NDArray[Any], choice: _Choice, start: 
 def _inverse_factor(layer: Layer, damping: float) -> tuple[NDArray[np.float64], float]:
     """U, upper triangular with U^T U = (H / c + damping I)^-1, c the mean of H's diagonal; the damping used.
 
-    A scale of H changes neither what is pruned nor the updates.
+    Scaling H changes neither the mask nor the updates.
     """
     gram = layer.gram / mean_diagonal(layer)
     diagonal = np.where(layer.live, gram.diagonal(), 1.0)

@@ -1,4 +1,4 @@
-"""What the methods have in common: a layer as its matrix with the moments of its inputs, and the error."""
+"""Shared by all methods: a layer's matrix, the moments of its inputs, and the error."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ class Reconstruction:
     """What `obs` and `admm` return.
 
     Attributes:
-        weights: Shape and dtype of the weights that came in, 0 where pruned.
+        weights: In the shape and dtype of the given weights, 0 where pruned.
         mask: Which weights are kept.
-        bias: The corrected bias, of the dtype that came in; None if none was given.
-        damping: What was added to the diagonal of H, relative to its mean.
+        bias: The corrected bias, in the dtype of the given one; None if none was given.
+        damping: The number added to the diagonal of H, relative to its mean.
     """
 
     weights: NDArray[Any]
@@ -48,7 +48,7 @@ class Reconstruction:
 class Layer:
     """Checked arguments: `matrix` (out, in) is a new array, `gram` (in, in) float64 may be the caller's.
 
-    `live` (in,) says which inputs were ever other than 0, by the diagonal of `gram`.
+    `live` (in,): which inputs were ever nonzero, by the diagonal of `gram`.
     """
 
     name: str
@@ -110,7 +110,8 @@ def to_gram(h: Moments, inputs: int, name: str) -> NDArray[np.float64]:
     gram = np.ascontiguousarray(given, np.float64)
     if not inputs:
         return gram
-    # One product each way with random signs: what is not finite shows, and what is not symmetric differs.
+    # One product from each side with random signs: numbers that are not finite show, and asymmetry makes them
+    # differ.
     signs = np.random.default_rng(0).choice([-1.0, 1.0], inputs)
     with np.errstate(invalid="ignore", over="ignore"):
         down, across = gram @ signs, signs @ gram
@@ -173,7 +174,7 @@ def to_keep(mask: Mask, layer: Layer) -> NDArray[np.bool_]:
 
 
 def mask_and_more(name: str, sparsity: float | None, pattern: Pattern, scope: str = "layer") -> ValueError:
-    """The error of a mask that comes with other ways of saying what is kept."""
+    """The error for a mask that is given together with sparsity, pattern or scope."""
     got = f"sparsity={sparsity!r}, pattern={pattern!r} and scope={scope!r}"
     msg = (
         f"mask for tensor {name!r}: expected it alone, as it says what is kept; got {got} with it; pass the "
@@ -183,7 +184,7 @@ def mask_and_more(name: str, sparsity: float | None, pattern: Pattern, scope: st
 
 
 def neither_mask_nor_sparsity(name: str) -> ValueError:
-    """The error of a call that does not say what is kept."""
+    """The error for a call with neither mask nor sparsity."""
     return ValueError(f"tensor {name!r}: expected a mask or a sparsity; got neither; pass mask= or sparsity=")
 
 
@@ -241,10 +242,10 @@ def to_floats(what: str, value: ArrayLike) -> NDArray[np.float64]:
 
 
 def corrected_bias(bias: ArrayLike, w: ArrayLike, w_new: ArrayLike, mean: ArrayLike) -> NDArray[Any]:
-    """The bias with which the mean output stays what it was: b' = b + (W - W') mean(x).
+    """The bias that keeps the mean output unchanged: b' = b + (W - W') mean(x).
 
-    It takes the mean out of the error of whatever method made W'. What then remains is the error with H
-    centred: passing `statistics.centred` as h to a method minimises what the bias cannot correct.
+    It removes the mean from the error, whichever method computed W'. The remaining error is that with H
+    centred: with `statistics.centred` as h, a method minimises the part that the bias cannot correct.
 
     Args:
         bias: (out,); float16, bfloat16, float32 or float64.
@@ -283,7 +284,7 @@ def corrected_bias(bias: ArrayLike, w: ArrayLike, w_new: ArrayLike, mean: ArrayL
 def reconstruction_error(w: ArrayLike, w_new: ArrayLike, h: Moments) -> float:
     """The layer-wise error of new weights: tr(D H D^T) / tr(W H W^T) with D = W - W'.
 
-    The share of the outputs' energy that the change makes up: 0 for none, 1 for a layer without weights.
+    The squared change of the outputs relative to their squared norm: 0 for no change, 1 if all weights are 0.
 
     Args:
         w: Weights before, (out, in) or (out, in, ...); float16, bfloat16, float32 or float64.

@@ -41,22 +41,22 @@ def refit(
 
     by a Cholesky factorisation per row (one for up to 64 rows with equal supports), all in float64.
     With `damping` 0 no other weights on the same mask have a smaller error, up to rounding. W must be the
-    weights before pruning: of weights that are pruned already, W_P is 0 and nothing changes.
+    weights before pruning: if they are already pruned, W_P is 0 and nothing changes.
 
     An input that depends linearly on kept inputs before it (its pivot is less than 4 sqrt(in) eps of its
     diagonal, eps that of the dtype of h) keeps its weight, as do dead inputs (H_jj = 0): the minimum is
-    reached without it, so an H without full rank needs no damping. It may ask for large weights that fit the
-    calibration inputs only; `damping` draws the weights back to W.
+    reached without it, so an H without full rank needs no damping. The result may have large weights that fit
+    only the calibration inputs; `damping` pulls the weights towards W.
 
-    With `cross` = C, the sum of y x^T over inputs x and wanted outputs y, the kept weights minimise the sum
+    With `cross` = C, the sum of y x^T over inputs x and target outputs y, the kept weights minimise the sum
     of (y - W' x)^2 instead:
 
         W'_S = C_S (H_SS)^-1,    W'_P = 0
 
-    That is how a layer makes up for the layers before it: x from the pruned network, y from the dense one.
+    With x from the pruned network and y from the dense one, a layer so compensates for the layers before it.
     C = W H gives the same result as leaving it out. On a mask that keeps everything the result is the optimum
     W* of plain least squares, and the sum differs from tr((W* - W') H (W* - W')^T) by a constant: `obs` and
-    `admm` choose for given outputs when they are called with W*.
+    `admm` choose a mask for target outputs when they are called with W*.
 
     Args:
         w: Dense weights, (out, in) or (out, in, ...), which is taken as (out, in * ...); float16, bfloat16,

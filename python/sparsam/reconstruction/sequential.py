@@ -1,10 +1,9 @@
-"""One layer's part of pruning a network layer by layer: what is known of the layer in, its new weights out.
+"""One layer's part of pruning a network layer by layer: a `LayerProblem` in, a `LayerFit` out.
 
-Layers are pruned from the first to the last. Each sees the inputs x that the network pruned so far gives, and
-is fitted to outputs y that are wanted of it: those of the dense network, or those that its own dense weights
-give ("own targets", as in SparseGPT). All that a fit needs are the moments of x and y, which
-`InputStatistics` sums up, so a `LayerProblem` is plain data: it can be solved in any process, with the same
-result to the last bit.
+Layers are pruned from the first to the last. Each gets its inputs x from the network pruned so far, and is
+fitted to target outputs y: those of the dense network, or those of its own dense weights ("own targets", as
+in SparseGPT). All that a fit needs are the moments of x and y, which `InputStatistics` sums up, so a
+`LayerProblem` is plain data: it can be solved in any process, with the same result to the last bit.
 """
 
 from __future__ import annotations
@@ -39,20 +38,21 @@ _ROWS = 64  # by which dampings are compared
 
 @dataclass(frozen=True)
 class LayerProblem:
-    """What is known of a layer when its turn comes.
+    """The data for pruning one layer.
 
     Attributes:
-        name: What errors and reports call its weights.
+        name: The name of its weights in errors and reports.
         weights: Dense, (out, in) or (out, in, ...), float32 or float64.
-        bias: (out,) or None. A layer with a bias takes up the means by it, so inputs and targets are centred.
-        inputs: The moments of its inputs, with those of the wanted outputs as targets if there are any.
-        held_out: The same of inputs set aside, by which the damping is chosen and the error measured; None:
+        bias: (out,) or None. A bias corrects the means, so for a layer with one, inputs and targets are
+            centred.
+        inputs: The moments of its inputs, and of target outputs if there are any.
+        held_out: The same for held-out inputs, with which the damping is chosen and the error measured; None:
             the damping is 1e-2, and the error that of the inputs themselves.
         rows: Which of the targets are this layer's; None without targets, and the layer is then fitted to the
             outputs of its own dense weights.
         method: "obs" or "admm".
         sparsity: In [0, 1].
-        pattern: What stands or falls together; "obs" knows `Unstructured` and `NM`.
+        pattern: The pattern; "obs" supports `Unstructured` and `NM`.
         scope: "layer", or with "obs" also "row".
     """
 
@@ -70,14 +70,14 @@ class LayerProblem:
 
 @dataclass(frozen=True)
 class LayerFit:
-    """What became of a layer.
+    """The new weights of a layer.
 
     Attributes:
-        weights: In the shape and dtype that came in, 0 where pruned.
-        bias: The same of the bias, if there is one.
+        weights: In the shape and dtype of the given weights, 0 where pruned.
+        bias: The new bias, if there is one.
         mask: Which weights are kept.
-        error: The squared difference from the wanted outputs, over held-out inputs if there are any, as a
-            share of the wanted outputs' energy (around their mean, of a layer with a bias).
+        error: The squared difference from the target outputs, over held-out inputs if there are any, relative
+            to the squared norm of the target outputs (around their mean for a layer with a bias).
         damping: Of the least squares, relative to the mean diagonal of H.
     """
 
@@ -89,7 +89,7 @@ class LayerFit:
 
 
 def check_method(name: str, method: str, pattern: Pattern, scope: str) -> None:
-    """Raises the ValueError that says which pattern or scope a method of `RECONSTRUCTIONS` does not have."""
+    """Raises ValueError for a pattern or scope that a method of `RECONSTRUCTIONS` does not support."""
     if method == "obs" and not isinstance(pattern, (Unstructured, NM)):
         wanted = f"Unstructured() or NM(n, m) for {name!r} with method 'obs'"
         raise ValueError(expected("pattern", str(pattern), wanted, "use method 'admm', which has them all"))
@@ -100,7 +100,7 @@ def check_method(name: str, method: str, pattern: Pattern, scope: str) -> None:
 
 
 def fit_layer(problem: LayerProblem) -> LayerFit:
-    """Chooses what a layer keeps, and fits that to the wanted outputs.
+    """Chooses the weights that a layer keeps, and fits them to the target outputs.
 
     With H the sum of x x^T and C that of y x^T (both centred if there is a bias), W the dense weights:
 
@@ -114,8 +114,7 @@ def fit_layer(problem: LayerProblem) -> LayerFit:
         The fit; a bias of None stays None.
 
     Raises:
-        ValueError: A pattern or scope that the method does not have; what `obs`, `admm_mask` and `refit`
-            raise.
+        ValueError: The method does not support a pattern or scope; as for `obs`, `admm_mask` and `refit`.
     """
     check_method(problem.name, problem.method, problem.pattern, problem.scope)
     seen = _Seen(problem.inputs, problem.rows, centred=problem.bias is not None)
@@ -134,7 +133,7 @@ def fit_layer(problem: LayerProblem) -> LayerFit:
 
 
 class _Seen:
-    """Moments as the fit takes them: centred or not, and only the targets of one layer.
+    """Moments as the fit uses them: centred or not, with the targets of one layer only.
 
     It has what `obs` and others read of statistics: `gram`, `mean`, `count`, `precision`.
     """
@@ -155,7 +154,7 @@ class _Seen:
             self.cross, self.target_mean = cross[rows], self.moments.target_mean[rows]
 
     def bias(self, dense: NDArray[Any], weights: NDArray[Any], bias: NDArray[Any]) -> NDArray[Any]:
-        """The bias with which the mean output is the wanted one."""
+        """The bias that makes the mean output equal to the mean target."""
         new = weights.reshape(len(weights), -1).astype(np.float64)
         if self.target_mean is not None:
             wanted = self.target_mean
@@ -172,7 +171,7 @@ class _Seen:
         dense_bias: NDArray[Any] | None,
         subset: NDArray[np.int64] | None = None,
     ) -> float:
-        """The squared error of new weights as a share of the wanted outputs' energy."""
+        """The squared error of new weights, relative to the squared norm of the target outputs."""
         new = weights.reshape(len(weights), -1).astype(np.float64)
         if self.rows is None:
             return self._own_error(dense.reshape(new.shape).astype(np.float64), new, bias, dense_bias)
@@ -211,7 +210,7 @@ def _share(error: float, energy: float) -> float:
 def _ridge(
     weights: NDArray[Any], gram: NDArray[np.float64], cross: NDArray[np.float64]
 ) -> NDArray[np.float32]:
-    """(C + c W)(H + c I)^-1 in the shape of W: the least squares drawn to W."""
+    """(C + c W)(H + c I)^-1 in the shape of W: least squares regularised towards W."""
     diagonal = gram.diagonal()
     live = diagonal > 0
     added = _DAMPING * (float(diagonal[live].mean()) if live.any() else 1.0)
@@ -234,7 +233,7 @@ def _choose(problem: LayerProblem, aim: NDArray[Any], seen: _Seen) -> tuple[NDAr
 def _best_damping(
     problem: LayerProblem, mask: Mask, seen: _Seen, held: _Seen, rows: NDArray[np.int64]
 ) -> float:
-    """The damping whose fit of some rows is best on inputs set aside; the smaller of equal ones."""
+    """The damping whose fit of some rows is best on held-out inputs; the smaller of equal ones."""
     dense, keep = problem.weights[rows], Mask.from_array(mask.to_array()[rows])
     cross = None if seen.cross is None else seen.cross[rows]
     bias = None if problem.bias is None else problem.bias[rows]
@@ -253,7 +252,7 @@ def _best_damping(
 
 
 def split_counts(total: int, sizes: Sequence[int]) -> list[int]:
-    """Shares out how many weights are pruned over parts by their sizes, with largest remainders."""
+    """Divides a number of pruned weights among parts in proportion to their sizes, by largest remainder."""
     whole = sum(sizes) or 1
     exact = [total * size / whole for size in sizes]
     counts = [int(number) for number in exact]

@@ -1,4 +1,4 @@
-"""Packed matrices and their products: the matrix, which kernel multiplies which batch, and what that costs.
+"""Packed matrices and matmul with them: the matrix, the choice of kernel for each batch, the cost model.
 
 One engine for NumPy and PyTorch: `sparsam.torch` multiplies through it too. Imports the pipeline and
 `checkpoint`.

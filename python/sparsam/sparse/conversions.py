@@ -1,4 +1,4 @@
-"""SciPy's sparse matrices in and out."""
+"""Conversion from and to SciPy's sparse matrices."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ def csr_of(packed: Packed) -> Any:
 
 
 def dense_of(matrix: Any) -> tuple[NDArray[Any], NDArray[np.bool_]]:
-    """What a SciPy sparse matrix holds, and where it holds something.
+    """The dense content of a SciPy sparse matrix, and which entries it stores.
 
     Raises:
         ImportError: SciPy is not installed.
-        TypeError: It is no SciPy sparse matrix.
+        TypeError: It is not a SciPy sparse matrix.
     """
     if not _scipy_sparse().issparse(matrix):
         msg = f"matrix: expected a SciPy sparse matrix; got {type(matrix).__name__}; use from_dense"

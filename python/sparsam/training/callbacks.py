@@ -1,4 +1,4 @@
-"""What the caller's functions return, checked: scores are numbers, weights keep their names and shapes."""
+"""Checks of what the caller's functions return: scores are numbers, weights keep names and shapes."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def evaluate(eval_fn: Callable[[Arrays], float], arrays: Mapping[str, NDArray[An
     """Returns the score of a copy of the arrays.
 
     Raises:
-        TypeError: `eval_fn` returned no number.
+        TypeError: `eval_fn` did not return a number.
     """
     score = eval_fn({name: array.copy() for name, array in arrays.items()})
     try:
@@ -44,11 +44,11 @@ def evaluate_finite(
 def validate_returned_weights(
     by: str, given: Arrays, returned: object, arrays: Arrays, masks: Mapping[str, Mask], where: str = ""
 ) -> Arrays:
-    """What a function made of the weights: names, shapes and dtypes as before, masked, in arrays of our own.
+    """Returns the weights from a function, checked and masked, in new arrays.
 
     Args:
         by: The name of the function, for errors.
-        given: The mapping that it was given, which counts where it returned None.
+        given: The mapping that was passed to it, which is used if it returned None.
         returned: What it returned; tensors missing from it stay as they are in `arrays`.
         arrays: The weights before.
         masks: What is zeroed again.

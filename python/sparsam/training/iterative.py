@@ -1,7 +1,7 @@
 """Iterative pruning: prune a little, let the model recover, evaluate, and repeat while scores are good.
 
-Pruning is irreversible, so the dense weights are never touched, each iteration works on a copy of the last
-good one, and with a `state_dir` every finished iteration survives the end of the process.
+The dense weights are never modified, each iteration works on a copy of the last good weights, and with a
+`state_dir` every finished iteration survives the end of the process.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ MasksT = TypeVar("MasksT")
 
 @dataclass(frozen=True)
 class IterativeResult(Generic[WeightsT, MasksT]):
-    """What `IterativePruner.run` returns; where one array was given, weights and masks are one of each.
+    """What `IterativePruner.run` returns; if one array was given, `weights` and `masks` are single too.
 
     Attributes:
         history: One row per iteration, the one that stopped the run included.
@@ -46,7 +46,7 @@ class IterativeResult(Generic[WeightsT, MasksT]):
         weights: Name -> the last good weights, in new arrays.
         masks: Name -> the mask of each tensor that is being pruned; all ones if `weights` are dense.
         report: The statistics of every tensor.
-        dense_weights: Name -> the weights as they came; the caller's arrays.
+        dense_weights: Name -> the original weights: the caller's arrays.
         dense_score: What `eval_fn` returned for them.
         stopped_early: Whether a score failed `min_score` or `max_drop`.
     """
@@ -65,10 +65,10 @@ class IterativePruner:
     """Prunes along a schedule, with recovery in between.
 
     Attributes:
-        initial_sparsity: Where the schedule starts; "one_shot", a list and a function have no use for it.
+        initial_sparsity: Where the schedule starts; not used by "one_shot", a list or a function.
         final_sparsity: Where it ends.
-        num_iterations: In how many steps.
-        schedule: What was given, or the configuration's.
+        num_iterations: The number of iterations.
+        schedule: The given schedule, or the configuration's.
         config: The configuration, with final_sparsity, num_iterations and schedule set in it.
         history: The rows of the latest run: during the run, and also after an error.
     """
@@ -81,20 +81,20 @@ class IterativePruner:
         schedule: ScheduleLike | None = None,
         config: PruningConfig | None = None,
     ) -> None:
-        """Settles the schedule.
+        """Determines the schedule.
 
         Args:
             initial_sparsity: The sparsity of the first iteration.
-            final_sparsity: The sparsity of the last. Left out: the end of an explicit schedule, else the
+            final_sparsity: The sparsity of the last. Default: the end of an explicit schedule, else the
                 target of `config`; 0.8 without a `config`.
-            num_iterations: Left out: the length of an explicit list, else that of `config`, else 4.
+            num_iterations: Default: the length of an explicit list, else that of `config`, else 4.
             schedule: A name, an object of `sparsam.schedules`, a list of sparsities or a function of
-                progress. Left out: that of `config`, else "linear" ("one_shot" for an N:M pattern).
+                progress. Default: that of `config`, else "linear" ("one_shot" for an N:M pattern).
             config: What is pruned, and how.
 
         Raises:
-            ValueError: A value is out of range, values contradict each other, the schedule shrinks, or it
-                asks an N:M pattern for another sparsity than its own.
+            ValueError: A value is out of range, values contradict each other, the schedule decreases, or its
+                sparsity is not that of an N:M pattern.
         """
         changes: ConfigFields = {}
         if config is None:
@@ -166,30 +166,30 @@ class IterativePruner:
     ) -> IterativeResult[Any, Any]:
         """Prunes, recovers, evaluates and records, once for each sparsity of the schedule.
 
-        What is pruned stays pruned: masks only grow, and what recovery revived is zeroed again before it is
-        evaluated. The sparsity of an override grows in proportion to the schedule, as do those of an
-        allocation that is a mapping; an N:M override is in full force from the first iteration on.
+        Pruned weights stay pruned: masks only grow, and weights that recovery revived are zeroed again before
+        evaluation. The sparsity of an override grows in proportion to the schedule, as do those of an
+        allocation that is a mapping; an N:M override applies in full from the first iteration on.
 
-        An allocation is computed in each iteration, from the recovered weights. Where it asks for less of a
-        tensor than is pruned already, that stays, and the gains of the others shrink in proportion, so that
-        the total holds.
+        An allocation is computed in each iteration, from the recovered weights. If a tensor's new share is
+        below what is already pruned of it, it keeps its zeros, and the increases of other tensors are reduced
+        in proportion, so that the total holds.
 
         Args:
             weights: As for `sparsam.prune`. Never modified.
             eval_fn: Weights -> score; the larger, the better (return the negative of a loss). It is given a
                 copy.
-            recover_fn: (weights, masks, iteration) -> the recovered weights, or None where it changed the
-                given ones, which it is free to do. Tensors missing from what it returns stay as they were.
+            recover_fn: (weights, masks, iteration) -> the recovered weights, or None if it changed the given
+                ones in place. Tensors that it does not return stay unchanged.
             min_score: Stop at a score that is not at least this.
             max_drop: Stop at a score that is more than this below the dense score.
             on_iteration: Called with each new row of the history, once `state_dir` has it.
             state_dir: A folder, made if needed, for the state of the run after each iteration. If it holds
-                one, the run goes on from there and only the iteration that was interrupted is done again;
-                the present limits apply to the earlier iterations too. One run at a time may use a folder.
-                State that `recover_fn` keeps, such as an optimizer's, is not saved.
+                one, the run resumes from there and repeats only the interrupted iteration; the present limits
+                apply to the earlier iterations too. One run at a time may use a folder. State that
+                `recover_fn` keeps, such as an optimizer's, is not saved.
 
         Returns:
-            The last good weights (the dense ones if the first iteration fails), and how they came about.
+            The last good weights (the dense ones if the first iteration fails), with masks and history.
 
         Raises:
             ValueError: As for `sparsam.prune`; `recover_fn` returned an unknown name, another shape or a NaN;
@@ -231,7 +231,7 @@ class IterativePruner:
         on_iteration: Callable[[HistoryRow], object] | None,
         store: StateDir | None,
     ) -> Progress:
-        """From the start, or from what is stored, to the end of the schedule or the first bad score."""
+        """Runs from the start or the stored state to the end of the schedule or the first bad score."""
         pruned = [name for pool in pools for name in pool.names]
         progress = store.load(dense, pruned) if store else None
         if progress is None:
@@ -261,7 +261,7 @@ class IterativePruner:
         return progress
 
     def _steps(self) -> list[PruningConfig]:
-        """How far each iteration prunes what."""
+        """The configuration of each iteration."""
         schedule = self.get_schedule()
         return [config_at(self.config, sparsity, schedule[-1]) for sparsity in schedule]
 
@@ -295,7 +295,7 @@ def _alone_recover(recover_fn: Callable[[Any, Any, int], Any]) -> Callable[[Arra
 def _recovered(
     recover: Callable[[Arrays, Masks, int], Any], arrays: Arrays, masks: Masks, iteration: int
 ) -> Arrays:
-    """What recovery made of the weights."""
+    """The weights after recovery."""
     given = dict(arrays)
     returned = recover(given, dict(masks), iteration)
     return validate_returned_weights("recover_fn", given, returned, arrays, masks, f", iteration {iteration}")

@@ -2,8 +2,8 @@
 
 Every so often during training a fraction of the kept weights is dropped, those of least magnitude, and as
 many others grow: at random (SET) or where the gradient is largest (RigL). These functions say which; the
-caller sets what grows to its first value (RigL: zero) and resets the optimizer's state for it. This is
-the one place in this package where a pruned weight comes back.
+caller sets what grows to its first value (RigL: zero) and resets the optimizer's state for it. Only here can
+a pruned weight become nonzero again.
 
 Mocanu et al., "Scalable training of artificial neural networks with adaptive sparse connectivity inspired by
 network science" (SET), 2018. Evci et al., "Rigging the lottery: making all tickets winners" (RigL), 2020,
@@ -84,7 +84,7 @@ RegrowthLike: TypeAlias = Literal["set", "rigl"] | SET | RigL
 
 
 def resolve(regrow: object) -> SET | RigL | None:
-    """Returns the rule that a name stands for; ValueError for what is none."""
+    """Returns the rule for a name or an object; ValueError for anything else."""
     if regrow is None or isinstance(regrow, (SET, RigL)):
         return regrow
     named: dict[object, SET | RigL] = {"set": SET(), "rigl": RigL()}
@@ -105,7 +105,7 @@ def set_update(weights: ArrayLike, mask: Mask, fraction: float, *, seed: int) ->
     Args:
         weights: Of the mask's shape; float16, bfloat16, float32 or float64. What they are where the mask is
             False does not matter.
-        mask: What is kept now.
+        mask: The weights that are kept now.
         fraction: In [0, 1]; see `drop_fraction`.
         seed: Of the draw, at least 0. The draw depends on it alone: pass another one for each update and each
             tensor.
@@ -134,7 +134,7 @@ def rigl_update(weights: ArrayLike, mask: Mask, gradients: ArrayLike, fraction: 
 
     Args:
         weights: As for `set_update`.
-        mask: What is kept now.
+        mask: The weights that are kept now.
         gradients: The gradient of the loss for every weight, kept or not, of the mask's shape and one of the
             four dtypes. What they are where the mask is True does not matter.
         fraction: In [0, 1]; see `drop_fraction`.

@@ -1,4 +1,4 @@
-"""What makes two runs the same: weights, configuration, schedule. States hold it; resuming compares it."""
+"""The identity of a run (weights, configuration, schedule), compared when it is resumed."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _CHUNK = 1 << 18
 
 
 class TiedIdentity(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A `Tied` in words."""
+    """A `Tied` as text."""
 
     members: dict[str, str]
     scored: list[str] | None

@@ -1,4 +1,4 @@
-"""The state of an iterative run on disk, such that a kill at any moment loses at most the current iteration.
+"""The state of an iterative run on disk: a kill at any moment loses at most the current iteration.
 
 Each iteration writes its weights and masks into a folder of their own (`sparsam-0003`), then replaces
 `state.json`, whose history says which folder counts, and only then removes the folder of the one before. So
@@ -41,7 +41,7 @@ _MASKS = "masks.safetensors"
 _ANOTHER = "name another state_dir"
 _REMEDY = f"delete it to start again, or {_ANOTHER}"
 _FOLDER = re.compile(r"sparsam-\d{4,}")
-# What a folder holds: the two files, and what a killed process may leave of them.
+# The content of a folder: the two files, and temporary ones that a killed process may leave.
 _OURS = re.compile(r"(weights|masks)\.safetensors|\.(weights|masks)\.safetensors\.\w{8}\.tmp|\.tmp\w{6}")
 
 
@@ -63,7 +63,7 @@ class HistoryRow(NamedTuple):
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a run has come.
+    """The progress of a run.
 
     Attributes:
         dense_score: The score of the dense weights.
@@ -176,7 +176,7 @@ class StateDir(AbstractContextManager["StateDir"]):
             pruned: The names of those that have masks.
 
         Raises:
-            ValueError: It belongs to another run, is damaged, or is no state of ours.
+            ValueError: It belongs to another run, is damaged, or is not a saved state.
         """
         if not self._state.exists():
             return None
@@ -190,7 +190,7 @@ class StateDir(AbstractContextManager["StateDir"]):
         return progress
 
     def save(self, progress: Progress) -> None:
-        """Puts `progress` in the place of what the folder holds, wholly or not at all."""
+        """Replaces the content of the folder by `progress`, atomically."""
         if progress.weights is not None and progress.masks is not None and not progress.failed:
             folder = self._folder(len(progress.history))
             folder.mkdir(exist_ok=True)
@@ -210,7 +210,7 @@ class StateDir(AbstractContextManager["StateDir"]):
         return self._path / f"sparsam-{iteration:04d}"
 
     def _read(self, state: _State, dense: Mapping[str, NDArray[Any]], pruned: Collection[str]) -> Progress:
-        """What the fields and the files say; an error for what cannot be right."""
+        """The progress from the fields and the files; ValueError if they contradict each other."""
         rows = state.history if state.failed is None else [*state.history, state.failed]
         for i, (iteration, *_) in enumerate(rows, start=1):
             if iteration != i:
@@ -239,7 +239,7 @@ class StateDir(AbstractContextManager["StateDir"]):
         return replace(progress, weights={name: weights[name] for name in dense}, masks=masks)
 
     def _remove_others(self, iteration: int) -> None:
-        """Removes what earlier iterations and killed processes left behind, and nothing that is not ours."""
+        """Removes folders of earlier iterations and files of killed processes, and nothing else."""
         for folder in self._path.glob("sparsam-[0-9]*"):
             ours = _FOLDER.fullmatch(folder.name) and folder.is_dir() and not folder.is_symlink()
             if ours and folder != self._folder(iteration):

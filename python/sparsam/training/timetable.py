@@ -24,7 +24,7 @@ class Timetable:
         curve: The schedule.
         begin: The step of the first update; steps count from 0.
         end: The step of the last, where the final sparsity is reached.
-        every: An update each so many steps from `begin` on, and one at `end`.
+        every: The number of steps between updates from `begin` on; the last update is at `end`.
         initial: The sparsity at `begin`.
         final: The sparsity at `end`.
     """
@@ -47,19 +47,19 @@ class Timetable:
         every: int | None,
         initial: float,
     ) -> Timetable:
-        """Returns the timetable that a configuration and the arguments of a pruner ask for.
+        """Returns the timetable for a configuration and the arguments of a pruner.
 
         Args:
             config: Its schedule, its target and its num_iterations count.
             default: The schedule where the configuration has none.
             begin: The step of the first update.
-            end: The step of the last; None: `begin`, which only "one_shot" allows.
+            end: The step of the last; None: `begin`, allowed with "one_shot" only.
             every: The steps between updates. None: such that there are num_iterations of them, or 100.
             initial: The sparsity at `begin`.
 
         Raises:
-            ValueError: A number is out of range, `end` is missing, the schedule shrinks, or it asks an N:M
-                pattern for another sparsity than its own.
+            ValueError: A number is out of range, `end` is missing, the schedule decreases, or its sparsity is
+                not that of an N:M pattern.
         """
         schedule = default if config.schedule is None else config.schedule
         curve = schedules.resolve(schedule)
@@ -97,7 +97,7 @@ class Timetable:
 
     @property
     def updates(self) -> int:
-        """How many updates there are."""
+        """The number of updates."""
         return 1 + math.ceil((self.end - self.begin) / self.every)
 
     def updates_at(self, step: int) -> bool:
@@ -110,13 +110,13 @@ class Timetable:
         return check_sparsity("schedule", self.curve.at(progress, initial=self.initial, final=self.final))
 
     def describe(self) -> dict[str, object]:
-        """What makes two timetables the same, in plain types."""
+        """The values that identify a timetable, in plain types."""
         middle = [self.curve.at(i / 10, initial=self.initial, final=self.final) for i in range(11)]
         return {"begin": self.begin, "end": self.end, "every": self.every, "schedule": middle}
 
 
 def config_at(config: PruningConfig, sparsity: float, final: float) -> PruningConfig:
-    """Returns the configuration of a step on the way: sparsities in proportion to the schedule.
+    """Returns the configuration of an intermediate step: sparsities in proportion to the schedule.
 
     Args:
         config: What is pruned at the end.

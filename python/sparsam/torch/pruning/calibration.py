@@ -1,4 +1,4 @@
-"""Calibration data in any form, as calls of the model."""
+"""Calibration data in any form, turned into calls of the model."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ class Batch:
     Attributes:
         args: Positional inputs.
         kwargs: Keyword inputs.
-        given: What the caller gave, labels included.
-        samples: The length of the first axis of its first tensor.
+        given: The batch as the caller gave it, labels included.
+        samples: The number of samples: the length of the first axis of its first tensor.
     """
 
     args: tuple[Any, ...]
@@ -40,10 +40,10 @@ class Batch:
         yield from (leaf for leaf in pytree.tree_leaves((self.args, self.kwargs)) if isinstance(leaf, Tensor))
 
     def row_mask(self, shape: torch.Size) -> Tensor | None:
-        """Which rows of inputs (..., in) are no padding, by the attention masks of these axes; None: all.
+        """Which rows of inputs (..., in) are not padding, by the attention masks of these axes; None: all.
 
         Args:
-            shape: That of the inputs without the last axis.
+            shape: The shape of the inputs without the last axis.
         """
         found = None
         for name, value in self.kwargs.items():
@@ -67,20 +67,20 @@ class Batch:
 
 
 def read_calibration(model: nn.Module, calibration: Any, samples: int) -> list[Batch]:
-    """Returns the batches that a model is calibrated with, about `samples` rows of them.
+    """Returns the batches to calibrate a model with, about `samples` samples in total.
 
-    Of what has a length, batches are taken at equal distances from its first to its last; of another iterable
-    the first ones, so that it may be endless.
+    If the calibration has a length, batches are taken at equal distances from the first to the last;
+    otherwise the first ones are taken, so it may be endless.
 
     Args:
-        model: Whose inputs they are.
+        model: The model that takes the inputs.
         calibration: An iterable of tensors (or arrays), tuples or lists of positional inputs, or mappings of
-            keyword inputs; or one such mapping or tensor. Of a tuple that is longer than what the model's
-            forward takes, the rest (labels) is left out.
-        samples: How many rows.
+            keyword inputs; or one such mapping or tensor. If a tuple is longer than the model's forward
+            takes, the rest (labels) is left out.
+        samples: About how many samples.
 
     Raises:
-        ValueError: There is no batch; a batch has another form, inputs that the model does not take, or
+        ValueError: There is no batch; a batch has another form, inputs that the model does not accept, or
             numbers that are not finite.
     """
     if isinstance(calibration, (Tensor, Mapping)):
@@ -123,7 +123,7 @@ def _length(calibration: Any) -> int | None:
 
 
 def to_batch(what: str, signature: inspect.Signature, given: Any, index: int) -> Batch:
-    """Returns the call that a batch stands for, checked against the model's forward; `what`: the argument."""
+    """Returns a batch as a call of the model, checked against its forward; `what` names the argument."""
     args: tuple[Any, ...] = ()
     kwargs: dict[str, Any] = {}
     if isinstance(given, Mapping):
@@ -167,12 +167,12 @@ def _positional(signature: inspect.Signature) -> int | None:
 
 
 def _tensor(value: Any) -> Any:
-    """An array as a tensor; anything else as it is."""
+    """Converts an array to a tensor; returns anything else unchanged."""
     return torch.from_numpy(value) if type(value).__module__ == "numpy" and hasattr(value, "dtype") else value
 
 
 def distinct_tokens(batches: Iterable[Batch]) -> tuple[int, int] | None:
-    """How many different token ids there are, and how many in all; None where the inputs are no ids."""
+    """The number of different token ids, and of all token ids; None if the inputs are not token ids."""
     found: list[Tensor] = []
     for batch in batches:
         ids = batch.kwargs.get("input_ids", batch.args[0] if batch.args else None)

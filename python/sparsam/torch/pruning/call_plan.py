@@ -1,4 +1,4 @@
-"""What one run of the dense network shows: weights called together, and those that end a residual branch."""
+"""The order of calls in the dense network: which weights share inputs, which end a residual branch."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Group:
 
     Attributes:
         names: The weights, in the order of their first calls.
-        repeated: Whether one pass calls them several times.
+        repeated: Whether one forward pass calls them several times.
     """
 
     names: list[str]
@@ -30,12 +30,12 @@ class Group:
 
 @dataclass
 class CallPlan:
-    """The order of the network.
+    """The order in which a network calls its weights.
 
     Attributes:
         groups: In the order of their first calls.
         residual: The weights whose output is added to something that is computed before them.
-        norms: Weight -> the running mean of the batch normalisation that directly follows.
+        norms: Weight -> the running mean of the batch norm that directly follows.
     """
 
     groups: list[Group] = field(default_factory=list)
@@ -43,7 +43,7 @@ class CallPlan:
     norms: dict[str, Tensor] = field(default_factory=dict)
 
     def place(self, name: str) -> int:
-        """Which group a weight is in."""
+        """The index of the group that a weight is in."""
         return next(i for i, group in enumerate(self.groups) if name in group.names)
 
 
@@ -75,7 +75,7 @@ def plan_calls(
 
 
 class _Trace(Pass):
-    """A pass that waits nowhere, and adds what it sees to a plan."""
+    """A forward pass that does not wait, and adds what it observes to a plan."""
 
     def __init__(
         self,
@@ -113,7 +113,7 @@ class _Trace(Pass):
         self._plan.groups.append(group)
         if len(given) == 1:
             self._inputs.append((given, _version(given[0]), group))
-        # What comes later ends the wait for sums of what came before.
+        # A later call: sums of earlier outputs are no longer expected.
         self._pending.clear()
 
     def after(self, name: str, output: Callable[[], Tensor | None]) -> None:
@@ -129,7 +129,7 @@ class _Trace(Pass):
         self._note_norm(residual.own)
         if name in self._pending:
             del self._pending[name]
-            # Who waits at the sum computes the output again: the inputs must still be what they were.
+            # A pass that waits at the sum computes the output again, so the inputs must not have changed.
             if all(_version(tensor) == version for tensor, version in self._given[name]):
                 self._sums.add(name)
 
@@ -141,7 +141,7 @@ class _Trace(Pass):
             self._norms[tracked.name] = tracked.norm
 
     def settle(self) -> None:
-        """Adds to the plan what holds for the whole pass."""
+        """Adds to the plan what is known only at the end of a pass."""
         for group in self._plan.groups:
             group.repeated = group.repeated or any(self.calls[name] > 1 for name in group.names)
             if len(group.names) == 1 and not group.repeated:
@@ -150,5 +150,5 @@ class _Trace(Pass):
 
 
 def _version(tensor: Tensor) -> int:
-    """How often a tensor was changed in place; those of inference mode do not tell."""
+    """How often a tensor was changed in place; unknown for tensors made in inference mode."""
     return 0 if tensor.is_inference() else tensor._version

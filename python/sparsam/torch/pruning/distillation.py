@@ -1,4 +1,4 @@
-"""Recovery: a pruned model learns from the dense one what pruning took, its zeros staying zero."""
+"""Recovery by distillation: a pruned model is trained towards the dense one; its zeros stay zero."""
 
 from __future__ import annotations
 
@@ -47,38 +47,40 @@ def distill(
     """Trains a pruned student towards its dense teacher, without labels, in place; zeros stay zero.
 
     The loss is the mean over the layers of ||h - t||^2 / ||t||^2 between hidden states, plus the mean of
-    1 - cos between outputs along their last axis (of a length of 1, where it says nothing: that of hidden
-    states); where an `attention_mask` is 0, nothing counts. Hidden
-    states are what the blocks return, alike modules in a row; of a model without any, what its layers
-    return. Both models run in evaluation mode: no dropout, and batch norms with the statistics they have.
+    1 - cos between outputs along their last axis (if that has length 1, the same squared error as for hidden
+    states); positions where an `attention_mask` is 0 do not count. Hidden states are the outputs of the
+    blocks (modules of one class in a row), or of the layers if a model has no blocks. Both models run in
+    evaluation mode: no dropout, and batch norms with their stored statistics.
 
     Args:
         student: The pruned model; its zeros in weights of two axes or more are held.
         teacher: The dense model, with the same names of blocks; not changed.
         batches: An iterable of tensors, tuples, or mappings of keyword inputs as tokenizers give, or a
-            DataLoader. It is run through again and again; an iterator ends the training when it is empty.
-        steps: How many steps.
-        seconds: A budget of time; what ends first counts. One of the two is needed; with `seconds` the
-            result depends on the machine's speed.
-        layers: Hidden states of "all" blocks, of the "last", or "outputs" alone.
-        output: (what the model returned, batch) -> the tensor to match, such as a pooled embedding. Left
-            out: logits, `last_hidden_state`, or the first tensor.
-        pruner: Of the student: stepped after each step, so that masks may grow on the way.
-        optimizer: Of the student's Parameters, used as it is. Left out: AdamW without weight decay of all
-            that require gradients but embeddings, `learning_rate` decaying along a cosine to 0.
-        learning_rate: Of the AdamW.
-        state_dir: A folder, made if needed, for the state after each `checkpoint_every` steps. If it holds
-            one, training goes on from there, through the same batches; with a DataLoader that shuffles too.
-        checkpoint_every: A kill loses at most so many steps.
-        progress: Show a bar with the time left on standard error.
+            DataLoader. It is repeated as often as needed; an iterator ends the training when it is exhausted.
+        steps: The number of steps.
+        seconds: A time limit. `steps`, `seconds` or both are needed; training ends at whichever comes first.
+            With `seconds` the result depends on the machine's speed.
+        layers: Whether to match the hidden states of "all" blocks, of the "last", or "outputs" only.
+        output: (what the model returned, batch) -> the tensor to match, such as a pooled embedding. Default:
+            logits, `last_hidden_state`, or the first tensor.
+        pruner: The student's pruner: stepped after each step, so that sparsity can grow during training.
+        optimizer: An optimizer of the student's Parameters, used as it is. Default: AdamW without weight
+            decay over all Parameters that require gradients except embeddings, with `learning_rate` decaying
+            along a cosine to 0.
+        learning_rate: The initial learning rate of the default AdamW.
+        state_dir: A folder, made if needed, where the state is saved every `checkpoint_every` steps. If it
+            holds one, training resumes from there with the same batches, also those of a DataLoader that
+            shuffles.
+        checkpoint_every: The number of steps between saves; a killed run loses at most so many.
+        progress: Show a progress bar with the time left on standard error.
 
     Returns:
-        Steps, losses and sparsity. Modes of both models are as before; gradients are None.
+        Steps, losses and sparsity. The training modes of both models are as before; gradients are None.
 
     Raises:
-        ValueError: There are no batches; student and teacher are one, or give other shapes; a loss is not
-            finite; `state_dir` is of another run, teacher or set of zeros. The student is then valid, its
-            zeros held, as it is after KeyboardInterrupt.
+        ValueError: There are no batches; student and teacher are the same model, or give different shapes; a
+            loss is not finite; `state_dir` is of another run, teacher or set of zeros. The student is then
+            still valid and its zeros are kept, as after KeyboardInterrupt.
     """
     _check(student, teacher, steps, seconds, layers)
     masked = _masked(student, pruner)
@@ -165,7 +167,7 @@ def distill(
 
 @dataclass
 class _Run:
-    """How far a run has come, and its file."""
+    """The progress of a run, and the file it is saved in."""
 
     student: nn.Module
     optimizer: torch.optim.Optimizer
@@ -223,14 +225,14 @@ class _Run:
         return True
 
     def go_on(self) -> None:
-        """Once the batches of before are skipped: random numbers are those that come next."""
+        """Restores the random state, after the batches of the earlier run have been skipped."""
         if self.random is not None:
             torch.set_rng_state(self.random)
             self.random = None
 
 
 def _endless(student: nn.Module, batches: Iterable[Any], run: _Run) -> Iterator[Batch]:
-    """The batches as calls of the student, again and again, from where the run stands."""
+    """Yields the batches as calls of the student, repeated, from the run's current step on."""
     signature = inspect.signature(student.forward)
     skip = run.place
     once = isinstance(batches, Iterator)
@@ -279,7 +281,7 @@ def _check(
 
 
 def _masked(student: nn.Module, pruner: Pruner | None) -> MaskedWeights:
-    """The weights of the student with zeros to hold, or those of its pruner."""
+    """The weights of the student whose zeros are kept, or those of its pruner."""
     if pruner is not None:
         return MaskedWeights(pruner._weights.parameters, pruner.masks)
     parameters = dict(student.named_parameters())
@@ -288,13 +290,13 @@ def _masked(student: nn.Module, pruner: Pruner | None) -> MaskedWeights:
 
 
 def _digest(masked: MaskedWeights) -> str:
-    """What tells the zeros of one student from those of another."""
+    """A digest of the positions of all zeros."""
     masks = {name: torch.from_numpy(mask.to_array()) for name, mask in masked.masks.items()}
     return digest_of(masks).hex()
 
 
 def _sparsity(student: nn.Module, masked: MaskedWeights, pruner: Pruner | None) -> float:
-    """The share of zeros among masked weights; embeddings, whose rows of padding are zero, do not count."""
+    """The share of zeros among masked weights, without embeddings (their padding rows are zero)."""
     if pruner is not None:
         return pruner.sparsity
     tables = {id(weight) for weight in _tables(student)}
@@ -316,7 +318,7 @@ def _trained(student: nn.Module) -> list[nn.Parameter]:
 
 
 def _share(step: int, passed: float, steps: int | None, seconds: float | None) -> float:
-    """How much of the training is over, in [0, 1]."""
+    """The fraction of the training that is done, in [0, 1]."""
     return max(0.0 if steps is None else step / steps, 0.0 if seconds is None else passed / seconds)
 
 
@@ -357,7 +359,7 @@ def _distance(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _rows(tensor: Tensor, batch: Batch) -> Tensor:
-    """A tensor (..., features) as the rows (n, features) that are no padding, in float32."""
+    """A tensor (..., features) as rows (n, features) in float32, without padding."""
     rows = tensor.reshape(-1, tensor.shape[-1]).float()
     mask = batch.row_mask(tensor.shape[:-1]) if tensor.ndim == 3 else None
     return rows if mask is None else rows[mask]

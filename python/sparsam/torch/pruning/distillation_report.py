@@ -1,4 +1,4 @@
-"""What distillation did."""
+"""The report of a distillation."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ __all__ = ["DistillationReport"]
 
 @dataclass(frozen=True)
 class DistillationReport:
-    """What `distill` did; `print` it.
+    """The result of `distill`; `print` shows it.
 
     Attributes:
-        steps: How many steps there were, those of interrupted runs included.
-        seconds: How long they took.
-        stopped: What ended it: "steps", "seconds", or "batches" where an iterator had no more.
-        losses: The loss of each step: that of the hidden states and that of the outputs together.
-        sparsity: The share of zeros among the masked weights but embeddings, before and after.
+        steps: The number of steps, including those of interrupted runs.
+        seconds: The time they took, in seconds.
+        stopped: What ended it: "steps", "seconds", or "batches" if an iterator was exhausted.
+        losses: The loss of each step: the sum over hidden states and outputs.
+        sparsity: The share of zeros among the masked weights (without embeddings), before and after.
     """
 
     steps: int

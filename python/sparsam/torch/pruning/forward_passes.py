@@ -1,8 +1,8 @@
-"""Forward passes that wait where a layer is to be pruned, one thread for each batch.
+"""Forward passes that pause where a layer is to be pruned, one thread for each batch.
 
-Each batch goes through a network once. Where it comes to a weight that is not pruned yet it waits, with its
-activations on its own stack, until the weight has been fitted to what all batches have for it. So no layer is
-computed twice, whatever the model does between its layers, and memory holds what the passes hold there.
+Each batch goes through a network once. At a weight that is not pruned yet its thread waits, with its
+activations on its own stack, until the weight has been fitted to the inputs from all batches. So no layer is
+computed twice, whatever the model does between its layers, and only the current activations are in memory.
 """
 
 from __future__ import annotations
@@ -28,25 +28,25 @@ _active = threading.local()
 
 
 def current_pass() -> Pass | None:
-    """The pass that runs in this thread."""
+    """The forward pass that runs in this thread."""
     found: Pass | None = getattr(_active, "current", None)
     return found
 
 
 class _Ended(BaseException):
-    """The pass is not needed any more."""
+    """Raised in a pass that is not needed any more."""
 
 
 class Tracked:
-    """The output of a weight on its way to a sum, through what keeps its place and shape.
+    """The output of a weight, followed through elementwise functions until it is added to something.
 
     Attributes:
-        name: The weight's.
-        tensor: As it is now.
-        scale: Of each channel: what it was multiplied with; None: 1.
-        shift: What was added then, of the same shape; None: 0.
+        name: The weight's name.
+        tensor: The current tensor.
+        scale: The factor it was multiplied with, per channel; None: 1.
+        shift: The constant that was then added, of the same shape; None: 0.
         steps: The functions that it went through.
-        norm: The running mean of the batch normalisation right after the weight.
+        norm: The running mean of the batch norm that directly follows the weight.
     """
 
     def __init__(self, name: str, tensor: Tensor) -> None:
@@ -57,12 +57,12 @@ class Tracked:
         self.norm: Tensor | None = None
 
     def through(self, step: Callable[[Tensor], Tensor], result: Tensor) -> None:
-        """Goes through a function."""
+        """Notes that a function was applied."""
         self.steps.append(step)
         self.tensor = result
 
     def times(self, scale: Tensor, shift: Tensor | None) -> None:
-        """Notes that it is multiplied, and shifted."""
+        """Notes that it was multiplied and shifted."""
         before = self.shift if self.shift is not None else torch.zeros(())
         added = before * scale if shift is None else before * scale + shift
         self.scale = scale if self.scale is None else self.scale * scale
@@ -70,13 +70,13 @@ class Tracked:
 
 
 class Residual:
-    """A sum that the output of a weight goes into: own + other."""
+    """A residual sum that includes the output of a weight: own + other."""
 
     def __init__(self, own: Tracked, other: Tensor) -> None:
         self.own, self.other = own, other
 
     def wanted(self, total: Tensor, other: Tensor) -> Tensor:
-        """The output with which own + `other` is `total`, in the shape of the weight's output."""
+        """The output for which own + `other` equals `total`, in the shape of the weight's output."""
         difference = total - other
         if self.own.shift is not None:
             difference = difference - self.own.shift
@@ -84,7 +84,7 @@ class Residual:
 
 
 class Slots:
-    """How many passes compute at once, each in one of so many threads."""
+    """Limits how many passes compute at the same time."""
 
     def __init__(self, passes: int) -> None:
         threads = torch.get_num_threads()
@@ -100,11 +100,11 @@ class Slots:
 
 
 class Pass:
-    """One batch on its way through a network. Subclasses say where it waits.
+    """One batch in its forward pass through a network. Subclasses decide where it waits.
 
     Attributes:
         batch: The batch.
-        finished: Whether it has come to its end.
+        finished: Whether the pass has ended.
     """
 
     def __init__(self, network: nn.Module, batch: Batch, index: int, slots: Slots) -> None:
@@ -132,14 +132,14 @@ class Pass:
         """It was added."""
 
     def lost(self, tracked: Tracked) -> None:
-        """A tracked output went elsewhere."""
+        """A tracked output was used otherwise."""
 
     def joined(self, tracked: Sequence[Tracked]) -> Tracked:
-        """Which of two tracked outputs that are added to each other goes on as such."""
+        """Chooses which of two tracked outputs, added to each other, is tracked further."""
         return tracked[-1]
 
     def track(self, name: str, output: Tensor) -> None:
-        """Watches where an output goes."""
+        """Starts to track an output."""
         self._tracked[id(output)] = Tracked(name, output)
 
     def wait(self) -> None:
@@ -153,10 +153,10 @@ class Pass:
             raise _Ended
         _active.current = self
 
-    # What the thread does that prunes.
+    # The methods below are called by the thread that prunes.
 
     def resume(self) -> None:
-        """Lets it go on."""
+        """Lets the pass continue."""
         if self._thread is None:
             context = contextvars.copy_context()
             self._thread = threading.Thread(target=lambda: context.run(self._run), daemon=True)
@@ -170,13 +170,13 @@ class Pass:
             self._go.release()
 
     def join(self) -> None:
-        """Waits until it waits or has finished; raises what went wrong in it."""
+        """Blocks until the pass waits or has finished; raises the error that ended it, if any."""
         self._stopped.acquire()
         if self._error is not None:
             raise self._error
 
     def end(self) -> None:
-        """Ends it wherever it is."""
+        """Ends the pass wherever it is."""
         self._ended = True
         if self._thread is not None and not self.finished:
             self._go.release()
@@ -205,7 +205,7 @@ class Pass:
             self._stopped.release()
 
     def function(self, func: Any, args: Any, kwargs: Any) -> Any:
-        """Calls a function of PyTorch, and sees what it does with the outputs that are tracked."""
+        """Calls a function of PyTorch, and records what it does with tracked outputs."""
         if not self._tracked:
             return func(*args, **kwargs)
         name = getattr(func, "__name__", "")
@@ -276,7 +276,7 @@ def _alike(a: Any, b: Any) -> bool:
 def _step(
     name: str, func: Any, args: Any, kwargs: Any, tracked: Tracked
 ) -> Callable[[Tensor], Tensor] | None:
-    """The function as one of the tracked tensor, if it keeps the place of each number."""
+    """The function of the tracked tensor alone, if it keeps the position of each number."""
     if name == "dropout":
         training = kwargs.get("training", args[2] if len(args) > 2 else True)
         if training:
@@ -295,7 +295,7 @@ def _step(
 
 
 def _note_norm(args: Any, kwargs: Any, tracked: Tracked) -> bool:
-    """Notes a batch normalisation in evaluation mode."""
+    """Records a batch norm in evaluation mode."""
     names = ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps")
     bound = dict(zip(names, args, strict=False)) | kwargs
     mean, variance = bound.get("running_mean"), bound.get("running_var")
@@ -317,7 +317,7 @@ def _note_norm(args: Any, kwargs: Any, tracked: Tracked) -> bool:
 
 
 def advance(passes: Iterable[Pass]) -> None:
-    """Lets passes go on, and waits until each waits again or has finished."""
+    """Lets passes continue, until each waits again or has finished."""
     moving = [one for one in passes if not one.finished]
     for one in moving:
         one.resume()

@@ -1,4 +1,4 @@
-"""What gradients say of weights over the steps of a training: the sums that three scores are made of.
+"""Sums of gradients over training steps, for the three scores that use them.
 
 =========== ================================= ==========================================
 method      sum over steps                     score of the weight w
@@ -8,7 +8,7 @@ method      sum over steps                     score of the weight w
 "movement"  - w g, since the first step        the sum
 =========== ================================= ==========================================
 
-w is the weight that the gradient was taken at. A step whose gradients are not all finite, as one that
+w is the value at which the gradient was taken. A step with gradients that are not finite, such as one that
 GradScaler skips, does not count.
 """
 
@@ -42,7 +42,7 @@ class GradientEvidence:
 
     @property
     def ready(self) -> bool:
-        """Whether there is a step to score by."""
+        """Whether any step has been observed."""
         return self._steps > 0
 
     @torch.no_grad()
@@ -62,7 +62,7 @@ class GradientEvidence:
         self._steps += 1
 
     def remember(self) -> None:
-        """Keeps the weights that the next gradients are taken at, which the optimizer overwrites."""
+        """Copies the weights at which the next gradients are taken, before the optimizer overwrites them."""
         if self._method != "movement":
             return
         for name, parameter in self._parameters.items():
@@ -72,7 +72,7 @@ class GradientEvidence:
                 self._weights[name] = parameter.detach().clone()
 
     def scorer(self) -> Scorer:
-        """Returns the scorer of now."""
+        """Returns the scorer made from the current sums."""
         count = 1 if self._method == "movement" else self._steps
         return GRADIENT_METHODS[self._method](
             {name: to_host(name, total / count) for name, total in self._sums.items()}
@@ -95,7 +95,7 @@ class GradientEvidence:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Takes over what `state_dict` returned."""
+        """Restores what `state_dict` returned."""
         self._steps = state["steps"]
         for own, stored in ((self._sums, state["sums"]), (self._weights, state["weights"])):
             for name, tensor in own.items():

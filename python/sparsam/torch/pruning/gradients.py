@@ -1,4 +1,4 @@
-"""The gradients of a loss at the weights of a model, which some scores need."""
+"""Gradients of a loss with respect to the weights of a model, for the scores that need them."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ def gradient_scorer(
     minus the sum of weight times gradient.
 
     Raises:
-        ValueError: The loss is no number with a gradient, does not depend on a weight, or a gradient is not
-            finite.
+        ValueError: The loss is not a scalar with a gradient, does not depend on a weight, or a gradient is
+            not finite.
     """
     twin = Twin(model, weights)
     sums = {name: np.zeros(tuple(weight.parameter.shape)) for name, weight in twin.weights.items()}

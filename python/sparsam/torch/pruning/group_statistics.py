@@ -1,4 +1,4 @@
-"""The moments of what a group of weights is multiplied with, and of the outputs that are wanted of them."""
+"""The moments of a group's inputs and target outputs; a group is weights with the same inputs."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from torch import Tensor
 
 __all__ = ["GroupStatistics", "OtherRows", "Seen", "split"]
 
-_HELD_OUT = 10  # one batch in so many is set aside
-_FEW = 4  # batches: of fewer, the last rows of each are set aside instead
+_HELD_OUT = 10  # one batch in so many is held out
+_FEW = 4  # batches: with fewer, the last rows of each are held out instead
 
 
 @dataclass(frozen=True)
 class Seen:
-    """What one batch shows of a group.
+    """The inputs and target outputs of a group for one batch.
 
     Attributes:
         batch: The batch.
-        index: Its place among all.
-        inputs: Of the group's weights.
-        outputs: Name -> the outputs wanted; empty without targets.
-        stream: The sum that the output goes into, in the dense network, by whose size rows are weighed; None:
-            rows count alike.
+        index: Its index among all batches.
+        inputs: The inputs of the group's weights.
+        outputs: Name -> the target outputs; empty without targets.
+        stream: The residual sum of the dense network that includes the output; rows are weighted by its size.
+            None: all rows have weight 1.
     """
 
     batch: Batch
@@ -40,29 +40,30 @@ class Seen:
 
 
 class OtherRows(Exception):
-    """The dense network sent other rows to a weight than the pruned one, as routers of experts do."""
+    """The dense network sent different rows to a weight than the pruned one, as routers of experts may do."""
 
 
 class GroupStatistics:
-    """The moments of a group, of the batches that fits are made from and of those held out.
+    """The moments of a group, for the batches to fit and for those held out.
 
     Attributes:
-        parts: For each part of the weights' outputs that has inputs of its own, (fitted, held out).
-        targets: Name -> which of a part's targets are the weight's; empty without targets.
+        parts: (fitted, held out) for each part of the outputs with separate inputs, as in grouped
+            convolutions.
+        targets: Name -> which of a part's targets belong to the weight; empty without targets.
     """
 
     def __init__(self, weights: Sequence[PrunableWeight], batches: int) -> None:
-        """Of weights that share inputs, over so many batches."""
+        """Empty moments of weights that share inputs; `batches` is how many will be added."""
         self._weights, self._batches = weights, batches
         self.parts: list[tuple[InputStatistics, InputStatistics]] = []
         self.targets: dict[str, slice] = {}
 
     def add(self, seen: Seen) -> None:
-        """Adds what a batch shows.
+        """Adds the rows of a batch.
 
         Raises:
-            ValueError: It is not finite; the message names the first weight.
-            OtherRows: The outputs are not of these inputs.
+            ValueError: A value is not finite; the message names the first weight.
+            OtherRows: The outputs do not belong to these inputs.
         """
         first = self._weights[0]
         parts = input_rows(first, seen.inputs)
@@ -112,7 +113,7 @@ class GroupStatistics:
 
 
 def split(index: int, batches: int, rows: int) -> Iterator[tuple[int, slice]]:
-    """Yields 0 with the rows of a batch that fits are made from, and 1 with those held out."""
+    """Yields (0, the rows of a batch to fit) and (1, those held out)."""
     if batches >= _FEW:
         step = min(_HELD_OUT, batches)
         yield int(index % step == step // 2), slice(None)

@@ -1,4 +1,4 @@
-"""Hidden states of a model, found by its structure: what its blocks return, or else its layers."""
+"""Hidden states of a model: the outputs of its blocks, or of its layers if it has no blocks."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = ["HiddenStates", "block_names", "first_tensor"]
 
 
 class HiddenStates(AbstractContextManager["HiddenStates"]):
-    """Collects what some modules return while a model runs; its hooks go when the context ends."""
+    """Collects the outputs of some modules while a model runs; a context manager that removes its hooks."""
 
     def __init__(self, model: nn.Module, names: Iterable[str]) -> None:
         self._modules = {name: model.get_submodule(name) for name in names}
@@ -37,7 +37,7 @@ class HiddenStates(AbstractContextManager["HiddenStates"]):
         self._seen = {}
 
     def taken(self) -> dict[str, Tensor]:
-        """Returns what was collected since the last call: name -> the state of the last run of the module."""
+        """Returns the outputs since the last call: name -> the output of the module's last run."""
         seen, self._seen = self._seen, {}
         return seen
 
@@ -51,7 +51,7 @@ class HiddenStates(AbstractContextManager["HiddenStates"]):
 
 
 def block_names(model: nn.Module) -> list[str]:
-    """Returns the names of the blocks: alike modules in a row, the outermost, or else of the layers."""
+    """Returns the names of the blocks (the outermost modules of one class in a row), or of the layers."""
     found: list[str] = []
     for name, module in model.named_modules():
         if any(name.startswith(f"{block}.") for block in found):

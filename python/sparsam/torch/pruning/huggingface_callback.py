@@ -1,4 +1,4 @@
-"""The callback for Hugging Face's Trainer; imports transformers, whose signatures it has."""
+"""The callback for Hugging Face's Trainer; imports transformers."""
 # ruff: noqa: ARG002
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ FILE = "sparsam_pruner.pt"
 
 
 class HuggingFaceCallback(TrainerCallback):
-    """Steps a pruner after each step of the optimizer, and keeps its state in the Trainer's checkpoints."""
+    """Steps a pruner after each optimizer step, and saves its state in the Trainer's checkpoints."""
 
     def __init__(self, pruner: Pruner, *, mask_gradients: bool) -> None:
         self.pruner = pruner
@@ -27,7 +27,7 @@ class HuggingFaceCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Takes the optimizer if the pruner has none, and the state of a checkpoint that is resumed.
+        """Gives the pruner the optimizer if it has none, and the state of a checkpoint to resume from.
 
         Raises:
             ValueError: The pruner is another model's, as with `model_init`; a checkpoint lacks its state.
@@ -50,14 +50,14 @@ class HuggingFaceCallback(TrainerCallback):
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Masks the gradients if asked."""
+        """Masks the gradients if requested."""
         if self._mask_gradients:
             self.pruner.mask_gradients()
 
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Steps the pruner, while the gradients are still there."""
+        """Steps the pruner before the gradients are cleared."""
         self.pruner.step()
 
     def on_save(

@@ -1,4 +1,4 @@
-"""Scores by the inputs of all weights of the dense network, for selections that compare several layers."""
+"""Scores from the inputs of all weights of the dense network, for selections that compare several layers."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ INPUT_METHODS: Mapping[str, Callable[..., Scorer]] = {"wanda": scores.Wanda, "ri
 
 @dataclass(frozen=True, eq=False)
 class InputScores:
-    """Wanda or RIA where parts of a weight's outputs may have inputs of their own, as convolutions' groups.
+    """Wanda or RIA, for weights whose parts may have separate inputs, as in grouped convolutions.
 
     Attributes:
-        method: Which.
+        method: "wanda" or "ria".
         parts: Name -> the statistics of each part.
     """
 
@@ -38,17 +38,17 @@ class InputScores:
     needs_rows_as_outputs = True
 
     def score(self, name: str, weights: NDArray[Any], /) -> NDArray[Any]:
-        """Scores part by part."""
+        """Returns the scores, computed part by part."""
         kind, parts = INPUT_METHODS[self.method], self.parts[name]
         pieces = zip(parts, np.split(weights, len(parts)), strict=True)
         return np.concatenate([kind({name: statistics}).score(name, piece) for statistics, piece in pieces])
 
 
 def dense_input_scores(method: str, twin: Twin, batches: Sequence[Batch]) -> InputScores:
-    """Runs the network once, as it is.
+    """Runs the dense network once and returns the scorer.
 
     Raises:
-        ValueError: A weight is never reached; its inputs are not finite.
+        ValueError: A weight is never reached, or its inputs are not finite.
     """
     watch(twin.model, twin.weights, current_pass)
     parts: dict[str, list[InputStatistics]] = {}

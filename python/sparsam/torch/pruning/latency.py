@@ -1,4 +1,4 @@
-"""Densities of each layer that make a model fast at a given cost of quality, both measured."""
+"""The sparsity of each layer that makes a model fastest at a given loss of quality, both measured."""
 
 from __future__ import annotations
 
@@ -30,20 +30,20 @@ from torch import Tensor, nn
 __all__ = ["LatencyPlan", "latency_plan"]
 
 LEVELS = (0.0, 0.3, 0.5, 0.6, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95)
-_ROUNDS, _SHORT = (5, 200), 0.05  # at least, at most, and seconds after which no further round begins
+_ROUNDS, _SHORT = (5, 200), 0.05  # rounds: least, most, and seconds after which none begins
 
 
 @dataclass(frozen=True)
 class LatencyPlan:
-    """The sparsity of each layer, beside a uniform one that costs as much quality. `print` it.
+    """The sparsity of each layer, and a uniform one of equal loss to compare with; `print` shows it.
 
     Give it to `prune` as `target_sparsity=plan.sparsity, allocation=plan.sparsities`.
 
     Attributes:
-        chosen: Name of a weight -> its step: sparsity, seconds of its layer, error.
+        chosen: Name of a weight -> its sparsity, the seconds of its layer, and the error.
         uniform: The same at the uniform sparsity.
         sizes: Name -> number of weights.
-        steps: Name -> all that was measured.
+        steps: Name -> all measurements.
     """
 
     chosen: Mapping[str, Step]
@@ -58,22 +58,22 @@ class LatencyPlan:
 
     @property
     def sparsity(self) -> float:
-        """The total over these weights."""
+        """The total sparsity of these weights."""
         pruned = sum(round(step.sparsity * self.sizes[name]) for name, step in self.chosen.items())
         return pruned / sum(self.sizes.values())
 
     @property
     def seconds(self) -> float:
-        """What all layers are expected to take."""
+        """The expected time of all layers, in seconds."""
         return sum(step.seconds for step in self.chosen.values())
 
     @property
     def uniform_seconds(self) -> float:
-        """What they take at the uniform sparsity."""
+        """Their time at the uniform sparsity, in seconds."""
         return sum(step.seconds for step in self.uniform.values())
 
     def within(self, max_error: float) -> LatencyPlan:
-        """The plan for another budget of error, from the same measurements."""
+        """The plan for another error budget, from the same measurements."""
         return LatencyPlan(fastest(self.steps, max_error), self.uniform, self.sizes, self.steps)
 
     @property
@@ -106,20 +106,20 @@ def latency_plan(
     calibration_samples: int = 64,
     callback: Callable[[str, Step], object] | None = None,
 ) -> LatencyPlan:
-    """Measures what linear layers take and cost at each sparsity, and chooses the fastest of equal cost.
+    """Measures time and error of linear layers at each sparsity, and chooses the fastest of equal error.
 
-    1. *Time*: a layer of each shape is packed at each sparsity, and called with as many rows as the first
-       batch gives it, beside the dense layer; the faster one counts, as in `accelerate`.
+    1. *Time*: a layer of each shape is packed at each sparsity, and called with as many rows as in the first
+        batch, alternating with the dense layer; the faster of the two counts, as in `accelerate`.
     2. *Error*: each weight alone is pruned by `obs` on its inputs, and the first batch's outputs are compared
        with the dense ones: the sum of squared differences over that of squares.
     3. The sparsities with the least total time whose errors add up to at most those of the uniform sparsity
        are found exactly (`sparsam.analysis.density_choice`).
 
     Args:
-        model: As for `prune`; in eval mode for the time.
+        model: As for `prune`; put in eval mode during the call.
         calibration: As for `prune`. The first batch should have the size that the model will run with.
-        sparsity: The uniform sparsity whose cost is the budget; it becomes one of the levels.
-        levels: The sparsities to measure; 0 is always one.
+        sparsity: The uniform sparsity whose error is the budget; it becomes one of the levels.
+        levels: The sparsities to measure; 0 is always included.
         exclude: As in `PruningConfig`.
         calibration_samples: How many rows of the calibration to use.
         callback: Called with each measurement.
@@ -162,7 +162,7 @@ def latency_plan(
 
 
 class _Seen:
-    """The inputs of layers: their moments, and with how many rows the first batch calls them."""
+    """The moments of layers' inputs, and how many rows the first batch has for each."""
 
     def __init__(self, model: nn.Module, weights: Sequence[PrunableWeight], batches: Sequence[Batch]) -> None:
         self.rows: dict[str, list[int]] = {}
@@ -192,7 +192,7 @@ class _Seen:
 
 @contextmanager
 def _evaluated(model: nn.Module) -> Iterator[None]:
-    """In eval mode, without gradients."""
+    """Puts a model in eval mode, without gradients, for the duration of the context."""
     training = [(module, module.training) for module in model.modules()]
     try:
         model.eval()
@@ -225,7 +225,7 @@ def _error(
     batch: Batch,
     wanted: Sequence[Tensor],
 ) -> float:
-    """What pruning one weight costs: the relative squared difference of the model's outputs."""
+    """The error from pruning one weight: the relative squared difference of the model's outputs."""
     if level == 0:
         return 0.0
     parameter = weight.parameter
@@ -242,7 +242,7 @@ def _error(
 
 
 def _seconds(weight: PrunableWeight, rows: Sequence[int], grid: Sequence[float]) -> dict[float, float]:
-    """Seconds that a layer takes at each sparsity, dense where that is faster, for all its calls."""
+    """The time of all calls of a layer at each sparsity, in seconds, dense where that is faster."""
     layer: Any = copy.deepcopy(weight.module)
     width = layer.weight.shape[0 if weight.transposed else 1]
     generator = torch.Generator().manual_seed(0)
@@ -254,13 +254,13 @@ def _seconds(weight: PrunableWeight, rows: Sequence[int], grid: Sequence[float])
         keep = torch.rand(packed.weight.shape, generator=generator) >= level
         packed.weight.mul_(keep)
         pack(packed, batches=tuple(set(rows)))
-        # Noise only ever adds time, and what is sparser is not slower: the least so far counts.
+        # Noise only adds time, and a sparser layer is not slower: the minimum so far counts.
         found[level] = dense = min(dense, _time(packed, inputs))
     return found
 
 
 def _time(layer: nn.Module, inputs: Sequence[Tensor]) -> float:
-    """The least of several, after one to warm up."""
+    """The shortest of several runs, after one to warm up."""
     best, end = math.inf, time.perf_counter() + _SHORT
     for number in range(_ROUNDS[1] + 1):
         start = time.perf_counter()

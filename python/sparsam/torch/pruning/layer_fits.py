@@ -1,4 +1,4 @@
-"""New values for a group of weights: the statistics in, what each weight becomes out."""
+"""New values for a group of weights, fitted to the group's statistics."""
 
 from __future__ import annotations
 
@@ -30,15 +30,15 @@ Parts = Sequence[tuple[InputStatistics, InputStatistics]]
 
 @dataclass(frozen=True)
 class NewLayer:
-    """What a weight becomes.
+    """The new values of a weight.
 
     Attributes:
         name: Its name.
-        weights: Outputs first.
+        weights: (out, in, ...).
         bias: (out,) or None.
-        error: The squared difference from the wanted outputs as a share of their energy.
-        damping: Of the least squares; None where nothing was fitted.
-        targets: "dense" or "own": what it was fitted to, or the error is measured by.
+        error: The squared difference from the target outputs, relative to their squared norm.
+        damping: The damping of the least squares; None if nothing was fitted.
+        targets: "dense" or "own": the outputs that it was fitted to or compared with.
     """
 
     name: str
@@ -55,7 +55,7 @@ class Method:
 
     Attributes:
         name: "obs", "admm", "wanda" or "ria"; "" for a scorer that needs no statistics.
-        scorer: That scorer.
+        scorer: The scorer without statistics, if `name` is "".
     """
 
     name: str
@@ -63,7 +63,7 @@ class Method:
 
     @property
     def reconstructs(self) -> bool:
-        """Whether the weights that stay get new values."""
+        """Whether the kept weights get new values."""
         return self.name in RECONSTRUCTIONS
 
 
@@ -77,11 +77,11 @@ def fit_group(
     """Solves the problems of a group.
 
     Args:
-        statistics: Of the group; if they have targets, layers are fitted to those.
-        layers: Name -> the weight, of the group alone.
+        statistics: The group's statistics; if they have targets, layers are fitted to those.
+        layers: Name -> the weight, for the group only.
         pools: Name -> sparsity and pattern.
-        method: How.
-        executor: Where problems are solved; None: here. The results are the same.
+        method: How masks are chosen.
+        executor: Solves the problems; None: this thread. The results are the same.
     """
     if not method.reconstructs:
         return [_score(name, statistics.parts, rows, pools[name], method) for name, rows in layers.items()]
@@ -103,7 +103,7 @@ def fit_group(
 
 
 def _solve(problems: Sequence[LayerProblem], executor: Executor | None) -> Iterator[LayerFit]:
-    """The fits in order; what has not begun is cancelled after a failure."""
+    """Returns the fits in order; after a failure, problems that have not begun are cancelled."""
     if executor is None:
         yield from map(fit_layer, problems)
         return
@@ -119,7 +119,7 @@ def _solve(problems: Sequence[LayerProblem], executor: Executor | None) -> Itera
 def _problems(
     name: str, statistics: GroupStatistics, rows: Rows, pool: Pool, method: Method
 ) -> Iterator[LayerProblem]:
-    """One for each part of the weight that has inputs of its own."""
+    """Returns one problem for each part of the weight with separate inputs."""
     matrix, bias = to_array(rows.matrix()), rows.bias()
     parts = len(statistics.parts)
     matrices = np.split(matrix, parts)
@@ -145,7 +145,7 @@ def _problems(
 
 
 def _score(name: str, parts: Parts, rows: Rows, pool: Pool, method: Method) -> NewLayer:
-    """Masks by scores: what stays keeps its value."""
+    """Masks by scores; kept weights keep their values."""
     matrix = to_array(rows.matrix())
     scorer = method.scorer or InputScores(method.name, {name: [fitted for fitted, _ in parts]})
     out = np.empty_like(matrix)
@@ -167,6 +167,6 @@ def _own_error(seen: InputStatistics, old: Array, new: Array) -> float:
 
 
 def to_array(tensor: Tensor) -> Array:
-    """As float32, or float64 if it is that; C order."""
+    """Returns an array in C order: float64 for a float64 tensor, else float32."""
     wide = tensor if tensor.dtype == torch.float64 else tensor.float()
     return np.ascontiguousarray(wide.detach().numpy())

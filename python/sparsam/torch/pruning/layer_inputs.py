@@ -1,4 +1,4 @@
-"""The inputs of the weights of a model as they are called: rows for statistics, whatever the layer."""
+"""The inputs of a model's weights when they are used, as rows for statistics, for every kind of layer."""
 
 from __future__ import annotations
 
@@ -20,31 +20,31 @@ Inputs = tuple[Tensor, ...]
 
 
 class Visitor(Protocol):
-    """Who is told of the calls of weights."""
+    """The protocol of objects that are notified when weights are used."""
 
     def before(self, name: str, inputs: Callable[[], Inputs], again: Callable[[], Tensor]) -> None:
         """A weight is about to be used.
 
         Args:
-            name: The weight's.
-            inputs: What it will be multiplied with; several where its rows have inputs of their own.
-            again: Computes the layer's output, with the weight that it then has.
+            name: The weight's name.
+            inputs: The inputs it will be multiplied with; several if its rows have separate inputs.
+            again: Computes the layer's output with the weight's current values.
         """
 
     def after(self, name: str, output: Callable[[], Tensor | None]) -> None:
-        """A weight was used; `output` is None where it is not known."""
+        """A weight was used; `output` is None if it is not known."""
 
 
 def watch(
     model: nn.Module, weights: dict[str, PrunableWeight], visitor: Callable[[], Visitor | None]
 ) -> None:
-    """Tells the visitor of each call of the weights' modules, from now on.
+    """Registers hooks that notify a visitor of each use of the weights.
 
     Args:
         model: A twin, whose modules get the hooks. The out_proj of an `nn.MultiheadAttention` is not called,
             so it is the attention that is watched.
-        weights: Its weights.
-        visitor: Who is told in this thread; None: nobody.
+        weights: The weights to watch.
+        visitor: Returns the visitor of the current thread; None: nobody is notified.
     """
     found: dict[nn.Module, list[PrunableWeight]] = {}
     for weight in weights.values():
@@ -120,7 +120,7 @@ def _watch_attention(
 
 
 def _projected(weight: PrunableWeight, inputs: Inputs) -> Tensor:
-    """What a projection of an attention makes of its inputs, side by side where they differ."""
+    """The output of an attention's input projection, concatenated where queries, keys and values differ."""
     module: Any = weight.module
     matrix, bias = weight.parameter, module.in_proj_bias
     if weight.attribute != "in_proj_weight":
@@ -143,7 +143,7 @@ def _projected(weight: PrunableWeight, inputs: Inputs) -> Tensor:
 
 
 def _heads(module: nn.MultiheadAttention, args: Any, kwargs: Any) -> Tensor:
-    """What the heads give, which out_proj is multiplied with: the module's output with an identity there."""
+    """The heads' outputs, which are out_proj's inputs: the module's output with an identity as out_proj."""
     twin = copy.copy(module)  # other threads may be in the module
     projection: Any = copy.copy(module.out_proj)
     eye = torch.eye(module.embed_dim, dtype=projection.weight.dtype)
@@ -186,7 +186,7 @@ def _layer_inputs(
     input: Any,
     hx: Any = None,
 ) -> Iterator[tuple[str, Callable[[], Inputs]]]:
-    """The inputs of each matrix of a recurrent module; later ones see earlier ones as they are by then."""
+    """Yields the inputs of each matrix of a recurrent module; later layers use the current earlier ones."""
     ways = 2 if module.bidirectional else 1
     x = input
     for layer in range(module.num_layers):
@@ -254,13 +254,13 @@ def _previous_states(module: Any, layer: int, x: Any, hx: Any, way: int) -> Tens
 
 
 def _valid(x: Any) -> Tensor:
-    """The steps of a sequence, without the padding of a packed one."""
+    """The valid steps of a sequence: a packed one has no padding."""
     data: Tensor = x.data if isinstance(x, PackedSequence) else x
     return data
 
 
 def input_rows(weight: PrunableWeight, inputs: Inputs) -> list[Tensor]:
-    """The inputs as rows (n, in), one for each part of the weight's outputs that has its own.
+    """The inputs as rows (n, in), one array for each part of the weight's outputs with separate inputs.
 
     A convolution has one part for each of its groups, and its rows are im2col patches in the order of the
     weight's axes (in, kernel).
@@ -291,7 +291,7 @@ def input_rows(weight: PrunableWeight, inputs: Inputs) -> list[Tensor]:
 
 
 def unfolding(weight: PrunableWeight) -> tuple[Any, ...]:
-    """What the rows depend on beside the inputs: weights of equal values and inputs have equal rows."""
+    """What the rows depend on besides the inputs: weights with equal results here can share rows."""
     if weight.kind != "convolution":
         return (weight.kind,)
     module: Any = weight.module

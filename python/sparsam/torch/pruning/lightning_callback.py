@@ -1,4 +1,4 @@
-"""The callback for Lightning; imports it, and has its signatures."""
+"""The callback for Lightning; imports lightning."""
 # ruff: noqa: ARG002
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ __all__ = ["LightningCallback"]
 
 
 class LightningCallback(pl.Callback):
-    """Steps a pruner after each step of the optimizer, and keeps its state in Lightning's checkpoints."""
+    """Steps a pruner after each optimizer step, and saves its state in Lightning's checkpoints."""
 
     def __init__(self, pruner: Pruner, *, mask_gradients: bool) -> None:
         self.pruner = pruner
@@ -22,7 +22,7 @@ class LightningCallback(pl.Callback):
         self._optimizer_steps = 0
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Takes the optimizer, whose state the pruner may have to reset, if it has none."""
+        """Gives the pruner the optimizer, whose state it may have to reset, if it has none."""
         self.pruner._weights.check_model("LightningModule", pl_module)
         self._optimizer_steps = trainer.global_step
         if self.pruner.optimizer is None and len(trainer.optimizers) == 1:
@@ -31,14 +31,14 @@ class LightningCallback(pl.Callback):
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
     ) -> None:
-        """Masks the gradients if asked."""
+        """Masks the gradients if requested."""
         if self._mask_gradients:
             self.pruner.mask_gradients()
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Steps the pruner if the optimizer stepped, which it does not for each of accumulated batches."""
+        """Steps the pruner if the optimizer stepped, which it does not for every accumulated batch."""
         if trainer.global_step > self._optimizer_steps:
             self._optimizer_steps = trainer.global_step
             self.pruner.step()

@@ -1,4 +1,4 @@
-"""Parameters of a model and the masks that hold their zeros, beside the model: nothing is put inside it."""
+"""Parameters of a model and the masks that keep their zeros, stored outside the model."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = ["MaskedWeights", "plain_model", "to_host", "zeros_of"]
 
 
 class MaskedWeights:
-    """Parameters by name, and the masks of those that have zeros to keep.
+    """Parameters by name, and the masks of those with zeros to keep.
 
     Attributes:
         parameters: Name -> Parameter.
@@ -78,7 +78,7 @@ def _on_host(tensor: Tensor) -> bool:
 
 
 def forget(optimizer: torch.optim.Optimizer, parameter: nn.Parameter, where: NDArray[np.bool_]) -> None:
-    """Zeroes what an optimizer remembers of some weights: in each state tensor of the parameter's shape."""
+    """Zeroes an optimizer's state for some weights, in each state tensor of the parameter's shape."""
     for value in optimizer.state.get(parameter, {}).values():
         if isinstance(value, Tensor) and value.shape == parameter.shape and value.ndim:
             value[torch.from_numpy(where).to(value.device)] = 0
@@ -96,7 +96,7 @@ def plain_model(model: nn.Module) -> nn.Module:
 
 
 def to_host(name: str, tensor: Tensor) -> NDArray[Any]:
-    """Returns a tensor as an array, on its own memory if it is on the CPU; TypeError as for `prune`."""
+    """Returns a tensor as an array, on the same memory if it is on the CPU; TypeError as for `prune`."""
     if tensor.is_meta:
         msg = f"tensor {name!r}: expected weights; got device meta, which has none; load the model first"
         raise TypeError(msg)
@@ -104,9 +104,9 @@ def to_host(name: str, tensor: Tensor) -> NDArray[Any]:
 
 
 def zeros_of(parameters: Mapping[str, Tensor], names: Iterable[str] | None = None) -> dict[str, Mask]:
-    """Returns the masks of the zeros that a model has: of weights of two axes or more with some zeros.
+    """Returns the masks of existing zeros, for weights of two axes or more that have some.
 
-    A tensor of zeros only is left out: it is no pruned one, but one that training starts at zero.
+    A tensor of zeros only is left out: it was not pruned, but initialised to zero.
     """
     masks = {}
     for name in parameters if names is None else names:

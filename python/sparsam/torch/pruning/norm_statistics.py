@@ -1,4 +1,4 @@
-"""The running statistics of batch normalisations, measured again after what comes before them has changed."""
+"""Running statistics of batch norms, measured again after the layers before them have changed."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def estimate_norms(model: nn.Module, batches: Sequence[Batch]) -> None:
         batches: The calibration.
 
     Raises:
-        ValueError: A batch has one value of a channel, which has no variance.
+        ValueError: A batch has only one value per channel, which has no variance.
     """
     norms = [
         module

@@ -1,4 +1,4 @@
-"""`prune`: a trained model pruned at once, in place, with or without calibration."""
+"""`prune`: prunes a trained model at once, in place, with or without calibration."""
 
 from __future__ import annotations
 
@@ -60,49 +60,50 @@ def prune(
     spill_dir: str | Path | None = None,
     **changes: Unpack[ConfigFields],
 ) -> PruningReport:
-    """Prunes a model in place, which stays an ordinary model: same classes, same state_dict keys, no hooks.
+    """Prunes a model in place; it keeps its classes and state_dict keys and gets no hooks.
 
     With calibration, layers are pruned from the first to the last. Each sees the inputs that the network
     pruned so far gives, and with `targets="dense"` and the methods "obs" and "admm" it is fitted to the
-    outputs of the dense network; a weight whose output is added to a residual stream makes up for that
-    stream's error too. Which weights share inputs, and where residual branches end, is found by watching a
+    outputs of the dense network; a weight whose output is added to a residual stream also compensates for
+    that stream's error. Which weights share inputs, and where residual branches end, is found by running a
     batch.
 
     Args:
         model: Any model on the CPU. Embeddings, norms, biases and heads of language models stay dense.
         config: What to prune, and how much; `PruningConfig()` if left out. Patterns, scopes, allocations and
-            overrides as for arrays, by the names of the state_dict. Without a method, "admm" with calibration
-            and "magnitude" without.
+            overrides as for arrays, by the names of the state_dict. The default method is "admm" with
+            calibration and "magnitude" without.
         calibration: Inputs without labels: an iterable of tensors, tuples, or mappings of keyword inputs as
             tokenizers give, or a DataLoader. Rows where an `attention_mask` is 0 do not count. One batch in
-            ten is held out, for the damping of fits and the errors of the report.
-        targets: "dense", or "own": layers are fitted to what their own dense weights would give, as in
-            SparseGPT, which is safer with little calibration. Weights of recurrent layers, those that one
-            run calls several times, and experts to which the pruned network sends other rows always are.
+            ten is held out, to choose the damping and to measure the errors in the report.
+        targets: "dense", or "own": layers are fitted to the outputs of their own dense weights, as in
+            SparseGPT, which is safer with little calibration. "own" always applies to weights of recurrent
+            layers, weights that a forward pass uses several times, and experts to which the pruned network
+            sends other rows.
         loss_fn: For the methods "saliency", "fisher" and "movement": called with the model and each batch of
             the calibration, labels included, it returns the loss.
-        calibration_samples: How many rows of the calibration to use at most, about; spread evenly over what
-            has a length, else the first.
-        estimate_batch_norm: Measure the statistics of batch normalisations again, on the calibration.
+        calibration_samples: About how many samples of the calibration to use at most; spread evenly if it has
+            a length, else the first.
+        estimate_batch_norm: Measure the running statistics of batch norms again, on the calibration.
         progress: Show a progress bar with the time left on standard error.
-        executor: Solves the problems of layers with the same inputs in its workers; the result is the same.
-        state_dir: A folder that a call stopped in the middle goes on from, when it is made again.
-        spill_dir: A folder for activations, which are then files there and not in memory; they go with the
-            call.
+        executor: Solves the problems of layers with the same inputs in parallel; the result is the same.
+        state_dir: A folder for progress, from which an interrupted call resumes when it is made again.
+        spill_dir: A folder in which activations are kept as files instead of in memory during the call.
         **changes: Fields of `PruningConfig` to set on top of `config`.
 
     Returns:
-        The report: each weight's sparsity and error, and why the others stay dense.
+        The report: each weight's sparsity and error, and why other weights stay dense.
 
     Raises:
         ValueError: There is nothing to prune, or a weight cannot be pruned as it is (packed, parametrized,
-            sparse, on another device); calibration is missing, empty, not finite, does not reach a weight,
-            or is not what the model takes; a sparsity or pattern does not fit a weight or the method.
-            The model is then as it was, as it is after an interrupt.
-        TypeError: `model` is no module.
+            sparse, on another device); calibration is missing, empty, not finite, does not reach a weight, or
+            does not suit the model; a sparsity or pattern does not fit a weight or the method. The model is
+            then unchanged, as after an interrupt.
+        TypeError: `model` is not a module.
 
     Warns:
-        UserWarning: The calibration is short for a layer, or its texts are alike: own targets are used there.
+        UserWarning: The calibration is short for a layer, or its texts are too similar: own targets are used
+            there.
     """
     begun = time.perf_counter()
     given = settings_of(config, changes, calibrated=calibration is not None)
@@ -147,11 +148,11 @@ def prune(
     return _report(model, plan, dense, known, batches, said, time.perf_counter() - begun)
 
 
-_NORM_BUFFERS = ("running_mean", "running_var", "num_batches_tracked")  # what pruning may change
+_NORM_BUFFERS = ("running_mean", "running_var", "num_batches_tracked")  # pruning may change these
 
 
 def settings_of(config: PruningConfig | None, changes: ConfigFields, *, calibrated: bool) -> PruningConfig:
-    """The configuration with the changes; where neither names a method, "admm" if there is calibration."""
+    """The configuration with the changes; if neither names a method, "admm" if there is calibration."""
     given = configured(config, changes)
     if config is None and "method" not in changes and calibrated:
         return given.with_changes(method="admm")
@@ -160,15 +161,15 @@ def settings_of(config: PruningConfig | None, changes: ConfigFields, *, calibrat
 
 @dataclass(frozen=True)
 class _Plan:
-    """What is to be done, checked as far as it can be before anything runs.
+    """What to prune and how, checked as far as possible before anything runs.
 
     Attributes:
-        weights: By name.
-        config: With the names of the weights that are stored as (in, out).
-        pools: As `make_pools` gives them.
+        weights: Name -> the weight.
+        config: The configuration, which also names the weights that are stored as (in, out).
+        pools: The pools from `make_pools`.
         pool_of: Name -> its pool.
         method: How masks are chosen.
-        by_layer: Whether each weight is decided by itself, so that layers can be pruned in sequence.
+        by_layer: Whether each weight is selected by itself, so that layers can be pruned in sequence.
     """
 
     weights: Mapping[str, PrunableWeight]
@@ -269,7 +270,7 @@ def _at_once(
     plan: _Plan,
     loss_fn: Callable[[nn.Module, Any], Tensor] | None,
 ) -> None:
-    """Prunes by scores of the dense network, all weights together."""
+    """Prunes all weights together, by scores of the dense network."""
     scorer = plan.method.scorer
     word = plan.config.method
     if word in GRADIENT_METHODS and batches is not None and loss_fn is not None:
@@ -285,9 +286,9 @@ def _at_once(
 
 
 def _install(model: nn.Module, pruned: Twin) -> None:
-    """Writes what the twin has other than the model into the model: all of it, or nothing."""
+    """Copies the tensors that differ from the twin into the model: all of them, or none."""
     ours: dict[str, Tensor] = dict(model.named_parameters())
-    # other buffers are the model's own state, which its runs here are not to change
+    # other buffers are the model's own state, which the runs here must not change
     ours.update((name, buffer) for name, buffer in model.named_buffers() if name.endswith(_NORM_BUFFERS))
     theirs = dict([*pruned.model.named_parameters(), *pruned.model.named_buffers()])
     old: list[tuple[Tensor, Tensor]] = []
@@ -338,7 +339,7 @@ def _report(
 
 
 def _alike(model: nn.Module, batches: Sequence[Batch]) -> str:
-    """What to warn of where texts are alike."""
+    """The warning if the texts of the calibration are too similar."""
     tokens = distinct_tokens(batches)
     if tokens is None:
         return ""
@@ -362,7 +363,7 @@ def _short(name: str, rows: int, inputs: int, others: int) -> str:
 
 
 def _why(dense: Mapping[str, str]) -> str:
-    """Why weights stay dense, in a few words."""
+    """A short reason why weights stay dense."""
     if not dense:
         return "it has no parameters of two axes"
     name, reason = next(iter(dense.items()))

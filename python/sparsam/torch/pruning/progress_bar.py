@@ -1,4 +1,4 @@
-"""A progress bar on standard error, with the time that is left."""
+"""A progress bar on standard error, with the remaining time."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ _WIDTH = 24
 
 
 class ProgressBar:
-    """Shows how many of the weights are done; silent unless asked for.
+    """Shows how many steps are done, if `show` is true.
 
-    On a terminal it is one line that is written over; elsewhere each step is a line.
+    On a terminal one line is rewritten; elsewhere each step prints a line.
     """
 
     def __init__(self, total: int, *, show: bool) -> None:
-        """Of so many steps, each counting alike."""
+        """A bar of `total` equal steps."""
         self._total, self._done, self._show = max(total, 1), 0, show
         self._start = time.monotonic()
         self._skipped = 0
 
     def step(self, what: str, count: int, *, skipped: bool = False) -> None:
-        """Counts steps; those that were `skipped` took no time."""
+        """Counts steps; `skipped` ones are left out of the estimate of time."""
         self._done += count
         self._skipped += count if skipped else 0
         if not self._show:

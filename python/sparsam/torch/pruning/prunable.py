@@ -29,14 +29,14 @@ class PrunableWeight:
     """A weight of a model that can be pruned.
 
     Attributes:
-        name: Its key in the model's state_dict; of a weight with several, the first.
+        name: Its key in the model's state_dict; the first one if it has several.
         module: The module that holds it.
-        attribute: Under which name.
+        attribute: The name of the Parameter in that module.
         kind: "linear": of nn.Linear or Hugging Face's Conv1D; "convolution": of nn.Conv1d or nn.Conv2d;
-            "attention": of the projections of nn.MultiheadAttention, that of its outputs included;
-            "recurrent": of nn.LSTM, nn.GRU, nn.RNN and their cells.
-        transposed: Whether it is stored as (in, out), as Hugging Face's Conv1D has it.
-        groups: Of a convolution: how many groups of outputs see inputs of their own; else 1.
+            "attention": of the input and output projections of nn.MultiheadAttention; "recurrent": of
+            nn.LSTM, nn.GRU, nn.RNN and their cells.
+        transposed: Whether it is stored as (in, out), as in Hugging Face's Conv1D.
+        groups: The number of groups of a convolution; else 1.
     """
 
     name: str
@@ -58,7 +58,7 @@ def prunable_weights(
 ) -> tuple[list[PrunableWeight], dict[str, str]]:
     """Finds the weights that can be pruned, in the order of the model's state_dict.
 
-    Dense by default stay: embeddings; what shares its memory with an embedding; the output layer of a
+    These stay dense by default: embeddings; weights shared with an embedding; the output layer of a
     language model, which is what `get_output_embeddings` returns, or a linear layer outside of lists of
     modules that has the shape of the largest embedding; parameters of fewer than two axes (biases, norms);
     kinds of layers for which the methods have no inputs (transposed and three-dimensional convolutions,
@@ -66,15 +66,15 @@ def prunable_weights(
 
     Args:
         model: The model.
-        exclude: Names of weights or of modules around them, or shell-style patterns, that are left out.
+        exclude: Names of weights or of modules that contain them, or shell-style patterns, to leave out.
 
     Returns:
-        The weights, and the name of each parameter of two or more axes that stays dense -> why.
+        The weights, and for each parameter of two or more axes that stays dense, name -> reason.
 
     Raises:
         ValueError: A weight that could be pruned and is not excluded is packed, parametrized, sparse, on the
-            meta device or not initialised; its dtype is none of float16, bfloat16, float32, float64.
-        TypeError: `model` is no module.
+            meta device or not initialised; its dtype is not float16, bfloat16, float32 or float64.
+        TypeError: `model` is not a module.
 
     Warns:
         UserWarning: A pattern of `exclude` matches no weight.
@@ -117,7 +117,7 @@ def prunable_weights(
 
 
 def check_model(model: object) -> None:
-    """Raises a TypeError for what is no module, such as a state dict."""
+    """Raises TypeError for anything but a module, such as a state dict."""
     if not isinstance(model, nn.Module):
         got = type(model).__name__
         msg = f"model: expected a torch.nn.Module; got {got}; pass the model, or tensors to sparsam.prune"
@@ -129,7 +129,7 @@ def _matches(name: str, pattern: str) -> bool:
 
 
 def _every_weight(model: nn.Module) -> Iterator[tuple[PrunableWeight, str]]:
-    """The weights of every module once, each with why its kind stays dense, if it does."""
+    """Yields the weights of every module once, each with the reason if its kind stays dense."""
     projections = {
         id(module.out_proj) for module in model.modules() if isinstance(module, nn.MultiheadAttention)
     }
@@ -153,7 +153,7 @@ def _every_weight(model: nn.Module) -> Iterator[tuple[PrunableWeight, str]]:
 
 
 def _weights_of(module: nn.Module, *, projection: bool) -> list[tuple[str, Kind, bool, int]]:
-    """(attribute, kind, transposed, groups) of the weights of a module that methods know the inputs of."""
+    """(attribute, kind, transposed, groups) of the weights of a module whose inputs can be observed."""
     if isinstance(module, nn.Linear):
         return [("weight", "attention" if projection else "linear", False, 1)]
     if isinstance(module, (nn.Conv1d, nn.Conv2d)):
@@ -213,7 +213,7 @@ def _heads(model: nn.Module) -> set[int]:
 
 
 def _memory(tensor: Tensor) -> tuple[Any, ...]:
-    """What two tensors of one memory have in common."""
+    """A key that is equal for tensors with the same memory."""
     if (
         tensor.device.type == "meta"
         or tensor.layout is not torch.strided
@@ -224,7 +224,7 @@ def _memory(tensor: Tensor) -> tuple[Any, ...]:
 
 
 def _check(weight: PrunableWeight) -> None:
-    """Raises the ValueError that says why a weight cannot be pruned as it is."""
+    """Raises ValueError if a weight cannot be pruned as it is, with the reason."""
     module, attribute = weight.module, weight.attribute
     parameter = module._parameters.get(attribute)
     got, do = "", ""

@@ -1,4 +1,4 @@
-"""What `prune` did to a model."""
+"""The report of `prune`."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ _RULE = "embeddings, norms, biases and heads of language models stay dense; excl
 
 @dataclass(frozen=True)
 class PrunedWeight(LayerStats):
-    """What became of one weight.
+    """The statistics of one weight.
 
     Attributes:
-        error: The squared difference from the wanted outputs, over inputs that were held out, as a share of
-            those outputs' energy; None where it was not measured.
-        note: Whose outputs were wanted, "dense targets" or "own targets"; or why the weight is dense.
+        error: The squared difference from the target outputs on held-out inputs, relative to their squared
+            norm; None if it was not measured.
+        note: The kind of target outputs, "dense targets" or "own targets"; or why the weight is dense.
     """
 
     error: float | None = None
@@ -33,10 +33,10 @@ class PruningReport(Report):
     """The statistics of every weight of two or more axes, pruned or dense; `print(report)` shows a table.
 
     Attributes:
-        layers: A `PrunedWeight` each, in the order of the model.
-        calibration: What it was calibrated with, in words; "" without.
-        seconds: How long it took.
-        warnings: What was warned of.
+        layers: A `PrunedWeight` for each weight, in the order of the model.
+        calibration: A description of the calibration; "" without.
+        seconds: The time of the call, in seconds.
+        warnings: The texts of the warnings.
     """
 
     layers: tuple[PrunedWeight, ...]
@@ -75,7 +75,7 @@ class PruningReport(Report):
         return "\n".join([*lines, f"{self.seconds:.1f} s"])
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns that of `Report` with the other attributes, in plain types."""
+        """Returns the dict of `Report` with the other attributes, in plain types."""
         more = {"calibration": self.calibration, "seconds": self.seconds, "warnings": list(self.warnings)}
         return super().to_dict() | more
 
@@ -92,7 +92,7 @@ class PruningReport(Report):
 
 
 def described(stats: LayerStats, new: NewLayer | None, reason: str) -> PrunedWeight:
-    """The statistics with what is known beside: the error, what was wanted, why it is dense."""
+    """The statistics with the error, the kind of targets, and the reason if it is dense."""
     plain = asdict(stats)
     if reason:
         return PrunedWeight(**plain, note=reason)

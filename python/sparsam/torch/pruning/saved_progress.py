@@ -1,4 +1,4 @@
-"""What a prune that was stopped had done already: one file for each group of weights."""
+"""The saved progress of an interrupted `prune`: one file for each group of weights."""
 
 from __future__ import annotations
 
@@ -25,26 +25,26 @@ __all__ = ["SavedProgress", "digest_of", "identify"]
 
 
 class SavedProgress:
-    """A folder with what became of each group so far."""
+    """A folder with the new values of the groups that are done."""
 
     def __init__(self, folder: Path, identity: str) -> None:
         """Opens or makes the folder.
 
         Args:
-            folder: Where.
-            identity: What `identify` says of this call.
+            folder: The folder.
+            identity: The digest from `identify`.
 
         Raises:
-            ValueError: The folder is of another call.
+            ValueError: The folder belongs to another call.
         """
         self._folder, self._identity = folder, identity
         folder.mkdir(parents=True, exist_ok=True)
 
     def load(self, place: int, names: Iterable[str]) -> list[NewLayer] | None:
-        """What became of a group, if that is there.
+        """Returns the new values of a group, or None if it is not done.
 
         Raises:
-            ValueError: The file is of another model, calibration or configuration, or is damaged.
+            ValueError: The file belongs to another model, calibration or configuration, or is damaged.
         """
         path = self._path(place)
         if not path.exists():
@@ -72,7 +72,7 @@ class SavedProgress:
         return found
 
     def save(self, place: int, layers: Iterable[NewLayer]) -> None:
-        """Saves what became of a group, wholly or not at all."""
+        """Saves the new values of a group, atomically."""
         arrays: dict[str, Any] = {}
         metadata = {"identity": self._identity}
         for layer in layers:
@@ -89,9 +89,9 @@ class SavedProgress:
 
 
 def identify(model: nn.Module, batches: Iterable[Batch], config: PruningConfig, targets: str = "") -> str:
-    """A digest of the model's values, the calibration and the settings, scores by their content."""
+    """A digest of the model's values, the calibration and the settings, including scores."""
     word = config.method if isinstance(config.method, str) else ""
-    # The methods that are fitted have no scorer: any other stands in for them.
+    # Methods that fit have no scorer, so any other takes its place.
     settings = RunIdentity.of(config.with_changes(method="magnitude") if word else config, [], {})
     digest = hashlib.blake2b(digest_size=16)
     versions = f"{__version__} {torch.__version__}"

@@ -1,4 +1,4 @@
-"""A network pruned from its first layer to its last: batches go through it, and wait for each layer's fit."""
+"""Pruning from the first layer to the last: all batches wait at each layer until it has been fitted."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ __all__ = ["LayerSequence"]
 
 
 class LayerSequence:
-    """The passes of all batches through a network that is pruned as they go.
+    """The forward passes of all batches through a network that is pruned meanwhile.
 
-    A context manager: at its end all passes are ended.
+    A context manager, which ends all passes on exit.
 
     Attributes:
         groups: The weights in the order of their calls, those with the same inputs together.
-        layers: Name -> the weight in the pruned network, as a fit sees it.
+        layers: Name -> the weight in the pruned network, with outputs first.
     """
 
     def __init__(self, pruned: Twin, dense: Twin | None, batches: Sequence[Batch]) -> None:
-        """Plans the calls.
+        """Plans the calls by running the dense network.
 
         Args:
             pruned: The network to prune, still dense.
-            dense: The network whose outputs are wanted; None: each layer's own.
+            dense: The network whose outputs are the targets; None: each layer's own outputs.
             batches: The calibration.
         """
         self._batches = batches
@@ -81,13 +81,13 @@ class LayerSequence:
         torch.set_num_threads(self._threads)
 
     def gather(self, group: Group) -> GroupStatistics:
-        """Lets all batches go on to a group, and returns what they show of it.
+        """Lets all batches continue to a group, and returns its statistics.
 
-        Without targets where the dense network sends other rows to the group, or none: to experts, its
-        routers choose other rows than those of the pruned network.
+        There are no targets if the dense network sends other rows to the group, or none, as routers of
+        experts may do.
 
         Raises:
-            ValueError: No batch reaches it, what reaches it is not finite, or the model raised.
+            ValueError: No batch reaches it, its inputs are not finite, or the model raised an error.
         """
         targets = self._targets(group)
         advance([one for one in self._passes if one.waits_at is None or one.waits_at in self._fitted])
@@ -116,7 +116,7 @@ class LayerSequence:
     def _gather_waiting(
         self, group: Group, targets: Sequence[Mapping[str, Tensor | None]]
     ) -> GroupStatistics:
-        """What the passes show that wait at a group, with the targets of each batch, if any."""
+        """Collects the inputs of the passes that wait at a group, with the targets of each batch, if any."""
         found, names = self._statistics(group), set(group.names)
         for i, one in enumerate(self._passes):
             if one.waits_at not in names:
@@ -135,7 +135,7 @@ class LayerSequence:
                 one.captured.pop(name, None)
 
     def _targets(self, group: Group) -> list[Mapping[str, Tensor | None]]:
-        """What the dense network gives for each batch; an empty list without targets."""
+        """The dense network's outputs for each batch; an empty list without targets."""
         if not self._ahead or not self._ahead[0].wants(group.names):
             return []
         for one in self._ahead:
@@ -144,7 +144,7 @@ class LayerSequence:
         return [one.captured for one in self._ahead]
 
     def _gather_all_calls(self, group: Group, found: GroupStatistics) -> None:
-        """Runs the network as it is, for weights that one pass calls several times."""
+        """Runs the network in its current state, for weights that one pass uses several times."""
         for start in range(0, len(self._batches), self._slots.running):
             part = range(start, min(start + self._slots.running, len(self._batches)))
             passes = [
@@ -162,7 +162,7 @@ class LayerSequence:
 def _wanted(
     group: Group, captured: Mapping[str, Tensor | None], residual: Residual | None
 ) -> tuple[dict[str, Tensor], Tensor | None]:
-    """The wanted outputs, of those that there are, and the stream that they go into."""
+    """The target outputs that were captured, and the residual stream they are added to."""
     outputs = {name: captured.get(name) for name in group.names}
     known = {name: output for name, output in outputs.items() if output is not None}
     if residual is None:
@@ -176,11 +176,11 @@ def _wanted(
 
 
 class _DensePass(Pass):
-    """Goes on until it has the outputs of some weights.
+    """Runs until it has the outputs of some weights.
 
     Attributes:
         goal: The weights.
-        captured: Name -> the output, or the sum that it goes into; None where that sum was not found.
+        captured: Name -> the output, or the residual sum that includes it; None if no sum was found.
     """
 
     def __init__(
@@ -198,7 +198,7 @@ class _DensePass(Pass):
         self._wanted, self._residual = wanted, residual
 
     def wants(self, names: Sequence[str]) -> bool:
-        """Whether it captures these."""
+        """Whether it captures these weights."""
         return all(name in self._wanted for name in names)
 
     def after(self, name: str, output: Callable[[], Tensor | None]) -> None:
@@ -225,12 +225,12 @@ class _DensePass(Pass):
 
 
 class _PrunedPass(Pass):
-    """Waits where a weight is used that is not fitted yet; at the sum that its output goes into, if any.
+    """Waits where a weight that is not fitted yet is used, or at the residual sum that follows, if any.
 
     Attributes:
-        waits_at: The weight that it waits at.
-        inputs: What that is multiplied with.
-        residual: The sum, if it waits there.
+        waits_at: The weight at which it waits.
+        inputs: The inputs of that weight.
+        residual: The residual sum, if it waits there.
     """
 
     def __init__(
@@ -279,7 +279,7 @@ class _PrunedPass(Pass):
 
 
 class _Collector(Pass):
-    """Waits nowhere, and keeps the inputs of every call of one weight."""
+    """Does not wait, and keeps the inputs of every call of one weight."""
 
     def __init__(self, network: nn.Module, batch: Batch, index: int, slots: Slots, name: str) -> None:
         super().__init__(network, batch, index, slots)

@@ -33,15 +33,15 @@ _REMEDY = "delete it, or use another state_dir"
 
 @dataclass(frozen=True)
 class SmallestModel:
-    """What `find_smallest` found; `print` it.
+    """The result of `find_smallest`; `print` shows it.
 
     Attributes:
-        sparsity: The total sparsity of the model now, over the weights that are pruned; 0.0 if it is dense.
+        sparsity: The total sparsity reached, over the weights that are pruned; 0.0 if the model is dense.
         score: Its score.
         min_score: The lowest that was good enough.
-        curve: All that was tried, the dense model first, by rising target.
-        finished: Whether the search ended by itself; False if `max_evaluations` ran out.
-        report: What `prune` reported of it; None if it is dense.
+        curve: All probes, the dense model first, by rising target.
+        finished: Whether the search converged; False if `max_evaluations` ran out.
+        report: The report of `prune`; None if the model is dense.
     """
 
     sparsity: float
@@ -81,10 +81,10 @@ class SmallestModel:
 
 
 class _Saved(Document, frozen=True):
-    """What a search has tried so far.
+    """The saved probes of a search.
 
     Attributes:
-        identity: Of the model, the calibration and the settings.
+        identity: The digest of the model, the calibration and the settings.
         probes: (target, sparsity, score) each.
     """
 
@@ -110,33 +110,34 @@ def find_smallest(
     state_dir: str | Path | None = None,
     **changes: Unpack[ConfigFields],
 ) -> SmallestModel:
-    """Prunes a model in place as far as its score allows, which may fall by `max_drop`.
+    """Prunes a model in place as far as possible while its score falls by at most `max_drop`.
 
     Bisection over the total sparsity, as `sparsam.find_smallest` does for arrays: every probe prunes the
-    dense weights with `prune` and judges the model; what is returned is the safe side, below the lowest
-    sparsity that failed.
+    dense weights with `prune` and evaluates the model; the result is the best probe below the lowest sparsity
+    that failed.
 
     Args:
         model: As for `prune`.
         eval_fn: Model -> score; the larger, the better. Called in eval mode, without gradients.
         max_drop: How far the score may fall below that of the dense model, at least 0, in units of the score.
-        config: As for `prune`; the target sparsity is what is searched for, overrides keep theirs.
+        config: As for `prune`; the target sparsity is searched for, overrides keep theirs.
         calibration: As for `prune`; read once.
         calibration_samples: As for `prune`.
-        max_evaluations: How many times `eval_fn` may be called, that of the dense model included.
-        tolerance: How exactly the total is found.
-        checks: How many probes look for failures below what was found.
-        callback: Called with each probe, the dense model being the first.
-        state_dir: A folder that a search stopped in the middle goes on from, when it is made again.
+        max_evaluations: How many times `eval_fn` may be called, including for the dense model.
+        tolerance: The accuracy of the total sparsity.
+        checks: The number of further probes that look for failures below the result.
+        callback: Called with each probe, the dense model first.
+        state_dir: A folder for progress, from which an interrupted search resumes when it is made again.
         **changes: Fields of `PruningConfig` to set on top of `config`.
 
     Returns:
-        What was found and tried. The model is pruned so; it is as it was if nothing passed, or on an error.
+        The result and all probes. The model is pruned to it; it is unchanged if no probe passed, or after an
+        error.
 
     Raises:
-        ValueError: `eval_fn` returned no finite number; an N:M pattern, which has one sparsity, is the
-            configuration's; `state_dir` is another search's; an argument is out of range; as for `prune`.
-        TypeError: `model` is no module.
+        ValueError: `eval_fn` did not return a finite number; the configuration has an N:M pattern, which has
+            one sparsity; `state_dir` belongs to another search; an argument is out of range; as for `prune`.
+        TypeError: `model` is not a module.
     """
     check_model(model)
     if isinstance(max_drop, bool) or not isinstance(max_drop, Real) or not 0 <= max_drop < math.inf:
@@ -204,7 +205,7 @@ def find_smallest(
 
 
 class _States:
-    """The tensors of a model: as they came, and as the best probe left them."""
+    """The tensors of a model: the dense ones, and those of the best probe."""
 
     def __init__(self, model: nn.Module) -> None:
         self._tensors = {id(t): t for t in [*model.parameters(), *model.buffers()]}
@@ -215,13 +216,13 @@ class _States:
         self._write(self._dense)
 
     def show(self, target: float) -> bool:
-        """Brings back what `keep` kept of a target; False if that is not there."""
+        """Restores the tensors kept for a target; returns False if there are none."""
         if self._best[0] == target:
             self._write(self._best[1])
         return self._best[0] == target
 
     def keep(self, target: float, best: float) -> None:
-        """Keeps the tensors as they are now, if this target is the best; forgets what failed."""
+        """Keeps the current tensors if this target is the best; else drops them."""
         if target == best:
             changed = {k: t for k, t in self._tensors.items() if not torch.equal(t, self._dense[k])}
             self._best = target, {k: t.detach().clone() for k, t in changed.items()}
@@ -236,7 +237,7 @@ class _States:
                     tensor.copy_(value)
 
     def undone_by_errors(self) -> _Undone:
-        """Whatever is raised inside, the model is dense again afterwards."""
+        """Restores the dense model if anything is raised inside."""
         return _Undone(self)
 
 
@@ -253,7 +254,7 @@ class _Undone:
 
 
 class _Known:
-    """The probes of an earlier, stopped search, and this one's as they come."""
+    """The probes of an earlier, interrupted search, and those of this one."""
 
     def __init__(
         self,

@@ -1,4 +1,4 @@
-"""Activations on disk: outputs of modules in files, which the operating system reads as they are needed."""
+"""Activations on disk: outputs of modules in memory-mapped files."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ _LEAST = 1 << 16  # bytes; smaller outputs stay in memory
 
 
 def spill_outputs(model: nn.Module, folder: Path) -> None:
-    """Puts the outputs of the innermost modules of a twin into files, from now on.
+    """Registers hooks that put the outputs of a twin's innermost modules into files.
 
-    Each file is removed as soon as it is open: its space is freed with the tensor, whatever happens.
+    Each file is unlinked as soon as it is open, so its space is freed with the tensor, whatever happens.
 
     Args:
         model: The twin.
-        folder: Where; made if it is not there.
+        folder: The folder; made if needed.
     """
     folder.mkdir(parents=True, exist_ok=True)
     for module in model.modules():
@@ -31,7 +31,7 @@ def spill_outputs(model: nn.Module, folder: Path) -> None:
 
 
 def _spilled(args: Sequence[Any], output: Any, folder: Path) -> Any:
-    """The output as a tensor on a file; itself where it is small, no plain tensor, or one of the inputs."""
+    """The output as a tensor on a file; itself if it is small, not a plain tensor, or an input."""
     if type(output) is not Tensor or output.nbytes < _LEAST or any(output is value for value in args):
         return output
     with tempfile.NamedTemporaryFile(dir=folder, prefix="activations-") as file:

@@ -37,25 +37,26 @@ def find_ticket(
     seeds: Sequence[int] = (0,),
     callback: Callable[[str, int, float, float], object] | None = None,
 ) -> lottery.TicketResult:
-    """Finds a sparse network that trains well from its own initial weights: `sparsam.find_ticket` of a model.
+    """Finds a sparse network that trains well from its initial weights: `sparsam.find_ticket` for a model.
 
     Args:
-        model: At initialisation; trained in place again and again, and left as the ticket's start: the
+        model: The model at initialisation; trained in place in each round, and finally set to the ticket: the
             initial weights with the ticket's zeros. Buffers are reset with the weights.
         train_fn: (model, hold, seed) trains it; `hold()` after each `optimizer.step()` keeps the zeros.
         eval_fn: Model -> score; the larger, the better.
         rounds: As for `sparsam.find_ticket`, as are `fraction`, `controls`, `seeds` and `callback`.
-        fraction: The share of what is left that each round prunes.
+        fraction: The share of the remaining weights that each round prunes.
         rewind: A state_dict of an early step of training, to which the kept weights are reset.
-        config: Which tensors are pruned, and how. What `sparsam.torch.prune` leaves dense stays so.
-        controls: "reinitialised" has the values of each weight of two axes or more in another order.
-        seeds: What the ticket and its controls are trained with.
+        config: Which tensors are pruned, and how. Weights that `sparsam.torch.prune` leaves dense stay dense.
+        controls: As for `sparsam.find_ticket`; "reinitialised" permutes the values of each weight of two axes
+            or more.
+        seeds: The seeds with which the ticket and its controls are trained.
         callback: Called after each training.
 
     Raises:
-        ValueError: As for `sparsam.find_ticket`; `rewind` lacks a tensor of the model. Whatever is raised,
-            the model has its initial weights again.
-        TypeError: `model` is no module.
+        ValueError: As for `sparsam.find_ticket`; `rewind` lacks a tensor of the model. After any error the
+            model has its initial weights again.
+        TypeError: `model` is not a module.
     """
     if not isinstance(model, nn.Module):
         msg = f"model: expected a torch.nn.Module; got {type(model).__name__}; pass the model itself"
@@ -115,7 +116,7 @@ def find_ticket(
 
 
 def _rewound(state: Mapping[str, Tensor], initial: Arrays) -> Arrays:
-    """The arrays of an early state_dict, of the tensors that the model has."""
+    """The arrays of an early state_dict, for the model's tensors."""
     for name in initial:
         if name not in state:
             msg = f"rewind: expected the model's state_dict; got none of {name!r}; pass model.state_dict()"
@@ -124,7 +125,7 @@ def _rewound(state: Mapping[str, Tensor], initial: Arrays) -> Arrays:
 
 
 def _arrays(state: Mapping[str, Tensor]) -> Arrays:
-    """Copies of the tensors of a state_dict, what stands there under two names once."""
+    """Copies of the tensors of a state_dict; shared tensors once."""
     found: Arrays = {}
     seen = set()
     for name, tensor in state.items():

@@ -1,4 +1,4 @@
-"""The pruner in other trainers' loops: callbacks for Hugging Face's Trainer and for Lightning."""
+"""Callbacks that run a pruner in Hugging Face's Trainer and in Lightning."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ __all__ = ["lightning_callback", "trainer_callback"]
 
 
 def trainer_callback(pruner: Pruner, *, mask_gradients: bool = False) -> TrainerCallback:
-    """Returns the callback of a pruner for Hugging Face's Trainer: `Trainer(model, ..., callbacks=[...])`.
+    """Returns a callback for Hugging Face's Trainer: `Trainer(model, ..., callbacks=[...])`.
 
     Each checkpoint of the Trainer then has the pruner's state in `sparsam_pruner.pt`, and
-    `train(resume_from_checkpoint=...)` goes on from it.
+    `train(resume_from_checkpoint=...)` resumes from it.
 
     Args:
-        pruner: Of the model that the Trainer trains.
-        mask_gradients: Zero the gradients of pruned weights before each step of the optimizer; they count in
-            the clipping of before.
+        pruner: The pruner of the model that the Trainer trains.
+        mask_gradients: Zero the gradients of pruned weights before each optimizer step; this is after
+            gradient clipping, in which they count.
 
     Raises:
-        ImportError: transformers is missing.
+        ImportError: transformers is not installed.
     """
     try:
         from sparsam.torch.pruning.huggingface_callback import HuggingFaceCallback  # noqa: PLC0415
@@ -36,16 +36,16 @@ def trainer_callback(pruner: Pruner, *, mask_gradients: bool = False) -> Trainer
 
 
 def lightning_callback(pruner: Pruner, *, mask_gradients: bool = False) -> Callback:
-    """Returns the callback of a pruner for Lightning: `lightning.Trainer(callbacks=[...])`.
+    """Returns a callback for Lightning: `lightning.Trainer(callbacks=[...])`.
 
-    Checkpoints of Lightning have the pruner's state, and `fit(ckpt_path=...)` goes on from it.
+    Checkpoints of Lightning then have the pruner's state, and `fit(ckpt_path=...)` resumes from it.
 
     Args:
-        pruner: Of the LightningModule that is trained, or of a model inside it.
+        pruner: The pruner of the LightningModule, or of a model inside it.
         mask_gradients: Zero the gradients of pruned weights before they are clipped.
 
     Raises:
-        ImportError: lightning is missing.
+        ImportError: lightning is not installed.
     """
     try:
         from sparsam.torch.pruning.lightning_callback import LightningCallback  # noqa: PLC0415

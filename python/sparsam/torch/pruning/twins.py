@@ -1,4 +1,4 @@
-"""Copies of a model that share its memory, so that the model itself is left alone while it is studied."""
+"""Copies of a model that share its memory, so that the model itself does not change while the copy runs."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ __all__ = ["Twin"]
 
 
 class Twin:
-    """A model of the same structure in evaluation mode, whose Parameters start on the original's memory.
+    """A copy of a model in evaluation mode, whose Parameters initially share the original's memory.
 
-    Buffers are copies. Parameters are other objects, so that new values can be put in their place without the
-    original seeing them; those that are tied stay tied.
+    Buffers are copied. Parameters are new objects, so new values can replace theirs without changing the
+    original; shared Parameters stay shared.
 
     Attributes:
         model: The copy.
@@ -25,7 +25,7 @@ class Twin:
     """
 
     def __init__(self, model: nn.Module, weights: Sequence[PrunableWeight]) -> None:
-        """Copies; ValueError for a model that `copy.deepcopy` does not take."""
+        """Makes the copy; ValueError for a model that `copy.deepcopy` cannot copy."""
         memo: dict[int, object] = {}
         for parameter in model.parameters():
             if type(parameter) is nn.Parameter:
@@ -34,7 +34,7 @@ class Twin:
             self.model = copy.deepcopy(model, memo).eval()
         except Exception as error:
             got = f"{type(error).__name__}: {error}"
-            msg = f"model: expected one that copy.deepcopy can copy; got {got}; mend that"
+            msg = f"model: expected one that copy.deepcopy can copy; got {got}; remove what prevents it"
             raise ValueError(msg) from error
         _keep_no_cache(self.model)
         modules = dict(self.model.named_modules())
@@ -47,24 +47,24 @@ class Twin:
 
 
 def _keep_no_cache(model: nn.Module) -> None:
-    """Lets decoders of Hugging Face run without a cache, which would hold keys and values of all layers."""
+    """Makes Hugging Face decoders run without a cache, which would hold keys and values of all layers."""
     for module in model.modules():
         config: Any = getattr(module, "config", None)
         if getattr(config, "use_cache", False) is True:
-            config.use_cache = False  # the twin's own
+            config.use_cache = False  # a copy, not the model's
 
 
 def set_values(parameter: Tensor, values: Tensor) -> None:
-    """Puts values on a tensor of a twin, on memory of their own."""
+    """Gives a tensor of a twin new values in separate memory."""
     parameter.data = values.to(parameter.dtype).contiguous()
 
 
 class Rows:
-    """How a weight is seen: outputs first, and its bias, whatever the layer stores them as.
+    """A weight as (out, in, ...) and its bias, however the layer stores them.
 
     Attributes:
         weight: The weight in a twin.
-        mean_of: The batch normalisation that directly follows and takes up a bias in its running mean; None.
+        mean_of: The batch norm that directly follows, whose running mean can absorb a bias; or None.
     """
 
     def __init__(self, weight: PrunableWeight, mean_of: nn.Module | None = None) -> None:
@@ -77,7 +77,7 @@ class Rows:
         return tensor.T if self.weight.transposed else tensor
 
     def bias(self) -> Tensor | None:
-        """The bias, (out,), zeros where a normalisation would take it up; None where there is no place."""
+        """The bias, (out,); zeros if a batch norm can absorb one; None if there is no place for a bias."""
         place = self._bias_place()
         if place is not None:
             tensor, rows = place
@@ -85,7 +85,7 @@ class Rows:
         return torch.zeros(len(self.matrix())) if self.mean_of is not None else None
 
     def put(self, weights: Tensor, bias: Tensor | None) -> None:
-        """Sets new values; those of a bias of zeros go into the running mean."""
+        """Sets new values; a bias without a Parameter is subtracted from the running mean."""
         tensor = self.weight.parameter
         set_values(tensor, weights.T if self.weight.transposed else weights)
         place = self._bias_place()
@@ -103,7 +103,7 @@ class Rows:
             mean -= bias.to(mean.dtype)
 
     def _bias_place(self) -> tuple[nn.Parameter, slice] | None:
-        """The Parameter that holds the bias, and which rows of it."""
+        """The Parameter that holds the bias, and its rows for this weight."""
         module, attribute = self.weight.module, self.weight.attribute
         rows = slice(None)
         name = "bias"

@@ -1,4 +1,4 @@
-"""Pruning while training: masks that move along a schedule, one call after each step of the optimizer."""
+"""Pruning while training: masks that follow a schedule, with one call after each optimizer step."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ __all__ = ["Pruner"]
 
 
 class Pruner:
-    """Prunes a model while it is trained: `step()` after each `optimizer.step()` is all there is to do.
+    """Prunes a model while it is trained: call `step()` after each `optimizer.step()`.
 
         pruner = sparsam.torch.Pruner(model, target_sparsity=0.8, end=1000)
         for inputs, targets in loader:
@@ -48,16 +48,17 @@ class Pruner:
             optimizer.step()
             pruner.step()
 
-    Masks live in the pruner. The model keeps its classes, Parameters and state_dict keys, and its pruned
-    weights are exactly zero after every call of `step`, whatever momentum and weight decay do in between. At
-    the steps of the schedule the masks are chosen anew from the weights of now: what is pruned stays so, and
-    more comes to it. With `regrow`, the least of the kept weights then make room for as many others.
+    Masks are stored in the pruner. The model keeps its classes, Parameters and state_dict keys, and its
+    pruned weights are exactly zero after every call of `step`, whatever momentum and weight decay do in
+    between. At the steps of the schedule the masks are selected again from the current weights: pruned
+    weights stay pruned, and more are added. With `regrow`, the lowest of the kept weights are then dropped
+    and as many others grow.
 
     Attributes:
-        config: The configuration, the schedule and the transposed weights set in it.
-        dense: Name -> why it stays dense, of the parameters that are not pruned.
-        optimizer: The optimizer, whose state of weights that grow is zeroed; may be set later.
-        steps: How many calls of `step` there were.
+        config: The configuration, with the schedule and the transposed weights filled in.
+        dense: Name -> reason, for the parameters that stay dense.
+        optimizer: The optimizer, whose state is zeroed for weights that grow; may be set later.
+        steps: The number of calls of `step` so far.
     """
 
     def __init__(
@@ -74,32 +75,32 @@ class Pruner:
         hold_zeros: bool = True,
         **changes: Unpack[ConfigFields],
     ) -> None:
-        """Settles what is pruned when, and tries the patterns on the shapes; prunes nothing yet.
+        """Decides what is pruned when, and checks patterns against shapes; prunes nothing yet.
 
         Args:
-            model: What is trained; DistributedDataParallel and torch.compile may be around it. Names of
-                tensors are those of its plain state_dict.
+            model: The model that is trained, possibly wrapped by DistributedDataParallel or torch.compile.
+                Names of tensors are those of the plain model's state_dict.
             config: What to do, as for `sparsam.prune`. The methods "saliency", "fisher" and "movement" score
-                by the gradients that the training computes. Parameters that are no weights of layers, and
+                by the gradients that training computes. Parameters that are not weights of layers, and
                 embeddings and heads, stay dense unless named in `overrides` or `ties`.
-            begin: The step of the first update: 0 is after the first step of the optimizer.
-            end: The step of the last update, which reaches the target. Left out: `begin`, for the schedule
-                "one_shot".
-            every: An update each so many steps. Left out: such that there are as many updates as the
+            begin: The step of the first update: 0 is after the first optimizer step.
+            end: The step of the last update, which reaches the target. Required, except with the schedule
+                "one_shot", where the default is `begin`.
+            every: The number of steps between updates. By default such that there are as many updates as
                 num_iterations of the configuration, or 100.
             initial_sparsity: Where the schedule starts.
             regrow: "set", "rigl", or an object of `sparsam.training.regrowth`: after the first update, each
-                one drops a share of the kept weights and lets as many grow, in each tensor, from zero. The
+                update drops a share of the kept weights and grows as many from zero, in each tensor. The
                 share falls to 0 at `end`. For `Unstructured` in scope "layer" or "global".
-            optimizer: Needed by `regrow`.
-            hold_zeros: Zeros that weights have now count as pruned. A tensor of zeros only does not.
+            optimizer: Required with `regrow`.
+            hold_zeros: Treat existing zeros as pruned, except in tensors of zeros only.
             **changes: Fields of `PruningConfig` to set on top of `config`, such as `schedule`. Its default is
                 "cubic", for N:M patterns and with `regrow` "one_shot".
 
         Raises:
-            ValueError: As for `sparsam.prune`; the schedule or its steps contradict themselves; nothing is
-                left to prune; `regrow` does not go with the configuration.
-            TypeError: `model` is none, or a weight has a dtype or device that cannot be pruned.
+            ValueError: As for `sparsam.prune`; the schedule and its steps contradict each other; nothing is
+                left to prune; `regrow` does not suit the configuration.
+            TypeError: `model` is not a module, or a weight has a dtype or device that cannot be pruned.
         """
         if not isinstance(model, nn.Module):
             msg = f"model: expected a torch.nn.Module; got {type(model).__name__}; pass the model itself"
@@ -165,17 +166,17 @@ class Pruner:
         return self.steps > self._table.end and not self._due
 
     def step(self) -> bool:
-        """Zeroes what is pruned, and where the schedule says so, prunes further; after `optimizer.step()`.
+        """Zeroes pruned weights, and prunes further if due; call it after `optimizer.step()`.
 
-        An update that needs gradients waits for the next step if those of this one are not finite, as in a
-        step that GradScaler skips.
+        An update that needs gradients is postponed to the next step if the current ones are not finite, as in
+        a step that GradScaler skips.
 
         Returns:
             Whether the masks were updated.
 
         Raises:
             ValueError: A weight is NaN; a gradient that the method needs is missing, or the optimizer that
-                `regrow` needs; the model has another Parameter in place of one that is being pruned.
+                `regrow` needs; a Parameter that is being pruned has been replaced in the model.
         """
         self._check_parameters()
         step = self.steps
@@ -201,10 +202,10 @@ class Pruner:
                 raise ValueError(msg)
 
     def mask_gradients(self) -> None:
-        """Zeroes the gradients of pruned weights: after `backward()`, before clipping and `optimizer.step()`.
+        """Zeroes the gradients of pruned weights; call it between `backward()` and gradient clipping.
 
-        Not needed for zeros to stay; it keeps norms of gradients, and what optimizers remember, to the
-        weights that there are. The gradients that the next update grows weights by are set aside before.
+        Zeros stay zero without it; it restricts gradient norms and optimizer state to the kept weights.
+        Gradients that the next regrowth needs are saved first.
         """
         growing = self._regrow is not None and self._regrow.needs_gradients
         if growing and (self._due or self._table.updates_at(self.steps)):
@@ -219,10 +220,10 @@ class Pruner:
         return describe(arrays, self._weights.masks, pools)
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns all that a training needs to go on as if it had not stopped: tensors and plain values.
+        """Returns everything needed to resume training as if it had not stopped: tensors and plain values.
 
-        With the state of the model and the optimizer, saved after the same call of `step`; `torch.save` and
-        `torch.load(weights_only=True)` carry it.
+        Save it together with the states of the model and the optimizer, after the same call of `step`; it
+        works with `torch.save` and `torch.load(weights_only=True)`.
         """
         return {
             "identity": self._identity(),
@@ -234,10 +235,10 @@ class Pruner:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Takes over the state of a pruner of the same model and arguments; before or after the model's own.
+        """Restores the state of a pruner of the same model and arguments, before or after the model's state.
 
         Raises:
-            ValueError: It is the state of another configuration, schedule or model, or none.
+            ValueError: It is not a state, or that of another configuration, schedule or model.
         """
         wanted = set(self.state_dict())
         if not isinstance(state, Mapping) or set(state) != wanted:
@@ -273,7 +274,7 @@ class Pruner:
         self._weights.apply()
 
     def _identity(self) -> dict[str, Any]:
-        """What makes two pruners the same, in plain types."""
+        """The arguments that must agree between two pruners, in plain types."""
         by_gradients = self._evidence is not None
         config = self.config.with_changes(method="magnitude") if by_gradients else self.config
         plain: dict[str, Any] = msgspec.to_builtins(RunIdentity.of(config, [], {}))
@@ -293,7 +294,7 @@ class Pruner:
         return make_pools(arrays, step, previous=previous)
 
     def _try(self) -> list[Pool]:
-        """The pools at the end of the schedule, after a selection on copies: errors come before training."""
+        """The pools at the end of the schedule, after a trial selection that shows errors early."""
         arrays = self._arrays()
         pools = self._pools(arrays, self._table.final)
         names = {name for pool in pools for name in pool.names}
@@ -305,7 +306,7 @@ class Pruner:
         return pools
 
     def _update(self, step: int) -> bool:
-        """Prunes up to the sparsity of a step and lets weights grow; False if it waits for gradients."""
+        """Prunes to the sparsity of a step and grows weights; returns False if it waits for gradients."""
         gradients = None
         if self._regrow is not None and step > self._table.begin and self._regrow.needs_gradients:
             gradients = self._dense_gradients or gradients_of(self._weights.parameters)

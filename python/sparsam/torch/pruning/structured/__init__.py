@@ -1,6 +1,6 @@
-"""Structured pruning: whole neurons, channels and attention heads go, and a smaller dense model stays.
+"""Structured pruning: removes whole neurons, channels and attention heads, and leaves a smaller dense model.
 
-What can go together is found by running the model (`search`): attention from its calls (`attention`), neurons
-and channels from Torch-Pruning's dependency graph (`dependencies`, extra `structured`). Then: choose
-(`choice`), cut (`surgery`), verify and measure (`workflow`), report.
+Units that can be removed are found by running the model (`search`): attention heads from its calls
+(`attention`), neurons and channels from Torch-Pruning's dependency graph (`dependencies`, extra
+`structured`). Then: choose (`choice`), cut (`surgery`), verify and measure (`workflow`), report.
 """

@@ -1,4 +1,4 @@
-"""Attention heads, found by watching the model run: which layers feed an attention, and which reads it.
+"""Attention heads, found by running the model: which layers are an attention's inputs and output.
 
 Every call of `torch.nn.functional.scaled_dot_product_attention` shows the number of heads and their size. The
 linear layers that ran before it inside the same module are its projections, and the next one is that of the
@@ -25,8 +25,9 @@ from torch import nn
 
 __all__ = ["find_heads"]
 
-# What modules call their numbers of query heads and of key-value heads, the widths that follow from
-# these, and the queries that share a key; only those are changed that have the value that they must have.
+# The names that modules use for their numbers of query heads and of key-value heads, for the widths that
+# follow from these, and for the queries that share a key; an attribute is changed only if it has the expected
+# value.
 _QUERY_HEADS = ("num_heads", "num_attention_heads", "n_head", "n_heads", "num_q_heads")
 _KEY_HEADS = ("num_key_value_heads", "num_kv_heads", "n_kv_heads", "num_kv")
 _WIDTHS = ("all_head_size", "split_size", "inner_dim", "attn_dim", "attention_dim", "q_dim")
@@ -85,7 +86,7 @@ def find_heads(
 
 
 def _watch(model: nn.Module, run: Callable[[], object]) -> list[_Call]:
-    """The calls of attention and of layers with parameters of their own, in their order."""
+    """The calls of attention and of layers with parameters, in order."""
     calls: list[_Call] = []
     stack: list[nn.Module] = []
 
@@ -123,7 +124,7 @@ def _watch(model: nn.Module, run: Callable[[], object]) -> list[_Call]:
 
 @contextmanager
 def _visible_attention(model: nn.Module) -> Iterator[None]:
-    """Models of Hugging Face that can, call PyTorch's attention for the time of the block."""
+    """Makes Hugging Face models use PyTorch's attention during the block, if they support it."""
     before: dict[int, tuple[Any, Any]] = {}
     for module in model.modules():
         config = getattr(module, "config", None)
@@ -139,7 +140,7 @@ def _visible_attention(model: nn.Module) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class _Attention:
-    """What was seen of one attention."""
+    """The calls around one attention."""
 
     names: dict[nn.Module, str]
     module: nn.Module
@@ -167,7 +168,7 @@ class _Attention:
         return min(lengths(layer)[0] for layer in self.projections) // self.size
 
     def why_not(self) -> str:
-        """Why no head can go; "" if some can."""
+        """Why no head can be removed; "" if some can."""
         if self.heads[2]:
             return "its mask or position bias differs from head to head"
         layers = self.projections
@@ -194,7 +195,7 @@ class _Attention:
         return self.keys if self.keys > 1 else self.queries
 
     def structure(self) -> Structure | str:
-        """The heads; or why none can go."""
+        """The structure of the heads; or why none can be removed."""
         units, each = self.units, self.queries // self.units
         queries, keys = self.queries * self.size, self.keys * self.size
         wide = _split(queries, units)
@@ -223,7 +224,7 @@ class _Attention:
         return self.keys < self.queries and lengths(layer)[0] == self.keys * self.size
 
     def _numbers(self, heads: Heads) -> Iterator[Attribute]:
-        """The numbers of the attention's module that are those of its heads."""
+        """The attributes of the attention's module that depend on the number of heads."""
         each = heads.queries
         expected = [(name, self.queries, each) for name in _QUERY_HEADS]
         expected += [(name, self.keys, heads.keys) for name in _KEY_HEADS]
@@ -236,5 +237,5 @@ class _Attention:
 
 
 def _split(width: int, units: int) -> NDArray[np.int64]:
-    """Neighbouring indices for each unit."""
+    """Consecutive indices for each unit, (units, width)."""
     return np.arange(width, dtype=np.int64).reshape(units, -1)

@@ -1,4 +1,4 @@
-"""Which units go: exact counts, by the scores of the weights that they own, or by measured importance."""
+"""Selection of units to remove: exact counts, by the scores of their weights or by measured importance."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ __all__ = ["check_config", "choose"]
 
 
 def check_config(config: PruningConfig) -> None:
-    """Raises the ValueError for a field that means nothing for whole units."""
+    """Raises ValueError for a field that has no meaning for whole units."""
     for name, value, plain in (
         ("pattern", config.pattern, Unstructured()),
         ("allocation", config.allocation, "uniform"),
@@ -47,26 +47,26 @@ def choose(
     config: PruningConfig,
     importance: Mapping[str, NDArray[np.float64]],
 ) -> dict[str, NDArray[np.int64]]:
-    """Chooses the units that go.
+    """Chooses the units to remove.
 
     In scope "layer", and of a structure with an override, `round(sparsity * units)` of each; in scope
     "global" that many of all heads, of all neurons and of all channels, by score per weight, but the best
-    unit of each structure stays. A unit's score is the sum of the scores (with norm 2 of their squares) of
-    the weights of two axes or more that it owns. Among equals the lower index stays, of structures the
-    earlier one.
+    unit of each structure is kept. A unit's score is the sum of the scores (with norm 2 of their squares) of
+    the weights of two axes or more that it owns. Among equal scores the lower index and the earlier structure
+    are kept.
 
     Args:
-        structures: Those to be pruned, in the order that decides between equals.
+        structures: The structures to prune, in the order that decides between equal scores.
         tensors: The model's state_dict.
-        config: What `check_config` has passed.
+        config: A configuration that `check_config` accepted.
         importance: Name of a structure -> its units' importance, in place of scores.
 
     Returns:
-        Name -> the units that go, rising.
+        Name -> the units to remove, in ascending order.
 
     Raises:
         ValueError: No unit of a structure would be left; NaN among weights or scores; an override or an
-            importance that fits no structure.
+            importance matches no structure.
     """
     names = [structure.name for structure in structures]
     for what, patterns in (("config: overrides", config.overrides), ("importance", importance)):
@@ -105,7 +105,7 @@ def choose(
 def _lowest(
     pool: Sequence[Structure], sums: Mapping[str, NDArray[np.float64]], sparsity: float
 ) -> dict[str, NDArray[np.int64]]:
-    """The units with the lowest scores; the best of each structure is none of them."""
+    """The units with the lowest scores, without the best of each structure."""
     if not pool:
         return {}
     total = sum(structure.units for structure in pool)
@@ -119,7 +119,7 @@ def _lowest(
     least = min(float(sums[structure.name].min()) for structure in pool)
     ranked = {}
     for structure in pool:
-        # Importance may be below 0: what counts is the order.
+        # Importance may be negative: only the order counts.
         values = sums[structure.name] - min(least, 0.0)
         values[int(np.argmax(values))] = np.inf
         ranked[structure.name] = values
@@ -141,7 +141,7 @@ def _measured(structure: Structure, values: object) -> NDArray[np.float64]:
 def _scores(
     structure: Structure, tensors: Mapping[str, Tensor], config: PruningConfig
 ) -> NDArray[np.float64]:
-    """The sum over what each unit owns; in scope "global" for each weight."""
+    """The score of each unit: the sum over its weights, in scope "global" divided by their number."""
     scorer = resolve(config.method)
     power = traits(scorer).norm
     total, size = np.zeros(structure.units), 0

@@ -1,4 +1,4 @@
-"""Neurons and channels that depend on each other, from Torch-Pruning's graph of a model's run."""
+"""Neurons and channels that depend on each other, from Torch-Pruning's dependency graph."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 def find_dependencies(
     model: nn.Module, run: Callable[[], Any], excluded: set[nn.Module]
 ) -> tuple[list[Structure], dict[str, str]]:
-    """Finds the neurons and channels that can go together.
+    """Finds the neurons and channels that can be removed together.
 
     Args:
         model: The model, in eval mode.
         run: Runs it and returns its outputs.
-        excluded: Layers whose outputs are left alone.
+        excluded: Layers whose outputs are kept.
 
     Returns:
-        The structures, in the order in which the model has its layers; and the name of each layer whose
-        outputs cannot go -> why.
+        The structures, in the order in which the model has its layers; and for each layer whose outputs
+        cannot be removed, name -> reason.
 
     Raises:
         ImportError: Torch-Pruning is not installed.
@@ -60,20 +60,20 @@ def find_dependencies(
 
 
 class _Unsuitable(Exception):
-    """Why units cannot go."""
+    """Raised with the reason why units cannot be removed."""
 
 
 Reached = dict[tuple[Any, bool], dict[int, int]]
 
 
 def _followed(graph: Any, layer: nn.Module, outputs: set[Any], excluded: set[nn.Module]) -> Reached:
-    """What the outputs of a layer reach: (node, whether it is its outputs) -> index -> unit.
+    """What depends on a layer's outputs: (node, whether its outputs) -> index -> unit.
 
     Torch-Pruning's own search compares whole lists of indices, and does not end in a reasonable time where
     an attention with rotary embeddings is reached; this one visits every index of a node once.
 
     Raises:
-        _Unsuitable: Something on the way cannot lose them.
+        _Unsuitable: Something that depends on them cannot be cut.
     """
     from torch_pruning import _helpers  # noqa: PLC0415 - an extra
 
@@ -107,7 +107,7 @@ def _is_output(graph: Any, node: Any, side: Any) -> bool:
 
 
 def _check(graph: Any, node: Any, side: Any, outputs: set[Any], excluded: set[nn.Module]) -> None:
-    """Raises where a node cannot lose any outputs (or inputs)."""
+    """Raises _Unsuitable if a node's outputs (or inputs) cannot be cut."""
     module = node.module
     if _is_output(graph, node, side) and (not node.outputs or node.grad_fn in outputs):
         msg = "the model returns them"
@@ -123,7 +123,7 @@ def _check(graph: Any, node: Any, side: Any, outputs: set[Any], excluded: set[nn
 
 
 def _is_operation(module: object) -> bool:
-    """Whether it stands for an operation of the graph and not for a module of the model."""
+    """Whether it is an operation of the graph and not a module of the model."""
     return type(module).__module__ == "torch_pruning.ops"
 
 
@@ -154,7 +154,7 @@ def _structure(graph: Any, layer: nn.Module, reached: Reached) -> Structure:
 
 
 def _by_unit(name: str, units: int, units_of: dict[int, int]) -> NDArray[np.int64]:
-    """(units, width): the indices that belong to each unit, rising."""
+    """(units, width): the indices that belong to each unit, in ascending order."""
     indices = np.array(sorted(units_of), np.int64)
     owners = np.array([units_of[int(i)] for i in indices], np.int64)
     if len(indices) % units or (np.bincount(owners, minlength=units) != len(indices) // units).any():
@@ -168,7 +168,7 @@ def _graph(model: nn.Module, run: Callable[[], Any]) -> tuple[Any, set[Any]]:
     torch_pruning, base = _library()
 
     class Conv1DPruner(base):  # type: ignore[misc,valid-type] # of a module without types
-        """What the graph must know of Hugging Face's Conv1D; nothing is cut by it."""
+        """Describes Hugging Face's Conv1D to the graph; cuts nothing."""
 
         def prune_out_channels(self, layer: nn.Module, idxs: list[int]) -> nn.Module:
             raise NotImplementedError
@@ -209,7 +209,7 @@ def _graph(model: nn.Module, run: Callable[[], Any]) -> tuple[Any, set[Any]]:
 
 
 def _library() -> tuple[Any, Any]:
-    """Torch-Pruning, and its class of what knows a layer."""
+    """Torch-Pruning, and its base class for descriptions of layers."""
     try:
         import torch_pruning  # noqa: PLC0415 - an extra
         from torch_pruning.pruner.function import BasePruningFunc  # noqa: PLC0415
@@ -221,7 +221,7 @@ def _library() -> tuple[Any, Any]:
 
 @contextmanager
 def _traced(model: nn.Module) -> Iterator[None]:
-    """Every parameter asks for gradients, for the graph is that of autograd; and no hook stays behind."""
+    """Makes parameters require gradients, for autograd's graph, and removes new hooks afterwards."""
     wanted = [(p, p.requires_grad) for p in model.parameters() if p.is_floating_point()]
     hooks = [(module._forward_hooks, dict(module._forward_hooks)) for module in model.modules()]
     training = [(module, module.training) for module in model.modules()]

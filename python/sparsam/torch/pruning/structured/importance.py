@@ -1,4 +1,4 @@
-"""How much each attention head matters to a task: the score without it."""
+"""The importance of attention heads for a task: the score without each head."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ __all__ = ["HeadImportance", "head_importance"]
 
 @dataclass(frozen=True)
 class HeadImportance:
-    """The scores of a model without single heads. `print` it, or give it to `shrink`.
+    """The scores of a model without each single head. `print` it, or pass it to `shrink`.
 
     Attributes:
         dense_score: The score with all heads.
@@ -34,11 +34,11 @@ class HeadImportance:
 
     @property
     def drops(self) -> dict[str, tuple[float, ...]]:
-        """Name of an attention -> by how much the score falls without each head; below 0 where it rises."""
+        """Name of an attention -> how much the score falls without each head; negative where it rises."""
         return {name: tuple(self.dense_score - s for s in scores) for name, scores in self.scores.items()}
 
     def ranking(self) -> list[tuple[str, int]]:
-        """(attention, head), the least important first; of equals in the order of the model."""
+        """(attention, head), the least important first; equal ones in the order of the model."""
         heads = [(name, i) for name, scores in self.scores.items() for i in range(len(scores))]
         return sorted(heads, key=lambda head: -self.scores[head[0]][head[1]])
 
@@ -63,10 +63,10 @@ def head_importance(
     *,
     callback: Callable[[str, int, float], object] | None = None,
 ) -> HeadImportance:
-    """Measures the importance of attention heads on a task: each is dropped alone, and the model judged.
+    """Measures the importance of attention heads for a task: evaluates the model without each one.
 
     One evaluation for each head (with grouped queries: a key-value head with its query heads), and one more.
-    The model is in eval mode for the time, and as it was afterwards (Michel, Levy and Neubig, "Are sixteen
+    The model is in eval mode during the call, and unchanged afterwards (Michel, Levy and Neubig, "Are sixteen
     heads really better than one?", 2019, do this with BERT).
 
     Args:
@@ -79,8 +79,9 @@ def head_importance(
         The scores, for `shrink(..., importance=...)`.
 
     Raises:
-        ValueError: The model has no attention whose heads could go; `eval_fn` returned no finite number.
-        TypeError: `model` is no module, or compiled.
+        ValueError: The model has no attention whose heads can be removed; `eval_fn` did not return a finite
+            number.
+        TypeError: `model` is not a module, or is compiled.
     """
     check_model(model)
     examples = as_examples(example_inputs)

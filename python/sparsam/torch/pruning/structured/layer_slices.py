@@ -1,4 +1,4 @@
-"""What a layer loses with some of its outputs or inputs: which slices of which parameters, which numbers."""
+"""The slices of a layer's parameters, and its attributes, that belong to some outputs or inputs."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def lengths(layer: nn.Module) -> tuple[int, int]:
 
 
 def output_slices(name: str, layer: object, indices: Indices) -> Slices | str:
-    """What goes with outputs of a layer; or why none can go.
+    """What is removed with outputs of a layer; or why none can be removed.
 
     Args:
         name: The layer's name in the model.
@@ -62,7 +62,7 @@ def output_slices(name: str, layer: object, indices: Indices) -> Slices | str:
 
 
 def input_slices(name: str, layer: object, indices: Indices) -> Slices | str:
-    """What goes with inputs of a layer; or why none can go. Arguments as of `output_slices`."""
+    """What is removed with inputs of a layer; or why none can be. Arguments as for `output_slices`."""
     if isinstance(layer, nn.Module) and is_transposed(layer):
         return _slices(name, layer, indices, {"weight": 0}, "nx")
     if isinstance(layer, nn.Linear):

@@ -1,4 +1,4 @@
-"""What `shrink` cut: as text, JSON, and once more on a model of before."""
+"""The report of `shrink`: as text, as JSON, and applied to another copy of the original model."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ __all__ = ["ShrinkReport", "StructureRow", "change_config"]
 
 @dataclass(frozen=True)
 class StructureRow:
-    """What became of one structure.
+    """The units of one structure before and after.
 
     Attributes:
-        name: The attention, or the first layer whose outputs these are.
+        name: The attention, or the first layer that has these outputs.
         kind: "heads", "neurons" or "channels".
-        before: Units that there were.
-        kept: The units that are left, by the numbers they had.
+        before: The number of units before.
+        kept: The kept units, by their original indices.
     """
 
     name: str
@@ -37,24 +37,24 @@ class StructureRow:
 
     @property
     def after(self) -> int:
-        """Units that are left."""
+        """The number of units after."""
         return len(self.kept)
 
 
 @dataclass(frozen=True)
 class ShrinkReport:
-    """What `shrink` did. `print` it; `apply` it to a model of before, to load what the small one saved.
+    """What `shrink` removed. `print` it, or `apply` it to the original model, to load a saved small one.
 
     Attributes:
-        structures: What was looked at, in the order of the model.
-        params_before: Parameters that the model had.
-        params_after: Parameters that it has.
-        seconds_before: What the example inputs took, in turn with `seconds_after`; None if not measured.
-        seconds_after: What they take.
-        left: Name of a layer or attention -> why none of its outputs or heads could go.
+        structures: All structures that were considered, in the order of the model.
+        params_before: The number of parameters before.
+        params_after: The number of parameters after.
+        seconds_before: Seconds for the example inputs before, measured alternately; None if not measured.
+        seconds_after: Seconds for the example inputs after.
+        left: Name of a layer or attention -> why none of its outputs or heads could be removed.
         config: Fields of the model's `config` that were changed -> their values.
-        removed: (tensor, axis, indices that went).
-        lowered: (module, attribute, by how much).
+        removed: (tensor, axis, removed indices).
+        lowered: (module, attribute, how much it was reduced by).
     """
 
     structures: tuple[StructureRow, ...]
@@ -77,10 +77,10 @@ class ShrinkReport:
     def apply(self, model: nn.Module) -> None:
         """Cuts another model of the same architecture in the same way, in place.
 
-        So a saved small model is read: build the large one, apply the report, load the state dict.
+        To load a saved small model, build the large one, apply the report, and load the state dict.
 
         Raises:
-            ValueError: The model lacks what was cut, or is cut already; it stays as it was.
+            ValueError: The model lacks what was removed, or has been cut already; it is then unchanged.
         """
         surgery = Surgery(model, self._cuts())
         with surgery.undone_by_errors():
@@ -132,7 +132,7 @@ class ShrinkReport:
 
 
 def change_config(model: nn.Module, numbers: Mapping[str, int]) -> None:
-    """Gives the model, and its modules that share its config, a copy of that with other numbers."""
+    """Replaces the config of the model, and of modules that share it, by a copy with other numbers."""
     if not numbers:
         return
     before: Any = model.config

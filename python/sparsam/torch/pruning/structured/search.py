@@ -1,4 +1,4 @@
-"""The structures of a model, found from its run with example inputs."""
+"""Finds the structures of a model by running it with example inputs."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ __all__ = ["check_model", "find_structures", "without_cache"]
 
 
 def check_model(model: object) -> nn.Module:
-    """Returns the model, or raises where it is none that can be cut."""
+    """Returns the model; raises if it cannot be cut."""
     if not isinstance(model, nn.Module):
         msg = f"model: expected a torch.nn.Module; got {type(model).__name__}; pass the model itself"
         raise TypeError(msg)
@@ -38,7 +38,7 @@ def check_model(model: object) -> nn.Module:
 
 @contextmanager
 def without_cache(model: nn.Module) -> Iterator[None]:
-    """Models of Hugging Face return no cache of keys and values for the time of the block."""
+    """Makes Hugging Face models return no cache of keys and values during the block."""
     config = getattr(model, "config", None)
     before = getattr(config, "use_cache", None)
     try:
@@ -58,11 +58,11 @@ def find_structures(
     Args:
         model: The model, in eval mode.
         example: An example of its inputs.
-        kinds: Of these kinds.
+        kinds: The kinds of structures to find.
 
     Returns:
-        The structures, in the order of the model's modules; and the name of each layer or attention whose
-        outputs or heads cannot go -> why.
+        The structures, in the order of the model's modules; and for each layer or attention whose outputs or
+        heads cannot be removed, name -> reason.
     """
 
     def run() -> Any:
@@ -92,7 +92,7 @@ def find_structures(
 
 
 def _sharing(model: nn.Module) -> dict[str, str]:
-    """Name of each parameter that several modules hold -> what to say of it."""
+    """Name of each parameter that several modules share -> the reason to report."""
     held = [
         (id(parameter), f"{name}.{attribute}" if name else attribute)
         for name, module in model.named_modules()

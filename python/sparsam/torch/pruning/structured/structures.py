@@ -1,4 +1,4 @@
-"""What can be cut from a model: units, each a set of slices of parameters that go together."""
+"""What can be cut from a model: units, each a set of slices of parameters that are removed together."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Member:
 
     Attributes:
         name: Its key in the model's state_dict.
-        axis: Which axis gets shorter.
+        axis: The axis that gets shorter.
         indices: (units, width), int64: the indices along that axis that each unit owns.
     """
 
@@ -31,11 +31,11 @@ class Member:
 
 
 class Heads(NamedTuple):
-    """What one unit of an attention is.
+    """The heads in one unit of an attention.
 
     Attributes:
-        queries: Its query heads.
-        keys: Its key-value heads; 0 where one serves all units.
+        queries: The number of query heads.
+        keys: The number of key-value heads; 0 if all units share one.
         size: The length of a head.
     """
 
@@ -46,12 +46,12 @@ class Heads(NamedTuple):
 
 @dataclass(frozen=True)
 class Attribute:
-    """A number of a module that says how long something is.
+    """An attribute of a module that holds a length.
 
     Attributes:
         module: The module's name.
-        name: The attribute's.
-        for_each: How much it falls with each unit that is cut.
+        name: The attribute's name.
+        for_each: How much it decreases with each unit that is removed.
     """
 
     module: str
@@ -64,12 +64,12 @@ class Structure:
     """Units of one kind that compete: the heads of an attention, the neurons or channels of a layer.
 
     Attributes:
-        name: The module that says it best: the attention, or the first layer whose outputs these are.
-        kind: "heads", "neurons" (of linear layers) or "channels" (where a convolution takes part).
-        units: How many there are.
+        name: The name of the attention, or of the first layer that has these outputs.
+        kind: "heads", "neurons" (of linear layers) or "channels" (if a convolution is involved).
+        units: The number of units.
         members: The slices that a unit consists of.
-        attributes: The numbers that follow.
-        heads: Of an attention: what one unit is.
+        attributes: The attributes that depend on the number of units.
+        heads: The heads in one unit of an attention; else None.
     """
 
     name: str
@@ -82,11 +82,11 @@ class Structure:
 
 @dataclass(frozen=True, eq=False)
 class Cuts:
-    """What is cut, of tensors and of numbers.
+    """What is removed from tensors, and how much attributes decrease.
 
     Attributes:
-        removed: (name of a parameter or buffer, axis) -> the indices that go, rising.
-        lowered: (module, attribute) -> by how much it falls.
+        removed: (name of a parameter or buffer, axis) -> the indices to remove, in ascending order.
+        lowered: (module, attribute) -> how much it decreases.
     """
 
     removed: Mapping[tuple[str, int], NDArray[np.int64]]
@@ -94,11 +94,11 @@ class Cuts:
 
 
 def cuts_of(structures: Iterable[Structure], gone: Mapping[str, NDArray[np.int64]]) -> Cuts:
-    """Returns what cutting some units means for the tensors and modules of a model.
+    """Returns the changes to tensors and modules of a model that removing some units requires.
 
     Args:
         structures: The structures.
-        gone: Name of a structure -> the units of it that go.
+        gone: Name of a structure -> its units to remove.
     """
     removed: dict[tuple[str, int], list[NDArray[np.int64]]] = {}
     lowered: dict[tuple[str, str], int] = {}

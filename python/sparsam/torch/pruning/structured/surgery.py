@@ -1,4 +1,4 @@
-"""Cutting a model and putting it back: its tensors and its numbers, all or nothing."""
+"""Cuts a model and restores it: its tensors and attributes, all or none."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ State: TypeAlias = Literal["whole", "zeroed", "cut"]
 
 
 class Surgery:
-    """A model in three states: whole; with what is to go zeroed; and cut.
+    """A model in three states: whole; with the units to remove zeroed; and cut.
 
-    "whole" has the very Parameters that the model came with. What is cut are new Parameters, with
-    `requires_grad` as before and no gradient.
+    "whole" has the original Parameter objects. Cut Parameters are new objects, with the same `requires_grad`
+    and no gradient.
     """
 
     def __init__(self, model: nn.Module, cuts: Cuts) -> None:
-        """Looks up the places; nothing changes yet.
+        """Finds the tensors; changes nothing yet.
 
         Raises:
-            ValueError: The model has no such tensor, or it is too short for the cuts.
+            ValueError: The model lacks a tensor, or the tensor is too short for the cuts.
         """
         modules = dict(model.named_modules(remove_duplicate=False))
         axes: dict[str, dict[int, Any]] = {}
@@ -41,7 +41,7 @@ class Surgery:
             self._numbers.append((module, attribute, getattr(module, attribute), less))
 
     def show(self, state: State) -> None:
-        """Brings the model into a state."""
+        """Puts the model in a state."""
         for place in self._tensors:
             place.show(state)
         for module, attribute, value, less in self._numbers:
@@ -49,7 +49,7 @@ class Surgery:
 
     @contextmanager
     def undone_by_errors(self) -> Iterator[None]:
-        """Whatever is raised inside, the model is whole again afterwards."""
+        """Restores the whole model if anything is raised inside."""
         try:
             yield
         except BaseException:
@@ -58,7 +58,7 @@ class Surgery:
 
 
 class _Place:
-    """A parameter or buffer, where it hangs."""
+    """A parameter or buffer, and the module that holds it."""
 
     def __init__(self, modules: dict[str, nn.Module], name: str, removed: dict[int, Any]) -> None:
         path, _, attribute = name.rpartition(".")
@@ -88,7 +88,7 @@ class _Place:
             self._where[self._attribute] = self._whole if state == "whole" else self._made(self._zeroed())
 
     def _made(self, tensor: Tensor) -> Tensor:
-        """As what the tensor was."""
+        """The tensor as a Parameter if the original was one, else as a buffer."""
         if isinstance(self._whole, nn.Parameter):
             return nn.Parameter(tensor, requires_grad=self._whole.requires_grad)
         return tensor

@@ -38,22 +38,22 @@ def shrink(
     seconds: float = 1.0,
     verbose: bool = False,
 ) -> ShrinkReport:
-    """Makes a model smaller in place: attention heads, neurons and channels go, as dense as before.
+    """Makes a dense model smaller in place, by removing attention heads, neurons and channels.
 
     - *Heads*: of every attention that calls PyTorch's `scaled_dot_product_attention` (or can be made to,
       as Hugging Face's). With grouped queries a unit is a key-value head with its query heads.
     - *Neurons* of linear layers and *channels* of convolutions, with all that depends on them (biases, batch
       norms, residual branches, the layers that read them), by Torch-Pruning's dependency graph.
 
-    What the model returns, what is normalised across, and what is shared with an embedding stays. Exactly
-    `round(sparsity * units)` go, those with the lowest scores (`choice.choose` has the rule). Biases and
-    batch norms go with their units and do not count.
+    Outputs of the model, axes that are normalised across, and weights shared with an embedding are kept.
+    Exactly `round(sparsity * units)` units are removed, those with the lowest scores (see `choice.choose`).
+    Biases and batch norms are removed with their units and do not count in the score.
 
-    The small model is compared with the large one whose units that go are zeroed: their outputs for the
-    example inputs must agree to the accuracy of the dtype, else nothing is changed and an error names the
-    structure. Parameters that were cut are new objects: make the optimizer afterwards. Numbers in (a copy of)
-    Hugging Face's `config` follow where all layers agree, so that `from_pretrained` reads the model back if
-    its class computes its shapes from those (Llama's heads and neurons, BERT's neurons; not BERT's heads);
+    The small model is compared with the large one in which the same units are zeroed: their outputs for the
+    example inputs must agree to the accuracy of the dtype, else the model is left unchanged and an error
+    names the structure. Parameters that were cut are new objects: create the optimizer afterwards. Hugging
+    Face's `config` (a copy) is updated where all layers agree, so that `from_pretrained` reads the model back
+    if its class computes its shapes from those (Llama's heads and neurons, BERT's neurons; not BERT's heads);
     `ShrinkReport.apply` works for every model.
 
     Args:
@@ -62,19 +62,19 @@ def shrink(
             `exclude` and `overrides` by name of a structure.
         example_inputs: A tensor, a tuple of arguments, a mapping of keyword arguments, or a list of these.
         kinds: Which of "heads", "neurons", "channels".
-        importance: What `head_importance` measured; or name of a structure -> a number for each unit, the
-            larger the more worth keeping. Others are scored by the method.
-        seconds: How long latency may be measured; 0 not at all.
+        importance: The result of `head_importance`; or name of a structure -> a number for each unit, larger
+            for units more worth keeping. Other structures are scored by the method.
+        seconds: How long to measure latency; 0: not at all.
         verbose: Whether to print the report.
 
     Returns:
-        What was cut, the parameters and the latency before and after.
+        What was removed, and the number of parameters and the latency before and after.
 
     Raises:
-        ImportError: Torch-Pruning is not installed and neurons or channels are asked for.
+        ImportError: Torch-Pruning is not installed and neurons or channels are requested.
         ValueError: Nothing can be cut; a sparsity would leave a structure without units; a field of the
-            configuration means nothing here; the small model does not compute what it should.
-        TypeError: `model` is no module, or compiled; `example_inputs` are of another type.
+            configuration has no meaning here; the outputs of the small model are wrong.
+        TypeError: `model` is not a module, or is compiled; `example_inputs` have another type.
     """
     check_model(model)
     if isinstance(kinds, str) or not kinds or any(kind not in KINDS for kind in kinds):
@@ -86,7 +86,7 @@ def shrink(
     measured = {name: np.asarray(value, np.float64) for name, value in given.items()}
     examples = as_examples(example_inputs)
     with ModelRunner(model, examples) as runner, without_cache(model):
-        runner.outputs()  # what is wrong with the inputs shows here, before anything else
+        runner.outputs()  # errors in the inputs are found here, before anything else
         structures, left = find_structures(model, examples[0], kinds)
         excluded = NamePatterns(settings.exclude)
         left |= {s.name: "excluded" for s in structures if excluded.matches(s.name)}
@@ -138,7 +138,7 @@ def _verify(
     structures: Sequence[Structure],
     gone: Mapping[str, NDArray[np.int64]],
 ) -> None:
-    """Raises if the cut model does not compute what the zeroed one does; names the structure at fault."""
+    """Raises ValueError, with the structure at fault, if the cut model's outputs are not the zeroed one's."""
     wrong = _wrong(model, runner, surgery)
     if not wrong:
         return
@@ -161,7 +161,7 @@ def _verify(
 
 
 def _wrong(model: nn.Module, runner: ModelRunner, surgery: Surgery) -> str:
-    """What is wrong with the outputs of the cut model; "" if nothing is."""
+    """A description of what is wrong with the outputs of the cut model; "" if nothing is."""
     surgery.show("zeroed")
     wanted = runner.outputs()
     surgery.show("cut")
@@ -175,7 +175,7 @@ def _wrong(model: nn.Module, runner: ModelRunner, surgery: Surgery) -> str:
 
 
 def _times(runner: ModelRunner, surgery: Surgery, seconds: float) -> tuple[float | None, float | None]:
-    """Seconds that the examples take before and after, in turn: medians."""
+    """Median seconds for the examples before and after, measured alternately."""
     if not seconds > 0:
         return None, None
     end = time.perf_counter() + seconds
@@ -192,7 +192,7 @@ def _times(runner: ModelRunner, surgery: Surgery, seconds: float) -> tuple[float
 def _config_numbers(
     config: Any, structures: Sequence[Structure], gone: Mapping[str, NDArray[np.int64]]
 ) -> dict[str, int]:
-    """The fields of Hugging Face's config that say how many there are, where all layers agree."""
+    """The fields of Hugging Face's config that count units, where all layers agree."""
     heads = [s for s in structures if s.heads is not None]
     neurons = [s for s in structures if s.kind == "neurons"]
     numbers: dict[str, int] = {}

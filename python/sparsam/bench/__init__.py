@@ -1,4 +1,4 @@
-"""What `sparsam bench` measures: an operation and its peers on the same data, their results compared.
+"""The measurements of `sparsam bench`: an operation and its peers on the same data, with results compared.
 
 Every time is the median of repeated runs after one warm-up. Functions return rows and print nothing.
 Imports the pipeline and `sparse`.

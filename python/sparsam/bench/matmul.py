@@ -1,4 +1,4 @@
-"""What `sparsam bench matmul` measures: products with a pruned matrix, against dense NumPy and PyTorch."""
+"""The measurements of `sparsam bench matmul`: a pruned matrix against dense NumPy and PyTorch."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ class MatmulRow:
         cols: Of W, the inputs.
         batch: Rows of x.
         sparsity: The share of zeros in W.
-        kernel: What `SparseMatrix` chose; "dense" where that is faster.
+        kernel: The kernel that `SparseMatrix` chose; "dense" where that is faster.
         linear_ms: `SparseMatrix.linear`.
         sparse_ms: The faster of its sparse kernels; the same number unless `kernel` is "dense".
         numpy_ms: `x @ w.T`.

@@ -1,4 +1,4 @@
-"""What `sparsam bench select` measures: exact selection of the smallest weights, beside NumPy and PyTorch."""
+"""The measurements of `sparsam bench select`: exact selection against NumPy and PyTorch."""
 
 from __future__ import annotations
 

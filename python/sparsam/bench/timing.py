@@ -1,4 +1,4 @@
-"""How every benchmark takes its times."""
+"""The timing of every benchmark."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The application: the commands of all groups, and how errors and warnings end."""
+"""The application: the commands of all groups, and how errors and warnings are reported."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
 
 
 def _complain(message: str) -> int:
-    """Prints the message as one line on stderr and returns the exit code that goes with it."""
+    """Prints the message as one line on stderr and returns the exit code."""
     Console(stderr=True).out("sparsam:", printable(" ".join(message.split())), highlight=False)
     return 2
 

@@ -1,4 +1,4 @@
-"""What the strings of a command line mean: only here do they become patterns, methods and overrides."""
+"""Parses the strings of a command line into patterns, methods and overrides."""
 
 from __future__ import annotations
 
@@ -114,7 +114,7 @@ def parse_groups(texts: Sequence[str]) -> dict[str, list[str]]:
 
 @dataclass(frozen=True)
 class EvalFunction:
-    """A function of the user's, whose errors become ValueErrors of one line that say where."""
+    """A user's function; its errors become one-line ValueErrors with their location."""
 
     text: str
     function: Callable[[Any], float]

@@ -53,7 +53,7 @@ def compress(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Prune a Hugging Face model with calibration, accelerate it, save it, and measure what that cost."""
+    """Prune a Hugging Face model with calibration, accelerate it, save it, and measure the result."""
     try:
         import transformers  # noqa: F401, PLC0415 - an extra
 

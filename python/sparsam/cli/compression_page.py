@@ -1,4 +1,4 @@
-"""What `sparsam compress` measured, as one page of HTML."""
+"""The results of `sparsam compress` as one HTML page."""
 
 from __future__ import annotations
 

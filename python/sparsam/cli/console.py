@@ -17,7 +17,7 @@ from sparsam.report import printable
 
 
 def progress() -> Progress:
-    """A bar on stderr if that is a terminal; it leaves nothing behind."""
+    """A progress bar on stderr, if that is a terminal; it is removed at the end."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     silent = not sys.stderr.isatty()
     console = Console(

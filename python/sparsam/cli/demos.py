@@ -46,7 +46,7 @@ def demo(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Train a network on real digits, prune it to 95 % step by step, show what that costs: under a minute.
+    """Train a network on real digits, prune it to 95 % step by step, show the accuracy: under a minute.
 
     With --model minilm: prune a sentence encoder to 80 %, accelerate it, time it beside PyTorch.
     """

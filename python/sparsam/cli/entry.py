@@ -1,4 +1,4 @@
-"""What `sparsam` and `python -m sparsam` run: the application, or one line that says what is missing."""
+"""The entry point of `sparsam` and `python -m sparsam`: the application, or one line on what is missing."""
 
 from __future__ import annotations
 

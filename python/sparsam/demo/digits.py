@@ -1,4 +1,4 @@
-"""The demo on real data: train a network on scikit-learn's digits, prune it, and see what that costs.
+"""The demo on real data: train a network on scikit-learn's digits, prune it, and measure the accuracy.
 
 The same dense weights are pruned in two ways at the same sparsities. *Iteratively*: each step prunes a little
 more and training goes on under the masks. *One shot*: straight to the sparsity, with no training after it.
@@ -92,7 +92,7 @@ class MatmulTiming:
 
 @dataclass(frozen=True)
 class DemoResult:
-    """What a run measured.
+    """The results of a run.
 
     Attributes:
         seed: Of the split, the initial weights and the order of the batches.

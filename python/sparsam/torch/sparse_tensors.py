@@ -1,4 +1,4 @@
-"""PyTorch's sparse tensors in and out of SparseMatrix."""
+"""Conversion between SparseMatrix and PyTorch's sparse tensors."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def from_sparse_tensor(tensor: Tensor) -> SparseMatrix:
             one place are added up; float64 is rounded to float32.
 
     Raises:
-        TypeError: It is no sparse tensor, or of another dtype.
+        TypeError: It is not a sparse tensor, or has another dtype.
         ValueError: It is not two-dimensional, or not on the CPU.
     """
     if tensor.layout == torch.strided or tensor.dtype not in _DTYPES:

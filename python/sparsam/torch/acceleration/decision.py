@@ -1,4 +1,4 @@
-"""Which layers stay packed, from what was measured; no run and no model is needed for that."""
+"""Which layers stay packed, decided from measurements alone."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ __all__ = ["Decision", "decide", "families"]
 
 @dataclass(frozen=True)
 class Decision:
-    """What became of measured layers.
+    """The decision about measured layers.
 
     Attributes:
-        swap: The names of those that are to be packed.
-        times: Of all of them, as they are counted: with the activation where it is fused.
-        reasons: Why the others are not.
+        swap: The names of the layers to pack.
+        times: The times of all layers, including the activation where it is fused.
+        reasons: Name -> why a layer stays dense.
     """
 
     swap: tuple[str, ...]
@@ -35,7 +35,7 @@ def decide(
     """Keeps the layers that win with the activations fused into them, and by more than a lost fast path.
 
     Args:
-        times: What was measured.
+        times: The measured times.
         fused: For each activation that can be fused the layers that it follows: all of them, or it is not.
         min_gain: How many times faster a packed layer must be.
     """
@@ -61,7 +61,7 @@ def decide(
 
 
 def families(shapes: Mapping[str, object]) -> list[tuple[str, ...]]:
-    """Like layers together: of one shape, and of one name but for numbers; each alone if all are alike.
+    """Groups similar layers: of one shape, and of one name except for numbers; each alone if all are similar.
 
     Args:
         shapes: The shape of each layer, or whatever else tells unlike ones apart, by name.

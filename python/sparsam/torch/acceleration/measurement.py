@@ -1,4 +1,4 @@
-"""What dense and packed layers take, measured in turn, so that other work disturbs both equally."""
+"""Times of dense and packed layers, measured alternately so that other work disturbs both equally."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class LayerTime:
     Attributes:
         dense: The dense layer, and the activation after it where that can be fused.
         packed: The packed layer, which computes that activation too.
-        activation: What of `dense` is the activation; 0 where none can be fused.
+        activation: The part of `dense` that the activation takes; 0 if none can be fused.
     """
 
     dense: float
@@ -42,7 +42,7 @@ class LayerTime:
 
     @property
     def saved(self) -> float:
-        """Seconds less."""
+        """The seconds that packing saves."""
         return self.dense - self.packed
 
     def alone(self) -> LayerTime:
@@ -52,10 +52,10 @@ class LayerTime:
 
 @dataclass(frozen=True)
 class Times:
-    """What was measured of layers within the model.
+    """The measured times of layers within the model.
 
     Attributes:
-        layers: By name.
+        layers: Name -> the times of a layer.
         fast_paths: Name of a module -> seconds that its fast path saves, which it loses with a packed layer.
     """
 
@@ -64,7 +64,7 @@ class Times:
 
 
 class Interruptions:
-    """Whether other work takes the CPUs away from this process: then times by the clock may mislead."""
+    """Detects whether other work takes the CPUs from this process, in which case wall-clock times mislead."""
 
     def __init__(self) -> None:
         self._start = time.perf_counter()
@@ -89,7 +89,7 @@ class Budget:
         self._interruptions = Interruptions()
 
     def left(self) -> bool:
-        """Whether some are left."""
+        """Whether any time is left."""
         return time.perf_counter() < self._end
 
     def rounds(self, least: int, most: int, share: float) -> Iterator[int]:
@@ -108,7 +108,7 @@ class Budget:
 def layer_times(model: nn.Module, runner: ModelRunner, swap: LayerSwap, budget: Budget) -> Times:
     """What each layer of a swap takes within the model, dense and packed, the least over rounds.
 
-    Weights then come from where they come from in use: a layer timed alone would find its own in the cache.
+    Weights are then read from memory as in use: a layer timed alone would find its own in the cache.
 
     Args:
         model: The model.

@@ -1,4 +1,4 @@
-"""What the weights of a model take, and freeing dense ones while packed ones stand in for them."""
+"""The memory of a model's weights, and freeing dense weights that packed ones replace."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def parameter_bytes(model: nn.Module) -> int:
 
 
 def _memory(parameter: Tensor) -> tuple[int, int]:
-    """What two Parameters have in common that are one in memory."""
+    """A key that is equal for Parameters with the same memory."""
     strided = parameter.layout is torch.strided
     return (parameter.data_ptr() if strided else 0) or id(parameter), _nbytes(parameter)
 

@@ -1,4 +1,4 @@
-"""Runs of a model that leave no trace in it, and what they show: outputs and seconds."""
+"""Runs a model without changing it, and returns its outputs and times."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Key = TypeVar("Key", bound=Hashable)
 
 
 class Seconds(NamedTuple):
-    """How long something took.
+    """A measured time.
 
     Attributes:
         wall: By the clock.
@@ -115,11 +115,11 @@ class ModelRunner(AbstractContextManager["ModelRunner"]):
             module.training = training
 
     def outputs(self) -> list[Any]:
-        """What the model returns for each example."""
+        """The model's outputs for each example."""
         return [self._run(example)[0] for example in self._examples]
 
     def seconds(self) -> Seconds:
-        """What all examples take."""
+        """The time of all examples."""
         wall, cpu = zip(*(self._run(example)[1] for example in self._examples), strict=True)
         return Seconds(sum(wall), sum(cpu))
 
@@ -147,7 +147,7 @@ class ModelRunner(AbstractContextManager["ModelRunner"]):
         return found
 
     def _run(self, example: Example) -> tuple[Any, Seconds]:
-        """What the model returns for an example, and what that takes."""
+        """The model's outputs for an example, and the time."""
         args, kwargs = example.fresh()
         buffers = _Buffers(self._model)
         try:
@@ -190,7 +190,7 @@ def _timed(module: nn.Module, key: Key, total: dict[Key, Seconds]) -> Iterator[N
 
 
 class _Buffers:
-    """The buffers of a model as they were."""
+    """A copy of a model's buffers, to restore them."""
 
     def __init__(self, model: nn.Module) -> None:
         self._before = [
@@ -248,7 +248,7 @@ def difference(outputs: Any, reference: Any) -> float | None:
 
 
 def _pieces(tensor: Tensor) -> list[Tensor]:
-    """The elements in pieces, for that a comparison takes little memory."""
+    """The elements in pieces, so that a comparison takes little memory."""
     tensor = tensor.detach().reshape(-1)
     wide = tensor if tensor.dtype == torch.float64 else tensor.float()
     return list(torch.split(wide, _PIECE)) if wide.numel() else []

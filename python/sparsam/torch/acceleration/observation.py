@@ -1,4 +1,4 @@
-"""What one run of the dense model shows: its outputs, what its layers are called with, what follows them."""
+"""Observation of the dense model: its outputs, the inputs of its layers, and what follows them."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ _ABOUT = (torch.Size, torch.dtype, torch.device, torch.layout, bool, int)
 
 @dataclass(frozen=True)
 class Observation:
-    """What the dense model does with the examples.
+    """What was observed when the dense model ran the examples.
 
     Attributes:
-        outputs: What it returns for each.
+        outputs: The model's outputs for each example.
         calls: Name of a layer -> shape of its input, or of the query of attention -> number of calls. The
             shape is None for a call with anything but one plain tensor, named `input` if at all.
         to_itself: Names of the attention whose query is always the key and the value too.
-        followers: Activations that could become part of layers.
+        followers: Activations that could be fused into layers.
     """
 
     outputs: Sequence[Any]
@@ -86,7 +86,7 @@ def observe_sequences(
 
 
 class _Trace:
-    """What layers are called with, and which modules their outputs go to."""
+    """The inputs of layers, and the modules that use their outputs."""
 
     def __init__(self, layers: Mapping[int, str]) -> None:
         self._layers = layers  # names by id

@@ -1,4 +1,4 @@
-"""What came of the steps of `accelerate`, as rows and the closing line of the report."""
+"""The results of the steps of `accelerate`, as rows and summary of the report."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _PADDED = (
 
 @dataclass(frozen=True)
 class Outcome:
-    """What the steps found out.
+    """The results of the steps.
 
     Attributes:
         calls: Shapes of the inputs of each candidate, with the number of calls.
@@ -63,7 +63,7 @@ def in_order(model: nn.Module, rows: Mapping[str, LayerRow]) -> tuple[LayerRow, 
 
 
 def closing(model: nn.Module, rows: Mapping[str, LayerRow], outcome: Outcome) -> str:
-    """What came of it, in a sentence: why, where it is nothing."""
+    """The summary in a sentence, with the reason if nothing was packed."""
     slower = None if outcome.gain is None else outcome.gain.slower
     differs = any(row.reason.startswith(DIFFERS) for row in rows.values())
     padded = differs and any(isinstance(module, nn.TransformerEncoder) for module in model.modules())

@@ -1,4 +1,4 @@
-"""What `accelerate` measured and did: as text, JSON or plain data."""
+"""The report of `accelerate`: as text, JSON or plain data."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["AccelerationReport", "LayerRow"]
 
 @dataclass(frozen=True)
 class LayerRow:
-    """What became of one layer.
+    """The measurements of one layer, and whether it was swapped.
 
     Attributes:
         name: The layer's name in the model.
@@ -59,7 +59,7 @@ class LayerRow:
 
 @dataclass(frozen=True)
 class AccelerationReport:
-    """What `accelerate` did, layer by layer and in total.
+    """The report of `accelerate`, layer by layer and in total.
 
     `print(report)` shows an aligned table, a notebook shows one in HTML; like layers are one line there.
 
@@ -74,7 +74,7 @@ class AccelerationReport:
             output; None where no output could be compared.
         disturbed: Whether other work kept the CPUs busy meanwhile. Times within the model are then the CPUs'
             own for each thread, those of the model the least.
-        summary: What came of it, in a sentence.
+        summary: The result in a sentence.
     """
 
     layers: tuple[LayerRow, ...]
@@ -122,7 +122,7 @@ class AccelerationReport:
         return to_html(self.layers, self._totals())
 
     def _totals(self) -> list[str]:
-        """What is said of the whole model."""
+        """The lines about the whole model."""
         lines = []
         if self.speedup is not None:
             after = f"{self.before_ms:,.2f} ms before, {self.after_ms:,.2f} ms after: {self.speedup:.2f}x"

@@ -1,4 +1,4 @@
-"""Whether the model runs as before with packed layers in it and gains by them; else which ones to leave."""
+"""Checks that a model with packed layers computes the same and is faster; else leaves layers dense."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Trial:
 
 @dataclass(frozen=True)
 class Gain:
-    """What the whole model gains.
+    """The speed-up of the whole model.
 
     Attributes:
         swap: The layers with which it gains most.

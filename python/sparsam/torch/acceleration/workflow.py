@@ -48,7 +48,7 @@ def accelerate(
     seconds: float = 20.0,
     verbose: bool = True,
 ) -> AccelerationReport:
-    """Swaps the layers of a pruned model that are faster packed, in place, and says what that brought.
+    """Replaces the layers of a pruned model that are faster packed, in place, and reports the speed-up.
 
     Linear (and Hugging Face's Conv1D), Conv1d and Conv2d layers with at least a tenth of zeros are tried, and
     MultiheadAttention, whose projections are packed, each within the model, in turn with the dense layer. An

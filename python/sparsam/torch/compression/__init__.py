@@ -1,4 +1,4 @@
-"""The whole path for a Hugging Face directory: prune, recover, accelerate, save, and measure each stage.
+"""The whole pipeline for a Hugging Face directory: prune, recover, accelerate, save, and measure each stage.
 
 `workflow` is `compress`; `model_directory` reads and writes models, `texts` makes batches of text, `quality`
 compares a model with its dense original on texts that it was not calibrated with, `timing` measures both in

@@ -1,4 +1,4 @@
-"""What `compress` did: quality, bytes and time of the dense model and of each stage after it."""
+"""The report of `compress`: quality, bytes and time of the dense model and of each stage."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ __all__ = ["CompressionReport", "Stage"]
 
 @dataclass(frozen=True)
 class Stage:
-    """The model at one point.
+    """The model after one stage.
 
     Attributes:
         name: "dense", "pruned", "distilled" or "accelerated".
-        sparsity: Of the weights that were pruned.
-        quality: On held-out texts.
-        nbytes: Of its weight files; None of what was not saved.
-        seconds: It took to get there.
+        sparsity: The sparsity of the pruned weights.
+        quality: The quality on held-out texts.
+        nbytes: The bytes of its weight files; None if it was not saved.
+        seconds: The time the stage took, in seconds.
     """
 
     name: str
@@ -38,14 +38,14 @@ class CompressionReport:
 
     Attributes:
         model: The directory that was read.
-        texts: What it was calibrated with and measured on, in words.
-        stages: The dense model, then what became of it.
+        texts: A description of the calibration and held-out texts.
+        stages: The dense model and each stage after it.
         curve: (sparsity, quality) of pruning by magnitude, without calibration.
-        recovered: (sparsity, quality) of the pruning that was asked for, before any distillation.
-        timings: Of the dense model beside the accelerated one.
+        recovered: (sparsity, quality) of the requested pruning, before any distillation.
+        timings: The times of the dense and of the accelerated model.
         pruning: Each weight's sparsity and error.
-        acceleration: What runs packed.
-        seconds: All of it.
+        acceleration: The report of `accelerate`.
+        seconds: The total time, in seconds.
     """
 
     model: str

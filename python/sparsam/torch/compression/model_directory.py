@@ -20,14 +20,14 @@ _ENDINGS = ("safetensors", "bin", "h5", "msgpack", "onnx", "gguf", "pt", "pth", 
 
 @dataclass(frozen=True)
 class ModelDirectory:
-    """What was read from a directory.
+    """The content of a directory.
 
     Attributes:
         path: The directory.
-        model: On the CPU, float32, in eval mode.
-        tokenizer: That goes with it.
+        model: The model, on the CPU, in float32 and eval mode.
+        tokenizer: Its tokenizer.
         causal: Whether it is a language model that predicts the next token.
-        longest: The most tokens that it takes at once.
+        longest: The largest number of tokens it accepts.
     """
 
     path: Path
@@ -95,7 +95,7 @@ def without_bars() -> Iterator[None]:
 def copy_companions(source: Path, target: Path) -> None:
     """Copies what a directory holds beside its weights: tokenizer, generation and pooling files, folders.
 
-    What is in `target` already stays.
+    Existing files in `target` are kept.
     """
     for item in sorted(source.iterdir()):
         if (target / item.name).exists() or _holds_weights(item):

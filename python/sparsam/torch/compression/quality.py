@@ -1,4 +1,4 @@
-"""How near a model is to its dense original, on texts without labels that it was not calibrated with."""
+"""The quality of a model relative to its dense original, on unlabelled held-out texts."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _PAIRS = 20_000
 
 @dataclass(frozen=True)
 class Quality:
-    """A measure, and what a model reached.
+    """A quality measure and its value for a model.
 
     Attributes:
         measure: "similarity": Spearman's rank correlation between the cosine similarities of pairs of texts
@@ -40,7 +40,7 @@ class Quality:
 
 
 class QualityMeasure:
-    """Measures models on the same held-out text, by what the dense model says of it.
+    """Measures models on the same held-out text, against the outputs of the dense model.
 
     The dense model runs over the text once, when this is made.
     """
@@ -66,7 +66,7 @@ class QualityMeasure:
                 self.measure, self._embeddings = "similarity", _embeddings(dense, batches)
 
     def of(self, model: nn.Module) -> Quality:
-        """The quality of a model; that of the dense one itself is what others are compared with."""
+        """Returns the quality of a model."""
         with torch.inference_mode():
             if self.measure == "perplexity":
                 value = _perplexity(model, self._batches)
@@ -78,7 +78,7 @@ class QualityMeasure:
 
 
 def check_outputs(model: nn.Module, batch: dict[str, Tensor]) -> None:
-    """Raises the ValueError that says why a model cannot be measured; `batch`: of the held-out text."""
+    """Raises ValueError, with the reason, if a model cannot be measured; `batch` is held-out text."""
     wanted = "one that takes plain text and returns logits or last_hidden_state"
     do = "load its base model and save that, or call sparsam.torch.prune with inputs of your own"
     kind = type(model).__name__

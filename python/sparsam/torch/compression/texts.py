@@ -27,9 +27,9 @@ class TextBatches:
     """Texts as keyword inputs of a model.
 
     Attributes:
-        calibration: What the model is pruned and distilled with.
+        calibration: The batches to prune and distill with.
         held_out: Other texts, for measuring quality.
-        unit: What a row of a batch is: "sentences" or "windows".
+        unit: What a row of a batch is, "sentences" or "windows".
     """
 
     calibration: list[Batch]

@@ -49,20 +49,20 @@ def compress(
     shapes: Sequence[tuple[int, int]] | None = None,
     progress: Callable[[str, int, int], None] = lambda *_: None,
 ) -> CompressionReport:
-    """Makes a Hugging Face model smaller and faster, measures what that cost, and saves it.
+    """Makes a Hugging Face model smaller and faster, measures its quality, and saves it.
 
-    The model is pruned in sequence towards the outputs of the dense one (`prune` with calibration), distilled
-    from it if asked to, and its pruned layers run packed where that is faster (`accelerate`). One text in
-    ten, 256 at most, is held out: the quality of each stage is measured on these alone.
+    The model is pruned in sequence towards the outputs of the dense one (`prune` with calibration),
+    optionally distilled from it, and its pruned layers run packed where that is faster (`accelerate`). One
+    text in ten, 256 at most, is held out: the quality of each stage is measured on these alone.
 
     Args:
         model: A directory that transformers reads: an encoder or a decoder, with its tokenizer.
         calibration: A UTF-8 file with a text on each line, or the texts; no labels.
-        output: The directory to write; it must not exist. Everything that `model` holds beside its weights is
-            there too; `from_pretrained` reads it once `sparsam.torch.huggingface` is imported.
+        output: The directory to write; it must not exist. Everything in `model` besides its weights is
+            copied; `from_pretrained` reads it once `sparsam.torch.huggingface` is imported.
         config: What to prune; `PruningConfig(target_sparsity=0.8, method="admm")` if left out.
-        distill_minutes: How long to train on the texts afterwards; 0: not at all. Where the held-out quality
-            is not better for it, the weights of before are kept.
+        distill_minutes: How long to train on the texts afterwards; 0: not at all. If that does not improve
+            the held-out quality, the weights from before are kept.
         shapes: (texts, tokens) of the inputs that the model is accelerated for and timed with.
         progress: Called with what is being done, and how many of how many parts are finished.
 
@@ -70,8 +70,8 @@ def compress(
         Quality, bytes and time of each stage.
 
     Raises:
-        ValueError: No model that it can do, too little text, `output` exists or is inside `model`; what
-            `prune` raises.
+        ValueError: The model is not supported, there is too little text, `output` exists or is inside
+            `model`; as for `prune`.
         ImportError: transformers is not installed.
     """
     start = time.perf_counter()
@@ -133,7 +133,7 @@ def compress(
 
 
 def _shapes(source: ModelDirectory, shapes: Sequence[tuple[int, int]] | None) -> tuple[tuple[int, int], ...]:
-    """The shapes asked for, checked; or else the usual ones."""
+    """The requested shapes, checked, or the default ones."""
     if not shapes:
         return tuple((rows, min(tokens, source.longest)) for rows, tokens in _SHAPES[source.causal])
     for rows, tokens in shapes:
@@ -144,7 +144,7 @@ def _shapes(source: ModelDirectory, shapes: Sequence[tuple[int, int]] | None) ->
 
 
 class _Work:
-    """The model on its way, its dense original, and what was measured so far."""
+    """The model being compressed, its dense original, and the measurements so far."""
 
     def __init__(self, source: ModelDirectory, batches: TextBatches) -> None:
         self.dense: nn.Module = copy.deepcopy(source.model)
@@ -161,7 +161,7 @@ class _Work:
         self._since = time.perf_counter()
 
     def keep_the_better(self, before: Mapping[str, Tensor]) -> None:
-        """Undoes the last stage if its quality is less than that of the one before it."""
+        """Undoes the last stage if its quality is lower than that of the stage before."""
         earlier, last = (stage.quality for stage in self.stages[-2:])
         if last.value > earlier.value if last.measure == "perplexity" else last.value < earlier.value:
             with torch.no_grad():
@@ -169,7 +169,7 @@ class _Work:
                     tensor.copy_(before[name])
 
     def curve(self, config: PruningConfig) -> tuple[tuple[float, float], ...]:
-        """What pruning by magnitude gives at some sparsities, on copies of the dense model."""
+        """The quality after magnitude pruning at some sparsities, on copies of the dense model."""
         points = [(0.0, self.stages[0].quality.value)]
         plain = PruningConfig(exclude=config.exclude)
         for sparsity in _CURVE:

@@ -1,4 +1,4 @@
-"""What there is to store of a model: its tensors, pruned ones as values and bits, and the manifest."""
+"""What to store of a model: its tensors (pruned ones as values and bits) and the manifest."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ __all__ = ["Contents"]
 
 @dataclass(frozen=True)
 class Contents:
-    """A model as a file holds it.
+    """The content of a file for a model.
 
     Attributes:
         tensors: The tensors of the file. No two of them share memory.
-        manifest: What the metadata says of them.
+        manifest: The metadata that describes them.
     """
 
     tensors: dict[str, Tensor]
@@ -40,7 +40,7 @@ class Contents:
         ties: Mapping[str, str] | None = None,
         buffers: bool = True,
     ) -> Contents:
-        """Collects what there is to store.
+        """Collects what to store of a model.
 
         Args:
             model: The model.

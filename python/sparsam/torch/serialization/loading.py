@@ -29,9 +29,9 @@ class Loaded:
     """The content of a file that fits a model.
 
     Attributes:
-        weights: Its pruned weights.
+        weights: The pruned weights of the file.
         rest: The tensors of the model's state dict that are stored as they are.
-        buffers: Those that the state dict lacks, for a model on the meta device.
+        buffers: Buffers that the state dict lacks, for a model on the meta device.
     """
 
     weights: StoredWeights
@@ -69,7 +69,7 @@ class Loaded:
         return cls(weights, rest, buffers)
 
     def swap_in(self, model: nn.Module) -> int:
-        """Gives the model these weights, and the packed layers; returns how many these are."""
+        """Gives the model these weights and packed layers; returns the number of packed layers."""
         with torch.inference_mode(False), torch.no_grad():
             tie(model, self.weights.manifest.tied)
             self.weights.pack(model)
@@ -83,7 +83,7 @@ class Loaded:
 
 
 def check_layers(manifest: Manifest, modules: Mapping[str, nn.Module]) -> None:
-    """Raises ValueError where the layers and activations of a file are no such modules in the model."""
+    """Raises ValueError if layers or activations of a file are missing or different in the model."""
     for name, layer in manifest.layers.items():
         path, attribute = place(name)
         module = modules.get(path)
@@ -133,7 +133,7 @@ def _can_compute(module: nn.Module, attribute: str) -> bool:
 
 
 def _check_names(manifest: Manifest, state: Mapping[str, Any], found: set[str]) -> None:
-    """Raises where the names of the tensors are not those that the model needs."""
+    """Raises ValueError if the names of the tensors are not those that the model needs."""
     if strange := sorted(manifest.tied.keys() - state.keys()):
         msg = f"metadata 'tied': expected tensors that the model has; got {strange[0]!r}; {_DO}"
         raise ValueError(msg)
@@ -147,7 +147,7 @@ def _check_names(manifest: Manifest, state: Mapping[str, Any], found: set[str]) 
 
 
 def _check_tensor(name: str, own: Any, manifest: Manifest, rest: Mapping[str, Tensor]) -> None:
-    """Raises where a tensor of the model is not like the one in the file."""
+    """Raises ValueError if a tensor of the model does not match the one in the file."""
     stored = manifest.stored(name)
     if (weight := manifest.weights.get(stored)) is not None:
         shape, dtype = weight.shape, weight.dtype

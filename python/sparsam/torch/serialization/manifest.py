@@ -1,4 +1,4 @@
-"""What the file of an accelerated model says about its tensors, as text in its metadata."""
+"""The description of an accelerated model's tensors, as text in the metadata of its file."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class Layer(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     Attributes:
         groups: The groups of a convolution; otherwise 1.
-        activation: What is applied to its sums, or None.
+        activation: The activation that the layer computes, or None.
         forms: The forms that its packed weight has in memory.
         computed: The dtype of the packed values where the weight is computed from other tensors, by
             torch.nn.utils.parametrize or prune; None where it is a tensor of its own.
@@ -64,7 +64,7 @@ class Layer(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     @classmethod
     def of(cls, weight: PackedParameter, activation: str | None) -> Layer:
-        """What there is to say of a layer with that weight."""
+        """Describes a layer with that weight."""
         packed = weight.tensor.packed
         computed = None if weight.name in weight.module._parameters else dtype_name(packed.dtype)
         return cls(packed.groups, activation, packed.forms, computed)
@@ -72,7 +72,7 @@ class Layer(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 @dataclass(frozen=True)
 class Manifest:
-    """All that the metadata says.
+    """The content of the metadata.
 
     Attributes:
         weights: The tensors that are stored as values and bits.
@@ -103,7 +103,7 @@ class Manifest:
 
     @classmethod
     def from_metadata(cls, metadata: Mapping[str, str]) -> Manifest:
-        """Reads metadata, and believes nothing.
+        """Reads and checks metadata.
 
         Raises:
             ValueError: It is not what `to_metadata` writes.

@@ -27,11 +27,11 @@ def unsaved_tensors(model: nn.Module) -> Iterator[str]:
 
 
 def tie(model: nn.Module, tied: Mapping[str, str]) -> None:
-    """Makes one Parameter of those on the meta device that are one; `init_empty_weights` takes them apart.
+    """Shares Parameters on the meta device again, which `init_empty_weights` separates.
 
     Args:
         model: The model.
-        tied: Name of a tensor -> the name of the one that it is.
+        tied: Name of a tensor -> the name of the tensor whose memory it shares.
     """
     parameters = dict(model.named_parameters(remove_duplicate=False))
     for name, source in tied.items():
@@ -44,7 +44,7 @@ def tie(model: nn.Module, tied: Mapping[str, str]) -> None:
 def materialize(model: nn.Module) -> None:
     """Gives memory to what is on the meta device, and none to dense weights behind packed ones.
 
-    Tensors that were one are one afterwards. What they hold is undefined.
+    Shared tensors stay shared. Their values are undefined.
     """
     made: dict[int, tuple[Tensor, Tensor]] = {}  # with the old one, whose id is not to be given again
 

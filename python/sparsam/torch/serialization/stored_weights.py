@@ -1,4 +1,4 @@
-"""The pruned weights of a file on their way into a model."""
+"""Loading of a file's pruned weights into a model."""
 
 from __future__ import annotations
 
@@ -32,18 +32,18 @@ class StoredWeights:
     ones, so that a model on the meta device never needs memory for both.
 
     Attributes:
-        manifest: What the file says of them.
+        manifest: The file's description of them.
     """
 
     def __init__(self, manifest: Manifest) -> None:
-        """Begins with none."""
+        """Starts without weights."""
         self.manifest = manifest
         self._parts: dict[_Use, list[Packed]] = {}
         self._layers: dict[tuple[int, str], PackedLayer] = {}  # by the id of the module, and the attribute
         self._own = {".".join(place(n)) for n, layer in manifest.layers.items() if layer.computed is None}
 
     def add(self, name: str, encoded: Encoded) -> None:
-        """Takes one.
+        """Adds one weight.
 
         Raises:
             ValueError: Values and bits do not fit together.
@@ -56,7 +56,7 @@ class StoredWeights:
             self._parts[use] = encoded.parts(name, rows, cols, use[1])
 
     def missing(self) -> list[str]:
-        """The names of those that were not added."""
+        """The names of the weights that were not added."""
         return sorted(self.manifest.weights.keys() - {use[0] for use in self._parts})
 
     def pack(self, model: nn.Module) -> None:

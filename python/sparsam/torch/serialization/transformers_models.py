@@ -1,4 +1,4 @@
-"""What happens to models of Hugging Face transformers, without importing that for others."""
+"""Support for Hugging Face transformers' models, without importing transformers for others."""
 
 from __future__ import annotations
 

@@ -22,6 +22,8 @@ py::dtype numpy_dtype(DType t) {
       return py::dtype("float32");
     case DType::f64:
       return py::dtype("float64");
+    case DType::i8:
+      return py::dtype("int8");
     default:
       return py::dtype::from_args(py::module_::import("ml_dtypes").attr("bfloat16"));
   }
@@ -31,18 +33,19 @@ const char* name_of(DType t) {
   return t == DType::f16    ? "float16"
          : t == DType::bf16 ? "bfloat16"
          : t == DType::f32  ? "float32"
+         : t == DType::i8   ? "int8"
                             : "float64";
 }
 
 FormKind kind_of(const std::string& what, const std::string& name) {
-  for (const FormKind kind : {FormKind::bitmask, FormKind::panels})
+  for (const FormKind kind : kFormKinds)
     if (name == name_of(kind)) return kind;
-  throw py::value_error(what + " '" + name + "': expected bitmask or panels");
+  throw py::value_error(what + " '" + name + "': expected bitmask, panels or slots");
 }
 
 std::vector<std::string> forms(const PackedMatrix& w) {
   std::vector<std::string> names;
-  for (const FormKind kind : {FormKind::bitmask, FormKind::panels})
+  for (const FormKind kind : kFormKinds)
     if (w.find(kind) != nullptr) names.emplace_back(name_of(kind));
   return names;
 }
@@ -82,16 +85,49 @@ PackedMatrix from_mask(const py::array& w, const Words& words) {
   return PackedMatrix(pack_bitmask(view, rows, cols, mask));
 }
 
-PackedMatrix from_parts(std::size_t rows, std::size_t cols, const Bytes& bits, const py::array& values) {
-  value_dtype(values);
-  const View view = view_of(values);
+void check_bits(std::size_t rows, std::size_t cols, const Bytes& bits) {
   check_size(rows, cols);
   if (static_cast<std::size_t>(bits.size()) != rows * ((cols + 7) / 8))
     throw py::value_error(std::to_string(bits.size()) + " mask bytes: expected " +
                           std::to_string(rows * ((cols + 7) / 8)));
+}
+
+PackedMatrix from_parts(std::size_t rows, std::size_t cols, const Bytes& bits, const py::array& values) {
+  value_dtype(values);
+  const View view = view_of(values);
+  check_bits(rows, cols, bits);
   const std::uint8_t* const from = bits.data();
   const py::gil_scoped_release release;
   return PackedMatrix(pack_bitmask(rows, cols, from, view));
+}
+
+using Int8s = py::array_t<std::int8_t, py::array::c_style>;
+
+void check_scales(std::size_t rows, const Floats& scales) {
+  if (scales.ndim() != 1 || static_cast<std::size_t>(scales.size()) != rows)
+    throw py::value_error("scales: expected " + std::to_string(rows) + ", one for each row");
+}
+
+PackedMatrix pack_quantised(const Int8s& w, const Floats& scales) {
+  if (w.ndim() != 2) throw py::value_error("w: expected two dimensions");
+  const auto rows = static_cast<std::size_t>(w.shape(0)), cols = static_cast<std::size_t>(w.shape(1));
+  check_scales(rows, scales);
+  const std::int8_t* const from = w.data();
+  const float* const scale = scales.data();
+  const py::gil_scoped_release release;
+  return PackedMatrix(pack_int8(from, rows, cols, scale));
+}
+
+PackedMatrix from_int8_parts(std::size_t rows, std::size_t cols, const Bytes& bits, const Int8s& values,
+                             const Floats& scales) {
+  check_bits(rows, cols, bits);
+  check_scales(rows, scales);
+  const std::uint8_t* const from = bits.data();
+  const std::int8_t* const value = values.data();
+  const float* const scale = scales.data();
+  const auto n = static_cast<std::size_t>(values.size());
+  const py::gil_scoped_release release;
+  return PackedMatrix(pack_int8(rows, cols, from, value, n, scale));
 }
 
 // Keeps a Python object alive; it may be let go by a thread that does not hold the GIL.
@@ -136,7 +172,7 @@ void add(PackedMatrix& w, const std::string& name) {
 
 void keep(PackedMatrix& w, const std::vector<std::string>& names) {
   PackedMatrix kept = w;
-  for (const FormKind kind : {FormKind::bitmask, FormKind::panels})
+  for (const FormKind kind : kFormKinds)
     if (std::find(names.begin(), names.end(), name_of(kind)) == names.end()) kept.erase(kind);
   for (const std::string& name : names) kind_of("form", name);
   if (forms(kept).empty())
@@ -159,7 +195,7 @@ py::array buffer(const PackedMatrix& w, const std::string& name) {
 
 std::size_t nbytes(const PackedMatrix& w) {
   std::size_t n = 0;
-  for (const FormKind kind : {FormKind::bitmask, FormKind::panels})
+  for (const FormKind kind : kFormKinds)
     if (const FormPtr& form = w.find(kind); form != nullptr) n += form->bytes();
   return n;
 }
@@ -184,9 +220,19 @@ py::array values(const PackedMatrix& w) {
   return out;
 }
 
+Floats scales(const PackedMatrix& w) {
+  const bool int8 = w.any().dtype() == DType::i8;
+  Floats out(int8 ? static_cast<py::ssize_t>(w.any().rows()) : 0);
+  float* const to = out.mutable_data();
+  const PackedMatrix copy = w;
+  const py::gil_scoped_release release;
+  if (int8) copy.scales(to);
+  return out;
+}
+
 py::array unpack(const PackedMatrix& w) {
   const Form& form = w.any();
-  py::array out(numpy_dtype(form.dtype()),
+  py::array out(numpy_dtype(form.dtype() == DType::i8 ? DType::f32 : form.dtype()),
                 {static_cast<py::ssize_t>(form.rows()), static_cast<py::ssize_t>(form.cols())});
   void* const to = out.mutable_data();
   const PackedMatrix copy = w;
@@ -285,6 +331,9 @@ void register_matmul(py::module_& m) {
       .def_static("from_mask", &from_mask, py::arg("w"), py::arg("mask").noconvert())
       .def_static("from_parts", &from_parts, py::arg("rows"), py::arg("cols"), py::arg("bits"),
                   py::arg("values"))
+      .def_static("pack_int8", &pack_quantised, py::arg("w").noconvert(), py::arg("scales").noconvert())
+      .def_static("from_int8_parts", &from_int8_parts, py::arg("rows"), py::arg("cols"), py::arg("bits"),
+                  py::arg("values").noconvert(), py::arg("scales").noconvert())
       .def_static("from_buffers", &from_buffers, py::arg("buffers"), py::kw_only(),
                   py::arg("trusted") = false)
       .def_property_readonly("rows", [](const PackedMatrix& w) { return w.any().rows(); })
@@ -299,6 +348,7 @@ void register_matmul(py::module_& m) {
       .def("buffer", &buffer, py::arg("form"))
       .def("bits", &bits)
       .def("values", &values)
+      .def("scales", &scales)
       .def("unpack", &unpack)
       .def("linear", &multiply, py::arg("kernel"), py::arg("x").noconvert(), py::arg("bias").noconvert(),
            py::arg("activation"), py::arg("out").noconvert())

@@ -4,14 +4,10 @@
 #include "activations-inl.hpp"
 #include "matmul.hpp"
 #include "sparsam/check.hpp"
-
-#define SPARSAM_INLINE inline __attribute__((always_inline))
+#include "stores-inl.hpp"
 
 namespace sparsam::SPARSAM_TARGET {
 namespace {
-
-constexpr std::size_t kLanes = Floats::kLanes;
-static_assert(kLanes <= kMaxLanes && 64 % kLanes == 0);
 
 // The first n (at most a vector) elements at p as floats, 0 in the other lanes; x is float32 or bfloat16.
 SPARSAM_INLINE Floats::Reg load_x(const float* p) { return Floats::load(p); }
@@ -25,35 +21,6 @@ SPARSAM_INLINE Floats::Reg load_x(const Bfloat* p, std::size_t n) {
 
 void widen(const std::uint16_t* bfloats, std::size_t n, float* to) {
   for (std::size_t i = 0; i < n; ++i) to[i] = to_float(Bfloat{bfloats[i]});
-}
-
-// To the nearest bfloat16, ties to even; a NaN stays one.
-SPARSAM_INLINE void narrow(const float* from, std::size_t n, Bfloat* to) {
-  for (std::size_t i = 0; i < n; ++i) {
-    std::uint32_t bits;
-    __builtin_memcpy(&bits, from + i, sizeof bits);
-    const std::uint32_t rounded = bits + 0x7fff + (bits >> 16 & 1);
-    const std::uint32_t quiet = bits | 0x400000;
-    to[i].bits = static_cast<std::uint16_t>(((bits & 0x7fffffff) > 0x7f800000 ? quiet : rounded) >> 16);
-  }
-}
-
-// The first n lanes to y.
-SPARSAM_INLINE void store_y(float* to, Floats::Reg r, std::size_t n) {
-  if (n == kLanes)
-    Floats::store(to, r);
-  else
-    Floats::store_partial(to, r, n);
-}
-SPARSAM_INLINE void store_y(Bfloat* to, Floats::Reg r, std::size_t n) {
-  float lanes[kLanes];
-  Bfloat narrowed[kLanes];
-  Floats::store(lanes, r);
-  narrow(lanes, kLanes, narrowed);
-  if (n == kLanes)
-    __builtin_memcpy(to, narrowed, sizeof narrowed);
-  else
-    __builtin_memcpy(to, narrowed, n * sizeof(Bfloat));
 }
 
 // Adds the bias of rows [row, row + count) and applies the activation to sums that lie row by row in lanes.

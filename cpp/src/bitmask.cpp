@@ -81,6 +81,26 @@ FormPtr pack_rows(const View& w, std::size_t rows, std::size_t cols, bool read_t
   });
 }
 
+// Of the form on disk.
+Memory words_of(std::size_t rows, std::size_t cols, const std::uint8_t* bits) {
+  const std::size_t row_words = words_for(cols), row_bytes = (cols + 7) / 8;
+  Memory memory(8 * rows * row_words);
+  Words words = memory.as<std::uint64_t>();
+  for (std::size_t r = 0; r < rows && row_bytes > 0; ++r, words += row_words) {
+    words[row_words - 1] = 0;
+    std::memcpy(words, bits + r * row_bytes, row_bytes);
+    if (cols % 64 != 0 && words[row_words - 1] >> cols % 64 != 0)
+      throw std::invalid_argument("row " + std::to_string(r) + ": bits past the last column are set");
+  }
+  return memory;
+}
+
+void check_count(std::size_t values, std::size_t bits) {
+  if (values != bits)
+    throw std::invalid_argument(std::to_string(values) + " values for " + std::to_string(bits) +
+                                " bits that are set");
+}
+
 }  // namespace
 
 FormPtr pack_bitmask(const View& w, std::size_t rows, std::size_t cols) {
@@ -96,20 +116,10 @@ FormPtr pack_bitmask(const View& w, std::size_t rows, std::size_t cols, const st
 }
 
 FormPtr pack_bitmask(std::size_t rows, std::size_t cols, const std::uint8_t* bits, const View& values) {
-  const std::size_t row_words = words_for(cols), row_bytes = (cols + 7) / 8;
-  const Memory memory(8 * rows * row_words);
-  Words words = memory.as<std::uint64_t>();
-  for (std::size_t r = 0; r < rows && row_bytes > 0; ++r, words += row_words) {
-    words[row_words - 1] = 0;
-    std::memcpy(words, bits + r * row_bytes, row_bytes);
-    if (cols % 64 != 0 && words[row_words - 1] >> cols % 64 != 0)
-      throw std::invalid_argument("row " + std::to_string(r) + ": bits past the last column are set");
-  }
+  const Memory memory = words_of(rows, cols, bits);
   const FormWriter writer = begin(memory.as<std::uint64_t>(), rows, cols, values.dtype());
   const std::size_t nnz = writer.header().nnz;
-  if (nnz != values.size())
-    throw std::invalid_argument(std::to_string(values.size()) + " values for " + std::to_string(nnz) +
-                                " bits that are set");
+  check_count(values.size(), nnz);
   with_bits(item_size(values.dtype()), [&](auto width) {
     using Bits = decltype(width);
     Bits* const own = writer.section<Bits>(2);
@@ -117,6 +127,49 @@ FormPtr pack_bitmask(std::size_t rows, std::size_t cols, const std::uint8_t* bit
     if (from != own && nnz > 0) std::memcpy(own, from, nnz * sizeof(Bits));
   });
   return writer.finish();
+}
+
+FormPtr int8_bitmask(const std::uint64_t* words, std::size_t rows, std::size_t cols,
+                     const std::int8_t* values, const float* scales) {
+  const FormWriter writer = begin(words, rows, cols, DType::i8);
+  if (const std::string fault = fault_of_int8(values, writer.header().nnz, scales, rows); !fault.empty())
+    throw std::invalid_argument(fault);
+  std::copy_n(values, writer.header().nnz, writer.section<std::int8_t>(2));
+  std::copy_n(scales, rows, writer.section<float>(3));
+  return writer.finish();
+}
+
+FormPtr pack_int8(const std::int8_t* w, std::size_t rows, std::size_t cols, const float* scales) {
+  const std::size_t row_words = words_for(cols);
+  const Memory words(8 * rows * row_words);
+  std::fill_n(words.as<std::uint64_t>(), rows * row_words, 0);
+  RowTasks(rows, cols).run([&](std::size_t, std::size_t r) {
+    std::uint64_t* const to = words.as<std::uint64_t>() + r * row_words;
+    for (std::size_t c = 0; c < cols; ++c) to[c / 64] |= std::uint64_t{w[r * cols + c] != 0} << c % 64;
+  });
+  std::vector<std::int8_t> values;
+  for (std::size_t i = 0; i < rows * cols; ++i)
+    if (w[i] != 0) values.push_back(w[i]);
+  return int8_bitmask(words.as<std::uint64_t>(), rows, cols, values.data(), scales);
+}
+
+FormPtr pack_int8(std::size_t rows, std::size_t cols, const std::uint8_t* bits, const std::int8_t* values,
+                  std::size_t n_values, const float* scales) {
+  const Memory words = words_of(rows, cols, bits);
+  const std::size_t nnz = count_words(words.as<std::uint64_t>(), rows * words_for(cols));
+  check_count(n_values, nnz);
+  return int8_bitmask(words.as<std::uint64_t>(), rows, cols, values, scales);
+}
+
+std::string fault_of_int8(const std::int8_t* values, std::size_t nnz, const float* scales, std::size_t rows) {
+  for (std::size_t i = 0; i < nnz; ++i)
+    if (!is_int8_value(values[i]))
+      return "values: expected -64 to 64 and not 0; got " + std::to_string(values[i]);
+  for (std::size_t r = 0; r < rows; ++r)
+    if (!is_scale(scales[r]))
+      return "scales: expected positive, normal numbers; got " + std::to_string(scales[r]) + " for row " +
+             std::to_string(r);
+  return {};
 }
 
 std::string fault_of(const BitmaskView& w, const FormHeader& header) {

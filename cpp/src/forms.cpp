@@ -24,19 +24,28 @@ void check_header(const FormHeader& h, std::size_t bytes) {
     refuse("expected a form of a packed weight, which begins with 'sparsam'");
   if (h.version != FormHeader::kVersion)
     refuse("expected version " + std::to_string(FormHeader::kVersion) + "; got " + std::to_string(h.version));
-  const bool panels = h.kind == FormKind::panels;
-  if (!panels && h.kind != FormKind::bitmask)
-    refuse("expected form 1 (bitmask) or 2 (panels); got " + std::to_string(static_cast<int>(h.kind)));
-  if (h.dtype > static_cast<std::uint8_t>(DType::f32))
-    refuse("expected values of dtype 0, 1 or 2; got " + std::to_string(h.dtype));
+  const bool panels = h.kind == FormKind::panels, slots = h.kind == FormKind::slots;
+  const bool int8 = h.dtype == static_cast<std::uint8_t>(DType::i8);
+  if (!panels && !slots && h.kind != FormKind::bitmask)
+    refuse("expected form 1 (bitmask), 2 (panels) or 3 (slots); got " +
+           std::to_string(static_cast<int>(h.kind)));
+  if (h.dtype > static_cast<std::uint8_t>(DType::f32) && !int8)
+    refuse("expected values of dtype 0, 1, 2 or 4; got " + std::to_string(h.dtype));
+  if (int8 ? panels : slots) refuse("expected panels of float values, or slots of int8 values");
   if (h.shared_rows != 0 && (h.shared_rows != 4 || h.rows == 0 || h.rows % 4 != 0))
     refuse("expected 0, or 4 for rows in fours, as the number of rows that share columns; got " +
            std::to_string(h.shared_rows));
   if (h.rows > kLargest || h.cols > kLargest || (h.cols > 0 && h.rows > kLargest / h.cols) ||
       h.nnz > h.rows * h.cols)
     refuse("expected at most 2^40 weights, and no more nonzero ones");
-  const bool depth_fits = panels ? h.depth > 0 && h.depth <= kMaxDepth && h.depth % 64 == 0 : h.depth == 0;
-  if (!depth_fits || h.units > bytes || h.steps > bytes || (!panels && h.units + h.steps != 0))
+  if (slots && !((h.depth == 16 && h.units == 8) || (h.depth == 64 && h.units == 16)))
+    refuse("expected 8 rows with windows of 16, or 16 with windows of 64");
+  if (slots && (h.cols > kInt8Columns || h.rows >= UINT32_MAX))
+    refuse("expected at most " + std::to_string(kInt8Columns) + " columns and 2^32 rows");
+  const bool depth_fits =
+      slots || (panels ? h.depth > 0 && h.depth <= kMaxDepth && h.depth % 64 == 0 : h.depth == 0);
+  if (!depth_fits || h.units > bytes || h.steps > bytes ||
+      (h.kind == FormKind::bitmask && h.units + h.steps != 0))
     refuse("expected a depth of 64 to " + std::to_string(kMaxDepth) + ", and units and steps that fit in it");
   const FormHeader expected = laid_out(h);
   if (std::memcmp(&expected, &h, sizeof h) != 0 || expected.bytes != bytes)
@@ -49,7 +58,16 @@ void check_header(const FormHeader& h, std::size_t bytes) {
 FormHeader laid_out(FormHeader h) {
   const std::size_t item = item_size(static_cast<DType>(h.dtype));
   std::size_t sizes[4] = {8 * h.rows * words_for(h.cols), 8 * (h.rows + 1), h.nnz * item, 0};
-  const std::size_t n = h.kind == FormKind::bitmask ? 3 : 4;
+  const bool int8 = h.dtype == static_cast<std::uint8_t>(DType::i8);
+  const std::size_t n = h.kind == FormKind::bitmask && !int8 ? 3 : 4;
+  if (int8) sizes[3] = 4 * h.rows;
+  if (h.kind == FormKind::slots) {
+    const std::size_t groups = (h.rows + h.units - 1) / h.units;
+    sizes[0] = 8 * (groups + 1);
+    sizes[1] = 12 * groups * h.units;
+    sizes[2] = 2 * int8_pair_starts(h.depth) * h.steps;
+    sizes[3] = int8_pair_bytes(h.units, h.depth) * h.steps;
+  }
   if (h.kind == FormKind::panels) {
     sizes[0] = (panel_blocks(h.rows, h.cols, h.depth) + 1) * sizeof(PanelBlock);
     sizes[1] = h.units * kUnitHeader * sizeof(std::uint16_t);
@@ -104,8 +122,16 @@ FormPtr Form::adopt(const void* data, std::size_t bytes, std::shared_ptr<const v
   const FormHeader& header = form->header();
   check_header(header, bytes);
   if (trusted) return form;
-  const std::string fault =
-      header.kind == FormKind::bitmask ? fault_of(form->bitmask(), header) : fault_of(form->panels(), header);
+  std::string fault;
+  if (header.kind == FormKind::bitmask) {
+    fault = fault_of(form->bitmask(), header);
+    if (fault.empty() && form->dtype() == DType::i8)
+      fault = fault_of_int8(static_cast<const std::int8_t*>(form->bitmask().values), form->nnz(),
+                            form->scales(), form->rows());
+  } else {
+    fault = header.kind == FormKind::panels ? fault_of(form->panels(), header)
+                                            : fault_of(form->int8_slots(), header, *form);
+  }
   if (!fault.empty()) refuse(fault);
   return form;
 }
@@ -133,6 +159,24 @@ PanelView Form::panels() const {
           data_ + h.sections[3]};
 }
 
+const float* Form::scales() const { return reinterpret_cast<const float*>(data_ + header().sections[3]); }
+
+Int8View Form::int8_slots() const {
+  const FormHeader& h = header();
+  const std::size_t lanes = (h.rows + h.units - 1) / h.units * h.units;
+  const auto* const row = reinterpret_cast<const std::uint32_t*>(data_ + h.sections[1]);
+  return {h.rows,
+          h.cols,
+          h.units,
+          h.depth,
+          reinterpret_cast<const std::uint64_t*>(data_ + h.sections[0]),
+          row,
+          reinterpret_cast<const std::int32_t*>(row + lanes),
+          reinterpret_cast<const float*>(row + 2 * lanes),
+          reinterpret_cast<const std::uint16_t*>(data_ + h.sections[2]),
+          reinterpret_cast<const std::uint8_t*>(data_ + h.sections[3])};
+}
+
 PackedMatrix::PackedMatrix(const std::vector<FormPtr>& forms, bool trusted) {
   if (forms.empty()) throw std::invalid_argument("buffers: expected at least one; got none");
   for (const FormPtr& form : forms) {
@@ -146,17 +190,26 @@ PackedMatrix::PackedMatrix(const std::vector<FormPtr>& forms, bool trusted) {
     insert(form);
   }
   if (trusted || forms.size() == 1) return;
-  const BitmaskView a = find(FormKind::bitmask)->bitmask();
-  const FormPtr again = bitmask_of(*find(FormKind::panels));
-  const BitmaskView b = again->bitmask();
-  if (std::memcmp(a.words, b.words, 8 * a.rows * a.row_words) != 0 ||
-      std::memcmp(a.values, b.values, again->nnz() * item_size(again->dtype())) != 0)
-    throw std::invalid_argument("buffers: expected forms of one weight; got different weights");
+  const FormPtr first = get(FormKind::bitmask);
+  for (const FormPtr& form : forms) {
+    if (form->kind() == FormKind::bitmask) continue;
+    const FormPtr again = bitmask_of(*form);
+    const BitmaskView a = first->bitmask(), b = again->bitmask();
+    if (std::memcmp(a.words, b.words, 8 * a.rows * a.row_words) != 0 ||
+        std::memcmp(a.values, b.values, again->nnz() * item_size(again->dtype())) != 0 ||
+        (again->dtype() == DType::i8 && std::memcmp(first->scales(), again->scales(), 4 * a.rows) != 0))
+      throw std::invalid_argument("buffers: expected forms of one weight; got different weights");
+  }
 }
 
 FormPtr PackedMatrix::get(FormKind kind) const {
   if (const FormPtr& form = find(kind); form != nullptr) return form;
-  return kind == FormKind::bitmask ? bitmask_of(any()) : panels_of(any());
+  if (kind == FormKind::bitmask) return bitmask_of(any());
+  const bool int8 = any().dtype() == DType::i8;
+  if (int8 != (kind == FormKind::slots))
+    throw std::invalid_argument(std::string("form '") + name_of(kind) + "': expected " +
+                                (int8 ? "slots, for int8 values" : "bitmask or panels, for float values"));
+  return int8 ? int8_slots_of(*get(FormKind::bitmask)) : panels_of(any());
 }
 
 void PackedMatrix::bits(std::uint8_t* to) const {
@@ -173,9 +226,24 @@ void PackedMatrix::values(void* to) const {
   if (bytes > 0) std::memcpy(to, form->bitmask().values, bytes);
 }
 
+void PackedMatrix::scales(float* to) const {
+  const FormPtr form = get(FormKind::bitmask);
+  if (form->rows() > 0) std::memcpy(to, form->scales(), form->rows() * sizeof(float));
+}
+
 void PackedMatrix::unpack(void* to) const {
   const FormPtr form = get(FormKind::bitmask);
   const BitmaskView w = form->bitmask();
+  if (form->dtype() == DType::i8) {
+    RowTasks(w.rows, w.cols).run([&](std::size_t, std::size_t r) {
+      float* const row = static_cast<float*>(to) + r * w.cols;
+      const auto* from = static_cast<const std::int8_t*>(w.values) + w.row_start[r];
+      std::fill(row, row + w.cols, 0.0f);
+      for_each_bit(w.words + r * w.row_words, 0, w.row_words,
+                   [&](std::size_t c) { row[c] = form->scales()[r] * static_cast<float>(*from++); });
+    });
+    return;
+  }
   with_bits(item_size(form->dtype()), [&](auto width) {
     using Bits = decltype(width);
     RowTasks(w.rows, w.cols).run([&](std::size_t, std::size_t r) {

@@ -6,6 +6,7 @@
 #include <string>
 
 #include "chunks.hpp"
+#include "int8.hpp"
 #include "matmul.hpp"
 #include "sparsam/forms.hpp"
 #include "sparsam/memory.hpp"
@@ -77,5 +78,15 @@ inline std::size_t count_words(const std::uint64_t* words, std::size_t n) {
 // What is wrong with the content of a form whose header is right; empty where nothing is.
 std::string fault_of(const BitmaskView& w, const FormHeader& header);
 std::string fault_of(const PanelView& w, const FormHeader& header);
+std::string fault_of(const Int8View& w, const FormHeader& header, const Form& form);
+
+// int8 values: slots of a given geometry, and back; what is wrong with values and scales.
+FormPtr int8_slots_of(const Form& bitmask, std::size_t lanes, std::size_t window);
+FormPtr bitmask_of_int8_slots(const Form& slots);
+FormPtr int8_bitmask(const std::uint64_t* words, std::size_t rows, std::size_t cols,
+                     const std::int8_t* values, const float* scales);
+std::string fault_of_int8(const std::int8_t* values, std::size_t nnz, const float* scales, std::size_t rows);
+inline bool is_int8_value(int q) { return q != 0 && q >= -kInt8Most && q <= kInt8Most; }
+inline bool is_scale(float s) { return s >= 0x1p-126f && s <= 0x1.fffffep127f; }
 
 }  // namespace sparsam

@@ -30,13 +30,23 @@ std::uint32_t detect() {
       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
       __builtin_cpu_supports("avx512cd"))
     features |= kAvx512;
+  if (__builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512vbmi")) features |= kVnni;
 #endif
   return features;
 }
 
-bool runs_here(const KernelTable& row) {
+std::uint32_t machine() {
   static const std::uint32_t features = detect();
-  return (row.required & ~features) == 0;
+  return features;
+}
+
+bool runs_here(const KernelTable& row) { return (row.required & ~machine()) == 0; }
+
+// Whether int8 kernels may run under a row: the machine has all that they need, and the row stands for those
+// instruction sets of it that have a row.
+bool runs_under(const Int8Kernels& int8, const KernelTable& row) {
+  constexpr std::uint32_t kWithRow = kAvx2 | kAvx512;
+  return (int8.required & ~machine()) == 0 && (int8.required & kWithRow & ~row.required) == 0;
 }
 
 const KernelTable* best_row() {
@@ -59,6 +69,20 @@ std::string joined(const std::vector<std::string>& names) {
 }  // namespace
 
 const KernelTable& kernels() { return *active().load(std::memory_order_relaxed); }
+
+const Int8Kernels& int8_kernels() {
+  const KernelTable& row = kernels();
+  for (const Int8Kernels* int8 : kInt8Rows)
+    if (runs_under(*int8, row)) return *int8;
+  return *kInt8Rows[0];  // the generic row requires nothing, so this is never reached
+}
+
+const Int8Kernels& int8_kernels(std::size_t lanes, std::size_t window) {
+  const KernelTable& row = kernels();
+  for (const Int8Kernels* int8 : kInt8Rows)
+    if (int8->lanes == lanes && int8->window == window && runs_under(*int8, row)) return *int8;
+  return int8_rows::generic;
+}
 
 std::string active_isa() { return kernels().name; }
 

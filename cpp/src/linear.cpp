@@ -3,6 +3,7 @@
 #include <iterator>
 #include <stdexcept>
 
+#include "int8_linear.hpp"
 #include "panel_tiles.hpp"
 #include "sparsam/isa.hpp"
 #include "table.hpp"
@@ -84,6 +85,10 @@ void multiply(const Form& form, const void* x, std::size_t batch, const float* b
   const MatmulKernels& m = kernels().matmul;  // asked once: use_isa() may be called meanwhile
   const Input from{x, form.cols(), narrow};
   const Output to{y, form.rows(), narrow};
+  if (form.dtype() == DType::i8) {
+    int8_linear(form, from, batch, epilogue, to);
+    return;
+  }
   if (form.kind() == FormKind::bitmask) {
     by_bitmask(m, form, from, batch, epilogue, to);
     return;

@@ -41,6 +41,8 @@ def seeds(folder: Path) -> list[bytes]:
             w = rng.standard_normal(shape) * (rng.random(shape) < 0.4)
             SparseMatrix.from_dense(w.astype(dtype)).save(folder / "seed")
             files.append((folder / "seed").read_bytes())
+        SparseMatrix.from_dense(w, dtype="int8").save(folder / "seed")
+        files.append((folder / "seed").read_bytes())
     return files
 
 
@@ -79,7 +81,7 @@ def rewrite(data: bytes, rng: random.Random) -> bytes:
     try:
         size = int.from_bytes(data[:8], "little")
         header = json.loads(data[8 : 8 + size])
-        entry = header[rng.choice(("shape", "bits", "values"))]
+        entry = header[rng.choice(("shape", "bits", "values", "scales"))]
         what = rng.randrange(5)
         if what == 0:
             entry["dtype"] = rng.choice(DTYPES)
@@ -92,7 +94,7 @@ def rewrite(data: bytes, rng: random.Random) -> bytes:
                 ([], [0], [1, *entry["shape"]], entry["shape"][::-1], entry["shape"][:1])
             )
         else:
-            header[rng.choice(("shape", "bits", "values", "more"))] = entry
+            header[rng.choice(("shape", "bits", "values", "scales", "more"))] = entry
     except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError):
         return data
     text = json.dumps(header).encode()
@@ -123,10 +125,11 @@ def survives(file: Path) -> bool:
     dense = matrix.to_dense()
     assert dense.shape == matrix.shape
     assert matrix.nnz >= np.count_nonzero(dense)
+    kernels = matmul.kernels_of(matrix._state.forms.weight)
     if cols <= 1 << 20 and rows <= 1 << 20:
         for batch in (1, 5, 20):
             x = np.ones((batch, cols), np.float32)
-            for kernel in matmul.KERNELS:
+            for kernel in kernels:
                 matrix.prepare(batch, kernel=kernel)
                 assert matrix.linear(x).shape == (batch, rows)
     return True

@@ -7,9 +7,12 @@
 
 namespace sparsam {
 
-enum class DType : std::uint8_t { f16, bf16, f32, f64 };
+// i8 is for packed values alone: no kernel selects among integers.
+enum class DType : std::uint8_t { f16, bf16, f32, f64, i8 };
 
-constexpr std::size_t item_size(DType t) { return t == DType::f64 ? 8 : t == DType::f32 ? 4 : 2; }
+constexpr std::size_t item_size(DType t) {
+  return t == DType::f64 ? 8 : t == DType::f32 ? 4 : t == DType::i8 ? 1 : 2;
+}
 
 // The key of infinity; every key above it is a NaN.
 constexpr std::uint64_t infinity_key(DType t) {

@@ -14,10 +14,12 @@
 namespace sparsam {
 
 struct BitmaskView;
+struct Int8View;
 struct PanelView;
 
-enum class FormKind : std::uint8_t { bitmask = 1, panels = 2 };
-constexpr std::array<const char*, 2> kFormNames = {"bitmask", "panels"};
+enum class FormKind : std::uint8_t { bitmask = 1, panels = 2, slots = 3 };
+constexpr std::array<const char*, 3> kFormNames = {"bitmask", "panels", "slots"};
+constexpr std::array<FormKind, 3> kFormKinds = {FormKind::bitmask, FormKind::panels, FormKind::slots};
 
 inline const char* name_of(FormKind kind) { return kFormNames[static_cast<std::size_t>(kind) - 1]; }
 
@@ -35,8 +37,11 @@ struct FormHeader {
   std::uint8_t shared_rows;  // 4 where every aligned four rows share their columns, else 0
   std::uint8_t zero;
   std::uint64_t rows, cols, nnz;
-  std::uint64_t depth, units, steps;  // of panels; 0 in a bitmask
-  std::uint64_t sections[4];  // bitmask: words, row_start, values; panels: blocks, headers, offsets, values
+  std::uint64_t depth, units,
+      steps;  // of panels; 0 in a bitmask; of int8 slots window, lanes, pairs of steps
+  // bitmask: words, row_start, values and, of int8, scales; panels: blocks, headers, offsets, values; int8
+  // slots: begin, lanes, starts, codes
+  std::uint64_t sections[4];
   std::uint64_t bytes;        // of the whole buffer
   std::uint64_t reserved[3];  // 0
 };
@@ -61,7 +66,9 @@ class Form {
   const FormHeader& header() const { return *reinterpret_cast<const FormHeader*>(data_); }
 
   BitmaskView bitmask() const;
+  const float* scales() const;  // one a row, of a bitmask of int8 values
   PanelView panels() const;
+  Int8View int8_slots() const;
 
  private:
   friend class FormWriter;
@@ -81,9 +88,18 @@ FormPtr pack_bitmask(const View& w, std::size_t rows, std::size_t cols, const st
 // row by row. Throws std::invalid_argument where they do not fit together.
 FormPtr pack_bitmask(std::size_t rows, std::size_t cols, const std::uint8_t* bits, const View& values);
 
-// One form of a weight from the other.
-FormPtr bitmask_of(const Form& panels);
+// int8 values, -64 to 64, of which 0 is pruned, with a scale for every row: rows x cols in C order. And
+// from the form on disk, as above, with no value 0. Scales are positive, normal numbers. Throws
+// std::invalid_argument.
+FormPtr pack_int8(const std::int8_t* w, std::size_t rows, std::size_t cols, const float* scales);
+FormPtr pack_int8(std::size_t rows, std::size_t cols, const std::uint8_t* bits, const std::int8_t* values,
+                  std::size_t n_values, const float* scales);
+
+// One form of a weight from the other. Panels are of float values, slots of int8 values; slots are for the
+// best kernels that run now.
+FormPtr bitmask_of(const Form& form);
 FormPtr panels_of(const Form& bitmask);
+FormPtr int8_slots_of(const Form& bitmask);
 
 // rows x cols weights (out x in): up to one form of each kind, which say the same. A value: copies share the
 // forms, and nothing in it changes while a copy is in use.
@@ -96,7 +112,11 @@ class PackedMatrix {
   PackedMatrix(const std::vector<FormPtr>& forms, bool trusted);
 
   const FormPtr& find(FormKind kind) const { return forms_[static_cast<std::size_t>(kind) - 1]; }
-  const Form& any() const { return *(forms_[0] != nullptr ? forms_[0] : forms_[1]); }
+  const Form& any() const {
+    std::size_t i = 0;
+    while (forms_[i] == nullptr) ++i;
+    return *forms_[i];
+  }
   void insert(FormPtr form) { forms_[static_cast<std::size_t>(form->kind()) - 1] = std::move(form); }
   void erase(FormKind kind) { forms_[static_cast<std::size_t>(kind) - 1] = nullptr; }
 
@@ -105,10 +125,11 @@ class PackedMatrix {
 
   void bits(std::uint8_t* to) const;  // rows * ceil(cols / 8) bytes
   void values(void* to) const;        // nnz values, row by row
-  void unpack(void* to) const;        // rows * cols elements in C order
+  void scales(float* to) const;       // of int8 values, one a row
+  void unpack(void* to) const;        // rows * cols elements in C order; of int8 values float32
 
  private:
-  std::array<FormPtr, 2> forms_;
+  std::array<FormPtr, kFormKinds.size()> forms_;
 };
 
 }  // namespace sparsam

@@ -1,14 +1,21 @@
 // Which instruction set the kernels use. One row of the kernel table per set; the best that the machine has
 // is active.
 #pragma once
+#include <cstddef>
 #include <string>
 #include <vector>
 
 namespace sparsam {
 
 struct KernelTable;
+struct Int8Kernels;
 
 const KernelTable& kernels();  // the active row
+
+// The best kernels for int8 values that the machine runs under the active row; and those for slots of one
+// geometry, which the generic ones are where there are none of their own.
+const Int8Kernels& int8_kernels();
+const Int8Kernels& int8_kernels(std::size_t lanes, std::size_t window);
 std::string active_isa();
 std::vector<std::string> compiled_isas();   // best first
 std::vector<std::string> available_isas();  // those of them that this machine runs, best first

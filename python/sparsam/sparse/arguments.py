@@ -11,10 +11,12 @@ import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 from sparsam.inputs.checks import expected
-from sparsam.sparse.matmul import ACTIVATIONS, KERNELS, Floats
+from sparsam.sparse.cost_model import Weight
+from sparsam.sparse.matmul import ACTIVATIONS, Floats, kernels_of
 
 __all__ = [
     "DTYPES",
+    "STORED",
     "Activation",
     "check_activation",
     "check_kernel",
@@ -32,6 +34,7 @@ DTYPES: dict[str, np.dtype[Any]] = {
     "bfloat16": np.dtype(ml_dtypes.bfloat16),
     "float16": np.dtype(np.float16),
 }
+STORED = {**DTYPES, "int8": np.dtype(np.int8)}
 _CONVERTED = "float32 (bfloat16, float16 and float64 are converted)"
 
 
@@ -48,7 +51,7 @@ def weights(w: ArrayLike, dtype: DTypeLike | None) -> NDArray[Any]:
     if dtype is None and name == "float64":
         name = "float32"
     if name not in DTYPES:
-        raise TypeError(expected("dtype", dtype, f"one of {', '.join(DTYPES)}", "pass one of them"))
+        raise TypeError(expected("dtype", dtype, f"one of {', '.join(STORED)}", "pass one of them"))
     return w.astype(DTYPES[name], copy=False)
 
 
@@ -84,10 +87,11 @@ def check_activation(activation: object) -> None:
         )
 
 
-def check_kernel(kernel: object) -> None:
-    """Raises ValueError for a name that is not None or one of KERNELS."""
-    if kernel is not None and kernel not in KERNELS:
-        msg = f"kernel: expected one of {', '.join(KERNELS)}; got {kernel!r}; pass one of them, or None"
+def check_kernel(kernel: object, weight: Weight) -> None:
+    """Raises ValueError for a name that is not None or one of the kernels of a weight."""
+    kernels = kernels_of(weight)
+    if kernel is not None and kernel not in kernels:
+        msg = f"kernel: expected one of {', '.join(kernels)}; got {kernel!r}; pass one of them, or None"
         raise ValueError(msg)
 
 

@@ -27,7 +27,7 @@ def csr_of(packed: Packed) -> Any:
     sparse = _scipy_sparse()
     keep = keep_of(packed)
     starts = np.concatenate(([0], np.cumsum(keep.sum(axis=1))))
-    values = packed.values().astype(np.float32, copy=False)
+    values = packed.unpack()[keep].astype(np.float32, copy=False)
     return sparse.csr_array((values, np.nonzero(keep)[1], starts), shape=keep.shape)
 
 

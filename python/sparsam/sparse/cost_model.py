@@ -82,7 +82,7 @@ class Weight:
         rows: Outputs.
         cols: Inputs.
         nnz: Stored values.
-        dtype: Of the values: "float32", "bfloat16" or "float16".
+        dtype: Of the values: "float32", "bfloat16", "float16" or "int8".
         blocked: Whether aligned groups of four rows share their columns.
     """
 

@@ -1,7 +1,7 @@
 """The ways to multiply with a packed matrix, called alike.
 
-"bitmask" and "panels" are kernels of the core, each over the form of its name. "dense" is NumPy's BLAS over
-an unpacked copy.
+"bitmask" and "panels" are kernels of the core, each over the form of its name, and so is "slots", for int8
+values. "dense" is NumPy's BLAS over an unpacked copy.
 """
 
 from __future__ import annotations
@@ -12,15 +12,22 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sparsam._core import Packed
+from sparsam.sparse.cost_model import Weight
 
 Floats = NDArray[np.float32]
 
 KERNELS = ("dense", "bitmask", "panels")
+INT8_KERNELS = ("slots",)
 ACTIVATIONS = ("relu", "gelu", "gelu_tanh", "silu")
 
 _UNIT = 64
 _IDENTITY = Packed.pack(np.eye(_UNIT, dtype=np.float32))
 _IDENTITY.add("panels")
+
+
+def kernels_of(weight: Weight) -> tuple[str, ...]:
+    """The kernels that can multiply with a weight."""
+    return INT8_KERNELS if weight.dtype == "int8" else KERNELS
 
 
 def multiply(

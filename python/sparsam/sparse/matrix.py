@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn, TypeAlias
 
@@ -17,6 +17,7 @@ from sparsam.masks import Mask
 from sparsam.patterns import NM, Block, Unstructured
 from sparsam.sparse.arguments import (
     DTYPES,
+    STORED,
     Activation,
     check_activation,
     check_kernel,
@@ -31,7 +32,8 @@ from sparsam.sparse.conversions import csr_of, dense_of, keep_of
 from sparsam.sparse.cost_model import Expectation
 from sparsam.sparse.dispatch import Explanation
 from sparsam.sparse.forms import Forms
-from sparsam.sparse.matmul import multiply
+from sparsam.sparse.int8 import is_int8, pack_int8
+from sparsam.sparse.matmul import kernels_of, multiply
 from sparsam.sparse.preparation import Preparation, measure_all
 from sparsam.sparse.stored import from_arrays, recognise, to_arrays
 
@@ -81,6 +83,10 @@ class SparseMatrix:
     more than a quarter with one. A cost model tells, and which of them multiplies a batch: defaults of this
     package, or what `sparsam calibrate` measured. Products build nothing, measure nothing, write nothing.
 
+    int8 values have one form, slots, for all batches. Each row of x is rounded to int8 too; sums are exact,
+    results the same to the last bit on every machine. An infinity or a NaN in a row of x gives NaN in all of
+    its outputs; a row whose largest magnitude is below 2^-96 counts as 0.
+
     `prepare(batches)` measures the kernels on this matrix and keeps only the forms that these batches need.
     `explain(batch)` tells what runs and why, `nbytes` counts all that is held. Kernels round differently, in
     the last bits; `prepare(batch, kernel=...)` fixes one.
@@ -117,19 +123,20 @@ class SparseMatrix:
         Args:
             w: Two-dimensional, float16, bfloat16, float32 or float64, of any strides.
             dtype: What to store values as: float32, bfloat16 or float16; sums are float32 in any case. By
-                default the dtype of `w`, and float32 for float64.
+                default the dtype of `w`, and float32 for float64. Or int8, integers with a scale for each row
+                (docs/speed.md): what rounds to 0 is pruned.
 
         Raises:
-            ValueError: `w` is not two-dimensional.
+            ValueError: `w` is not two-dimensional; for int8, not finite, or of more than 65536 columns.
             TypeError: Another dtype.
         """
-        return cls(Packed.pack(weights(w, dtype)))
+        return cls(pack_int8(w) if is_int8(dtype) else Packed.pack(weights(w, dtype)))
 
     @classmethod
     def from_mask(
         cls, w: ArrayLike, mask: Mask | NDArray[np.bool_], *, dtype: DTypeLike | None = None
     ) -> SparseMatrix:
-        """Pack what a mask keeps; a weight that is kept stays so, even if it is 0.
+        """Pack what a mask keeps; a weight that is kept stays so, even if it is 0 (except as int8).
 
         Args:
             w: As for `from_dense`; what it holds where the mask prunes does not matter.
@@ -140,11 +147,13 @@ class SparseMatrix:
             ValueError: `w` is not two-dimensional, or the mask has another shape.
             TypeError: Another dtype, or a mask that is not boolean.
         """
-        kept_values = weights(w, dtype)
+        kept_values = weights(w, None if is_int8(dtype) else dtype)
         kept = mask if isinstance(mask, Mask) else Mask.from_array(mask)
         if kept.shape != kept_values.shape:
             msg = f"mask: expected shape {kept_values.shape}, as w has; got {kept.shape}; pass the mask of w"
             raise ValueError(msg)
+        if is_int8(dtype):
+            return cls(pack_int8(kept_values, kept.to_array()))
         return cls(Packed.from_mask(kept_values, kept._words))
 
     @property
@@ -171,7 +180,7 @@ class SparseMatrix:
     @property
     def dtype(self) -> np.dtype[Any]:
         """The dtype of the values."""
-        return DTYPES[self._state.forms.weight.dtype]
+        return STORED[self._state.forms.weight.dtype]
 
     @property
     def nbytes(self) -> int:
@@ -180,7 +189,7 @@ class SparseMatrix:
 
     @property
     def T(self) -> SparseMatrix:
-        """The transpose, packed anew."""
+        """The transpose, packed anew; of int8 values, whose scales are those of rows, in float32."""
         packed = self._state.forms.readable()
         keep = Mask.from_array(keep_of(packed).T)
         return SparseMatrix(Packed.from_mask(packed.unpack().T, keep._words))
@@ -255,7 +264,7 @@ class SparseMatrix:
         return product
 
     def to_dense(self) -> NDArray[Any]:
-        """The matrix with its zeros, in its dtype and C order."""
+        """The matrix with its zeros, in its dtype and C order; of int8 values in float32, scales applied."""
         return self._state.forms.readable().unpack()
 
     def __array__(self, dtype: DTypeLike | None = None, copy: bool | None = None) -> NDArray[Any]:
@@ -267,7 +276,7 @@ class SparseMatrix:
         if copy is False:
             msg = "copy: expected True or None, since the matrix is packed; got False; use to_dense()"
             raise ValueError(msg)
-        return self.to_dense().astype(dtype or self.dtype, copy=False)
+        return np.asarray(self.to_dense(), dtype)
 
     def __array_ufunc__(self, ufunc: np.ufunc, method: str, *inputs: Any, **kwargs: Any) -> NoReturn:
         """Arithmetic by NumPy would unpack the matrix for every operation: it is an error."""
@@ -307,17 +316,18 @@ class SparseMatrix:
 
         Args:
             batches: The numbers of rows of x. What is chosen holds for batches of about these sizes.
-            kernel: "dense", "bitmask" or "panels" to fix the choice; nothing is measured then.
+            kernel: "dense", "bitmask" or "panels" to fix the choice; nothing is measured then. Of int8
+                values "slots", the only one.
 
         Raises:
             ValueError: A batch is negative, or the kernel unknown.
         """
         wanted = numbers("batches", batches, at_least=0)
-        check_kernel(kernel)
         forms = self._state.forms
+        check_kernel(kernel, forms.weight)
         expected = expect(forms.weight)
         times: dict[int, dict[str, float]] = {}
-        if kernel is None and self.nnz:
+        if kernel is None and self.nnz and len(kernels_of(forms.weight)) > 1:
             forms, times = measure_all(forms, wanted, expected)
         while True:
             before = self._state
@@ -370,7 +380,7 @@ class SparseMatrix:
     def __reduce__(self) -> tuple[Any, ...]:
         state = self._state
         packed, choices = state.forms.readable(), state.choices
-        return _rebuild, (*self._shape, packed.bits(), packed.values(), choices.held, choices.preparation)
+        return _rebuild, (to_arrays(packed), choices.held, choices.preparation)
 
     def __repr__(self) -> str:
         rows, cols = self._shape
@@ -386,12 +396,5 @@ class SparseMatrix:
             return True
 
 
-def _rebuild(
-    rows: int,
-    cols: int,
-    bits: NDArray[np.uint8],
-    values: NDArray[Any],
-    kernels: Sequence[str],
-    preparation: Preparation,
-) -> SparseMatrix:
-    return SparseMatrix(Packed.from_parts(rows, cols, bits, values), kernels, preparation)
+def _rebuild(arrays: Mapping[str, NDArray[Any]], *rest: Any) -> SparseMatrix:
+    return SparseMatrix(from_arrays(arrays), *rest)

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from sparsam._core import Packed
 from sparsam.patterns import NM, Block, Unstructured
 from sparsam.sparse.arguments import DTYPES
+from sparsam.sparse.int8 import MOST_COLUMNS, with_slots
 
 __all__ = ["from_arrays", "recognise", "to_arrays"]
 
@@ -19,17 +20,21 @@ _MAX_EMPTY_ROWS = 1 << 24  # of a matrix without columns, which takes memory for
 
 
 def to_arrays(packed: Packed) -> dict[str, NDArray[Any]]:
-    """What docs/formats.md describes: shape, bits, values."""
+    """What docs/formats.md describes: shape, bits, values, and of int8 values scales."""
     shape = np.array([packed.rows, packed.cols], np.int64)
-    return {"shape": shape, "bits": packed.bits(), "values": packed.values()}
+    arrays: dict[str, NDArray[Any]] = {"shape": shape, "bits": packed.bits(), "values": packed.values()}
+    if packed.dtype == "int8":
+        arrays["scales"] = packed.scales()
+    return arrays
 
 
 def from_arrays(arrays: Mapping[str, NDArray[Any]]) -> Packed:
     """The core's object; whatever does not fit together is a ValueError."""
-    if arrays.keys() != {"shape", "bits", "values"}:
+    int8 = "scales" in arrays
+    if arrays.keys() - {"scales"} != {"shape", "bits", "values"}:
         msg = (
-            f"tensors: expected shape, bits and values; got {', '.join(map(repr, arrays))}; name a file that "
-            "SparseMatrix.save wrote"
+            "tensors: expected shape, bits and values, and of int8 values scales; got "
+            f"{', '.join(map(repr, arrays))}; name a file that SparseMatrix.save wrote"
         )
         raise ValueError(msg)
     shape, bits, values = arrays["shape"], arrays["bits"], arrays["values"]
@@ -49,13 +54,23 @@ def from_arrays(arrays: Mapping[str, NDArray[Any]]) -> Packed:
             "again"
         )
         raise ValueError(msg)
-    if values.dtype.name not in DTYPES or values.ndim != 1:
+    dtypes = ["int8"] if int8 else [*DTYPES]
+    if values.dtype.name not in dtypes or values.ndim != 1:
         msg = (
-            f"values: expected a vector of {', '.join(DTYPES)}; got {values.dtype} {values.shape}; save the "
+            f"values: expected a vector of {', '.join(dtypes)}; got {values.dtype} {values.shape}; save the "
             "matrix again"
         )
         raise ValueError(msg)
-    return Packed.from_parts(rows, cols, bits, values)
+    if not int8:
+        return Packed.from_parts(rows, cols, bits, values)
+    scales = arrays["scales"]
+    if scales.dtype != np.float32 or scales.shape != (rows,) or cols > MOST_COLUMNS:
+        msg = (
+            f"scales: expected float32 ({rows},) and at most {MOST_COLUMNS} columns; got {scales.dtype} "
+            f"{scales.shape} and {cols} columns; save the matrix again"
+        )
+        raise ValueError(msg)
+    return with_slots(Packed.from_int8_parts(rows, cols, bits, values, scales))
 
 
 def recognise(packed: Packed) -> NM | Block | Unstructured:

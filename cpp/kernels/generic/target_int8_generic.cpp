@@ -1,0 +1,16 @@
+// The row of int8 kernels for any machine. Built with flags of its own; see cpp/README.md
+// for what may be included here.
+#define SPARSAM_TARGET generic
+#include "floats_generic.hpp"
+
+#include "int8_any-inl.hpp"
+#include "table.hpp"
+
+namespace sparsam::int8_rows {
+
+extern const Int8Kernels generic;
+const Int8Kernels generic = {
+    "generic", kNone, 8, 16, &SPARSAM_TARGET::quantise, &SPARSAM_TARGET::multiply,
+};
+
+}  // namespace sparsam::int8_rows

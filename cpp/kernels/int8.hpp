@@ -1,0 +1,59 @@
+// What the kernels for int8 values see of a packed weight, and their row. Plain data; no STL.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+
+#include "matmul.hpp"
+
+namespace sparsam {
+
+// Rows of x that one pass over the weights multiplies.
+constexpr std::size_t kInt8Batch = 8;
+// Behind each row of x so many bytes may be read: windows reach past the last column.
+constexpr std::size_t kInt8Slack = 64;
+// Values are at most so large: 255 (64 + 64) fits int16, so that a sum of two products does not saturate
+// where an instruction adds up neighbours in 16 bits (vpmaddubsw).
+constexpr int kInt8Most = 64;
+// Sums stay below 2^31: 127 * 64 * 65536 < 2^30. Columns fit 16 bits.
+constexpr std::size_t kInt8Columns = 65536;
+// The zero of x: its bytes are 128 + round(x / scale).
+constexpr std::int32_t kInt8Zero = 128;
+
+// The slots form of int8 values. Rows stand in groups of `lanes`. A step gives each row of a group four
+// slots, for weights whose columns lie in a window of `window` neighbouring ones; an unused slot has value 0.
+// Steps come in pairs:
+//   window 16: int8 values[2][4 * lanes], then 4 * lanes bytes whose low half is the offset from the first
+//     step's start, and whose high half the one from the second's. Each step has a start of its own.
+//   window 64: int8 values[2][4 * lanes], uint8 offsets[2][4 * lanes]. Both steps share one start.
+struct Int8View {
+  std::size_t rows, cols, lanes, window;
+  const std::uint64_t* begin;  // first pair of each group, and one past the last
+  const std::uint32_t* row;    // of each lane; `rows` where there is none
+  const std::int32_t* first;   // of each lane: -128 times the sum of its row's values
+  const float* scale;          // of each lane
+  const std::uint16_t* start;  // of each step, or of each pair
+  const std::uint8_t* codes;   // of each pair
+};
+
+constexpr std::size_t int8_pair_bytes(std::size_t lanes, std::size_t window) {
+  return (window == 16 ? 12 : 16) * lanes;
+}
+constexpr std::size_t int8_pair_starts(std::size_t window) { return window == 16 ? 2 : 1; }
+
+// Kernels for slots of one geometry; the generic row takes any. Products of one row of x and one of W are
+// exact sums of integers, and what follows is one sequence of float32 operations, so that all rows give the
+// same bits:  y = float(sum) * (w.scale * x_scale) + bias, each operation rounded, then the activation.
+struct Int8Kernels {
+  const char* name;
+  std::uint32_t required;  // bits of Feature
+  std::size_t lanes, window;
+  // n numbers of x, float32 or bfloat16, to bytes 128 + round(x / scale), to nearest, ties to even. Returns
+  // scale = max|x| / 127; NaN where x is not finite; 0 where max|x| < 2^-96, and then all bytes are 128.
+  float (*quantise)(const void* x, bool narrow, std::size_t n, std::uint8_t* to);
+  // Groups [begin, end) of `batch` (1 to kInt8Batch) rows of y.
+  void (*multiply)(const Int8View& w, std::size_t begin, std::size_t end, const std::uint8_t* x,
+                   std::size_t x_stride, const float* x_scale, std::size_t batch, Epilogue epilogue,
+                   Output y);
+};
+
+}  // namespace sparsam

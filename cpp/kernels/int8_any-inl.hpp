@@ -1,0 +1,50 @@
+// Slots of int8 values of any geometry, entry by entry: the oracle of the others, and what multiplies with a
+// form that was built for another machine.
+#pragma once
+#include "int8-inl.hpp"
+
+namespace sparsam::SPARSAM_TARGET {
+namespace {
+
+constexpr std::size_t kMostLanes = 16;
+
+void add_pair(const Int8View& w, std::size_t pair, const std::uint8_t* x, std::uint32_t* sums) {
+  const std::size_t slots = 4 * w.lanes, starts = int8_pair_starts(w.window);
+  const std::uint8_t* const code = w.codes + int8_pair_bytes(w.lanes, w.window) * pair;
+  for (std::size_t step = 0; step < 2; ++step) {
+    const std::uint8_t* const from = x + w.start[starts * pair + (starts == 2 ? step : 0)];
+    for (std::size_t i = 0; i < slots; ++i) {
+      const auto value = static_cast<std::int8_t>(code[step * slots + i]);
+      const std::size_t offset =
+          w.window == 16 ? code[2 * slots + i] >> 4 * step & 15 : code[(2 + step) * slots + i];
+      SPARSAM_CHECK(value == 0 ||
+                    (from - x) + static_cast<std::ptrdiff_t>(offset) < static_cast<std::ptrdiff_t>(w.cols));
+      sums[i / 4] += static_cast<std::uint32_t>(value * from[offset]);
+    }
+  }
+}
+
+Output row_of(Output y, std::size_t t) {
+  const std::size_t bytes = t * y.stride * (y.narrow ? sizeof(Bfloat) : sizeof(float));
+  return {static_cast<char*>(y.data) + bytes, y.stride, y.narrow};
+}
+
+void multiply(const Int8View& w, std::size_t begin, std::size_t end, const std::uint8_t* x,
+              std::size_t x_stride, const float* x_scale, std::size_t batch, Epilogue epilogue, Output y) {
+  SPARSAM_CHECK(w.lanes <= kMostLanes && w.lanes % Floats::kLanes == 0);
+  for (std::size_t group = begin; group < end; ++group)
+    for (std::size_t t = 0; t < batch; ++t) {
+      std::uint32_t sums[kMostLanes];
+      float floats[kMostLanes];
+      __builtin_memcpy(sums, w.first + group * w.lanes, w.lanes * sizeof *sums);
+      for (std::size_t pair = w.begin[group]; pair < w.begin[group + 1]; ++pair)
+        add_pair(w, pair, x + t * x_stride, sums);
+      for (std::size_t i = 0; i < w.lanes; ++i)
+        floats[i] = static_cast<float>(static_cast<std::int32_t>(sums[i]));
+      for (std::size_t i = 0; i < w.lanes; i += Floats::kLanes)
+        Int8Rows{w, epilogue, row_of(y, t)}.finish(group * w.lanes + i, floats + i, w.lanes, x_scale + t, 1);
+    }
+}
+
+}  // namespace
+}  // namespace sparsam::SPARSAM_TARGET

@@ -1,0 +1,59 @@
+// Slots of int8 values for the geometry of Bytes: output rows in the lanes, x fetched by a shuffle of bytes
+// within the window. The sums of up to kInt8Batch rows of x stay in registers while the weights stream by.
+#pragma once
+#include "int8-inl.hpp"
+
+namespace sparsam::SPARSAM_TARGET {
+namespace {
+
+static_assert(Bytes::kLanes == Floats::kLanes);
+
+// Written flat: sums that a lambda or a struct captured would live in memory, and every step would wait for
+// its store (tests/project/test_build.py looks for that).
+template <std::size_t kBatch>
+void multiply_groups(const Int8View& w, std::size_t begin, std::size_t end, const std::uint8_t* x,
+                     std::size_t x_stride, const float* x_scale, Epilogue epilogue, Output y) {
+  constexpr std::size_t kBytes = int8_pair_bytes(Bytes::kLanes, Bytes::kWindow);
+  constexpr std::size_t kStarts = int8_pair_starts(Bytes::kWindow), kAhead = 2048;
+  const Int8Rows rows{w, epilogue, y};
+  for (std::size_t group = begin; group < end; ++group) {
+    const std::size_t lane = group * Bytes::kLanes;
+    Bytes::Sums sum[kBatch];
+#pragma GCC unroll 8
+    for (std::size_t t = 0; t < kBatch; ++t) sum[t] = Bytes::load_sums(w.first + lane);
+    const std::uint16_t* start = w.start + kStarts * w.begin[group];
+    const std::uint8_t* code = w.codes + kBytes * w.begin[group];
+    const std::uint8_t* const last = w.codes + kBytes * w.begin[group + 1];
+    for (; code != last; code += kBytes, start += kStarts) {
+      if constexpr (kBatch <= 2)
+        for (std::size_t line = 0; line < kBytes; line += 64) __builtin_prefetch(code + kAhead + line);
+      SPARSAM_CHECK(start[0] < w.cols && start[kStarts - 1] < w.cols);
+      const Bytes::Pair pair(code);
+      const std::uint8_t *x0 = x + start[0], *x1 = x + start[kStarts - 1];
+#pragma GCC unroll 8
+      for (std::size_t t = 0; t < kBatch; ++t)
+        sum[t] = Bytes::add(sum[t], pair, x0 + t * x_stride, x1 + t * x_stride);
+    }
+    float sums[kBatch * Bytes::kLanes];
+#pragma GCC unroll 8
+    for (std::size_t t = 0; t < kBatch; ++t)
+      Floats::store(sums + t * Bytes::kLanes, Bytes::to_floats(sum[t]));
+    rows.finish(lane, sums, Bytes::kLanes, x_scale, kBatch);
+  }
+}
+
+void multiply(const Int8View& w, std::size_t begin, std::size_t end, const std::uint8_t* x,
+              std::size_t x_stride, const float* x_scale, std::size_t batch, Epilogue epilogue, Output y) {
+  SPARSAM_CHECK(w.lanes == Bytes::kLanes && w.window == Bytes::kWindow);
+  if (batch == 1) multiply_groups<1>(w, begin, end, x, x_stride, x_scale, epilogue, y);
+  if (batch == 2) multiply_groups<2>(w, begin, end, x, x_stride, x_scale, epilogue, y);
+  if (batch == 3) multiply_groups<3>(w, begin, end, x, x_stride, x_scale, epilogue, y);
+  if (batch == 4) multiply_groups<4>(w, begin, end, x, x_stride, x_scale, epilogue, y);
+  if (batch == 5) multiply_groups<5>(w, begin, end, x, x_stride, x_scale, epilogue, y);
+  if (batch == 6) multiply_groups<6>(w, begin, end, x, x_stride, x_scale, epilogue, y);
+  if (batch == 7) multiply_groups<7>(w, begin, end, x, x_stride, x_scale, epilogue, y);
+  if (batch == 8) multiply_groups<8>(w, begin, end, x, x_stride, x_scale, epilogue, y);
+}
+
+}  // namespace
+}  // namespace sparsam::SPARSAM_TARGET

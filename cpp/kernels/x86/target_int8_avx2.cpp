@@ -1,0 +1,17 @@
+// The row of int8 kernels for AVX2. Built with flags of its own; see cpp/README.md
+// for what may be included here.
+#define SPARSAM_TARGET avx2
+#include "floats_avx2.hpp"
+#include "int8_avx2.hpp"
+
+#include "int8_slots-inl.hpp"
+#include "table.hpp"
+
+namespace sparsam::int8_rows {
+
+extern const Int8Kernels avx2;
+const Int8Kernels avx2 = {
+    "avx2", kAvx2, 8, 16, &SPARSAM_TARGET::quantise, &SPARSAM_TARGET::multiply,
+};
+
+}  // namespace sparsam::int8_rows

@@ -1,0 +1,17 @@
+// The row of int8 kernels for AVX-512 with VNNI and VBMI. Built with flags of its own; see cpp/README.md
+// for what may be included here.
+#define SPARSAM_TARGET avx512
+#include "floats_avx512.hpp"
+#include "int8_avx512vnni.hpp"
+
+#include "int8_slots-inl.hpp"
+#include "table.hpp"
+
+namespace sparsam::int8_rows {
+
+extern const Int8Kernels avx512vnni;
+const Int8Kernels avx512vnni = {
+    "avx512vnni", kAvx2 | kAvx512 | kVnni, 16, 64, &SPARSAM_TARGET::quantise, &SPARSAM_TARGET::multiply,
+};
+
+}  // namespace sparsam::int8_rows

@@ -1,0 +1,240 @@
+// The slots form of int8 values: built from a bitmask, turned back into one, and checked.
+#include <numeric>
+#include <stdexcept>
+#include <vector>
+
+#include "forms.hpp"
+#include "int8.hpp"
+#include "sparsam/isa.hpp"
+#include "sparsam/masks.hpp"
+#include "table.hpp"
+
+namespace sparsam {
+namespace {
+
+struct Entry {
+  std::uint16_t column;
+  std::int8_t value;
+};
+
+// One group of rows while its weights are given slots: windows slide, each from the first column that some
+// row still needs, and every row takes as many of its next weights as there are slots.
+class SlotGroup {
+ public:
+  SlotGroup(const BitmaskView& w, std::size_t lanes, std::size_t window)
+      : w_(w), lanes_(lanes), window_(window), entries_(lanes), next_(lanes) {}
+
+  void fill(const std::uint32_t* rows) {
+    for (std::size_t i = 0; i < lanes_; ++i) {
+      entries_[i].clear();
+      next_[i] = 0;
+      if (rows[i] >= w_.rows) continue;
+      const auto* value = static_cast<const std::int8_t*>(w_.values) + w_.row_start[rows[i]];
+      for_each_bit(w_.words + rows[i] * w_.row_words, 0, w_.row_words,
+                   [&](std::size_t c) { entries_[i].push_back({static_cast<std::uint16_t>(c), *value++}); });
+    }
+    starts.clear();
+    codes.clear();
+    while (first_column() < w_.cols) add_pair();
+  }
+
+  std::vector<std::uint16_t> starts;
+  std::vector<std::uint8_t> codes;
+
+ private:
+  std::size_t first_column() const {
+    std::size_t first = w_.cols;
+    for (std::size_t i = 0; i < lanes_; ++i)
+      if (next_[i] < entries_[i].size()) first = std::min<std::size_t>(first, entries_[i][next_[i]].column);
+    return first;
+  }
+
+  void add_pair() {
+    const std::size_t at = codes.size(), slots = 4 * lanes_;
+    codes.resize(at + int8_pair_bytes(lanes_, window_));
+    std::size_t start = 0;
+    for (std::size_t step = 0; step < 2; ++step) {
+      if (step == 0 || int8_pair_starts(window_) == 2) {
+        start = std::min(first_column(), w_.cols - 1);
+        starts.push_back(static_cast<std::uint16_t>(start));
+      }
+      for (std::size_t i = 0; i < lanes_; ++i) {
+        std::size_t& next = next_[i];
+        for (std::size_t slot = 4 * i; slot < 4 * i + 4 && next < entries_[i].size(); ++slot, ++next) {
+          const Entry& entry = entries_[i][next];
+          if (entry.column >= start + window_) break;
+          const std::size_t offset = entry.column - start;
+          std::uint8_t* const code = codes.data() + at;
+          code[step * slots + slot] = static_cast<std::uint8_t>(entry.value);
+          if (window_ == 16)
+            code[2 * slots + slot] |= static_cast<std::uint8_t>(offset << 4 * step);
+          else
+            code[(2 + step) * slots + slot] = static_cast<std::uint8_t>(offset);
+        }
+      }
+    }
+  }
+
+  const BitmaskView& w_;
+  std::size_t lanes_, window_;
+  std::vector<std::vector<Entry>> entries_;
+  std::vector<std::size_t> next_;
+};
+
+// Rows in the order of their lanes, `rows` where there is none. Sorted by length in stretches of 256 where
+// their lengths differ so much that it saves more than results cost that leave one by one.
+std::vector<std::uint32_t> lane_rows(const BitmaskView& w, std::size_t lanes) {
+  std::vector<std::uint32_t> order((w.rows + lanes - 1) / lanes * lanes, static_cast<std::uint32_t>(w.rows));
+  std::iota(order.begin(), order.begin() + static_cast<std::ptrdiff_t>(w.rows), 0u);
+  std::vector<std::uint32_t> sorted = order;
+  const auto entries = [&](std::uint32_t r) { return r < w.rows ? w.row_start[r + 1] - w.row_start[r] : 0; };
+  for (std::size_t from = 0; from < sorted.size(); from += kRowBlock)
+    std::stable_sort(sorted.begin() + static_cast<std::ptrdiff_t>(from),
+                     sorted.begin() + static_cast<std::ptrdiff_t>(std::min(sorted.size(), from + kRowBlock)),
+                     [&](std::uint32_t a, std::uint32_t b) { return entries(a) > entries(b); });
+  const auto longest = [&](const std::vector<std::uint32_t>& rows) {
+    std::uint64_t sum = 0;
+    for (std::size_t from = 0; from < rows.size(); from += lanes) {
+      std::uint64_t most = 0;
+      for (std::size_t i = 0; i < lanes; ++i) most = std::max(most, entries(rows[from + i]));
+      sum += most;
+    }
+    return sum;
+  };
+  return 2 * longest(order) > 3 * longest(sorted) ? sorted : order;
+}
+
+std::size_t lanes_of(const Int8View& w) { return (w.rows + w.lanes - 1) / w.lanes * w.lanes; }
+
+// visit(lane, column, value as a byte) of each slot, used or not, while it returns true; whether it did.
+template <class Visit>
+bool for_each_slot(const Int8View& w, Visit&& visit) {
+  const std::size_t slots = 4 * w.lanes, starts = int8_pair_starts(w.window);
+  for (std::size_t g = 0; g < lanes_of(w) / w.lanes; ++g)
+    for (std::uint64_t pair = w.begin[g]; pair < w.begin[g + 1]; ++pair) {
+      const std::uint8_t* const code = w.codes + int8_pair_bytes(w.lanes, w.window) * pair;
+      for (std::size_t i = 0; i < 2 * slots; ++i) {
+        const std::size_t step = i / slots, slot = i % slots;
+        const std::size_t offset =
+            w.window == 16 ? code[2 * slots + slot] >> 4 * step & 15 : code[2 * slots + i];
+        const std::size_t start = w.start[starts * pair + (starts == 2 ? step : 0)];
+        if (!visit(g * w.lanes + slot / 4, start + offset, code[i])) return false;
+      }
+    }
+  return true;
+}
+
+}  // namespace
+
+FormPtr int8_slots_of(const Form& bitmask, std::size_t lanes, std::size_t window) {
+  const BitmaskView w = bitmask.bitmask();
+  const float* const scales = bitmask.scales();
+  if (w.cols > kInt8Columns)
+    throw std::invalid_argument("int8 values: expected at most " + std::to_string(kInt8Columns) +
+                                " columns; got " + std::to_string(w.cols) + "; use float values");
+  const std::vector<std::uint32_t> order = lane_rows(w, lanes);
+  const std::size_t groups = order.size() / lanes, bytes = int8_pair_bytes(lanes, window);
+  const std::size_t starts = int8_pair_starts(window);
+  std::vector<std::vector<std::uint16_t>> group_starts(groups);
+  std::vector<std::vector<std::uint8_t>> group_codes(groups);
+  for_each_task(groups, worker_count(groups, w.rows * w.cols >= kSerialBelow),
+                [&](std::size_t, std::size_t g) {
+                  SlotGroup group(w, lanes, window);
+                  group.fill(order.data() + g * lanes);
+                  group_starts[g] = std::move(group.starts);
+                  group_codes[g] = std::move(group.codes);
+                });
+  FormHeader counts = header_for(FormKind::slots, DType::i8, w.rows, w.cols, bitmask.nnz());
+  counts.shared_rows = bitmask.header().shared_rows;
+  counts.depth = window;
+  counts.units = lanes;
+  for (const auto& codes : group_codes) counts.steps += codes.size() / bytes;
+  const FormWriter writer(counts);
+  auto* begin = writer.section<std::uint64_t>(0);
+  auto* row = writer.section<std::uint32_t>(1);
+  auto* first = reinterpret_cast<std::int32_t*>(row + order.size());
+  auto* scale = reinterpret_cast<float*>(first + order.size());
+  std::copy(order.begin(), order.end(), row);
+  for (std::size_t i = 0; i < order.size(); ++i) {
+    const bool none = order[i] >= w.rows;
+    const auto* const values = static_cast<const std::int8_t*>(w.values);
+    first[i] = none ? 0
+                    : -kInt8Zero * std::accumulate(values + w.row_start[order[i]],
+                                                   values + w.row_start[order[i] + 1], 0);
+    scale[i] = none ? 0.0f : scales[order[i]];
+  }
+  *begin = 0;
+  for (std::size_t g = 0; g < groups; ++g) {
+    std::copy(group_starts[g].begin(), group_starts[g].end(),
+              writer.section<std::uint16_t>(2) + starts * *begin);
+    std::copy(group_codes[g].begin(), group_codes[g].end(), writer.section<std::uint8_t>(3) + bytes * *begin);
+    begin[1] = begin[0] + group_codes[g].size() / bytes;
+    ++begin;
+  }
+  return writer.finish();
+}
+
+FormPtr int8_slots_of(const Form& bitmask) {
+  const Int8Kernels& row = int8_kernels();
+  return int8_slots_of(bitmask, row.lanes, row.window);
+}
+
+FormPtr bitmask_of_int8_slots(const Form& form) {
+  const Int8View w = form.int8_slots();
+  const std::size_t row_words = words_for(w.cols);
+  std::vector<std::vector<Entry>> entries(w.rows);
+  std::vector<float> scales(w.rows);
+  for_each_slot(w, [&](std::size_t lane, std::size_t column, std::uint8_t code) {
+    if (code != 0)
+      entries[w.row[lane]].push_back({static_cast<std::uint16_t>(column), static_cast<std::int8_t>(code)});
+    return true;
+  });
+  for (std::size_t lane = 0; lane < lanes_of(w); ++lane)
+    if (w.row[lane] < w.rows) scales[w.row[lane]] = w.scale[lane];
+  const Memory words(8 * w.rows * row_words);
+  std::fill_n(words.as<std::uint64_t>(), w.rows * row_words, 0);
+  std::vector<std::int8_t> values;
+  for (std::size_t r = 0; r < w.rows; ++r) {
+    std::sort(entries[r].begin(), entries[r].end(),
+              [](const Entry& a, const Entry& b) { return a.column < b.column; });
+    std::uint64_t* const to = words.as<std::uint64_t>() + r * row_words;
+    for (const Entry& entry : entries[r]) {
+      const std::uint64_t bit = std::uint64_t{1} << entry.column % 64;
+      if ((to[entry.column / 64] & bit) == 0) values.push_back(entry.value);  // twice only in a damaged form
+      to[entry.column / 64] |= bit;
+    }
+  }
+  return int8_bitmask(words.as<std::uint64_t>(), w.rows, w.cols, values.data(), scales.data());
+}
+
+// First that it can be read at all; then it is right if the packer makes the same of what it holds.
+std::string fault_of(const Int8View& w, const FormHeader& header, const Form& form) {
+  const std::size_t groups = lanes_of(w) / w.lanes;
+  if (w.begin[0] != 0 || w.begin[groups] != header.steps) return "expected as many steps as its header says";
+  for (std::size_t g = 0; g < groups; ++g)
+    if (w.begin[g] > w.begin[g + 1] || w.begin[g + 1] > header.steps) return "expected groups in order";
+  std::vector<bool> seen(w.rows);
+  std::size_t rows = 0;
+  for (std::size_t lane = 0; lane < lanes_of(w); ++lane) {
+    if (w.row[lane] == w.rows) continue;
+    if (w.row[lane] > w.rows || seen[w.row[lane]]) return "expected every row once";
+    seen[w.row[lane]] = true;
+    ++rows;
+    if (!is_scale(w.scale[lane])) return "expected scales that are positive, normal numbers";
+  }
+  if (rows != w.rows) return "expected every row once";
+  const std::size_t starts = int8_pair_starts(w.window) * header.steps;
+  for (std::size_t i = 0; i < starts; ++i)
+    if (w.start[i] >= w.cols) return "expected columns that the weight has";
+  const bool readable = for_each_slot(w, [&](std::size_t lane, std::size_t column, std::uint8_t code) {
+    return code == 0 ||
+           (is_int8_value(static_cast<std::int8_t>(code)) && column < w.cols && w.row[lane] < w.rows);
+  });
+  if (!readable) return "expected weights from -64 to 64, in rows and columns that it has";
+  const FormPtr again = int8_slots_of(*bitmask_of_int8_slots(form), w.lanes, w.window);
+  if (again->bytes() != form.bytes() || std::memcmp(again->data(), form.data(), form.bytes()) != 0)
+    return "expected the slots that its weights are given";
+  return {};
+}
+
+}  // namespace sparsam

@@ -1,0 +1,66 @@
+// Linear layers with int8 values: x is quantised row by row, then groups of rows of W are shared out.
+#include <algorithm>
+
+#include "int8_linear.hpp"
+#include "panel_tiles.hpp"
+#include "sparsam/isa.hpp"
+#include "table.hpp"
+
+namespace sparsam {
+namespace {
+
+// Rows of x that are worked on together, so that they stay in a part of the L1 cache.
+std::size_t block_of(std::size_t x_stride) {
+  constexpr std::size_t kBytes = 16384;
+  return std::max<std::size_t>(1, kBytes / x_stride / kInt8Batch) * kInt8Batch;
+}
+
+}  // namespace
+
+void int8_linear(const Form& form, const Input& x, std::size_t batch, Epilogue epilogue, const Output& y) {
+  const Int8View w = form.int8_slots();
+  const Int8Kernels& kernel = int8_kernels(w.lanes, w.window);
+  const std::size_t groups = (w.rows + w.lanes - 1) / w.lanes;
+  const std::size_t x_stride = (w.cols + kInt8Slack + 63) / 64 * 64;
+  const Scratch<Purpose::tiles> memory(batch * (x_stride + sizeof(float)) / sizeof(float) + 1);
+  auto* const bytes = reinterpret_cast<std::uint8_t*>(memory.data());
+  auto* const scales = reinterpret_cast<float*>(bytes + batch * x_stride);
+
+  const std::size_t x_item = x.narrow ? 2 : sizeof(float), y_item = y.narrow ? 2 : sizeof(float);
+  auto quantise = [&](std::size_t, std::size_t part) {
+    for (std::size_t t = part * kInt8Batch; t < std::min(batch, (part + 1) * kInt8Batch); ++t) {
+      const char* const from = static_cast<const char*>(x.data) + t * x.stride * x_item;
+      scales[t] = kernel.quantise(from, x.narrow, w.cols, bytes + t * x_stride);
+    }
+  };
+  const std::size_t parts = (batch + kInt8Batch - 1) / kInt8Batch;
+  for_each_task(parts, worker_count(parts, batch * w.cols >= kSerialBelow / 4), quantise);
+
+  // Tasks have about as many steps each, and write separate rows of y.
+  const std::uint64_t work = form.header().steps * batch;
+  const std::size_t workers = worker_count(groups, work * 8 * w.lanes >= kSerialBelow);
+  const std::size_t tasks = workers == 1 ? 1 : std::min(groups, 8 * workers);
+  const std::size_t block = block_of(x_stride);
+  const auto edge = [&](std::size_t task) {
+    const std::uint64_t pair = form.header().steps * task / tasks;
+    return task == tasks
+               ? groups
+               : static_cast<std::size_t>(std::lower_bound(w.begin, w.begin + groups, pair) - w.begin);
+  };
+  for_each_task(tasks, workers, [&](std::size_t, std::size_t task) {
+    const std::size_t begin = edge(task), end = edge(task + 1);
+    const std::size_t step = batch <= kInt8Batch ? std::max<std::size_t>(1, end - begin) : 1;
+    for (std::size_t from = 0; from < batch; from += block)
+      for (std::size_t group = begin; group < end; group += step) {
+        const std::size_t here = std::min(block, batch - from), passes = (here + kInt8Batch - 1) / kInt8Batch;
+        for (std::size_t pass = 0; pass < passes; ++pass) {  // of about equal numbers of rows of x
+          const std::size_t t = from + here * pass / passes, next = from + here * (pass + 1) / passes;
+          const Output to{static_cast<char*>(y.data) + t * y.stride * y_item, y.stride, y.narrow};
+          kernel.multiply(w, group, group + step, bytes + t * x_stride, x_stride, scales + t, next - t,
+                          epilogue, to);
+        }
+      }
+  });
+}
+
+}  // namespace sparsam

@@ -1,0 +1,310 @@
+"""int8 values: rounding, exact sums on every instruction set, files, what is refused."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+import sparsam
+from matmul_cases import ORACLES, inputs, weights
+from sparsam import Mask, SparseMatrix, checkpoint
+from sparsam._core import Packed
+from sparsam.sparse.stored import to_arrays
+
+SHAPES = [(1, 1), (3, 7), (8, 16), (17, 100), (64, 64), (100, 300), (7, 0), (0, 7)]
+F32 = np.float32
+NAMES: tuple[Any, ...] = (None, *ORACLES)
+
+
+def rounded(w: NDArray[Any]) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+    """What docs/formats.md says of int8 values."""
+    largest = np.abs(w).max(axis=1, initial=0).astype(F32)
+    scales = np.where(largest > 0, largest / F32(64), F32(1))
+    return np.clip(np.rint(w.astype(F32) / scales[:, None]), -64, 64).astype(np.int64), scales
+
+
+def product(
+    q: NDArray[Any], scales: NDArray[np.float32], x: NDArray[Any], bias: NDArray[Any] | None = None
+) -> NDArray[np.float32]:
+    """The exact sums, and then one operation of float32 after the other."""
+    x = x.astype(F32)
+    largest = np.abs(x).max(axis=1, initial=0)
+    x_scales = np.where(largest < F32(2.0**-96), F32(0), largest / F32(127))
+    inverse = F32(127) / np.where(x_scales > 0, largest, F32(np.inf))
+    sums = np.rint(x * inverse[:, None]).astype(np.int64) @ q.T.astype(np.int64)
+    y: NDArray[np.float32] = sums.astype(F32) * (scales[None, :] * x_scales[:, None])
+    return y if bias is None else y + bias
+
+
+def of_integers(q: NDArray[np.int8], scales: NDArray[np.float32]) -> SparseMatrix:
+    packed = Packed.pack_int8(q, scales)
+    packed.add("slots")
+    packed.keep(["slots"])
+    return SparseMatrix(packed)
+
+
+def extreme(rows: int, cols: int, sparsity: float) -> NDArray[np.int8]:
+    """Weights of 64 and -64 only: of one sign in every third row, where sums of neighbours are largest."""
+    rng = np.random.default_rng(3)
+    signs = np.where(np.arange(rows)[:, None] % 3, rng.choice([-64, 64], (rows, cols)), 64)
+    return np.where(rng.random((rows, cols)) < sparsity, 0, signs).astype(np.int8)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("sparsity", [0.0, 0.5, 0.8, 0.95, 1.0])
+def test_products_are_exact(isa: str, shape: tuple[int, int], sparsity: float) -> None:
+    w, bias = weights(*shape, sparsity), inputs(shape[0], seed=3)
+    matrix = SparseMatrix.from_dense(w, dtype="int8")
+    q, scales = rounded(w)
+    assert matrix.nnz == np.count_nonzero(q)
+    assert matrix.dtype == np.int8
+    for batch in (1, 2, 3, 7, 8, 9, 40):
+        x = inputs(batch, shape[1], seed=batch)
+        assert np.array_equal(matrix.linear(x, bias), product(q, scales, x, bias)), batch
+        assert np.array_equal(matrix.linear(x, bias, "relu"), np.maximum(product(q, scales, x, bias), 0))
+
+
+@pytest.mark.parametrize("sparsity", [0.0, 0.5, 0.9])
+@pytest.mark.parametrize("sign", [1, -1])
+def test_nothing_saturates(isa: str, sparsity: float, sign: int) -> None:
+    """Bytes of 255 (and 1) times weights of 64, of one sign in every third row."""
+    q, scales = extreme(33, 1000, sparsity), np.full(33, 0.5, F32)
+    matrix = of_integers(q, scales)
+    for batch in (1, 8, 11):
+        x = np.full((batch, 1000), 2.0 * sign, F32)
+        assert np.array_equal(matrix.linear(x), product(q, scales, x))
+
+
+@pytest.mark.parametrize(("n", "m"), [(2, 4), (4, 8), (8, 16), (4, 16), (1, 4)])
+def test_patterns_fill_all_slots(isa: str, n: int, m: int) -> None:
+    w = inputs(64, 256)
+    keep = sparsam.select(w, 1 - n / m, sparsam.NM(n, m)).to_array()
+    q = np.where(keep, np.random.default_rng(0).integers(1, 65, w.shape), 0)
+    q[keep & (np.cumsum(keep, axis=1) == 1)] = 64  # the scale is 1
+    matrix = SparseMatrix.from_dense(q.astype(F32), dtype="int8")
+    data = matrix._state.forms.packed
+    assert data is not None
+    lanes, pairs = np.frombuffer(data.buffer("slots")[48:64].tobytes(), np.uint64).tolist()
+    assert matrix.nnz == np.count_nonzero(keep)
+    assert matrix.nnz == 8 * lanes * pairs
+    x = inputs(5, 256)
+    assert np.array_equal(matrix.linear(x), product(q, np.ones(64, F32), x))
+
+
+def test_every_machine_gives_the_same_bits(threads: int) -> None:
+    """A form that was built under one instruction set is multiplied under all; activations included."""
+    w, x, bias = weights(600, 500, 0.7), inputs(21, 500), inputs(600, seed=2)
+    found = []
+    for built in sparsam.available_isas():
+        with sparsam.use_isa(built):
+            matrix = SparseMatrix.from_dense(w, dtype="int8")
+        for isa in sparsam.available_isas():
+            with sparsam.use_isa(isa):
+                found.append([matrix.linear(x, bias, name) for name in NAMES])
+    for other in found[1:]:
+        for y, expected in zip(other, found[0], strict=True):
+            assert np.array_equal(y, expected)
+    exact = product(*rounded(w), x, bias)
+    for name, y in zip(ORACLES, found[0][1:], strict=True):
+        z = ORACLES[name](exact.astype(np.float64))
+        assert np.abs(y - z).max() < 2e-6 * (1 + np.abs(exact).max()), name
+
+
+def test_rows_of_very_different_lengths(isa: str) -> None:
+    """They are sorted, and results return to their places."""
+    rng = np.random.default_rng(0)
+    w = inputs(301, 400) * (rng.random((301, 400)) < rng.random((301, 1)) ** 4)
+    matrix = SparseMatrix.from_dense(w.astype(F32), dtype="int8")
+    bias = inputs(301, seed=5)
+    for batch in (1, 12):
+        x = inputs(batch, 400)
+        assert np.array_equal(matrix.linear(x, bias), product(*rounded(w), x, bias))
+    assert np.array_equal(matrix.to_dense(), SparseMatrix.from_dense(matrix.to_dense()).to_dense())
+
+
+def test_special_rows_of_x(isa: str) -> None:
+    w, bias = weights(20, 64, 0.5), inputs(20, seed=3)
+    matrix = SparseMatrix.from_dense(w, dtype="int8")
+    x = inputs(7, 64)
+    x[1, 63] = np.inf
+    x[2, 0] = np.nan
+    x[3] = 0
+    x[4] *= F32(1e-30)
+    x[5] *= F32(1e37)
+    x[6] *= F32(1e-35)
+    y = matrix.linear(x, bias)
+    assert np.isnan(y[1:3]).all()
+    good = [0, 3, 4, 5, 6]
+    assert np.array_equal(y[good], product(*rounded(w), x[good], bias))
+    assert np.array_equal(y[3], bias)
+    assert np.array_equal(y[6], bias)
+
+
+def test_out_dtypes_and_shapes(isa: str) -> None:
+    w, x = weights(30, 50, 0.6), inputs(2, 3, 50)
+    matrix = SparseMatrix.from_dense(w.astype(np.float64), dtype=np.int8)
+    exact = product(*rounded(w), x.reshape(6, 50)).reshape(2, 3, 30)
+    out = np.empty((2, 3, 30), np.float64)
+    assert matrix.linear(x, out=out) is out
+    assert np.array_equal(out, exact)
+    assert np.array_equal(matrix @ x[0].T, exact[0].T)
+    assert np.array_equal(matrix.linear(x.astype(np.float64)), exact)
+
+
+def test_a_weight_that_rounds_to_zero_is_pruned() -> None:
+    w = np.array([[1, 1e-4, 0.5, 0], [0, 0, 0, 0]], F32)
+    for dtype in (F32, np.float16, ml_dtypes.bfloat16, np.float64):
+        matrix = SparseMatrix.from_dense(w.astype(dtype), dtype="int8")
+        assert matrix.nnz == 2
+        assert np.array_equal(matrix.to_dense() != 0, [[True, False, True, False], [False] * 4])
+    kept = SparseMatrix.from_mask(w, np.array([[False, True, True, True], [True] * 4]), dtype="int8")
+    assert np.array_equal(kept._state.forms.readable().values(), [64])  # its scale is of what is kept
+    mask = Mask.from_array(np.array([[True] * 4, [False] * 4]))
+    assert SparseMatrix.from_mask(w, mask, dtype="int8").nnz == 2
+
+
+def test_the_error_of_rounding() -> None:
+    w = weights(100, 200, 0.5)
+    dense = SparseMatrix.from_dense(w, dtype="int8").to_dense()
+    assert dense.dtype == np.float32
+    largest = np.abs(w).max(axis=1, keepdims=True)
+    assert (np.abs(dense - w) <= largest / 128 * (1 + 1e-6)).all()
+
+
+def test_what_can_be_asked_of_it() -> None:
+    w = weights(40, 96, 0.75)
+    matrix = SparseMatrix.from_dense(w, dtype="int8")
+    assert repr(matrix).startswith("SparseMatrix(40x96, int8, ")
+    assert matrix.explain(3).kernel == "slots"
+    assert str(matrix.explain(3)).endswith("slots, the kernel of int8 values")
+    matrix.prepare([1, 64])
+    matrix.prepare(1, kernel="slots")
+    assert matrix.explain(1).kernel == "slots"
+    with pytest.raises(ValueError, match="kernel: expected one of slots; got 'panels'; pass"):
+        matrix.prepare(1, kernel="panels")
+    assert np.array_equal(np.asarray(matrix), matrix.to_dense())
+    assert np.array_equal(matrix.T.to_dense(), matrix.to_dense().T)
+    assert matrix.T.dtype == np.float32
+    pytest.importorskip("scipy")
+    assert np.array_equal(matrix.to_scipy().toarray(), matrix.to_dense())
+    again = SparseMatrix.from_scipy(matrix.to_scipy(), dtype="int8")
+    assert again.nnz == matrix.nnz
+
+
+def test_bytes_are_counted() -> None:
+    matrix = SparseMatrix.from_dense(weights(256, 512, 0.8), dtype="int8")
+    data = matrix._state.forms.packed
+    assert data is not None
+    assert matrix.nbytes == len(data.buffer("slots"))
+    assert matrix.nbytes < 4.6 / 8 * 256 * 512  # bits a weight, of which 4 and a little are slots
+    assert data.forms == ("slots",)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_copies_are_equal(tmp_path: Path, shape: tuple[int, int]) -> None:
+    matrix = SparseMatrix.from_dense(weights(*shape, 0.6), dtype="int8")
+    x = inputs(3, shape[1])
+    matrix.save(tmp_path / "w.safetensors")
+    for copy in (SparseMatrix.load(tmp_path / "w.safetensors"), pickle.loads(pickle.dumps(matrix))):
+        assert copy.dtype == np.int8
+        assert copy.nbytes == matrix.nbytes
+        assert np.array_equal(copy.linear(x), matrix.linear(x))
+
+
+GOLDEN = (
+    b'{"__metadata__":{"sparsam":"SparseMatrix 1"},"shape":{"dtype":"I64","shape":[2],"data_offsets":[0,16]},'
+    b'"scales":{"dtype":"F32","shape":[2],"data_offsets":[16,24]},'
+    b'"values":{"dtype":"I8","shape":[3],"data_offsets":[24,27]},'
+    b'"bits":{"dtype":"U8","shape":[2,2],"data_offsets":[27,31]}}'
+)
+GOLDEN_DATA = bytes.fromhex(
+    "0200000000000000 0900000000000000"  # shape
+    "0000803c 0000003c"  # scales: 1/64, 1/128
+    "20 c0 40"  # values: 32, -64; 64
+    "01 01 08 00"  # bits: columns 0 and 8; column 3
+)
+
+
+def test_golden_bytes(tmp_path: Path) -> None:
+    w = np.zeros((2, 9), F32)
+    w[0, 0], w[0, 8], w[1, 3] = 0.5, -1, 0.5
+    file = tmp_path / "w.safetensors"
+    SparseMatrix.from_dense(w, dtype="int8").save(file)
+    header = GOLDEN + b" " * (-len(GOLDEN) % 8)
+    assert file.read_bytes() == len(header).to_bytes(8, "little") + header + GOLDEN_DATA
+    assert np.array_equal(SparseMatrix.load(file).to_dense(), w)
+
+
+@pytest.mark.parametrize(
+    ("change", "what"),
+    [
+        ({"scales": np.ones(3, F32)}, "scales: expected float32"),
+        ({"scales": np.ones(2, np.float64)}, "scales: expected float32"),
+        ({"scales": np.array([1, 0], F32)}, "scales: expected positive, normal numbers"),
+        ({"scales": np.array([1, np.nan], F32)}, "scales: expected positive, normal numbers"),
+        ({"scales": np.array([1e-40, 1], F32)}, "scales: expected positive, normal numbers"),
+        ({"values": np.array([1, 0, 3], np.int8)}, "values: expected -64 to 64 and not 0"),
+        ({"values": np.array([1, -65, 3], np.int8)}, "values: expected -64 to 64 and not 0"),
+        ({"values": np.ones(3, F32)}, "values: expected a vector of int8"),
+        ({"values": np.ones(4, np.int8)}, "4 values for 3 bits"),
+    ],
+)
+def test_damaged_files(tmp_path: Path, change: dict[str, NDArray[Any]], what: str) -> None:
+    w = np.zeros((2, 9), F32)
+    w[0, 0], w[0, 8], w[1, 3] = 1, -2, 3
+    arrays = to_arrays(SparseMatrix.from_dense(w, dtype="int8")._state.forms.readable())
+    file = tmp_path / "w.safetensors"
+    checkpoint.save(file, {**arrays, **change}, {"sparsam": "SparseMatrix 1"})
+    with pytest.raises(ValueError, match=what):
+        SparseMatrix.load(file)
+
+
+@pytest.mark.parametrize("shape", [(19, 100), (40, 300)])
+def test_a_damaged_form_is_refused_or_reads_within_bounds(isa: str, shape: tuple[int, int]) -> None:
+    """Whatever byte of a form is changed: it is refused, unless it makes another weight that is as good."""
+    packed = SparseMatrix.from_dense(weights(*shape, 0.7), dtype="int8")._state.forms.packed
+    assert packed is not None
+    good = packed.buffer("slots")
+    rng = np.random.default_rng(0)
+    refused = 0
+    for at in (*range(128), *rng.integers(128, len(good), 400).tolist()):
+        bad = good.copy()
+        bad[at] ^= 1 << int(rng.integers(8))
+        try:
+            found = Packed.from_buffers([bad])
+        except ValueError:
+            refused += 1
+            continue
+        y = np.empty((2, found.rows), F32)
+        found.linear("slots", inputs(2, found.cols), None, "", y)
+    assert refused >= 200
+
+
+def test_what_is_refused() -> None:
+    with pytest.raises(ValueError, match="w: expected finite weights for int8; got inf in row 1; use float"):
+        SparseMatrix.from_dense(np.array([[1, 2], [np.inf, 0]], F32), dtype="int8")
+    with pytest.raises(ValueError, match="w: expected at most 65536 columns for int8; got 65537; use float"):
+        SparseMatrix.from_dense(np.zeros((1, 65537), F32), dtype="int8")
+    with pytest.raises(TypeError, match=r"dtype: expected one of float32, .*int8; got 'int16'; pass"):
+        SparseMatrix.from_dense(np.zeros((1, 5), F32), dtype="int16")
+    packed = Packed.pack_int8(np.ones((2, 3), np.int8), np.ones(2, F32))
+    for form in ("panels",):
+        with pytest.raises(ValueError, match="expected slots, for int8 values"):
+            packed.add(form)
+    with pytest.raises(ValueError, match="expected bitmask or panels, for float values"):
+        Packed.pack(np.ones((2, 3), F32)).add("slots")
+    with pytest.raises(ValueError, match="scales: expected 2, one for each row"):
+        Packed.pack_int8(np.ones((2, 3), np.int8), np.ones(3, F32))
+
+
+def test_the_widest_sums(isa: str) -> None:
+    """65536 products of 64 and 127: the largest sum there is."""
+    matrix = of_integers(np.full((1, 65536), -64, np.int8), np.ones(1, F32))
+    x = np.full((2, 65536), 3, F32)
+    assert np.array_equal(matrix.linear(x), product(np.full((1, 65536), -64), np.ones(1, F32), x))

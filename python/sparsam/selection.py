@@ -152,8 +152,7 @@ def select_many(
     Raises:
         ValueError: as `select`, with the tensor's name.
         TypeError: as `select`, with the tensor's name.
-        KeyboardInterrupt: the user stopped the call. Each output is then either unchanged or completely
-            pruned.
+        KeyboardInterrupt: the user stopped the call. Each output is then unchanged or fully pruned.
     """
     return select_into(scores, sparsity, pattern, scope=scope, norm=norm, out=out).masks
 

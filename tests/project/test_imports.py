@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import re
 from collections.abc import Iterator
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -42,20 +43,25 @@ BASIS = {"_core", "inputs"}
 PIPELINE = {*STAGES, *BASIS}
 
 FOLDERS = sorted(path.parent.name for path in PACKAGE.glob("*/__init__.py"))
+TORCH_FOLDERS = sorted(path.parent.name for path in PACKAGE.glob("torch/*/__init__.py"))
 
 
 def allowed(folder: str) -> set[str]:
-    """The other folders that a folder may import: those that its docstring names where it says "imports"."""
+    """The other folders that a folder may import: those that its docstring names where it says "imports".
+
+    A folder of `torch` is written with it, as in `torch.layers`.
+    """
     text = ast.get_docstring(ast.parse((PACKAGE / folder / "__init__.py").read_text())) or ""
-    sentence = re.search(r"\b(?:Imports|It imports)\b[^.]*\.", text)
+    sentence = re.search(r"\b(?:Imports|It imports)\b.*?\.(?=\s|$)", text, re.DOTALL)
     assert sentence, f"{folder}/__init__.py: expected a docstring that says what the folder imports"
     if "every other folder" in sentence[0]:
         return set(FOLDERS)
-    return set(re.findall(r"`(\w+)`", sentence[0])) & set(FOLDERS)
+    names = {name.replace(".", "/") for name in re.findall(r"`([\w.]+)`", sentence[0])}
+    return names & {*FOLDERS, *(f"torch/{name}" for name in TORCH_FOLDERS)}
 
 
 def imported(source: str) -> Iterator[tuple[int, str]]:
-    """Line and name of what a module imports from the package: a stage or a folder."""
+    """Line and name of what a module imports from the package: a stage or a folder, or one of `torch`."""
     tree = ast.parse(source)
     typing_only = {
         inner
@@ -75,7 +81,10 @@ def imported(source: str) -> Iterator[tuple[int, str]]:
         else:
             assert not getattr(node, "level", 0), "expected absolute imports"
             continue
-        yield from ((node.lineno, name.split(".")[1]) for name in names if name.startswith("sparsam."))
+        for parts in (name.split(".") for name in names if name.startswith("sparsam.")):
+            yield node.lineno, parts[1]
+            if parts[1] == "torch" and parts[2:] and parts[2] in TORCH_FOLDERS:
+                yield node.lineno, f"torch/{parts[2]}"
 
 
 def test_every_module_has_its_place() -> None:
@@ -95,15 +104,30 @@ def test_the_pipeline_imports_only_upwards(name: str) -> None:
 def test_a_folder_imports_what_it_may(folder: str) -> None:
     for path in sorted((PACKAGE / folder).rglob("*.py")):
         for line, other in imported(path.read_text()):
-            fine = other in PIPELINE or other in allowed(folder) | {folder, "__version__"}
+            fine = other in PIPELINE or other in allowed(folder) | {folder, "__version__"} or "/" in other
             assert fine, f"{path.relative_to(PACKAGE)}:{line} imports {other}"
+
+
+@pytest.mark.parametrize("folder", TORCH_FOLDERS)
+def test_a_folder_of_torch_imports_what_it_may(folder: str) -> None:
+    may = allowed(f"torch/{folder}") | {f"torch/{folder}", "torch"}
+    for path in sorted((PACKAGE / "torch" / folder).rglob("*.py")):
+        for line, other in imported(path.read_text()):
+            fine = other in PIPELINE or other in may
+            assert fine, f"{path.relative_to(PACKAGE)}:{line} imports {other}"
+
+
+def test_no_folders_import_each_other() -> None:
+    graph = {folder: allowed(folder) for folder in FOLDERS if folder not in ("cli", "torch", "inputs")}
+    graph |= {f"torch/{folder}": allowed(f"torch/{folder}") for folder in TORCH_FOLDERS}
+    tuple(TopologicalSorter(graph).static_order())  # raises CycleError
 
 
 @pytest.mark.parametrize(
     ("source", "found"),
     [
         ("import sparsam.pruner", ["pruner"]),
-        ("from sparsam.torch.layers import x", ["torch"]),
+        ("from sparsam.torch.layers import x", ["torch", "torch/layers"]),
         ("from sparsam import masks, _core\nimport numpy", ["masks", "_core"]),
         ("def f():\n    from sparsam import plot", ["plot"]),
         ("if TYPE_CHECKING:\n    import sparsam.plot", []),

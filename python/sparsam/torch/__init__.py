@@ -41,8 +41,8 @@ from sparsam.torch.pruning.tickets import find_ticket
 from sparsam.torch.pruning.training_callbacks import lightning_callback, trainer_callback
 from sparsam.torch.pruning.while_training import Pruner
 from sparsam.torch.serialization.files import load, save
-from sparsam.torch.serialization.transformers_models import register
 from sparsam.torch.sparse_tensors import from_sparse_tensor, to_sparse_tensor
+from sparsam.torch.transformers_models import register
 
 __all__ = [
     "AccelerationReport",

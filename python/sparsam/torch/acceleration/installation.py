@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from sparsam.torch.acceleration.candidate_layers import places
 from sparsam.torch.acceleration.fusion import Fused, Fusion
 from sparsam.torch.layers.packing import PackedLayer, clean, is_packed, packed_layers
-from sparsam.torch.serialization.transformers_models import withdraw
+from sparsam.torch.transformers_models import withdraw
 from torch import nn
 
 __all__ = ["LayerSwap", "fast_path_owners", "fast_paths_off", "restore"]

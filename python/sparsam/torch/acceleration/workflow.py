@@ -25,7 +25,7 @@ from sparsam.torch.acceleration.packing import needs_examples, pack
 from sparsam.torch.acceleration.report import AccelerationReport
 from sparsam.torch.acceleration.verification import Gain, fuse, settle, try_out
 from sparsam.torch.layers.packed_weight import DTYPES
-from sparsam.torch.serialization.transformers_models import announce
+from sparsam.torch.transformers_models import announce
 from torch import Tensor, nn
 
 __all__ = ["accelerate"]

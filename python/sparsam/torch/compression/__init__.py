@@ -1,7 +1,7 @@
 """The whole pipeline for a Hugging Face directory: prune, recover, accelerate, save, and measure each stage.
 
 `workflow` is `compress`; `model_directory` reads and writes models, `texts` makes batches of text, `quality`
-compares a model with its dense original on texts that it was not calibrated with, `timing` measures both in
-turn, and `compression_report` holds the result. Needs transformers. Imports the other folders of
-`sparsam.torch`.
+compares a model with its dense original on held-out texts, `timing` measures both alternately, and
+`compression_report` holds the result. Needs transformers. Imports
+`torch.acceleration` and `torch.pruning`.
 """

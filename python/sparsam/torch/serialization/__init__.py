@@ -1,1 +1,4 @@
-"""`save` and `load` for models with packed layers. Imports `torch.layers` and `torch.acceleration`."""
+"""`save` and `load` for models with packed layers.
+
+Imports `checkpoint`, `torch.layers` and `torch.acceleration`.
+"""

@@ -17,7 +17,7 @@ from sparsam.torch.layers.packed_weight import join
 from sparsam.torch.layers.packing import PackedLayer, is_transposed, packed_layers
 from sparsam.torch.serialization.encoding import Encoded, matrix_shape
 from sparsam.torch.serialization.manifest import Layer, Manifest, place
-from sparsam.torch.serialization.transformers_models import announce
+from sparsam.torch.transformers_models import announce
 from torch import Tensor, nn
 
 __all__ = ["StoredWeights"]

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from sparsam import NM, Mask, Slices, Unstructured
 from sparsam.reconstruction import admm_mask, obs
-from sparsam.reconstruction.sequential import DAMPINGS, LayerProblem, fit_layer, split_counts
+from sparsam.reconstruction.sequential import DAMPINGS, LayerProblem, fit_layer, refit_layer, split_counts
 from sparsam.statistics import InputStatistics
 
 OUT, IN, ROWS = 9, 12, 400
@@ -33,9 +33,9 @@ def data(seed: int = 0, rows: int = ROWS) -> tuple[Array, Array, Array, Array]:
 
 
 def problem(
-    *, bias: bool = True, targets: bool = True, held_out: bool = True, **changes: Any
+    *, bias: bool = True, targets: bool = True, held_out: bool = True, rows: int = ROWS, **changes: Any
 ) -> LayerProblem:
-    x, y, w, b = data()
+    x, y, w, b = data(rows=rows)
     size = 2 * OUT if targets else None
     # The targets of another layer with the same inputs stand before this one's.
     seen, held = (InputStatistics(IN, targets=size) for _ in range(2))
@@ -71,6 +71,13 @@ def reference(
     return new
 
 
+def held_out_error(new: Array, x: Array, y: Array, bias: bool) -> float:
+    """The squared error of weights over the held-out rows, with the bias that suits the others."""
+    xh, yh, _, _ = data(1, 60)
+    offset = (y - x @ new.T).mean(0) if bias else 0
+    return float(((yh - xh @ new.T - offset) ** 2).sum())
+
+
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("targets", [True, False])
 @pytest.mark.parametrize("method", ["obs", "admm"])
@@ -80,58 +87,83 @@ def test_a_fit_is_the_least_squares_on_the_mask_of_the_optimum(
     given = problem(method=method, targets=targets, bias=bias)
     found = fit_layer(given)
     x, y, w, b = data()
+    xh, yh, _, _ = data(1, 60)
+    every, wanted = np.vstack([x, xh]), np.vstack([y, yh])  # the last fit is to all inputs
     if not targets:
-        y = x @ w.T + (b if bias else 0)
+        y, wanted = (inputs @ w.T + (b if bias else 0) for inputs in (x, every))
     keep = found.mask.to_array()
     assert found.mask.count == keep.size - round(0.5 * keep.size)
     aim = w
     if targets:
-        aim = reference(w, np.ones_like(keep), x, y, 1e-2, centred=bias).astype(np.float32)
+        tried = [reference(w, np.ones_like(keep), x, y, damping, centred=bias) for damping in DAMPINGS]
+        aim = min(tried, key=lambda new: held_out_error(new, x, y, bias)).astype(np.float32)
     centred = x - x.mean(0) if bias else x
     gram = centred.T @ centred
     if method == "obs" and not targets:
         own = obs(w, gram, sparsity=0.5)
         assert found.mask == own.mask
         np.testing.assert_allclose(found.weights, own.weights, atol=1e-8)
+        every, wanted = x, y
     else:
         by_admm = admm_mask(aim, gram, sparsity=0.5, damping=1e-2)
         assert found.mask == (by_admm if method == "admm" else obs(aim, gram, sparsity=0.5).mask)
         assert found.damping in DAMPINGS
-        want = reference(w, keep, x, y, found.damping, centred=bias)
+        want = reference(w, keep, every, wanted, found.damping, centred=bias)
         np.testing.assert_allclose(found.weights, want, rtol=1e-6, atol=1e-8)
     if not bias:
         assert found.bias is None
     else:
         assert found.bias is not None
-        np.testing.assert_allclose(found.bias, (y - x @ found.weights.T).mean(0), rtol=1e-6, atol=1e-8)
+        means = (wanted - every @ found.weights.T).mean(0)
+        np.testing.assert_allclose(found.bias, means, rtol=1e-6, atol=1e-8)
 
 
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("targets", [True, False])
-def test_the_error_is_that_of_the_held_out_rows(targets: bool, bias: bool) -> None:
+def test_the_error_is_that_of_the_held_out_rows_before_they_are_learnt(targets: bool, bias: bool) -> None:
     given = problem(targets=targets, bias=bias)
     found = fit_layer(given)
-    x, y, w, b = data(1, 60)
+    x0, y0, w, b = data()
+    x, y, _, _ = data(1, 60)
     if not targets:
-        y = x @ w.T + b
-    offset = found.bias if found.bias is not None else (0 if targets else b)
-    error = ((y - x @ found.weights.T - offset) ** 2).sum()
+        y0, y = x0 @ w.T + b, x @ w.T + b
+    plain = y0 if targets or bias else x0 @ w.T
+    new = reference(w, found.mask.to_array(), x0, plain, found.damping, centred=bias)
+    offset = (y0 - x0 @ new.T).mean(0) if bias else (0 if targets else b)
+    error = ((y - x @ new.T - offset) ** 2).sum()
     wanted = y if targets or bias else x @ w.T
     energy = ((wanted - (wanted.mean(0) if bias else 0)) ** 2).sum()
     assert found.error == pytest.approx(error / energy, rel=1e-6)
 
 
-def test_the_damping_is_the_best_on_held_out_rows() -> None:
-    x, y, w, _ = data()
-    found = fit_layer(problem())
-    xh, yh, _, _ = data(1, 60)
+@pytest.mark.parametrize("rows", [14, 30, ROWS])
+def test_the_damping_is_the_best_on_held_out_rows(rows: int) -> None:
+    x, y, w, _ = data(rows=rows)
+    found = fit_layer(problem(rows=rows))
     errors = {}
     for damping in DAMPINGS:
         new = reference(w, found.mask.to_array(), x, y, damping, centred=True)
-        bias = (y - x @ new.T).mean(0)
-        errors[damping] = ((yh - xh @ new.T - bias) ** 2).sum()
+        errors[damping] = held_out_error(new, x, y, True)
     assert found.damping == min(errors, key=errors.__getitem__)
     assert fit_layer(problem(held_out=False)).damping == 1e-2
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_fit_again_is_drawn_to_the_values_it_has(bias: bool) -> None:
+    given = problem(bias=bias)
+    fit = fit_layer(given)
+    parts = [data(), data(1, 60)]
+    x, y = (np.vstack([part[i] for part in parts]) for i in (0, 1))
+    moved = np.random.default_rng(3).standard_normal(y.shape)
+    found = refit_layer(given, fit, moved.T @ x, moved.sum(0))
+    want = reference(fit.weights, fit.mask.to_array(), x, y + moved, fit.damping, centred=bias)
+    np.testing.assert_allclose(found.weights, want, rtol=1e-6, atol=1e-8)
+    assert (found.mask, found.error, found.damping) == (fit.mask, fit.error, fit.damping)
+    if bias:
+        assert found.bias is not None
+        np.testing.assert_allclose(found.bias, (y + moved - x @ found.weights.T).mean(0), rtol=1e-6)
+    else:
+        assert found.bias is None
 
 
 @pytest.mark.parametrize("pattern", [NM(2, 4), Slices(0), Unstructured()], ids=str)
@@ -183,7 +215,7 @@ def test_nothing_and_everything(sparsity: float) -> None:
     assert found.mask == (
         Mask.ones((OUT, IN)) if sparsity == 0 else Mask.from_array(np.zeros((OUT, IN), bool))
     )
-    y = data()[1]
+    y = np.vstack([data()[1], data(1, 60)[1]])
     if sparsity == 1:
         assert found.bias is not None
         np.testing.assert_allclose(found.bias, y.mean(0), rtol=1e-9)

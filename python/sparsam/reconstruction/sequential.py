@@ -8,8 +8,8 @@ in SparseGPT). All that a fit needs are the moments of x and y, which `InputStat
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -24,16 +24,25 @@ from sparsam.reconstruction.layer_problem import quadratic
 from sparsam.reconstruction.least_squares import refit
 from sparsam.statistics import InputStatistics
 
-__all__ = ["DAMPINGS", "RECONSTRUCTIONS", "LayerFit", "LayerProblem", "check_method", "fit_layer"]
+__all__ = [
+    "DAMPINGS",
+    "RECONSTRUCTIONS",
+    "LayerFit",
+    "LayerProblem",
+    "check_method",
+    "fit_layer",
+    "refit_layer",
+]
 
 RECONSTRUCTIONS = ("obs", "admm")
 """The methods that choose a mask and new values for the weights that stay."""
 
-DAMPINGS = (1e-3, 1e-2, 1e-1)
+DAMPINGS = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0)
 """Of least squares, relative to the mean diagonal of H: the best on held-out inputs is taken."""
 
 _DAMPING = 1e-2  # of the optimum for which the mask is chosen; and without held-out inputs, of all
-_ROWS = 64  # by which dampings are compared
+_OF_OBS = (Unstructured, NM)  # the patterns that it knows
+_ROWS = 32  # by which dampings are compared
 
 
 @dataclass(frozen=True)
@@ -46,8 +55,8 @@ class LayerProblem:
         bias: (out,) or None. A bias corrects the means, so for a layer with one, inputs and targets are
             centred.
         inputs: The moments of its inputs, and of target outputs if there are any.
-        held_out: The same for held-out inputs, with which the damping is chosen and the error measured; None:
-            the damping is 1e-2, and the error that of the inputs themselves.
+        held_out: The same for held-out inputs, with which the damping is chosen and the error measured before
+            the last fit includes them too; None: the damping is 1e-2, and the error that of the inputs.
         rows: Which of the targets are this layer's; None without targets, and the layer is then fitted to the
             outputs of its own dense weights.
         method: "obs" or "admm".
@@ -76,8 +85,9 @@ class LayerFit:
         weights: In the shape and dtype of the given weights, 0 where pruned.
         bias: The new bias, if there is one.
         mask: Which weights are kept.
-        error: The squared difference from the target outputs, over held-out inputs if there are any, relative
-            to the squared norm of the target outputs (around their mean for a layer with a bias).
+        error: The squared difference from the target outputs, relative to the squared norm of the target
+            outputs (around their mean for a layer with a bias). With held-out inputs: that of up to 32 rows
+            of the weights over these, before the fit includes them.
         damping: Of the least squares, relative to the mean diagonal of H.
     """
 
@@ -90,7 +100,7 @@ class LayerFit:
 
 def check_method(name: str, method: str, pattern: Pattern, scope: str) -> None:
     """Raises ValueError for a pattern or scope that a method of `RECONSTRUCTIONS` does not support."""
-    if method == "obs" and not isinstance(pattern, (Unstructured, NM)):
+    if method == "obs" and not isinstance(pattern, _OF_OBS):
         wanted = f"Unstructured() or NM(n, m) for {name!r} with method 'obs'"
         raise ValueError(expected("pattern", str(pattern), wanted, "use method 'admm', which has them all"))
     if scope == "global" or (scope == "row" and method == "admm"):
@@ -104,11 +114,13 @@ def fit_layer(problem: LayerProblem) -> LayerFit:
 
     With H the sum of x x^T and C that of y x^T (both centred if there is a bias), W the dense weights:
 
-    1. the ridge optimum (C + c W)(H + c I)^-1, c = 1e-2 of H's mean diagonal; W itself for own targets;
+    1. the ridge optimum (C + c W)(H + c I)^-1, c times H's mean diagonal; W itself for own targets;
     2. the mask for it: `obs` or `admm_mask`, with a damping of 0.01;
-    3. the least squares on the mask, `refit(W, H, mask, cross=C, damping=d)`, d of `DAMPINGS` being the one
-       with which up to 64 rows fit the held-out inputs best; for own targets with "obs" its own update;
+    3. the least squares on the mask, `refit(W, H, mask, cross=C, damping=d)`, H and C being those of all
+       inputs by then, held out or not. For own targets with "obs" its own update;
     4. the bias: mean of y - W' mean of x.
+
+    c and d are those of `DAMPINGS` with which up to 32 rows fit the held-out inputs best; 1e-2 without these.
 
     Returns:
         The fit; a bias of None stays None.
@@ -117,19 +129,53 @@ def fit_layer(problem: LayerProblem) -> LayerFit:
         ValueError: The method does not support a pattern or scope; as for `obs`, `admm_mask` and `refit`.
     """
     check_method(problem.name, problem.method, problem.pattern, problem.scope)
-    seen = _Seen(problem.inputs, problem.rows, centred=problem.bias is not None)
-    held = seen if problem.held_out is None else _Seen(problem.held_out, problem.rows, centred=seen.centred)
-    dense = problem.weights
-    aim = dense if seen.cross is None else _ridge(dense, seen.gram, seen.cross)
+    dense, old = problem.weights, problem.bias
+    seen = held = _Seen(problem.inputs, problem.rows, centred=old is not None)
+    if problem.held_out is not None:
+        held = _Seen(problem.held_out, problem.rows, centred=seen.centred)
+    trial = _Trial(problem, seen, held)
+    aim = dense
+    if seen.cross is not None:
+        damping = _DAMPING if held is seen else trial.best(trial.ridge_error)[0]
+        aim = _ridge(dense, seen.gram, seen.cross, damping)
     weights, mask = _choose(problem, aim, seen)
-    damping = _DAMPING
+    damping, error = _DAMPING, None
     if seen.cross is not None or problem.method != "obs":
-        rows = np.unique(np.linspace(0, len(dense) - 1, min(_ROWS, len(dense))).astype(np.int64))
-        if held is not seen:
-            damping = _best_damping(problem, mask, seen, held, rows)
+        if problem.held_out is not None:
+            damping, error = trial.best(lambda tried: trial.mask_error(mask, tried))
+            seen = _Seen(problem.inputs + problem.held_out, problem.rows, centred=seen.centred)
         weights = refit(dense, seen, mask, cross=seen.cross, damping=damping, name=problem.name)
-    bias = None if problem.bias is None else seen.bias(dense, weights, problem.bias)
-    return LayerFit(weights, bias, mask, held.error(dense, weights, bias, problem.bias), damping)
+    bias = None if old is None else seen.bias(dense, weights, old)
+    if error is None:
+        error = held.error(dense, weights, bias, old)
+    return LayerFit(weights, bias, mask, error, damping)
+
+
+def refit_layer(
+    problem: LayerProblem, fit: LayerFit, cross: NDArray[np.float64], total: NDArray[np.float64]
+) -> LayerFit:
+    """Fits the kept weights again, to targets y + d, regularised towards their values.
+
+    Args:
+        problem: The layer, with targets y.
+        fit: What became of it.
+        cross: The sum of d x^T over all inputs, held out or not, (out, in).
+        total: The sum of d, (out,).
+
+    Returns:
+        The new weights and bias, with the mask, error and damping of `fit`.
+    """
+    inputs = problem.inputs if problem.held_out is None else problem.inputs + problem.held_out
+    seen = _Seen(inputs, problem.rows, centred=problem.bias is not None)
+    assert seen.cross is not None
+    assert seen.target_mean is not None
+    moved = cross - np.outer(total, seen.mean) if seen.centred else cross
+    wanted = seen.cross + moved
+    new = refit(fit.weights, seen, fit.mask, cross=wanted, damping=fit.damping, name=problem.name)
+    if fit.bias is None:
+        return replace(fit, weights=new)
+    seen.target_mean = seen.target_mean + total / seen.moments.weight
+    return replace(fit, weights=new, bias=seen.bias(problem.weights, new, fit.bias))
 
 
 class _Seen:
@@ -153,11 +199,17 @@ class _Seen:
             assert self.moments.target_mean is not None
             self.cross, self.target_mean = cross[rows], self.moments.target_mean[rows]
 
-    def bias(self, dense: NDArray[Any], weights: NDArray[Any], bias: NDArray[Any]) -> NDArray[Any]:
-        """The bias that makes the mean output equal to the mean target."""
+    def bias(
+        self,
+        dense: NDArray[Any],
+        weights: NDArray[Any],
+        bias: NDArray[Any],
+        subset: NDArray[np.int64] | None = None,
+    ) -> NDArray[Any]:
+        """The bias that makes the mean output equal to the mean target; for a subset of outputs if given."""
         new = weights.reshape(len(weights), -1).astype(np.float64)
         if self.target_mean is not None:
-            wanted = self.target_mean
+            wanted = self.target_mean if subset is None else self.target_mean[subset]
         else:
             wanted = dense.reshape(len(dense), -1).astype(np.float64) @ self.mean + bias
         result: NDArray[Any] = (wanted - new @ self.mean).astype(bias.dtype)
@@ -208,12 +260,12 @@ def _share(error: float, energy: float) -> float:
 
 
 def _ridge(
-    weights: NDArray[Any], gram: NDArray[np.float64], cross: NDArray[np.float64]
+    weights: NDArray[Any], gram: NDArray[np.float64], cross: NDArray[np.float64], damping: float
 ) -> NDArray[np.float32]:
     """(C + c W)(H + c I)^-1 in the shape of W: least squares regularised towards W."""
     diagonal = gram.diagonal()
     live = diagonal > 0
-    added = _DAMPING * (float(diagonal[live].mean()) if live.any() else 1.0)
+    added = damping * (float(diagonal[live].mean()) if live.any() else 1.0)
     matrix = weights.reshape(len(weights), -1).astype(np.float64)
     system = gram.copy()
     system.flat[:: len(system) + 1] += added
@@ -230,25 +282,46 @@ def _choose(problem: LayerProblem, aim: NDArray[Any], seen: _Seen) -> tuple[NDAr
     return aim, admm_mask(aim, seen, sparsity=sparsity, pattern=pattern, damping=_DAMPING, name=name)
 
 
-def _best_damping(
-    problem: LayerProblem, mask: Mask, seen: _Seen, held: _Seen, rows: NDArray[np.int64]
-) -> float:
-    """The damping whose fit of some rows is best on held-out inputs; the smaller of equal ones."""
-    dense, keep = problem.weights[rows], Mask.from_array(mask.to_array()[rows])
-    cross = None if seen.cross is None else seen.cross[rows]
-    bias = None if problem.bias is None else problem.bias[rows]
+class _Trial:
+    """Some rows of a layer, fitted to the inputs and compared on the held-out inputs."""
 
-    def error(damping: float) -> float:
-        new = refit(dense, seen, keep, cross=cross, damping=damping, name=problem.name)
-        offset = None
-        if bias is not None:
-            matrix = new.reshape(len(new), -1).astype(np.float64)
-            own = dense.reshape(len(new), -1).astype(np.float64) @ seen.mean + bias
-            wanted = own if seen.target_mean is None else seen.target_mean[rows]
-            offset = wanted - matrix @ seen.mean
-        return held.error(dense, new, offset, bias, rows)
+    def __init__(self, problem: LayerProblem, seen: _Seen, held: _Seen) -> None:
+        count = len(problem.weights)
+        self.rows = np.unique(np.linspace(0, count - 1, min(_ROWS, count)).astype(np.int64))
+        self.name, self.seen, self.held = problem.name, seen, held
+        self.dense = problem.weights[self.rows]
+        self.bias = None if problem.bias is None else problem.bias[self.rows]
+        self.cross = None if seen.cross is None else seen.cross[self.rows]
 
-    return min(DAMPINGS, key=error)
+    def ridge_error(self, damping: float) -> float:
+        """That of the optimum without a mask."""
+        assert self.cross is not None
+        return self._error(_ridge(self.dense, self.seen.gram, self.cross, damping))
+
+    def mask_error(self, mask: Mask, damping: float) -> float:
+        """That of the fit on a mask."""
+        keep = Mask.from_array(mask.to_array()[self.rows])
+        new = refit(self.dense, self.seen, keep, cross=self.cross, damping=damping, name=self.name)
+        return self._error(new)
+
+    def _error(self, new: NDArray[Any]) -> float:
+        offset = None if self.bias is None else self.seen.bias(self.dense, new, self.bias, self.rows)
+        return self.held.error(self.dense, new, offset, self.bias, self.rows)
+
+    @staticmethod
+    def best(error: Callable[[float], float]) -> tuple[float, float]:
+        """The damping with the smallest error, and the error; searched from 1e-2 while the error falls."""
+        at = DAMPINGS.index(_DAMPING)
+        best = start = (error(_DAMPING), _DAMPING)
+        for way in (DAMPINGS[at + 1 :], DAMPINGS[:at][::-1]):
+            for damping in way:
+                tried = (error(damping), damping)
+                if tried[0] >= best[0]:
+                    break
+                best = tried
+            if best is not start:
+                break
+        return best[1], best[0]
 
 
 def split_counts(total: int, sizes: Sequence[int]) -> list[int]:

@@ -94,7 +94,7 @@ def test_the_first_loss_is_its_formula() -> None:
         states = [[h.reshape(-1, 16)[rows] for h in out.hidden_states[1:]] for out in outputs]
         hidden = [((a - b) ** 2).sum() / (b**2).sum() for a, b in zip(*states, strict=True)]
         last = [out.last_hidden_state.reshape(-1, 16)[rows] for out in outputs]
-        wanted = sum(hidden) / 2 + (1 - nn.functional.cosine_similarity(*last)).mean()
+        wanted = 0.1 * sum(hidden) / 2 + (1 - nn.functional.cosine_similarity(*last)).mean()
     report = distill(student, teacher, [batch], steps=1)
     assert report.losses[0] == pytest.approx(float(wanted), rel=1e-5)
 
@@ -188,6 +188,25 @@ def test_outputs_of_one_number_are_matched() -> None:
         a, b = (torch.cat([model(batch) for batch in inputs()]) for model in (student, teacher))
     assert report.last_loss < 0.2 * report.first_loss
     assert float((a - b).square().sum() / b.square().sum()) < 0.2 * report.first_loss
+
+
+def test_the_learning_rate_rises_over_a_tenth_and_falls_to_zero(monkeypatch: pytest.MonkeyPatch) -> None:
+    rates: list[float] = []
+
+    class Recording(torch.optim.AdamW):
+        def step(self, closure: Any = None) -> Any:
+            rates.append(self.param_groups[0]["lr"])
+            return super().step(closure)
+
+    monkeypatch.setattr(torch.optim, "AdamW", Recording)
+    student, teacher = pruned_mlp()
+    distill(student, teacher, inputs(), steps=50, learning_rate=1e-3)
+    assert len(rates) == 50
+    assert 0 < rates[0] <= 2e-4
+    assert rates[5] == max(rates) == pytest.approx(1e-3)
+    assert rates[:6] == sorted(rates[:6])
+    assert rates[5:] == sorted(rates[5:], reverse=True)
+    assert rates[-1] < 1e-5
 
 
 def test_rows_of_padding_do_not_count_as_pruned() -> None:

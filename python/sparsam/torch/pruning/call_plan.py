@@ -6,8 +6,9 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+import torch
 from sparsam.torch.pruning.calibration import Batch
-from sparsam.torch.pruning.forward_passes import Pass, Residual, Slots, Tracked, advance, end
+from sparsam.torch.pruning.forward_passes import Pass, Rectifier, Residual, Slots, Tracked, advance, end
 from sparsam.torch.pruning.layer_inputs import Inputs, unfolding
 from sparsam.torch.pruning.prunable import PrunableWeight
 from torch import Tensor, nn
@@ -36,11 +37,14 @@ class CallPlan:
         groups: In the order of their first calls.
         residual: The weights whose output is added to something that is computed before them.
         norms: Weight -> the running mean of the batch norm that directly follows.
+        rectified: Weight -> the ReLU that its output goes into and nothing else; None where the ReLU's input
+            is the sum of a residual branch, so that its zero depends on the other summand.
     """
 
     groups: list[Group] = field(default_factory=list)
     residual: set[str] = field(default_factory=set)
     norms: dict[str, Tensor] = field(default_factory=dict)
+    rectified: dict[str, Rectifier | None] = field(default_factory=dict)
 
     def place(self, name: str) -> int:
         """The index of the group that a weight is in."""
@@ -93,6 +97,8 @@ class _Trace(Pass):
         self._inputs: list[tuple[Inputs, int, Group]] = []  # alive, so that no other tensor has their ids
         self._sums: set[str] = set()
         self._norms: dict[str, Tensor] = {}
+        self._rectified: dict[str, Rectifier | None] = {}
+        self._totals: dict[str, Tracked] = {}
         self._pending: dict[str, int] = {}
         self._given: dict[str, list[tuple[Tensor, int]]] = {}
 
@@ -122,23 +128,44 @@ class _Trace(Pass):
             self.track(name, given)
 
     def joined(self, tracked: Sequence[Tracked]) -> Tracked:
-        return max(tracked, key=lambda one: self._plan.place(one.name))
+        last = max(tracked, key=lambda one: self._plan.place(one.name))
+        for one in tracked:
+            self._rectified.pop(one.name, None)
+        return last
 
     def meets(self, residual: Residual) -> None:
         name = residual.own.name
-        self._note_norm(residual.own)
+        self._used(residual.own)
         if name in self._pending:
             del self._pending[name]
             # A pass that waits at the sum computes the output again, so the inputs must not have changed.
             if all(_version(tensor) == version for tensor, version in self._given[name]):
                 self._sums.add(name)
 
-    def lost(self, tracked: Tracked) -> None:
-        self._note_norm(tracked)
+    def added(self, name: str, total: Tensor) -> None:
+        if name in self._sums and name not in self._totals:
+            self._totals[name] = Tracked(name, total)
+            self._tracked[id(total)] = self._totals[name]
 
-    def _note_norm(self, tracked: Tracked) -> None:
-        if tracked.norm is not None:
+    def lost(self, tracked: Tracked) -> None:
+        self._used(tracked)
+
+    def rectified(self, tracked: Tracked, result: Tensor) -> None:
+        self._used(tracked)
+        if tracked.name not in self._sums:
+            self._rectified[tracked.name] = Rectifier(tracked, torch.zeros(()))
+        elif self._is_total(tracked) and not tracked.steps:
+            self._rectified[tracked.name] = None
+        if result is not tracked.tensor:
+            self._tracked[id(tracked.tensor)] = tracked  # another use would end it
+
+    def _used(self, tracked: Tracked) -> None:
+        self._rectified.pop(tracked.name, None)
+        if tracked.norm is not None and not self._is_total(tracked):
             self._norms[tracked.name] = tracked.norm
+
+    def _is_total(self, tracked: Tracked) -> bool:
+        return tracked is self._totals.get(tracked.name)
 
     def settle(self) -> None:
         """Adds to the plan what is known only at the end of a pass."""
@@ -147,6 +174,11 @@ class _Trace(Pass):
             if len(group.names) == 1 and not group.repeated:
                 self._plan.residual.update(self._sums.intersection(group.names))
         self._plan.norms.update(self._norms)
+        self._plan.rectified.update(
+            (name, found)
+            for name, found in self._rectified.items()
+            if found is not None or name in self._plan.residual
+        )
 
 
 def _version(tensor: Tensor) -> int:

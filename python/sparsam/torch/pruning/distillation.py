@@ -26,6 +26,8 @@ from torch import Tensor, nn
 __all__ = ["distill"]
 
 FILE = "distillation.pt"
+_WARM = 0.1  # of the training, until the learning rate is at its largest
+_HIDDEN = 0.1  # how much hidden states count beside outputs
 
 
 def distill(
@@ -39,16 +41,16 @@ def distill(
     output: Callable[[Any, Batch], Tensor] | None = None,
     pruner: Pruner | None = None,
     optimizer: torch.optim.Optimizer | None = None,
-    learning_rate: float = 1e-3,
+    learning_rate: float = 5e-4,
     state_dir: str | Path | None = None,
     checkpoint_every: int = 100,
     progress: bool = False,
 ) -> DistillationReport:
     """Trains a pruned student towards its dense teacher, without labels, in place; zeros stay zero.
 
-    The loss is the mean over the layers of ||h - t||^2 / ||t||^2 between hidden states, plus the mean of
-    1 - cos between outputs along their last axis (if that has length 1, the same squared error as for hidden
-    states); positions where an `attention_mask` is 0 do not count. Hidden states are the outputs of the
+    The loss is the mean of 1 - cos between outputs along their last axis (if that has length 1, the squared
+    error ||h - t||^2 / ||t||^2), plus a tenth of the mean over the layers of ||h - t||^2 / ||t||^2 between
+    hidden states; positions where an `attention_mask` is 0 do not count. Hidden states are the outputs of the
     blocks (modules of one class in a row), or of the layers if a model has no blocks. Both models run in
     evaluation mode: no dropout, and batch norms with their stored statistics.
 
@@ -65,9 +67,9 @@ def distill(
             logits, `last_hidden_state`, or the first tensor.
         pruner: The student's pruner: stepped after each step, so that sparsity can grow during training.
         optimizer: An optimizer of the student's Parameters, used as it is. Default: AdamW without weight
-            decay over all Parameters that require gradients except embeddings, with `learning_rate` decaying
-            along a cosine to 0.
-        learning_rate: The initial learning rate of the default AdamW.
+            decay over all Parameters that require gradients except embeddings.
+        learning_rate: The largest learning rate of the default AdamW: it rises to this over the first tenth
+            of the training and then decays along a cosine to 0.
         state_dir: A folder, made if needed, where the state is saved every `checkpoint_every` steps. If it
             holds one, training resumes from there with the same batches, also those of a DataLoader that
             shuffles.
@@ -93,7 +95,9 @@ def distill(
         raise ValueError(msg)
     own = optimizer is None
     if optimizer is None:
-        optimizer = torch.optim.AdamW(_trained(student), lr=learning_rate, weight_decay=0.0)
+        trained = _trained(student)
+        fused = all(parameter.device.type == "cpu" for parameter in trained)
+        optimizer = torch.optim.AdamW(trained, lr=learning_rate, weight_decay=0.0, fused=fused)
     if pruner is not None:
         pruner._weights.check_model("student", student)
     if pruner is not None and pruner.optimizer is None:
@@ -105,8 +109,8 @@ def distill(
         run.identity["teacher"] = digest_of(teacher.state_dict()).hex()
         run.identity["zeros"] = None if pruner is not None else _digest(masked)
     modes = [(module, module.training) for model in (student, teacher) for module in model.modules()]
-    trained = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-    idle = [p for p in student.parameters() if p.requires_grad and id(p) not in trained]
+    moving = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    idle = [p for p in student.parameters() if p.requires_grad and id(p) not in moving]
     bar = ProgressBar(steps or 1, show=progress and steps is not None)
     try:
         student.eval()
@@ -128,7 +132,7 @@ def distill(
                     break
                 if own:
                     for group in optimizer.param_groups:
-                        group["lr"] = learning_rate * (1 + math.cos(math.pi * share)) / 2
+                        group["lr"] = learning_rate * _rate(share)
                 with torch.no_grad():
                     target = _output(teacher, batch, output, "teacher")
                 found = _output(student, batch, output, "student")
@@ -322,6 +326,13 @@ def _share(step: int, passed: float, steps: int | None, seconds: float | None) -
     return max(0.0 if steps is None else step / steps, 0.0 if seconds is None else passed / seconds)
 
 
+def _rate(share: float) -> float:
+    """Of the learning rate, after a share of the training: Adam's first steps have the size of all others."""
+    if share < _WARM:
+        return max(share, _WARM / 10) / _WARM
+    return (1 + math.cos(math.pi * (share - _WARM) / (1 - _WARM))) / 2
+
+
 def _output(
     model: nn.Module, batch: Batch, output: Callable[[Any, Batch], Tensor] | None, what: str
 ) -> Tensor:
@@ -351,7 +362,7 @@ def _loss(
     a, b = _rows(found, batch), _rows(target, batch)
     cosines = nn.functional.cosine_similarity(a, b, dim=-1)
     loss = _distance(a, b) if a.shape[-1] == 1 else (1 - cosines).mean()
-    return loss + torch.stack(hidden).mean() if hidden else loss
+    return loss + _HIDDEN * torch.stack(hidden).mean() if hidden else loss
 
 
 def _distance(a: Tensor, b: Tensor) -> Tensor:

@@ -20,10 +20,11 @@ from sparsam.torch.pruning.calibration import Batch
 from sparsam.torch.pruning.layer_inputs import Inputs
 from torch import Tensor, nn
 
-__all__ = ["Pass", "Residual", "Slots", "Tracked", "advance", "current_pass", "end"]
+__all__ = ["Pass", "Rectifier", "Residual", "Slots", "Tracked", "advance", "current_pass", "end"]
 
 _SUMS = ("add", "add_", "__add__", "__iadd__", "__radd__")
 _SAME = ("dropout", "contiguous")
+_RECTIFIERS = ("relu", "relu_")
 _active = threading.local()
 
 
@@ -83,6 +84,20 @@ class Residual:
         return difference if self.own.scale is None else difference / self.own.scale
 
 
+class Rectifier:
+    """A ReLU that the output of a weight goes into, and nothing else does: directly, or as part of a sum.
+
+    Attributes:
+        zero: The output with which the ReLU is given 0, of a shape that broadcasts to the output's.
+        rising: The sign with which the ReLU's input grows with the output, likewise; None: 1.
+    """
+
+    def __init__(self, own: Tracked, other: Tensor) -> None:
+        """Of an output plus `other`; 0 where it is no sum."""
+        self.zero = Residual(own, other).wanted(torch.zeros(()), other)
+        self.rising = None if own.scale is None else own.scale.sign()
+
+
 class Slots:
     """Limits how many passes compute at the same time."""
 
@@ -133,6 +148,10 @@ class Pass:
 
     def lost(self, tracked: Tracked) -> None:
         """A tracked output was used otherwise."""
+
+    def rectified(self, tracked: Tracked, result: Tensor) -> None:  # noqa: ARG002
+        """It went into a ReLU, which gave `result`."""
+        self.lost(tracked)
 
     def joined(self, tracked: Sequence[Tracked]) -> Tracked:
         """Chooses which of two tracked outputs, added to each other, is tracked further."""
@@ -236,6 +255,10 @@ class Pass:
             self._tracked[id(result)] = hits[0]
             return result
         result = func(*args, **kwargs)
+        if name in _RECTIFIERS and len(hits) == 1:
+            self._forget(hits[0])
+            self.rectified(hits[0], result)
+            return result
         if isinstance(result, (torch.Size, torch.dtype, torch.device, torch.layout, bool, int, str)):
             return result
         for value in pytree.tree_leaves((args, kwargs)):

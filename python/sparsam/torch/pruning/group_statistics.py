@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from sparsam.statistics import InputStatistics
 from sparsam.torch.pruning.calibration import Batch
+from sparsam.torch.pruning.forward_passes import Rectifier
 from sparsam.torch.pruning.layer_inputs import Inputs, input_rows, output_rows
 from sparsam.torch.pruning.prunable import PrunableWeight
 from torch import Tensor
 
-__all__ = ["GroupStatistics", "OtherRows", "Seen", "split"]
+__all__ = ["GroupStatistics", "OtherRows", "Seen", "row_weights", "split"]
 
 _HELD_OUT = 10  # one batch in so many is held out
 _FEW = 4  # batches: with fewer, the last rows of each are held out instead
@@ -30,6 +31,7 @@ class Seen:
         outputs: Name -> the target outputs; empty without targets.
         stream: The residual sum of the dense network that includes the output; rows are weighted by its size.
             None: all rows have weight 1.
+        rectifiers: Name -> the ReLU that takes the output.
     """
 
     batch: Batch
@@ -37,6 +39,7 @@ class Seen:
     inputs: Inputs
     outputs: dict[str, Tensor]
     stream: Tensor | None = None
+    rectifiers: Mapping[str, Rectifier] = field(default_factory=dict)
 
 
 class OtherRows(Exception):
@@ -77,7 +80,7 @@ class GroupStatistics:
             if outputs:
                 columns = [output.chunk(len(parts), 1)[i][: len(rows)] for output in outputs]
                 targets = _array(columns[0] if len(columns) == 1 else torch.cat(columns, 1))
-            weights = self._row_weights(seen, i, len(rows))
+            weights = row_weights(first, seen, i, len(rows))
             array = _array(rows)
             for place, chosen in split(seen.index, self._batches, len(rows)):
                 try:
@@ -101,15 +104,17 @@ class GroupStatistics:
             one, other = (InputStatistics(rows.shape[1], targets=start or None) for _ in range(2))
             self.parts.append((one, other))
 
-    def _row_weights(self, seen: Seen, part: int, rows: int) -> Any:
-        if self._weights[0].kind == "convolution":
-            return None
-        found = seen.batch.row_mask(seen.inputs[part].shape[:-1])
-        if seen.stream is not None:
-            energy = seen.stream.reshape(rows, -1).float().square().mean(1)
-            share = 1 / (energy + 1e-6 * energy.mean()).clamp_min(1e-30)
-            found = share if found is None else share * found
-        return None if found is None else found.double().numpy()
+
+def row_weights(weight: PrunableWeight, seen: Seen, part: int, rows: int) -> Any:
+    """How much each row of a part counts, float64; None: all alike."""
+    if weight.kind == "convolution":
+        return None
+    found = seen.batch.row_mask(seen.inputs[part].shape[:-1])
+    if seen.stream is not None:
+        energy = seen.stream.reshape(rows, -1).float().square().mean(1)
+        share = 1 / (energy + 1e-6 * energy.mean()).clamp_min(1e-30)
+        found = share if found is None else share * found
+    return None if found is None else found.double().numpy()
 
 
 def split(index: int, batches: int, rows: int) -> Iterator[tuple[int, slice]]:

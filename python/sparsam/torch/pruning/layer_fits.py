@@ -19,6 +19,7 @@ from sparsam.reconstruction.sequential import RECONSTRUCTIONS, LayerFit, LayerPr
 from sparsam.statistics import InputStatistics
 from sparsam.torch.pruning.group_statistics import GroupStatistics
 from sparsam.torch.pruning.input_scores import InputScores
+from sparsam.torch.pruning.rectified_fits import Shown, fit_to_rectified
 from sparsam.torch.pruning.twins import Rows
 from torch import Tensor
 
@@ -73,6 +74,7 @@ def fit_group(
     pools: Mapping[str, Pool],
     method: Method,
     executor: Executor | None,
+    rectified: Mapping[str, Shown],
 ) -> list[NewLayer]:
     """Solves the problems of a group.
 
@@ -82,23 +84,28 @@ def fit_group(
         pools: Name -> sparsity and pattern.
         method: How masks are chosen.
         executor: Solves the problems; None: this thread. The results are the same.
+        rectified: Name -> the batches again, for weights whose outputs a ReLU takes.
     """
     if not method.reconstructs:
         return [_score(name, statistics.parts, rows, pools[name], method) for name, rows in layers.items()]
     problems: list[LayerProblem] = []
     for name, rows in layers.items():
         problems += _problems(name, statistics, rows, pools[name], method)
-    fits = iter(_solve(problems, executor))
+    fits = zip(problems, _solve(problems, executor), strict=True)
     result = []
     for name, rows in layers.items():
-        found = [next(fits) for _ in statistics.parts]
+        found = []
+        for _ in statistics.parts:
+            problem, fit = next(fits)
+            if name in rectified and name in statistics.targets and len(statistics.parts) == 1:
+                fit = fit_to_rectified(problem, fit, rows.weight, rectified[name])
+            found.append(fit)
         weights = np.concatenate([fit.weights for fit in found])
         biases = [fit.bias for fit in found if fit.bias is not None]
         error = float(np.mean([fit.error for fit in found]))
         targets = "dense" if name in statistics.targets else "own"
         bias = np.concatenate(biases) if biases else None
         result.append(NewLayer(name, weights, bias, error, found[0].damping, targets))
-        del rows
     return result
 
 

@@ -249,7 +249,9 @@ def _in_sequence(
                 if statistics.targets and fitted.count < _ROWS_PER_INPUT * fitted.in_features:
                     statistics.targets.clear()
                     short.append((group.names[0], fitted.count, fitted.in_features))
-                found = fit_group(statistics, layers, plan.pool_of, plan.method, executor)
+                found = fit_group(
+                    statistics, layers, plan.pool_of, plan.method, executor, sequence.rectified(group)
+                )
                 if saved is not None:
                     saved.save(place, found)
             for new in found:

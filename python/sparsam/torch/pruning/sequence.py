@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 
 import torch
 from sparsam.torch.pruning.calibration import Batch
 from sparsam.torch.pruning.call_plan import Group, plan_calls
-from sparsam.torch.pruning.forward_passes import Pass, Residual, Slots, Tracked, advance, current_pass, end
+from sparsam.torch.pruning.forward_passes import (
+    Pass,
+    Rectifier,
+    Residual,
+    Slots,
+    Tracked,
+    advance,
+    current_pass,
+    end,
+)
 from sparsam.torch.pruning.group_statistics import GroupStatistics, OtherRows, Seen
 from sparsam.torch.pruning.layer_inputs import Inputs, watch
+from sparsam.torch.pruning.rectified_fits import Shown
 from sparsam.torch.pruning.twins import Rows, Twin
 from torch import Tensor, nn
 
@@ -51,6 +61,7 @@ class LayerSequence:
             name: Rows(weight, owners.get(id(plan.norms.get(name))))
             for name, weight in pruned.weights.items()
         }
+        self._rectified = plan.rectified
         self._fitted: set[str] = set()
         self._residual: Collection[str] = plan.residual if dense is not None else ()
         slots = Slots(len(batches))
@@ -117,15 +128,38 @@ class LayerSequence:
         self, group: Group, targets: Sequence[Mapping[str, Tensor | None]]
     ) -> GroupStatistics:
         """Collects the inputs of the passes that wait at a group, with the targets of each batch, if any."""
-        found, names = self._statistics(group), set(group.names)
+        found = self._statistics(group)
+        for seen in self._waiting(group, targets):
+            found.add(seen)
+        return found
+
+    def _waiting(self, group: Group, targets: Sequence[Mapping[str, Tensor | None]]) -> Iterator[Seen]:
+        """Yields the inputs, and targets if any, of each pass that waits at a group."""
+        names = set(group.names)
         for i, one in enumerate(self._passes):
             if one.waits_at not in names:
                 continue
             wanted, stream = _wanted(group, targets[i], one.residual) if targets else ({}, None)
             if targets and len(wanted) < len(names):
                 continue
-            found.add(Seen(one.batch, i, one.inputs, wanted, stream))
-        return found
+            rectifiers = {}
+            for name in wanted:
+                if name in self._rectified:
+                    known = self._rectified[name]
+                    if known is None and one.residual is not None:
+                        known = Rectifier(one.residual.own, one.residual.other)
+                    if known is not None:
+                        rectifiers[name] = known
+            yield Seen(one.batch, i, one.inputs, wanted, stream, rectifiers)
+
+    def rectified(self, group: Group) -> dict[str, Shown]:
+        """The weights of a group that waits whose outputs a ReLU takes, and how to see what batches show."""
+        targets = [one.captured for one in self._ahead]
+        if not targets or group.repeated:
+            return {}
+        return {
+            name: lambda: self._waiting(group, targets) for name in group.names if name in self._rectified
+        }
 
     def settle(self, group: Group) -> None:
         """Notes that a group has its new weights."""

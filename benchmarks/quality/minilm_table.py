@@ -1,0 +1,148 @@
+"""MiniLM pruned, distilled, accelerated: quality, size and time of each stage in one table.
+
+    python benchmarks/quality/minilm_table.py --data FOLDER --seconds 600 --keep MODELS
+    python benchmarks/quality/minilm_table.py --data FOLDER --keep MODELS --threads 2
+
+Model, data and halves as in minilm_sts.py: sentences of the first half calibrate and distil, without scores
+and without those that occur in the second, which is evaluated. The first command leaves weights in MODELS,
+the second measures with them: on a machine with nothing else to do.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from transformers.utils import logging
+
+import sparsam.torch
+import torch
+from minilm_sts import Encoder, calibration, check, load
+from sparsam.torch.compression.timing import example, time_in_turn
+from torch import Tensor, nn
+
+SHAPES = ((1, 16), (8, 64), (32, 128))  # sentences x tokens
+
+
+def pooled(result: Any, batch: Any) -> Tensor:
+    """Sentences as the means over their tokens."""
+    mask = batch.kwargs["attention_mask"][..., None]
+    means: Tensor = (result.last_hidden_state * mask).sum(1) / mask.sum(1)
+    return means
+
+
+def megabytes(model: nn.Module) -> float:
+    """The size of what `sparsam.torch.save` writes."""
+    with tempfile.TemporaryDirectory() as folder:
+        sparsam.torch.save(model, folder)
+        return sum(file.stat().st_size for file in Path(folder).iterdir()) / 1e6
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--data", type=Path, default=os.environ.get("SPARSAM_STS"), help="has sts-dev.csv")
+    parser.add_argument("--sparsities", type=float, nargs="+", default=[0.8, 0.9])
+    parser.add_argument("--seconds", type=float, default=600, help="of distillation, for each sparsity")
+    parser.add_argument("--steps", type=int, help="of distillation instead, so that it can be repeated")
+    parser.add_argument("--batch", type=int, default=16, help="sentences of a step")
+    parser.add_argument("--rate", type=float, default=5e-4)
+    parser.add_argument("--seed", type=int, default=0, help="draws the sentences of calibration")
+    parser.add_argument("--keep", type=Path, help="folder of distilled weights: used if there, else written")
+    parser.add_argument("--threads", type=int, default=2)
+    options = parser.parse_args(arguments)
+    if options.data is None:
+        parser.error("expected --data FOLDER with sts-dev.csv, or SPARSAM_STS")
+    torch.set_num_threads(options.threads)
+    quiet: Any = logging  # not typed
+    quiet.set_verbosity_error()
+    quiet.disable_progress_bar()
+    encoder = Encoder()
+    source, evaluated = load(Path(options.data))
+    top, floor = (encoder.spearman(model, evaluated) for model in (encoder.model, encoder.floor()))
+    batches = calibration(encoder, source, evaluated, 1024, options.seed)
+    size = int(encoder.model.config.vocab_size)  # type: ignore[union-attr, arg-type]
+    examples = [example(shape, size) for shape in SHAPES]
+    names = " | ".join(f"{rows} x {tokens}, ms" for rows, tokens in SHAPES)
+    print(f"dense {top:.2f}, all encoder matrices zero {floor:.2f}\n")
+    print(f"| zeros | model | Spearman x 100 (kept) | MB | {names} |\n" + "|---" * (4 + len(SHAPES)) + "|")
+    print(f"| 0 % | dense | {top:.2f} (100 %) | {megabytes(encoder.model):.1f} |" + " - |" * len(SHAPES))
+    for sparsity in options.sparsities:
+        stem = f"minilm-{sparsity:g}-{options.seed}"
+        model = left_in(options.keep, f"{stem}-pruned.pt", encoder.model)
+        if model is None:
+            model = copy.deepcopy(encoder.model)
+            begun = time.perf_counter()
+            sparsam.torch.prune(model, None, batches, target_sparsity=sparsity, exclude=("pooler",))
+            print(f"{sparsity:.0%} pruned: {time.perf_counter() - begun:.0f} s", file=sys.stderr, flush=True)
+            leave_in(options.keep, f"{stem}-pruned.pt", model)
+        distilled = left_in(options.keep, f"{stem}-distilled.pt", encoder.model)
+        if distilled is None:
+            distilled = copy.deepcopy(model)
+            report = sparsam.torch.distill(
+                distilled,
+                encoder.model,
+                sentences(encoder, source.sentences, set(evaluated.sentences), options.batch, options.seed),
+                steps=options.steps,
+                seconds=None if options.steps else options.seconds,
+                output=pooled,
+                learning_rate=options.rate,
+            )
+            print(report, file=sys.stderr, flush=True)
+            leave_in(options.keep, f"{stem}-distilled.pt", distilled)
+        fast = copy.deepcopy(distilled)
+        for one in (model, distilled):
+            check(one, f"{sparsity}")
+        sparsam.torch.accelerate(fast, examples, verbose=False)
+        times = time_in_turn(encoder.model, fast, examples, 2.0)
+        for name, one in (("pruned", model), ("distilled", distilled), ("accelerated", fast)):
+            score = encoder.spearman(one, evaluated)
+            cells = ["-"] * len(SHAPES)
+            if one is fast:
+                cells = [f"{t.accelerated_ms:.2f} (dense {t.dense_ms:.2f}: {t.speedup:.2f}x)" for t in times]
+                assert abs(score - encoder.spearman(distilled, evaluated)) < 0.05
+            share = 100 * (score - floor) / (top - floor)
+            print(
+                f"| {sparsity:.0%} | {name} | {score:.2f} ({share:.0f} %) | {megabytes(one):.1f} | "
+                + " | ".join(cells)
+                + " |",
+                flush=True,
+            )
+
+
+def left_in(folder: Path | None, name: str, like: nn.Module) -> nn.Module | None:
+    """A model whose weights an earlier call left in a folder."""
+    if folder is None or not (folder / name).is_file():
+        return None
+    model = copy.deepcopy(like)
+    model.load_state_dict(torch.load(folder / name, weights_only=True))
+    return model
+
+
+def leave_in(folder: Path | None, name: str, model: nn.Module) -> None:
+    """Leaves the weights of a model in a folder, if there is one."""
+    if folder is not None:
+        folder.mkdir(exist_ok=True)
+        torch.save(model.state_dict(), folder / name)
+
+
+def sentences(
+    encoder: Encoder, every: Sequence[str], taken: set[str], size: int, seed: int
+) -> list[dict[str, Tensor]]:
+    """Batches of sentences of about the same length, none of them taken, in a random order."""
+    own = sorted((sentence for sentence in every if sentence not in taken), key=len)
+    options = {"padding": True, "truncation": True, "max_length": 256, "return_tensors": "pt"}
+    parts = [own[start : start + size] for start in range(0, len(own), size)]
+    order = np.random.default_rng(seed).permutation(len(parts))
+    return [dict(encoder.tokenizer(parts[i], **options)) for i in order]
+
+
+if __name__ == "__main__":
+    main()

@@ -72,6 +72,23 @@ py::object bind_threshold_masks(const std::vector<py::array>& arrays, const std:
   return numbers ? py::object(masks.parts()) : py::none();
 }
 
+py::object bind_bracket(const py::array& array, double low, double high, std::size_t room) {
+  const View view = view_of(array);
+  if (!(low >= 0 && low <= high)) throw py::value_error("expected 0 <= low <= high");
+  room = std::min(room, view.size());
+  py::array found(array.dtype(), py::array::ShapeContainer{static_cast<py::ssize_t>(room)});
+  void* to = found.mutable_data();
+  Bracketed b{};
+  {
+    const Released released;
+    b = bracket(view, low, high, room, to);
+  }
+  if (b.nan) return py::none();
+  if (b.inside > room) return py::make_tuple(b.below, b.equal, b.inside, py::none());
+  const py::slice filled(0, static_cast<py::ssize_t>(b.inside), 1);
+  return py::make_tuple(b.below, b.equal, b.inside, found[filled]);
+}
+
 py::object bind_nm_mask(const py::array& array, std::size_t keep, std::size_t m) {
   const View view = view_of(array);
   if (m < 1 || m > 256 || keep > m || view.size() % m != 0)
@@ -137,6 +154,7 @@ void register_selection(py::module_& m) {
   m.def("threshold_mask", &bind_threshold_mask, py::arg("arrays"), py::arg("value"), py::arg("ties_kept"),
         py::arg("outs"));
   m.def("threshold_masks", &bind_threshold_masks, py::arg("arrays"), py::arg("counts"), py::arg("outs"));
+  m.def("bracket", &bind_bracket, py::arg("array"), py::arg("low"), py::arg("high"), py::arg("room"));
   m.def("nm_mask", &bind_nm_mask, py::arg("array"), py::arg("keep"), py::arg("m"));
   m.def("row_topk_mask", &bind_row_topk_mask, py::arg("array"), py::arg("cols"), py::arg("pruned"));
   m.def("find_nan", &bind_find_nan, py::arg("arrays"));

@@ -42,4 +42,23 @@ Threshold threshold(const std::vector<View>& arrays, std::size_t k) {
   });
 }
 
+Bracketed bracket(const View& array, double low, double high, std::size_t room, void* found) {
+  const DType type = array.dtype();
+  if (array.size() == 0) return {0, 0, 0, false};
+  return with_bits(item_size(type), [&](auto width) -> Bracketed {
+    using Bits = decltype(width);
+    const std::vector<View> arrays{array.in_memory_order()};
+    const auto lower = static_cast<Bits>(key_at_most(low, type));
+    auto upper = static_cast<Bits>(key_at_most(high, type));
+    // The least key that is not below `high`, which this type may be unable to hold.
+    if (key_to_double(upper, type) < high) ++upper;
+    const Pass pass =
+        run_pass(PooledSource<Bits>(arrays), lower, upper, true, static_cast<Bits*>(found), room);
+    const std::size_t upto = pass.counts.upto_low;
+    const std::size_t equal =
+        key_to_double(lower, type) == low ? upto - std::min(upto, pass.counts.below_low) : 0;
+    return {upto - equal, equal, pass.inside, pass.counts.largest > infinity_key(type)};
+  });
+}
+
 }  // namespace sparsam

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from functools import lru_cache
@@ -15,6 +16,8 @@ from sparsam import _core
 from sparsam.selection import is_weight_dtype
 
 _COLUMNS = ("tensor", "shape", "dtype", "pattern", "params", "pruned", "sparsity", "dense", "packed")
+_MARKUP = re.compile(r"[\\`*\[\]<>|~&]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])|(?<=:)/(?=/)|(?<=www)\.|@")
+_ENTITIES = {"<": "&lt;", ">": "&gt;", "&": "&amp;"}
 _TEXT_COLUMNS = ("tensor", "shape", "dtype", "pattern", "note")
 
 
@@ -65,8 +68,7 @@ def measure(
         pattern: The pattern as text.
     """
     if nonzero is None:
-        counts = _core.count_nonzero if is_weight_dtype(array.dtype) else np.count_nonzero
-        nonzero = int(counts(array))
+        nonzero = count_nonzero(array)
     if pruned is None:
         pruned = array.size - nonzero
     dense = array.size * array.itemsize
@@ -74,6 +76,12 @@ def measure(
     share = pruned / array.size if array.size else 0.0
     dtype = _dtype_name(array.dtype)
     return LayerStats(name, array.size, pruned, share, array.shape, dtype, pattern, dense, packed)
+
+
+def count_nonzero(array: NDArray[Any]) -> int:
+    """Returns how many elements are not zero."""
+    counts = _core.count_nonzero if is_weight_dtype(array.dtype) else np.count_nonzero
+    return int(counts(array))
 
 
 @lru_cache(maxsize=64)
@@ -85,6 +93,11 @@ def _dtype_name(dtype: np.dtype[Any]) -> str:
 def printable(text: str) -> str:
     """Returns the text with escapes for the control characters that a terminal would interpret."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def markdown(text: str) -> str:
+    """Returns the text such that Markdown, and HTML in it, shows it as it is: no link, tag or new cell."""
+    return _MARKUP.sub(lambda found: _ENTITIES.get(found[0], f"\\{found[0]}"), printable(text))
 
 
 @dataclass(frozen=True)
@@ -129,9 +142,9 @@ class Report:
         rows = [
             self._columns(),
             tuple("---" if _is_text(column) else "---:" for column in self._columns()),
-            *self._rows(),
+            *(tuple(map(markdown, row)) for row in self._rows()),
         ]
-        return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows)
+        return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
     def __str__(self) -> str:
         columns = self._columns()

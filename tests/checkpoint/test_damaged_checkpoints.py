@@ -123,7 +123,10 @@ def test_paths_without_a_checkpoint(tmp_path: Path, sharded: Path) -> None:
         ValueError, match=r"expected a directory with model\.safetensors or .*; got one with neither; name"
     ):
         checkpoint.load(tmp_path)
-    checkpoint.save(sharded / checkpoint.FILE_NAME, {"w": np.ones(1)})
+    with pytest.raises(ValueError, match=r"expected a folder without model\.safetensors\.index\.json, since"):
+        checkpoint.save(sharded / checkpoint.FILE_NAME, {"w": np.ones(1)})
+    checkpoint.save(sharded / "other", {"w": np.ones(1)})
+    (sharded / "other").rename(sharded / checkpoint.FILE_NAME)
     with pytest.raises(ValueError, match="got one with both; name the file"):
         checkpoint.load(sharded)
 

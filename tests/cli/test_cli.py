@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from command_line import fail, run, save_model
 
+import sparsam
 from sparsam import checkpoint
 from sparsam.cli import main
 from sparsam.runtime import build_info
@@ -28,7 +29,6 @@ def test_errors_are_one_line_and_exit_code_2(
     (tmp_path / "text").write_text("no model\nat all\n")
     prune_model = ["prune", model, "-o", tmp_path / "out"]
     cases: list[tuple[list[object], str]] = [
-        ([], "Missing command; see sparsam --help"),
         (["nope"], "No such command 'nope'"),
         (["inspect"], "see sparsam inspect --help"),
         (["inspect", tmp_path / "missing"], "No such file or directory"),
@@ -46,7 +46,12 @@ def test_errors_are_one_line_and_exit_code_2(
         ([*prune_model, "--norm", "3"], "norm"),
         ([*prune_model, "--seed", "1"], "--seed: expected --method random"),
         ([*prune_model, "--pattern", "9:4"], "9"),
-        ([*prune_model, "--pattern", "1:5"], "multiple of 5"),
+        (
+            [*prune_model, "--sparsity", "80"],
+            "--sparsity: expected a fraction from 0 to 1; got 80; write 0.8 for",
+        ),
+        ([*prune_model, "--pattern", "1:5"], "got others in 'head.weight' [8, 16], 'mlp.weight' [16, 32]"),
+        ([*prune_model, "--indivisible", "maybe"], "--indivisible: expected error, skip or unstructured"),
         ([*prune_model, "--pattern", "2:4", "--sparsity", "0.6"], "0.5"),
         ([*prune_model, "--override", "mlp.wieght=0.1"], "'mlp.weight'"),
         ([*prune_model, "--override", "mlp"], "override: expected PAT=SPARSITY"),
@@ -59,6 +64,27 @@ def test_errors_are_one_line_and_exit_code_2(
     for arguments, message in cases:
         assert message in fail(capsys, *arguments), arguments
     assert {file.name for file in tmp_path.iterdir()} == {"model.safetensors", "text"}
+
+
+def test_what_fails_in_spite_of_the_command_is_exit_code_1(
+    model: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for error in (OSError(28, "No space left on device"), MemoryError("no memory")):
+
+        def full(_: Any, error: BaseException = error) -> None:
+            raise error
+
+        monkeypatch.setattr(checkpoint, "stream", full)
+        assert main(["inspect", str(model)]) == 1
+        assert capsys.readouterr().err.startswith("sparsam: ")
+
+
+def test_help_and_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(capsys, "--version") == f"sparsam {sparsam.__version__}\n"
+    assert "Usage: sparsam" in run(capsys, "-h")
+    assert "Exit codes: 0 done" in run(capsys)
+    assert "Usage: sparsam prune" in run(capsys, "prune", "-h")
+    assert "--install-completion" in run(capsys, "--help")
 
 
 def test_help_names_every_command(
@@ -81,7 +107,7 @@ def test_an_interrupt_is_no_traceback(
 
     monkeypatch.setattr(checkpoint, "stream", interrupt)
     assert main(["inspect", str(model)]) == 130
-    assert capsys.readouterr().err.strip() == ""
+    assert capsys.readouterr().err.strip() == "sparsam: interrupted; kept: nothing new"
 
 
 def test_info(capsys: pytest.CaptureFixture[str]) -> None:

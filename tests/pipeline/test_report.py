@@ -45,6 +45,22 @@ def test_markdown() -> None:
     assert REPORT.to_markdown() == MARKDOWN
 
 
+@pytest.mark.parametrize(
+    ("name", "shown"),
+    [
+        ("encoder.layer_0.q_proj.weight", "encoder.layer_0.q_proj.weight"),
+        ("[click](javascript:alert(1))", "\\[click\\](javascript:alert(1))"),
+        ("<img src=x onerror=alert(1)>", "&lt;img src=x onerror=alert(1)&gt;"),
+        ("![x](http://a/b)", "!\\[x\\](http:\\//a/b)"),
+        ("a`b`*c*_d_ ~~e~~", "a\\`b\\`\\*c\\*\\_d\\_ \\~\\~e\\~\\~"),
+        ("\x9b31m\x1b[2J", "\\\\x9b31m\\\\x1b\\[2J"),
+    ],
+)
+def test_markdown_shows_names_as_they_are(name: str, shown: str) -> None:
+    (row,) = Report([LayerStats(name, 0, 0, 0.0)]).to_markdown().splitlines()[2:3]
+    assert row.startswith(f"| {shown} | ")
+
+
 def test_json_is_the_dict_with_stable_keys() -> None:
     report = json.loads(REPORT.to_json())
     assert report == REPORT.to_dict()

@@ -26,6 +26,19 @@ struct Threshold {
 // on the values alone.
 Threshold threshold(const std::vector<View>& arrays, std::size_t k);
 
+// How the magnitudes of one array lie to two values, low <= high.
+struct Bracketed {
+  std::size_t below;   // how many are smaller than low
+  std::size_t equal;   // how many are low
+  std::size_t inside;  // how many lie strictly between low and high
+  bool nan;            // a NaN was seen; the counts mean nothing
+};
+
+// Counts in one read, so that a threshold over data that memory does not hold can be found a piece at a time.
+// The magnitudes between the two go to `found`, in the array's type and in no order, if there are at most
+// `room` of them.
+Bracketed bracket(const View& array, double low, double high, std::size_t room, void* found);
+
 // Keep bits of each array (ceil(size / 64) words) and, unless outs is empty, the arrays with pruned elements
 // as +0. Pruned are the magnitudes below `value` and, of those equal to it, all but the first `ties_kept` in
 // the order of the arrays and their C order. outs[i] has the type and shape of arrays[i] and may be the same

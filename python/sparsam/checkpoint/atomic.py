@@ -3,11 +3,22 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
+import re
 import secrets
-from collections.abc import Callable, Mapping
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
+
+from sparsam.checkpoint.locks import locked
+
+__all__ = ["LOCK", "check_target", "flush", "publish", "remove_abandoned", "short"]
+
+LOCK = "lock"
+"""The file in a folder of temporary files that says, by being locked, that its process is alive."""
 
 
 def check_target(path: Path) -> Path:
@@ -31,36 +42,71 @@ def publish(writers: Mapping[Path, Callable[[Path], Any]]) -> None:
 
     A failure removes what was written and leaves every target as it was, unless it happens between two
     renames: then each target is complete, the earlier ones new and the later ones old. A target that is a
-    link is followed, and a target that exists keeps its mode.
+    link is followed, and a target that exists keeps its mode. What killed processes left beside a target
+    is removed.
 
     Args:
         writers: Target -> a function that writes the target's content to the path that it is given.
 
     Raises:
-        ValueError: A target exists and is not a regular file.
+        ValueError: A target exists and is not a regular file; two targets are links to one file.
         OSError: A folder is missing, the disk is full, and whatever else writing can raise.
     """
     staged: dict[Path, Path] = {}
-    try:
+    with ExitStack() as folders:
         for path, write in writers.items():
             target = check_target(path)
-            staged[target] = temporary = target.with_name(f".{target.name[:64]}.{secrets.token_hex(4)}.tmp")
+            if target in staged:
+                msg = (
+                    f"{path}: expected a file of its own; got a link to {target}, which is written too; "
+                    "unlink it"
+                )
+                raise ValueError(msg)
+            staged[target] = temporary = folders.enter_context(_workplace(target)) / "file"
             temporary.touch(exist_ok=False)
             mode = (target if target.exists() else temporary).stat().st_mode
             write(temporary)
             temporary.chmod(mode)
-            _flush(temporary)
+            flush(temporary)
         for target, temporary in staged.items():
             temporary.replace(target)
         if os.name == "posix":
             for folder in {target.parent for target in staged}:
-                _flush(folder)
-    finally:
-        for temporary in staged.values():
-            temporary.unlink(missing_ok=True)
+                flush(folder)
 
 
-def _flush(path: Path) -> None:
+@contextmanager
+def _workplace(target: Path) -> Iterator[Path]:
+    """A folder beside a file in which it is written; those that killed processes left there are removed."""
+    name = target.name if len(os.fsencode(target.name)) <= 200 else short(target.name)
+    ours = re.compile(rf"\.{re.escape(name)}\.[0-9a-f]{{8}}\.tmp")
+    for other in target.parent.iterdir():
+        if ours.fullmatch(other.name):
+            remove_abandoned(other)
+    folder = target.with_name(f".{name}.{secrets.token_hex(4)}.tmp")
+    folder.mkdir()
+    with locked(folder / LOCK):
+        try:
+            yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def remove_abandoned(folder: Path) -> None:
+    """Removes a folder of temporary files, unless the process that made it is alive."""
+    if folder.is_symlink() or not (folder / LOCK).is_file():
+        return
+    with suppress(OSError), locked(folder / LOCK) as free:
+        if free:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def short(name: str) -> str:
+    """Returns 16 characters that stand for a name of any length."""
+    return hashlib.blake2b(os.fsencode(name), digest_size=8).hexdigest()
+
+
+def flush(path: Path) -> None:
     """Forces a file, or the names in a folder, onto the disk."""
     descriptor = os.open(path, os.O_RDONLY if os.name == "posix" else os.O_RDWR)
     try:

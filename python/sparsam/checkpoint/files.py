@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from sparsam.checkpoint import safetensors_format
 from sparsam.checkpoint.atomic import publish
 from sparsam.checkpoint.json_state import decode, read
+from sparsam.checkpoint.layout import read_layout
 
 __all__ = ["FILE_NAME", "INDEX_NAME", "Checkpoint", "Shards", "load", "overwrites", "save", "stream"]
 
@@ -86,7 +87,7 @@ def load(path: StrPath) -> Checkpoint:
         ValueError: A file is truncated, hostile or of another kind, or the index and its shards disagree.
         OSError: A file cannot be read.
     """
-    file, shards = _resolve(path)
+    file, shards = resolve(path)
     if shards is None:
         with safetensors_format.open_file(file) as handle:
             metadata = dict(handle.metadata() or {})
@@ -101,7 +102,7 @@ def stream(path: StrPath) -> Iterator[tuple[str, NDArray[Any]]]:
     Args:
         path: As for `load`, with the same errors. Tensors come sorted by name, shard by shard.
     """
-    yield from _tensors(*_resolve(path))
+    yield from _tensors(*resolve(path))
 
 
 def save(
@@ -132,6 +133,8 @@ def save(
     arrays = {name: safetensors_format.storable(name, array) for name, array in weights.items()}
     shards = None if like is None else like.shards
     *files, last = _targets(path, shards)
+    if shards or last.name == FILE_NAME:
+        check_readable(last.parent, shards)
     if shards is None:
         if metadata is None:
             metadata = {} if like is None else like.metadata
@@ -157,14 +160,32 @@ def save(
 
 def overwrites(path: StrPath, source: StrPath) -> bool:
     """Whether `save(path, ..., like=load(source))` replaces a file of `source`, under any name or link."""
-    file, shards = _resolve(source)
+    file, shards = resolve(source)
     sources = [file] if shards is None else [file, *(file.parent / shard for shard in shards.metadata)]
     targets = [target for target in _targets(path, shards) if target.exists()]
     return any(target.samefile(other) for target in targets for other in sources)
 
 
-def _resolve(path: StrPath) -> tuple[Path, Shards | None]:
-    """The file or the index that `path` means, and what the index says."""
+def check_readable(folder: Path, shards: Shards | None) -> None:
+    """Checks that a folder can be read once a checkpoint is in it.
+
+    Raises:
+        ValueError: It holds a checkpoint of the other kind, or two shards would go through links to one file.
+    """
+    other = INDEX_NAME if shards is None else FILE_NAME
+    new = FILE_NAME if shards is None else shards.index_name
+    if new in (FILE_NAME, INDEX_NAME) and (folder / other).exists():
+        msg = f"{folder}: expected a folder without {other}, since {new} goes there; got both; choose another"
+        raise ValueError(msg)
+    places = [(folder / shard).resolve() for shard in (shards.metadata if shards else ())]
+    if len(set(places)) < len(places):
+        twice = next(str(place) for place in places if places.count(place) > 1)
+        msg = f"{folder}: expected a file for each shard; got links to one, {twice}; unlink them"
+        raise ValueError(msg)
+
+
+def resolve(path: StrPath) -> tuple[Path, Shards | None]:
+    """Returns the file or the index that `path` means, and what the index says; raises as `load` does."""
     file = Path(path)
     if file.is_dir():
         found = [file / name for name in (FILE_NAME, INDEX_NAME) if (file / name).exists()]
@@ -216,8 +237,8 @@ def _read_shard(index: Path, shard: str, placed: set[str]) -> dict[str, str]:
     if not found:
         msg = f"{index}: expected the shard {shard!r} beside it; got no such file; get the shard"
         raise ValueError(msg)
-    with safetensors_format.open_file(file) as handle:
-        held, metadata = set(handle.keys()), dict(handle.metadata() or {})
+    layout = read_layout(file)
+    held = {entry.name for entry in layout.entries}
     if held != placed:
         lacks, extra = sorted(placed - held), sorted(held - placed)
         came = f"a shard without {_listed(lacks)}" if lacks else f"one that also holds {_listed(extra)}"
@@ -226,7 +247,7 @@ def _read_shard(index: Path, shard: str, placed: set[str]) -> dict[str, str]:
             "get the index and its shards from one and the same version"
         )
         raise ValueError(msg)
-    return metadata
+    return layout.metadata
 
 
 def _listed(names: list[str]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -31,10 +32,10 @@ DTYPES = {
     "F64": "float64",
 }
 
+_SAVE = "convert it with safetensors.torch.save_file"
+
 # The first bytes of files that are mistaken for checkpoints, what the files are, and what to do.
 _FOREIGN = {
-    b"PK\x03\x04": ("a zip archive, as torch.save writes it", "convert it with safetensors.torch.save_file"),
-    b"\x80": ("a Python pickle", "convert it with safetensors.torch.save_file"),
     b"\x93NUMPY": ("a NumPy file", "convert it with safetensors.numpy.save_file"),
     b"\x89HDF": ("an HDF5 file", "export the model as safetensors"),
     b"GGUF": ("a GGUF file", "take the safetensors that it was made from"),
@@ -43,6 +44,52 @@ _FOREIGN = {
         "fetch the file with git lfs pull",
     ),
 }
+
+
+def check_regular(file: Path) -> None:
+    """Raises ValueError for what is there and no file: a folder, pipe or device, which may have no end."""
+    if file.exists() and not file.is_file():
+        msg = f"{file}: expected a safetensors file; got a folder, pipe or device; name a regular file"
+        raise ValueError(msg)
+
+
+def misfit(file: Path, head: bytes, size: int, problem: str) -> ValueError:
+    """Returns the error that says what a file is that is no checkpoint.
+
+    Args:
+        file: The file.
+        head: Its first 32 bytes, or fewer.
+        size: Its size in bytes.
+        problem: What is wrong if it is damaged.
+    """
+    damaged = (f"{size} bytes, truncated or damaged ({problem})" if size else "an empty file"), "get it again"
+    came, todo = next((what for start, what in _FOREIGN.items() if head.startswith(start)), damaged)
+    if head.startswith(b"PK\x03\x04"):
+        came, todo = _archive(file)
+    elif _is_pickle(head):
+        came, todo = "a Python pickle", _SAVE
+    return ValueError(f"{file}: expected a safetensors file; got {came}; {todo}")
+
+
+def _archive(file: Path) -> tuple[str, str]:
+    """What a zip archive is, and what to do."""
+    try:
+        with zipfile.ZipFile(file) as archive:
+            names = archive.namelist()
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError):
+        return "a damaged zip archive", "get it again"
+    if any(name.endswith(".npy") for name in names):
+        return "a NumPy archive (.npz)", "convert it with safetensors.numpy.save_file"
+    if any(name.endswith("data.pkl") for name in names):
+        return "a zip archive, as torch.save writes it", _SAVE
+    return "a zip archive", "unpack it, and name a safetensors file"
+
+
+def _is_pickle(head: bytes) -> bool:
+    """Whether a file is a pickle of protocol 2 to 5, and no checkpoint whose header's length begins alike."""
+    if head[:1] != b"\x80" or head[1:2] not in (b"\2", b"\3", b"\4", b"\5") or head[8:9] == b"{":
+        return False
+    return head[2:3] == b"\x95" or any(head[4:8]) or len(head) < 16
 
 
 @contextmanager
@@ -57,21 +104,13 @@ def open_file(file: Path, framework: str = "np") -> Iterator[Any]:
         ValueError: The file is truncated, damaged or of another kind.
         OSError: It cannot be read.
     """
-    if file.exists() and not file.is_file():
-        msg = f"{file}: expected a safetensors file; got a folder, pipe or device; name a regular file"
-        raise ValueError(msg)
+    check_regular(file)
     with file.open("rb") as raw:
         head, size = raw.read(32), os.fstat(raw.fileno()).st_size
     try:
         handle = safe_open(file, framework=framework)
     except SafetensorError as error:
-        damaged = (
-            (f"{size} bytes, truncated or damaged ({error})" if size else "an empty file"),
-            "get it again",
-        )
-        came, todo = next((what for start, what in _FOREIGN.items() if head.startswith(start)), damaged)
-        msg = f"{file}: expected a safetensors file; got {came}; {todo}"
-        raise ValueError(msg) from error
+        raise misfit(file, head, size, str(error)) from error
     with handle:
         yield handle
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from sparsam import checkpoint
+from sparsam.checkpoint import foreign
 from sparsam.config import MethodLike, OverrideLike
 from sparsam.inputs.checks import expected
 from sparsam.patterns import NM, Block, Pattern, Slices, Unstructured
@@ -112,6 +113,15 @@ def parse_groups(texts: Sequence[str]) -> dict[str, list[str]]:
     return groups
 
 
+def check_sparsity_option(value: float | None) -> None:
+    """Raises ValueError for what is no fraction; of a percentage it says which fraction that is."""
+    if value is not None and not 0 <= value <= 1:
+        percent = value if 1 < value <= 100 else 80
+        meant = f"write {percent / 100:g} for {percent:g} %"
+        msg = f"--sparsity: expected a fraction from 0 to 1; got {value:g}; {meant}"
+        raise ValueError(msg)
+
+
 @dataclass(frozen=True)
 class EvalFunction:
     """A user's function; its errors become one-line ValueErrors with their location."""
@@ -130,7 +140,10 @@ class EvalFunction:
 
 def check_output(output: Path, source: Path, *, force: bool) -> None:
     """Raises ValueError if writing `output` replaces `source`, unless `force` allows that."""
-    if not force and checkpoint.overwrites(output, source):
+    same = output.exists() and source.exists() and output.samefile(source)
+    if foreign.kind_of(source) == foreign.kind_of(output) == "safetensors":
+        same = same or checkpoint.overwrites(output, source)
+    if not force and same:
         msg = f"{output}: expected an output other than the input; got the same; rename it, or pass --force"
         raise ValueError(msg)
 

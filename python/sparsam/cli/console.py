@@ -4,26 +4,52 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 
 from rich import box
 from rich.console import Console
 from rich.measure import Measurement
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
 
 from sparsam.report import printable
 
 
+class Interrupted(Exception):
+    """Ctrl-C, with what was kept of the work; no KeyboardInterrupt, which typer would answer itself."""
+
+
+@contextmanager
+def kept(what: str) -> Iterator[None]:
+    """Says, if the block is interrupted, what is kept of its work."""
+    try:
+        yield
+    except KeyboardInterrupt as error:
+        raise Interrupted(what) from error
+
+
+class _Description(ProgressColumn):
+    """What is being done; names in it come from files, and are shown as they are."""
+
+    def render(self, task: Task) -> Text:
+        return Text(printable(task.description))
+
+
 def progress() -> Progress:
     """A progress bar on stderr, if that is a terminal; it is removed at the end."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    columns = (_Description(), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     silent = not sys.stderr.isatty()
     console = Console(
         stderr=True, quiet=silent
     )  # rich before 14.3 ends even a disabled bar with an empty line
     return Progress(*columns, console=console, transient=True, disable=silent)
+
+
+def note(text: str) -> None:
+    """Prints a line on stderr."""
+    Console(stderr=True).out("sparsam:", printable(text), highlight=False)
 
 
 def print_text(text: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -74,7 +75,13 @@ def _demo_digits(seed: int, html: Path | None, *, as_json: bool) -> None:
         def show(what: str, done: int, parts: int) -> None:
             bar.update(task, description=what, completed=done, total=parts)
 
-        result = digits.run(seed, show)
+        with warnings.catch_warnings():
+            # scikit-learn catches Ctrl-C, warns, and would go on with a network that is half trained.
+            warnings.filterwarnings("error", "Training interrupted", UserWarning)
+            try:
+                result = digits.run(seed, show)
+            except UserWarning as error:
+                raise KeyboardInterrupt from error
     if html:
         demo_page.write(result, html)
     if as_json:

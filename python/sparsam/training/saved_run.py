@@ -7,7 +7,6 @@ the folder that `state.json` names is always complete. docs/formats.md describes
 
 from __future__ import annotations
 
-import fcntl
 import math
 import re
 from collections.abc import Collection, Mapping
@@ -22,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sparsam import checkpoint
-from sparsam.checkpoint.atomic import publish
+from sparsam.checkpoint.atomic import publish, remove_abandoned
 from sparsam.checkpoint.json_state import (
     Count,
     Document,
@@ -33,6 +32,7 @@ from sparsam.checkpoint.json_state import (
     read,
     to_number,
 )
+from sparsam.checkpoint.locks import locked
 from sparsam.masks import Mask
 from sparsam.training.run_identity import RunIdentity
 
@@ -155,18 +155,15 @@ class StateDir(AbstractContextManager["StateDir"]):
         self._path = path
         self._state = path / "state.json"
         self._identity = identity
-        self._lock = (path / "state.lock").open("ab")
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            self._lock.close()
+        self._lock = locked(path / "state.lock")
+        if not self._lock.__enter__():
             msg = f"{path}: expected a free folder; got one in use by another run; wait, or {_ANOTHER}"
-            raise ValueError(msg) from None
+            raise ValueError(msg)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._lock.close()
+        self._lock.__exit__(kind, error, trace)
 
     def load(self, dense: Mapping[str, NDArray[Any]], pruned: Collection[str]) -> Progress | None:
         """Returns the progress that the folder holds, None if it holds none.
@@ -245,11 +242,19 @@ class StateDir(AbstractContextManager["StateDir"]):
             if ours and folder != self._folder(iteration):
                 for file in folder.iterdir():
                     if _OURS.fullmatch(file.name):
-                        file.unlink()
+                        _remove(file)
                 with suppress(OSError):
                     folder.rmdir()
         for temporary in self._path.glob(".state.json.????????.tmp"):
-            temporary.unlink()
+            _remove(temporary)
+
+
+def _remove(path: Path) -> None:
+    """Removes a file, or a folder of temporary files whose process is gone."""
+    if path.is_dir() and not path.is_symlink():
+        remove_abandoned(path)
+    else:
+        path.unlink()
 
 
 def _stored(row: HistoryRow) -> Row:

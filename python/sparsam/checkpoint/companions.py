@@ -1,0 +1,45 @@
+"""What lies beside the weights in a model's directory: its configuration, its tokenizer, and so on."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from sparsam.checkpoint.atomic import flush
+
+__all__ = ["companions", "copy"]
+
+_WEIGHTS = (
+    *(".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".keras", ".msgpack", ".npz", ".npy", ".gguf"),
+    *(".onnx", ".onnx_data", ".data", ".tflite", ".ot", ".pb", ".mlmodel", ".index.json"),
+)
+"""How the names of files end that hold weights: those of the dense model must not stand beside the pruned."""
+
+
+def companions(folder: Path, leave: Path) -> Iterator[Path]:
+    """Yields the regular files of a directory that are no weights, not hidden, not in `leave`."""
+    for place, folders, names in os.walk(folder):
+        folders[:] = sorted(
+            name
+            for name in folders
+            if not name.startswith(".") and Path(place, name).resolve() != leave.resolve()
+        )
+        for name in sorted(names):
+            path = Path(place, name)
+            if not name.startswith(".") and not name.lower().endswith(_WEIGHTS) and path.is_file():
+                yield path
+
+
+def copy(source: Path, target: Path, *, leave: Path) -> None:
+    """Copies the companions of a directory into another one, links followed, but for the folder `leave`.
+
+    Raises:
+        OSError: A file cannot be read or written.
+    """
+    for path in companions(source, leave):
+        place = target / path.relative_to(source)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, place)
+        flush(place)

@@ -1,0 +1,53 @@
+"""Files and folders that one run at a time may use."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+try:
+    import fcntl
+except ImportError:  # Windows has no such locks
+    fcntl = None  # type: ignore[assignment]
+
+__all__ = ["locked"]
+
+_held: set[tuple[int, Path]] = set()
+"""The locks of this process, each with the process that took it: a forked child has none of them."""
+
+
+@contextmanager
+def locked(file: Path) -> Iterator[bool]:
+    """Locks a file, which is made if it is missing, until the block ends; yields whether it was free.
+
+    The system gives the lock back when the process that took it ends, however that happens, and children that
+    live on do not keep it.
+
+    Raises:
+        ValueError: It is there and no regular file.
+        OSError: It cannot be opened.
+    """
+    if file.exists() and not file.is_file():
+        msg = f"{file}: expected a regular file to lock; got a folder, pipe or device; remove it"
+        raise ValueError(msg)
+    key = os.getpid(), file.resolve()
+    if key in _held:  # a process does not lock itself out
+        yield False
+        return
+    with file.open("ab") as handle:
+        if fcntl is not None:
+            try:
+                fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                if error.errno not in (errno.EACCES, errno.EAGAIN):
+                    raise
+                yield False
+                return
+        _held.add(key)
+        try:
+            yield True
+        finally:
+            _held.discard(key)

@@ -368,7 +368,7 @@ def allocate_groups(
     wanted = {name: min(max(float(shares[name]), 0.0), 1.0) * size for name, size in sizes.items()}
     if abs(sum(wanted.values()) - total) > len(sizes) + 1e-9 * total:
         got = sum(wanted.values()) / sum(sizes.values())
-        what, do = f"{allocation!r}: total of its shares", "share out the target exactly"
+        what, do = f"{allocation!r}: total of its shares", "make them add up to it"
         raise ValueError(expected(what, got, f"the target {target}", do))
     least = {name: (floors or {}).get(name, 0) for name in sizes}
     counts = _rounded(_above(wanted, least, total), sizes, least, total)

@@ -250,7 +250,7 @@ def _check_shape(shape: tuple[int, ...]) -> None:
     except (ValueError, OverflowError) as error:
         msg = (
             f"mask: expected a shape of lengths of at least 0 that NumPy can hold; got {shape}: {error}; "
-            "mend the shape"
+            "correct the shape"
         )
         raise ValueError(msg) from None
 

@@ -65,8 +65,8 @@ class CentredMoments:
 
             tr(W H W^T) - 2 tr(W C^T) + sum(t) + n ||r||^2
 
-        So statistics of held-out rows can judge weights, to choose a damping for example, without the rows.
-        Errors below some 2^-20 of the sum of the squared targets are rounding.
+        So statistics of held-out rows are enough to evaluate weights, for example to choose a damping. Errors
+        below some 2^-20 of the sum of the squared targets are rounding.
 
         Args:
             w: Weights W, (out, in_features) or (out, in, ...).

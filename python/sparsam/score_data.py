@@ -73,7 +73,7 @@ def refuse_not_finite(subject: str, numbers: NDArray[np.float64]) -> None:
                 subject,
                 float(numbers[at]),
                 f"finite numbers, at index {at} too",
-                "mend them, or exclude the tensor",
+                "correct them, or exclude the tensor",
             )
         )
 

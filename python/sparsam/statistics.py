@@ -307,7 +307,7 @@ def _checked_weights(weights: ArrayLike, shape: tuple[int, ...]) -> NDArray[np.f
     if bad.size:
         index = tuple(int(i) for i in np.unravel_index(bad[0], shape or (1,)))
         msg = (
-            f"weights: expected finite numbers of at least 0; got {flat[bad[0]]} at index {index}; mend "
+            f"weights: expected finite numbers of at least 0; got {flat[bad[0]]} at index {index}; correct "
             "them, or leave those rows out"
         )
         raise ValueError(msg)

@@ -47,9 +47,7 @@ print(failures)
 """
 
 
-@pytest.mark.skipif(
-    not Path("/proc/self/statm").exists(), reason="this machine has no /proc"
-)
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="this machine has no /proc")
 def test_calls_without_memory_raise_or_succeed() -> None:
     done = subprocess.run(
         [sys.executable, "-c", SCRIPT], capture_output=True, text=True, check=False, timeout=120

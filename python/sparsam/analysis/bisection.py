@@ -30,7 +30,7 @@ class Bisection:
     The interval between the highest sparsity that passed and the lowest that failed is halved until it is at
     most `tolerance` wide; the end is tried only when all below it passed. Since a score need not fall with
     sparsity, up to `checks` probes are then spent in the middle of the widest gaps below the sparsity found;
-    if one fails, the search goes on below that.
+    if one fails, the search continues below it.
 
     Attributes:
         probes: Target -> its result.

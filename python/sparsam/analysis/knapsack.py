@@ -108,7 +108,7 @@ def give_back(
 
 
 def share(pruned: int, sizes: Sequence[int]) -> list[int]:
-    """A number of weights shared out in proportion to sizes, in whole weights, largest remainders first."""
+    """Divides a number of weights in proportion to sizes, in whole weights, by largest remainder."""
     whole = sum(sizes)
     if not whole:
         return [0 for _ in sizes]

@@ -132,7 +132,7 @@ def find_smallest(
     possible is tried only when all below it passed.
 
     That is right if the score falls with sparsity. Since it need not, up to `checks` probes are then spent in
-    the middle of the widest gaps below the sparsity found; if one fails, the search goes on below that. The
+    the middle of the widest gaps below the sparsity found; if one fails, the search continues below it. The
     result is conservative: every probe at or below its sparsity passed. `curve`, `monotone` and `beyond` of
     the result show the other probes.
 
@@ -224,7 +224,7 @@ class _Search:
         if score < self._min_score:
             msg = (
                 f"min_score: expected at most {score}, what the dense weights score; got {self._min_score}; "
-                "lower min_score, or mend eval_fn"
+                "lower min_score, or correct eval_fn"
             )
             raise ValueError(msg)
         self._bisection = Bisection(end, tolerance, checks)

@@ -54,7 +54,10 @@ class SensitivityReport:
         if not math.isfinite(self.dense_score):
             raise ValueError(
                 expected(
-                    "dense_score", self.dense_score, "a finite score to compare with", "mend the evaluation"
+                    "dense_score",
+                    self.dense_score,
+                    "a finite score to compare with",
+                    "correct the evaluation",
                 )
             )
 

@@ -76,9 +76,9 @@ def sensitivity(
     ] = None,
     state: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="Keep what is measured here, and resume from it."),
+        typer.Option(metavar="FILE", help="Save measurements here, and resume from them."),
     ] = None,
-    jobs: Annotated[int, typer.Option(min=1, help="Evaluate in so many processes at once.")] = 1,
+    jobs: Annotated[int, typer.Option(min=1, help="The number of processes that evaluate.")] = 1,
     picture: Picture = None,
     scope: Scope = "layer",
     pattern: PatternText = "unstructured",
@@ -124,14 +124,14 @@ def sensitivity(
 def search(
     source: Source,
     evaluate: Eval,
-    min_score: Annotated[float, typer.Option(help="The lowest score that is good enough.")],
+    min_score: Annotated[float, typer.Option(help="The lowest acceptable score.")],
     output: Annotated[
         Path | None,
         typer.Option("--output", "-o", metavar="OUT", help="Write the pruned weights here, as `prune` does."),
     ] = None,
     report: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="Share the total out by this report of `sensitivity`."),
+        typer.Option(metavar="FILE", help="Divide the total by this report of `sensitivity`."),
     ] = None,
     allocation: AllocationOrNone = None,
     max_evaluations: Annotated[int, typer.Option(metavar="N", help="Evaluate at most N times.")] = 20,
@@ -149,7 +149,7 @@ def search(
     if picture:
         plot.check(picture)
     if report and allocation:
-        msg = "--report, --allocation: expected one of them to share out the total; got both; leave one out"
+        msg = "--report, --allocation: expected one of them; got both; leave one out"
         raise ValueError(msg)
     if output:
         check_output(output, source, force=force)

@@ -134,7 +134,7 @@ class EvalFunction:
         try:
             return self.function(weights)
         except Exception as error:
-            msg = f"eval {self.text}: expected a score; got {_located(error)}; mend that function"
+            msg = f"eval {self.text}: expected a score; got {_located(error)}; correct that function"
             raise ValueError(msg) from error
 
 
@@ -169,8 +169,8 @@ def parse_eval(text: str) -> EvalFunction:
         raise ValueError(msg) from error
     except Exception as error:
         msg = (
-            f"eval: expected an importable module; got from importing {module_name}: {_located(error)}; mend "
-            "that module"
+            f"eval: expected an importable module; got from importing {module_name}: {_located(error)}; "
+            "correct that module"
         )
         raise ValueError(msg) from error
     try:

@@ -19,7 +19,7 @@ __all__ = ["register", "table_cells"]
 
 def register(app: typer.Typer) -> None:
     """Adds the group `bench` to the application."""
-    group = typer.Typer(help="Measure this machine, against NumPy and PyTorch in the same run.")
+    group = typer.Typer(help="Measure sparsam against NumPy and PyTorch on this machine.")
     group.command()(select)
     group.command()(matmul)
     app.add_typer(group, name="bench")
@@ -77,7 +77,8 @@ def matmul(
         Path | None, typer.Option(metavar="DIR", help="Patterns of pruned networks: *.smtx files.")
     ] = None,
     cold: Annotated[
-        bool, typer.Option("--cold", help="Eight matrices in turn, too many for a cache if they are large.")
+        bool,
+        typer.Option("--cold", help="Use eight matrices in turn; large ones then miss the cache."),
     ] = False,
     picture: Annotated[
         Path | None,

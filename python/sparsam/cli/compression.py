@@ -46,10 +46,10 @@ def compress(
     exclude: Exclude = None,
     override: Overrides = None,
     distill: Annotated[
-        float, typer.Option(metavar="MINUTES", min=0, help="Then train on the texts for so long; 0: not.")
+        float, typer.Option(metavar="MINUTES", min=0, help="Minutes of training on the texts; 0: none.")
     ] = 0.0,
     html: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Also write everything, with pictures, as one page.")
+        Path | None, typer.Option(metavar="FILE", help="Also write all results, with pictures, as one page.")
     ] = None,
     as_json: Json = False,
 ) -> None:

@@ -43,7 +43,7 @@ def demo(
         typer.Option(min=0, help="Seed of the data split and the training; with minilm, of the token ids."),
     ] = 0,
     html: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Also write everything, with pictures, as one page.")
+        Path | None, typer.Option(metavar="FILE", help="Also write all results, with pictures, as one page.")
     ] = None,
     as_json: Json = False,
 ) -> None:

@@ -23,7 +23,7 @@ def register(app: typer.Typer) -> None:
 def calibrate(
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
 ) -> None:
-    """Measure how long matrix products take on this machine, a minute; kernels are chosen by that.
+    """Measure the time of matmuls on this machine (one minute); kernels are then chosen by it.
 
     Kernels for values of one dtype, NumPy's dense product, and, if it is installed, PyTorch's dense linear
     layer in float32 and bfloat16. Convolutions are not measured: `accelerate` times those of a model.

@@ -16,10 +16,10 @@ Source: TypeAlias = Annotated[
 Scope: TypeAlias = Annotated[
     str,
     typer.Option(
-        help="What reaches the sparsity by itself: layer (each tensor), row (each row) or global (all)."
+        help="Where weights are compared: layer (in each tensor), row (in each row) or global (in all)."
     ),
 ]
-_shared_out = typer.Option(help="How the total is shared out over the tensors: uniform, erk, lamp or global.")
+_shared_out = typer.Option(help="How the total is divided among the tensors: uniform, erk, lamp or global.")
 Allocation: TypeAlias = Annotated[str, _shared_out]
 AllocationOrNone: TypeAlias = Annotated[str | None, _shared_out]
 PatternText: TypeAlias = Annotated[str, typer.Option("--pattern", help=f"One of {PATTERNS}.")]

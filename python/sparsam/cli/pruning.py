@@ -79,7 +79,7 @@ def prune(
     override: Overrides = None,
     transposed: Annotated[
         list[str] | None,
-        typer.Option(metavar="PAT", help="PAT matches tensors stored as (in, out); repeatable."),
+        typer.Option(metavar="PAT", help="Names of tensors stored as (in, out); repeatable."),
     ] = None,
     vectors: Annotated[
         bool, typer.Option("--vectors", help="Let patterns of --override prune biases and norms too.")

@@ -20,7 +20,7 @@ class Choices:
     The first product of a batch chooses, those after it look it up. Choices depend on nothing but the
     arguments of `__init__`, the cost model, the instruction set and the number of threads: where one of
     these two has changed, they are made anew.
-    There is no lock: two threads that choose at once choose the same.
+    There is no lock: two threads that choose at the same time choose the same.
 
     Attributes:
         weight: What is multiplied with.

@@ -66,7 +66,7 @@ _publishing = threading.Lock()  # held for a comparison and an assignment, never
 
 
 def _after_fork() -> None:
-    """Another thread of the parent may have held the lock, and is not here to let it go."""
+    """Another thread of the parent may have held the lock, and cannot release it in the child."""
     global _publishing  # noqa: PLW0603
     _publishing = threading.Lock()
 

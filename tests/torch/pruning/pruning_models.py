@@ -189,3 +189,15 @@ def distance(model: nn.Module, dense: nn.Module, batches: list[Any]) -> float:
     a = torch.cat([output(model, batch).reshape(-1) for batch in batches])
     b = torch.cat([output(dense, batch).reshape(-1) for batch in batches])
     return float((a - b).square().mean() / b.var())
+
+
+def tiny_bert() -> hf.BertConfig:
+    """Two layers of 16, and 40 words."""
+    return hf.BertConfig(
+        vocab_size=40,
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=32,
+        max_position_embeddings=16,
+    )

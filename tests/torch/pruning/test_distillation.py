@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pruning_models import tiny_bert
 from torch.utils.data import DataLoader, TensorDataset
 from training_cases import equal_states, mlp
-from transformers import BertConfig, BertModel
+from transformers import BertModel
 
 import torch
 from sparsam.torch import DistillationReport, Pruner, distill, prune
@@ -21,15 +22,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 def bert() -> BertModel:
     torch.manual_seed(0)
-    config = BertConfig(
-        vocab_size=40,
-        hidden_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=32,
-        max_position_embeddings=16,
-    )
-    return BertModel(config)
+    return BertModel(tiny_bert())
 
 
 def tokens(count: int = 6) -> list[dict[str, Tensor]]:

@@ -7,9 +7,10 @@ from typing import Any
 import lightning.pytorch as pl
 import numpy as np
 import pytest
+from pruning_models import tiny_bert
 from torch.utils.data import DataLoader, TensorDataset
 from training_cases import batch, equal_states, mlp
-from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainingArguments
+from transformers import BertForSequenceClassification, Trainer, TrainingArguments
 
 import torch
 from sparsam.torch import Pruner, lightning_callback, trainer_callback
@@ -23,17 +24,7 @@ pytestmark = [
 
 def bert(seed: int = 0) -> BertForSequenceClassification:
     torch.manual_seed(seed)
-    return BertForSequenceClassification(
-        BertConfig(
-            vocab_size=40,
-            hidden_size=16,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            intermediate_size=32,
-            max_position_embeddings=16,
-            hidden_dropout_prob=0.1,
-        )
-    )
+    return BertForSequenceClassification(tiny_bert())
 
 
 def rows() -> list[dict[str, Tensor]]:

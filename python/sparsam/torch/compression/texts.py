@@ -76,7 +76,7 @@ def batches_of(texts: Sequence[str], tokenizer: Any, *, running: bool, longest: 
         tokenizer: Of the model.
         running: Whether texts are joined and cut into windows of equal length, as language models read them;
             else each is one row, and batches are made of texts of about the same length.
-        longest: The most tokens that the model takes at once.
+        longest: The largest number of tokens that the model accepts.
 
     Raises:
         ValueError: There is not enough text for a window.

@@ -170,8 +170,10 @@ def _plain_bias(bias: Tensor | None, outputs: int) -> Tensor | None:
         msg = f"bias: expected shape ({outputs},); got {tuple(bias.shape)}; pass one number for each output"
         raise ValueError(msg)
     if not bias.is_cpu:
-        msg = f"bias: expected a tensor on the CPU, where packed weights are; got one on {bias.device}"
-        msg += "; use bias.cpu()"
+        msg = (
+            f"bias: expected a tensor on the CPU, where packed weights are; got one on {bias.device}; use "
+            "bias.cpu()"
+        )
         raise ValueError(msg)
     plain = bias.dtype is torch.float32 and bias.is_contiguous()  # most are, and need no call for it
     return bias if plain else bias.float().contiguous()

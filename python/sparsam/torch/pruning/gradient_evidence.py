@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 from sparsam.config import Scorer
-from sparsam.torch.pruning.gradients import GRADIENT_METHODS
+from sparsam.torch.pruning.gradients import GRADIENT_METHODS, gradient_term
 from sparsam.torch.pruning.masked_weights import to_host
 from torch import Tensor, nn
 
@@ -52,13 +52,8 @@ class GradientEvidence:
         if gradients is None:
             return
         for name, gradient in gradients.items():
-            total = self._sums[name]
-            if self._method == "saliency":
-                total += gradient
-            elif self._method == "fisher":
-                total.addcmul_(gradient.float(), gradient.float())
-            else:
-                total.addcmul_(self._weights[name].float(), gradient.float(), value=-1)
+            weights = self._weights.get(name, gradient)  # kept for "movement" alone, which needs them
+            self._sums[name] += gradient_term(self._method, weights.float(), gradient.float())
         self._steps += 1
 
     def remember(self) -> None:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
+from numpy.typing import NDArray
 
 import torch
 from sparsam import scores
@@ -15,7 +16,9 @@ from sparsam.torch.pruning.prunable import PrunableWeight
 from sparsam.torch.pruning.twins import Twin
 from torch import Tensor, nn
 
-__all__ = ["GRADIENT_METHODS", "gradient_scorer"]
+__all__ = ["GRADIENT_METHODS", "gradient_scorer", "gradient_term"]
+
+_Array = TypeVar("_Array", Tensor, "NDArray[np.float64]")
 
 GRADIENT_METHODS: Mapping[str, Callable[..., Scorer]] = {
     "saliency": scores.Saliency,
@@ -23,6 +26,13 @@ GRADIENT_METHODS: Mapping[str, Callable[..., Scorer]] = {
     "movement": scores.Movement,
 }
 """The methods that need gradients of a loss."""
+
+
+def gradient_term(method: str, weights: _Array, gradients: _Array) -> _Array:
+    """Returns the term of a method's sum for one gradient g, taken at weights w: g, g^2 or - w g."""
+    if method == "saliency":
+        return gradients
+    return gradients * gradients if method == "fisher" else -weights * gradients
 
 
 def gradient_scorer(
@@ -68,11 +78,8 @@ def gradient_scorer(
                     "infinity; leave that batch out"
                 )
                 raise ValueError(msg)
-            if method == "fisher":
-                values = values**2
-            elif method == "movement":
-                values = -values * weight.parameter.detach().double().numpy()
-            sums[name] += values if method == "movement" else values / len(batches)
+            term = gradient_term(method, weight.parameter.detach().double().numpy(), values)
+            sums[name] += term if method == "movement" else term / len(batches)
             weight.parameter.grad = None
     for name in twin.weights:
         if name not in reached:

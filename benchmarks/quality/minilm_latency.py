@@ -87,8 +87,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             accelerate(model, inputs, verbose=False)
     seconds = times(list(models.values()), inputs)
     print("| model | Spearman x 100 | 8 x 64, ms |\n| --- | --- | --- |")
-    for (name, score), taken in zip(scores.items(), seconds, strict=True):
-        print(f"| {name} | {score:.2f} | {1e3 * taken:.2f} |")
+    for (name, score), took in zip(scores.items(), seconds, strict=True):
+        print(f"| {name} | {score:.2f} | {1e3 * took:.2f} |")
 
 
 if __name__ == "__main__":

@@ -48,7 +48,7 @@ class Normed(nn.Module):
         with torch.no_grad():
             self.norm.weight.copy_(torch.tensor([1.0, -2, 0.5, -1, 3]))
             self.norm.bias.copy_(normal(3, 5))
-            self.norm.running_mean.copy_(normal(4, 5))  # type: ignore[operator]
+            self.norm.running_mean.copy_(normal(4, 5))  # type: ignore[union-attr]
 
     def before(self, x: Tensor) -> Tensor:
         result: Tensor = self.norm(self.layer(x))

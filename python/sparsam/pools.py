@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 from numpy.typing import NDArray
@@ -16,24 +16,25 @@ from sparsam.inputs.float_mode import standard_floats
 from sparsam.inputs.names import NamePatterns, closest, matching
 from sparsam.masks import Mask
 from sparsam.orientation import Weights, mask_outputs_first
-from sparsam.patterns import NM, Block, Pattern, Slices, Tied, Unstructured
+from sparsam.patterns import NM, Block, Pattern, Slices, Tied
 from sparsam.selection import DTYPES, is_weight_dtype
 from sparsam.tiles import count_pruned
 
-# Tensors up to this size are handed to selection in batches, which are no larger than that.
-_SMALL = 1 << 16
-_BATCH = 1 << 22
+# How many weights come to selection at once, since the scores of all of them are in memory; one tensor may have
+# more.
+_BATCH = 1 << 20
 
 
 @dataclass(frozen=True)
 class Pool:
-    """Tensors that share one selection: one threshold and one exact count.
+    """Tensors that are selected alike: together, or each by itself.
 
     A name is in two pools if it is in two couplings.
 
     Attributes:
         names: The tensors.
-        sparsity: Of all their groups together; in scope "layer" and "row" of each tensor or row.
+        sparsity: In scope "global" of all their groups together, which share one threshold and one exact
+            count. In scope "layer" and "row" of each tensor or row: the same for all, or name -> its own.
         pattern: What a group is; couplings have their own groups.
         ties: The couplings among them.
         scope: What weights are compared with, as in `PruningConfig`.
@@ -41,11 +42,26 @@ class Pool:
     """
 
     names: tuple[str, ...]
-    sparsity: float
+    sparsity: float | Mapping[str, float]
     pattern: Pattern
     ties: tuple[Tied, ...] = ()
     scope: Scope = "global"
     transposed: frozenset[str] = frozenset()
+
+    def sparsity_of(self, name: str) -> float:
+        """The sparsity of a tensor, or that which it shares with all others."""
+        return self.sparsity[name] if isinstance(self.sparsity, Mapping) else self.sparsity
+
+    def split(self) -> list[Pool]:
+        """Returns the pools in which something is counted exactly: one for each tensor but in scope "global"."""
+        if self.scope == "global":
+            return [self]
+        return [
+            replace(
+                self, names=(name,), sparsity=self.sparsity_of(name), transposed=self.transposed & {name}
+            )
+            for name in self.names
+        ]
 
 
 def check_patterns(config: PruningConfig, names: Collection[str], *, stacklevel: int) -> None:
@@ -95,29 +111,26 @@ def make_pools(
     """
     own_sparsities = tied_sparsities(config, arrays)
     tied = frozenset(members(config.ties))
-    excluded, overridden = NamePatterns(config.exclude), NamePatterns(config.overrides)
-    stored = NamePatterns(config.transposed)
-    transposed = (
-        frozenset(name for name in arrays if stored.matches(name)) if config.transposed else frozenset()
-    )
+    excluded = NamePatterns(config.exclude).among(arrays)
+    overridden = NamePatterns(config.overrides).among(arrays)
+    transposed = frozenset(NamePatterns(config.transposed).among(arrays))
     alone: Scope = "row" if config.scope == "row" else "layer"
     pooled: list[str] = []
-    overrides: list[Pool] = []
+    overrides: dict[tuple[Pattern, Scope], dict[str, float]] = {}
     for name, array in arrays.items():
-        if excluded.matches(name):
+        if name in excluded:
             continue
         if name not in tied:
-            key = overridden.last(name)
-            if key is not None:
-                sparsity, pattern = config.overrides[key].settle(config)
+            if name in overridden:
+                sparsity, pattern = config.overrides[overridden[name]].settle(config)
                 scope: Scope = "layer" if isinstance(pattern, (Block, Slices)) else alone
-                own = transposed and transposed & {name}
-                overrides.append(Pool((name,), sparsity, pattern, (), scope, own))
+                overrides.setdefault((pattern, scope), {})[name] = sparsity
             elif array.ndim < min_rank or (min_rank and array.dtype.kind in "biu"):
                 continue
             else:
                 pooled.append(name)
-        _check_dtype(name, array)
+        if not is_weight_dtype(array.dtype):
+            _refuse_dtype(name, array)
     target, pattern = config.target_sparsity, config.pattern
     free = tuple(tie for tie, own in zip(config.ties, own_sparsities, strict=True) if own is None)
     pools = [
@@ -126,14 +139,15 @@ def make_pools(
             for tie, own in zip(config.ties, own_sparsities, strict=True)
             if own is not None
         ),
-        *overrides,
+        *(
+            Pool(tuple(sparsities), sparsities, own, (), scope, transposed)
+            for (own, scope), sparsities in overrides.items()
+        ),
     ]
     if config.scope != "global":
-        shares = _shares(Weights({name: arrays[name] for name in pooled}, transposed), config, previous)
-        each = [
-            Pool((name,), shares[name], pattern, (), alone, transposed and transposed & {name})
-            for name in pooled
-        ]
+        weights = Weights({name: arrays[name] for name in pooled}, transposed)
+        shares = _shares(weights, config, previous)
+        each = [Pool(tuple(pooled), shares, pattern, (), alone, transposed)] if pooled else []
         tie_pools = [Pool(members((tie,)), target, pattern, (tie,), transposed=transposed) for tie in free]
         return [*each, *tie_pools, *pools]
     # A single weight cannot be compared with a head.
@@ -146,31 +160,31 @@ def make_pools(
     return together + pools
 
 
-def batched(pools: Iterable[Pool], sizes: Mapping[str, int]) -> list[list[Pool]]:
-    """Returns the pools in batches, in which small tensors of one pattern and scope are together."""
-    batches: list[list[Pool]] = []
-    open_: dict[tuple[Pattern, Scope], list[Pool]] = {}
-    filled: dict[tuple[Pattern, Scope], int] = {}
-    key: tuple[Pattern, Scope] = (Unstructured(), "layer")
+def batched(pools: Iterable[Pool], arrays: Mapping[str, NDArray[Any]]) -> Iterator[Pool]:
+    """Yields pools that are small enough to have scores in memory, and amount to the same."""
     for pool in pools:
-        size = sizes[pool.names[0]] if len(pool.names) == 1 else _SMALL + 1
-        if pool.ties or pool.scope == "global" or size > _SMALL:
-            batches.append([pool])
+        if pool.scope == "global":
+            yield pool
             continue
-        if pool.pattern is not key[0] or pool.scope != key[1]:
-            key = (pool.pattern, pool.scope)
-        open_.setdefault(key, []).append(pool)
-        filled[key] = filled.get(key, 0) + size
-        if filled[key] >= _BATCH:
-            batches.append(open_.pop(key))
-            del filled[key]
-    return batches + list(open_.values())
+        names: list[str] = []
+        filled = 0
+        for name in pool.names:
+            size = arrays[name].size
+            if names and filled + size > _BATCH:
+                yield replace(pool, names=tuple(names))
+                names, filled = [], 0
+            names.append(name)
+            filled += size
+        if names:
+            yield replace(pool, names=tuple(names))
 
 
-def _shares(weights: Weights, config: PruningConfig, previous: Mapping[str, Mask] | None) -> dict[str, float]:
+def _shares(
+    weights: Weights, config: PruningConfig, previous: Mapping[str, Mask] | None
+) -> float | Mapping[str, float]:
     """The sparsity of each tensor: for "uniform" the target itself, since each tensor rounds by itself."""
     if config.allocation == "uniform":
-        return dict.fromkeys(weights, config.target_sparsity)
+        return config.target_sparsity
     pattern = config.pattern
     assert not isinstance(pattern, NM)  # which PruningConfig refuses
     floors = None
@@ -183,10 +197,9 @@ def _shares(weights: Weights, config: PruningConfig, previous: Mapping[str, Mask
     return allocate_groups(weights, config.target_sparsity, config.allocation, pattern, floors=floors)
 
 
-def _check_dtype(name: str, array: NDArray[Any]) -> None:
-    if not is_weight_dtype(array.dtype):
-        msg = (
-            f"tensor {name!r}: expected one of the dtypes {', '.join(DTYPES)} in native byte order; got "
-            f"{array.dtype}; convert it with .astype(), or exclude the tensor"
-        )
-        raise TypeError(msg)
+def _refuse_dtype(name: str, array: NDArray[Any]) -> None:
+    msg = (
+        f"tensor {name!r}: expected one of the dtypes {', '.join(DTYPES)} in native byte order; got "
+        f"{array.dtype}; convert it with .astype(), or exclude the tensor"
+    )
+    raise TypeError(msg)

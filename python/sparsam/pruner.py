@@ -7,7 +7,7 @@ pool into masks, and the masks are applied.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Generic, TypeVar, overload
@@ -216,27 +216,26 @@ def prune_pools(
         Name -> mask of each tensor in a pool, in the order of `arrays`, and how many of its weights are not
         zero.
     """
-    traits = scores.traits(method)
+    norm = scores.traits(method).norm
     masks: dict[str, Mask] = {}
     nonzero: dict[str, int] = {}
     tied: dict[str, Mask] = {}
-    for batch in batched(pools, {name: array.size for name, array in arrays.items()}):
-        pool = batch[0]
+    for pool in batched(pools, arrays):
         if not pool.ties:
-            pruned = _prune_batch(arrays, batch, method, outs, previous, checked=checked)
+            pruned = _prune_pool(arrays, pool, method, outs, previous, checked=checked)
             masks |= pruned.masks
             nonzero |= pruned.nonzero
             continue
         for name, mask in select_tied(
             arrays,
-            pool.sparsity,
+            pool.sparsity_of(pool.names[0]),
             pool.ties,
             score=lambda name, pool=pool: score_tensor(  # type: ignore[misc]
                 method, name, arrays[name], transposed=name in pool.transposed
             ),
             alone=dict.fromkeys(pool.names, pool.pattern),
             transposed=pool.transposed,
-            norm=traits.norm,
+            norm=norm,
             previous=previous,
         ).items():
             tied[name] = tied[name] & mask if name in tied else mask
@@ -246,38 +245,37 @@ def prune_pools(
     return Pruned({name: masks[name] for name in arrays if name in masks}, nonzero)
 
 
-def _prune_batch(
+def _prune_pool(
     arrays: Mapping[str, NDArray[Any]],
-    batch: Sequence[Pool],
+    pool: Pool,
     method: Scorer,
     outs: Mapping[str, NDArray[Any]],
     previous: Mapping[str, Mask] | None,
     *,
     checked: bool,
 ) -> Pruned:
-    """`prune_pools` for one pool without ties, or several of one tensor each with one pattern and scope."""
-    norm, pattern, scope = scores.traits(method).norm, batch[0].pattern, batch[0].scope
-    alone = len(batch) > 1
-    sparsity = {pool.names[0]: pool.sparsity for pool in batch} if alone else batch[0].sparsity
-    names = [name for pool in batch for name in pool.names]
-    transposed = frozenset().union(*(pool.transposed for pool in batch if pool.transposed))
+    """`prune_pools` for one pool without ties."""
+    norm, pattern, scope = scores.traits(method).norm, pool.pattern, pool.scope
+    transposed = pool.transposed.intersection(pool.names)
     turned = transposed if scope == "row" or pattern != Unstructured() else frozenset()
-    ranked = {name: score_tensor(method, name, arrays[name], transposed=name in transposed) for name in names}
+    ranked = {
+        name: score_tensor(method, name, arrays[name], transposed=name in transposed) for name in pool.names
+    }
     for name in turned:
         _refuse_nan([ranked[name]], [name])  # With its place in the tensor as it is stored.
-    fused = previous is None and not turned and all(ranked[name] is arrays[name] for name in names)
+    fused = previous is None and not turned and all(ranked[name] is arrays[name] for name in ranked)
 
     def select(scored: Mapping[str, NDArray[Any]]) -> Pruned:
         viewed = {name: outputs_first(array) if name in turned else array for name, array in scored.items()}
         found = select_into(
-            viewed, sparsity, pattern, scope=scope, norm=norm, out=outs if fused else None, checked=checked
+            viewed, pool.sparsity, pattern, scope=scope, norm=norm, out=outs if fused else None, checked=checked
         )
         masks = {name: mask_as_stored(mask) if name in turned else mask for name, mask in found.masks.items()}
         return Pruned(masks, found.nonzero)
 
     chosen, nonzero = select(ranked)
     if previous is not None and any((mask & ~previous[name]).count for name, mask in chosen.items()):
-        chosen = select({name: pruned_last(ranked[name], previous[name], norm) for name in names}).masks
+        chosen = select({name: pruned_last(ranked[name], previous[name], norm) for name in ranked}).masks
     if not fused:
         nonzero = {name: mask.write(arrays[name], outs[name]) for name, mask in chosen.items()}
     return Pruned(chosen, nonzero)

@@ -54,5 +54,5 @@ def _alike(name: str, pool: Pool, other: str, other_pool: Pool, size: int) -> bo
         and not other_pool.ties
         and (pool.pattern, pool.scope, name in pool.transposed)
         == (other_pool.pattern, other_pool.scope, other in other_pool.transposed)
-        and abs(pool.sparsity - other_pool.sparsity) * size <= 1 + 1e-6
+        and abs(pool.sparsity_of(name) - other_pool.sparsity_of(other)) * size <= 1 + 1e-6
     )

@@ -233,7 +233,10 @@ def find_ticket(
     method = scores.resolve(settings.method)
     pruned = [0 for _ in pools]
     for round_ in range(1, rounds + 1):
-        pruned = [k + round(pool.sparsity * (n - k)) for k, (pool, n) in zip(pruned, pools, strict=True)]
+        pruned = [
+            k + round(pool.sparsity_of(pool.names[0]) * (n - k))
+            for k, (pool, n) in zip(pruned, pools, strict=True)
+        ]
         shares = [k / n if n else 0.0 for k, (_, n) in zip(pruned, pools, strict=True)]
         steps = [replace(pool, sparsity=share) for share, (pool, _) in zip(shares, pools, strict=True)]
         outs = {name: array.copy() for name, array in weights.items()}
@@ -277,7 +280,8 @@ def _pools(arrays: Arrays, config: PruningConfig, fraction: float) -> list[tuple
         raise ValueError(msg)
     unset: dict[str, Any] = {"schedule": None, "num_iterations": None}
     pools = []
-    for pool in make_pools(arrays, replace(config, target_sparsity=fraction, **unset)):
+    parts = make_pools(arrays, replace(config, target_sparsity=fraction, **unset))
+    for pool in (part for pool in parts for part in pool.split()):
         if isinstance(pool.pattern, NM) and not pool.ties:
             msg = (
                 f"overrides: tensor {pool.names[0]!r}: expected a pattern that can prune more in each round; "

@@ -136,4 +136,7 @@ def to_arrays(weights: object, what: str = "weights") -> dict[str, NDArray[Any]]
             got = f"{name!r} of type {type(name).__name__}"
             msg = f"{what}: expected names as keys; got {got}; convert them with str()"
             raise TypeError(msg)
-    return {name: to_array(name, value) for name, value in weights.items()}
+    return {
+        name: value if type(value) is np.ndarray else to_array(name, value)
+        for name, value in weights.items()
+    }

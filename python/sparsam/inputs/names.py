@@ -41,6 +41,12 @@ class NamePatterns:
         """Returns whether any pattern matches a name."""
         return self.last(name) is not None
 
+    def among(self, names: Iterable[str]) -> dict[str, str]:
+        """Returns name -> the last pattern that matches it, for names that one matches, in their order."""
+        if not self._patterns:
+            return {}
+        return {name: key for name in names if (key := self.last(name)) is not None}
+
 
 def matching(pattern: str, names: Collection[str]) -> list[str]:
     """Returns the names that a pattern matches, in their order."""

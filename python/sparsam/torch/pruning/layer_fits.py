@@ -131,10 +131,10 @@ def _problems(
     parts = len(statistics.parts)
     matrices = np.split(matrix, parts)
     biases = [None] * parts if bias is None else np.split(to_array(bias), parts)
-    shares = [pool.sparsity] * parts
+    shares = [pool.sparsity_of(name)] * parts
     if parts > 1 and isinstance(pool.pattern, Unstructured):
         sizes = [part.size for part in matrices]
-        counts = split_counts(round(pool.sparsity * matrix.size), sizes)
+        counts = split_counts(round(pool.sparsity_of(name) * matrix.size), sizes)
         shares = [count / size for count, size in zip(counts, sizes, strict=True)]
     for i, (fitted, held_out) in enumerate(statistics.parts):
         yield LayerProblem(

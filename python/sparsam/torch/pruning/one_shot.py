@@ -188,7 +188,7 @@ class _Plan:
         arrays = {name: to_array(weight.parameter.detach()) for name, weight in named.items()}
         check_patterns(config, arrays, stacklevel=3)
         pools = make_pools(arrays, config)
-        pool_of = {name: pool for pool in pools for name in pool.names}
+        pool_of = {name: part for pool in pools for part in pool.split() for name in part.names}
         word = config.method if isinstance(config.method, str) else ""
         if word in RECONSTRUCTIONS:
             for name, pool in pool_of.items():

@@ -8,6 +8,7 @@
 #include <string>
 #include <vector>
 
+#include "sparsam/errors.hpp"
 #include "sparsam/float_mode.hpp"
 #include "sparsam/masks.hpp"
 #include "sparsam/tiles.hpp"
@@ -28,8 +29,13 @@ inline DType dtype_of(const py::array& a) {
       return DType::bf16;  // ml_dtypes registers it as a type of its own
     }
   }
-  throw py::type_error("dtype " + py::str(py::handle(t)).cast<std::string>() +
-                       ": expected float16, bfloat16, float32 or float64 in native byte order");
+  throw py::type_error(expected("array", "dtype " + py::str(py::handle(t)).cast<std::string>(),
+                                "float16, bfloat16, float32 or float64 in native byte order",
+                                "convert it with .astype()"));
+}
+
+inline std::string shape_text(const py::array& a) {
+  return "shape " + py::str(a.attr("shape")).cast<std::string>();
 }
 
 inline View view_of(const py::array& a) {
@@ -48,10 +54,12 @@ inline std::vector<View> views_of(const std::vector<py::array>& arrays) {
 
 // `out` must be writeable and match `like`.
 inline View out_view(py::array& out, const View& like) {
-  if (!out.writeable()) throw py::value_error("out is read-only: expected a writeable array");
+  if (!out.writeable())
+    throw py::value_error(expected("out", "one that is read-only", "a writeable array", "pass a copy"));
   const View view = view_of(out);
   if (view.size() != like.size() || view.dtype() != like.dtype())
-    throw py::value_error("out must have the shape and dtype of the input");
+    throw py::value_error(expected("out", shape_text(out) + " of another size or dtype",
+                                   "the shape and dtype of the input", "pass np.empty_like of that"));
   return view;
 }
 
@@ -66,14 +74,18 @@ using Words = py::array_t<std::uint64_t, py::array::c_style>;
 
 inline const std::uint64_t* checked_words(const Words& words, std::size_t n) {
   if (static_cast<std::size_t>(words.size()) != words_for(n))
-    throw py::value_error("mask of " + std::to_string(words.size()) + " words: expected " +
-                          std::to_string(words_for(n)) + " for " + std::to_string(n) + " elements");
+    throw py::value_error(
+        expected("mask", std::to_string(words.size()) + " words",
+                 std::to_string(words_for(n)) + " words for " + std::to_string(n) + " elements",
+                 "pass the mask of this array"));
   return words.data();
 }
 
 // Tiles larger than the matrix are cut to it.
 inline Tiling tiling_of(std::size_t rows, std::size_t cols, std::size_t tile_rows, std::size_t tile_cols) {
-  if (tile_rows < 1 || tile_cols < 1) throw py::value_error("expected tiles of at least 1 x 1");
+  if (tile_rows < 1 || tile_cols < 1)
+    throw py::value_error(expected("tiles", std::to_string(tile_rows) + " x " + std::to_string(tile_cols),
+                                   "at least 1 x 1", "enlarge them"));
   return {rows, cols, std::min(tile_rows, std::max<std::size_t>(rows, 1)),
           std::min(tile_cols, std::max<std::size_t>(cols, 1))};
 }

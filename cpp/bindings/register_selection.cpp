@@ -13,7 +13,9 @@ std::size_t total_size(const std::vector<View>& views) {
 
 py::tuple bind_threshold(const std::vector<py::array>& arrays, std::size_t k) {
   const std::vector<View> views = views_of(arrays);
-  if (k < 1 || k > total_size(views)) throw py::value_error("k must lie in [1, number of elements]");
+  if (k < 1 || k > total_size(views))
+    throw py::value_error(
+        expected("k", k, "1 to " + std::to_string(total_size(views)) + ", the elements", "pass another"));
   Threshold t{};
   {
     const Released released;
@@ -26,20 +28,30 @@ py::tuple bind_threshold(const std::vector<py::array>& arrays, std::size_t k) {
 struct Masks {
   std::vector<Words> words;
   std::vector<std::uint64_t*> pointers;
-  std::vector<std::size_t> nonzero;
+  std::vector<Kept> kept;
 
-  explicit Masks(const std::vector<View>& views) : nonzero(views.size()) {
+  explicit Masks(const std::vector<View>& views) : kept(views.size()) {
     for (const View& v : views) {
       words.emplace_back(static_cast<py::ssize_t>(words_for(v.size())));
       pointers.push_back(words.back().mutable_data());
     }
   }
-  py::tuple parts() const { return py::make_tuple(words, nonzero); }
+  // The words, the counts of kept elements, and the counts of those that are not zero.
+  py::tuple parts() const {
+    py::list all(kept.size()), nonzero(kept.size());
+    for (std::size_t i = 0; i < kept.size(); ++i) {
+      all[i] = kept[i].all;
+      nonzero[i] = kept[i].nonzero;
+    }
+    return py::make_tuple(words, all, nonzero);
+  }
 };
 
 std::vector<View> out_views(std::vector<py::array>& outs, const std::vector<View>& views) {
   if (!outs.empty() && outs.size() != views.size())
-    throw py::value_error("outs must be empty or match arrays");
+    throw py::value_error(expected("outs", outs.size(),
+                                   "none, or one for each of " + std::to_string(views.size()) + " arrays",
+                                   "pass as many"));
   std::vector<View> out;
   out.reserve(outs.size());
   for (std::size_t i = 0; i < outs.size(); ++i) out.push_back(out_view(outs[i], views[i]));
@@ -52,7 +64,7 @@ py::tuple bind_threshold_mask(const std::vector<py::array>& arrays, double value
   Masks masks(views);
   {
     const Released released;
-    threshold_mask(views, value, ties_kept, masks.pointers, to, masks.nonzero.data());
+    threshold_mask(views, value, ties_kept, masks.pointers, to, masks.kept.data());
   }
   return masks.parts();
 }
@@ -60,14 +72,19 @@ py::tuple bind_threshold_mask(const std::vector<py::array>& arrays, double value
 py::object bind_threshold_masks(const std::vector<py::array>& arrays, const std::vector<std::size_t>& counts,
                                 std::vector<py::array> outs) {
   const std::vector<View> views = views_of(arrays), to = out_views(outs, views);
-  if (counts.size() != views.size()) throw py::value_error("counts must match arrays");
+  if (counts.size() != views.size())
+    throw py::value_error(expected("counts", counts.size(),
+                                   "one for each of " + std::to_string(views.size()) + " arrays",
+                                   "pass as many"));
   for (std::size_t i = 0; i < views.size(); ++i)
-    if (counts[i] > views[i].size()) throw py::value_error("counts must be at most the sizes of the arrays");
+    if (counts[i] > views[i].size())
+      throw py::value_error(expected("count of array " + std::to_string(i), counts[i],
+                                     "at most its size, " + std::to_string(views[i].size()), "lower it"));
   Masks masks(views);
   bool numbers = false;
   {
     const Released released;
-    numbers = threshold_masks(views, counts, masks.pointers, to, masks.nonzero.data());
+    numbers = threshold_masks(views, counts, masks.pointers, to, masks.kept.data());
   }
   return numbers ? py::object(masks.parts()) : py::none();
 }
@@ -92,7 +109,8 @@ py::object bind_bracket(const py::array& array, double low, double high, std::si
 py::object bind_nm_mask(const py::array& array, std::size_t keep, std::size_t m) {
   const View view = view_of(array);
   if (m < 1 || m > 256 || keep > m || view.size() % m != 0)
-    throw py::value_error("expected keep <= m <= 256, and m to divide the size");
+    throw py::value_error(expected("keep and m", std::to_string(keep) + " and " + std::to_string(m),
+                                   "keep <= m <= 256, and m to divide the size", "pass others"));
   Words words(static_cast<py::ssize_t>(words_for(view.size())));
   std::uint64_t* to = words.mutable_data();
   bool numbers = false;
@@ -106,7 +124,8 @@ py::object bind_nm_mask(const py::array& array, std::size_t keep, std::size_t m)
 py::object bind_row_topk_mask(const py::array& array, std::size_t cols, std::size_t pruned) {
   const View view = view_of(array);
   if (cols < 1 || pruned < 1 || pruned > cols || view.size() % cols != 0)
-    throw py::value_error("expected 1 <= pruned <= cols, and cols to divide the size");
+    throw py::value_error(expected("pruned and cols", std::to_string(pruned) + " and " + std::to_string(cols),
+                                   "1 <= pruned <= cols, and cols to divide the size", "pass others"));
   Words words(static_cast<py::ssize_t>(words_for(view.size())));
   std::uint64_t* to = words.mutable_data();
   bool numbers = false;
@@ -137,8 +156,10 @@ py::array_t<double> bind_tile_scores(const py::array& array, std::size_t rows, s
                                      std::size_t tile_rows, std::size_t tile_cols, int norm) {
   const View view = view_of(array);
   const Tiling tiling = tiling_of(rows, cols, tile_rows, tile_cols);
-  if (rows * cols != view.size() || (norm != 1 && norm != 2))
-    throw py::value_error("expected rows * cols elements, and norm 1 or 2");
+  if (rows * cols != view.size())
+    throw py::value_error(expected("array", view.size(), std::to_string(rows * cols) + " elements",
+                                   "pass rows and columns of that product"));
+  if (norm != 1 && norm != 2) throw py::value_error(expected("norm", norm, "1 or 2", "pass one of them"));
   py::array_t<double> scores(
       {static_cast<py::ssize_t>(tiling.down()), static_cast<py::ssize_t>(tiling.across())});
   double* to = scores.mutable_data();

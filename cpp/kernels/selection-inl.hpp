@@ -215,10 +215,10 @@ inline void store_kept(const Bits* p, std::size_t count, std::uint64_t bits, Bit
 }
 
 template <class Bits>
-std::size_t threshold_mask(const Bits* src, std::size_t n, Bits t, std::size_t ties_kept,
-                           std::uint64_t* words, Bits* out) {
+Kept threshold_mask(const Bits* src, std::size_t n, Bits t, std::size_t ties_kept, std::uint64_t* words,
+                    Bits* out) {
   using V = Vec<Bits>;
-  std::size_t nonzero = 0;
+  Kept kept;
   const auto pivot = V::set1(t), above = V::set1(static_cast<Bits>(t + 1));
   for_each_word(src, n, Bits{0}, [&](const Bits* p, std::size_t count, std::size_t index) {
     std::uint64_t upto = 0, below = 0;
@@ -239,11 +239,12 @@ std::size_t threshold_mask(const Bits* src, std::size_t n, Bits t, std::size_t t
         for (; ties_kept != 0; --ties_kept, ties &= ties - 1) keep |= ties & (0 - ties);
       }
     }
-    nonzero += popcount(t == 0 ? ~upto & valid : keep);  // what ties with 0 is zero
+    kept.all += popcount(keep);
+    kept.nonzero += popcount(t == 0 ? ~upto & valid : keep);  // what ties with 0 is zero
     words[index] = keep;
     if (out != nullptr) store_kept(p, count, keep, out + index * kWord);
   });
-  return nonzero;
+  return kept;
 }
 
 template <class Bits>

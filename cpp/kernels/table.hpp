@@ -10,6 +10,7 @@
 #include "reconstruction.hpp"
 #include "recurrent.hpp"
 #include "sparsam/check.hpp"
+#include "sparsam/kept.hpp"
 
 namespace sparsam {
 
@@ -45,9 +46,9 @@ struct WidthKernels {
   std::size_t (*bracket)(const Bits* src, std::size_t n, Bits low, Bits high, bool ties, Bits* inside,
                          BracketCounts* counts);
   // Keeps keys > t and the first ties_kept of the keys == t; writes n bits, and to out (unless null; may be
-  // src) the elements with the pruned ones as +0. Returns how many elements are kept and not zero.
-  std::size_t (*threshold_mask)(const Bits* src, std::size_t n, Bits t, std::size_t ties_kept,
-                                std::uint64_t* words, Bits* out);
+  // src) the elements with the pruned ones as +0.
+  Kept (*threshold_mask)(const Bits* src, std::size_t n, Bits t, std::size_t ties_kept, std::uint64_t* words,
+                         Bits* out);
   // Elements whose bit is set, and +0 elsewhere. out may be src. Returns how many are kept and not zero.
   std::size_t (*apply)(const Bits* src, std::size_t n, const std::uint64_t* words, Bits* out);
   // Of every m consecutive elements (m <= kLargestGroup, m divides n) the `keep` largest, ties to the lower

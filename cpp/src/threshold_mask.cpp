@@ -43,11 +43,9 @@ class TieCounts {
   std::unique_ptr<std::atomic<std::size_t>[]> upto_;
 };
 
-// Returns how many weights are kept that are not zero.
 template <class Bits>
-std::size_t mask_chunk(const View& array, const Chunk& c, std::size_t chunk, double value,
-                       std::size_t ties_kept, TieCounts* ties, std::uint64_t* words, const View* out,
-                       void* scratch) {
+Kept mask_chunk(const View& array, const Chunk& c, std::size_t chunk, double value, std::size_t ties_kept,
+                TieCounts* ties, std::uint64_t* words, const View* out, void* scratch) {
   const auto& kernel = width_kernels<Bits>(kernels());
   Bits* buffer = static_cast<Bits*>(scratch);
   const Bits* src = array.read(c.start, c.size, buffer);
@@ -61,16 +59,15 @@ std::size_t mask_chunk(const View& array, const Chunk& c, std::size_t chunk, dou
   }
   Bits* direct = out == nullptr ? nullptr : out->direct<Bits>(c.start);
   Bits* to = out == nullptr ? nullptr : direct != nullptr ? direct : buffer;
-  const std::size_t nonzero = kernel.threshold_mask(src, c.size, t, ties_here, words + c.start / 64, to);
+  const Kept kept = kernel.threshold_mask(src, c.size, t, ties_here, words + c.start / 64, to);
   if (out != nullptr && direct == nullptr) out->write(c.start, c.size, buffer);
-  return nonzero;
+  return kept;
 }
 
 }  // namespace
 
 void threshold_mask(const std::vector<View>& arrays, double value, std::size_t ties_kept,
-                    const std::vector<std::uint64_t*>& words, const std::vector<View>& outs,
-                    std::size_t* nonzero) {
+                    const std::vector<std::uint64_t*>& words, const std::vector<View>& outs, Kept* kept) {
   const std::vector<Chunk> chunks = cut(arrays, kStep);
   std::size_t size = 0, longest = 0;
   bool gathers = false;
@@ -84,7 +81,7 @@ void threshold_mask(const std::vector<View>& arrays, double value, std::size_t t
   const Buffers<std::uint64_t> buffers(workers, longest, gathers);
   std::unique_ptr<TieCounts> ties;
   if (ties_kept > 0) ties.reset(new TieCounts(chunks.size()));
-  std::vector<std::size_t> counts(chunks.size());
+  std::vector<Kept> counts(chunks.size());
   const Interrupts interrupts = outs.empty() ? Interrupts::allowed : Interrupts::held;
   for_each_task(chunks.size(), workers, interrupts, [&](std::size_t worker, std::size_t task) {
     const Chunk& c = chunks[task];
@@ -100,8 +97,11 @@ void threshold_mask(const std::vector<View>& arrays, double value, std::size_t t
       throw;
     }
   });
-  std::fill(nonzero, nonzero + arrays.size(), 0);
-  for (std::size_t i = 0; i < chunks.size(); ++i) nonzero[chunks[i].array] += counts[i];
+  std::fill(kept, kept + arrays.size(), Kept{});
+  for (std::size_t i = 0; i < chunks.size(); ++i) {
+    kept[chunks[i].array].all += counts[i].all;
+    kept[chunks[i].array].nonzero += counts[i].nonzero;
+  }
 }
 
 namespace {
@@ -139,8 +139,7 @@ void for_each_array(const std::vector<View>& arrays, Body&& body) {
 }  // namespace
 
 bool threshold_masks(const std::vector<View>& arrays, const std::vector<std::size_t>& counts,
-                     const std::vector<std::uint64_t*>& words, const std::vector<View>& outs,
-                     std::size_t* nonzero) {
+                     const std::vector<std::uint64_t*>& words, const std::vector<View>& outs, Kept* kept) {
   std::atomic<bool> numbers{true};
   for_each_array(arrays, [&](std::size_t i) {
     if (!numbers.load(std::memory_order_relaxed)) return;
@@ -152,7 +151,7 @@ bool threshold_masks(const std::vector<View>& arrays, const std::vector<std::siz
       return;
     }
     threshold_mask({arrays[i]}, none ? 0.0 : t.value, none ? arrays[i].size() : t.ties_kept(counts[i]),
-                   {words[i]}, outs.empty() ? std::vector<View>{} : std::vector<View>{outs[i]}, nonzero + i);
+                   {words[i]}, outs.empty() ? std::vector<View>{} : std::vector<View>{outs[i]}, kept + i);
   });
   return numbers.load();
 }

@@ -31,12 +31,14 @@ class Mask:
 
     __slots__ = ("_count", "_shape", "_words")
 
-    def __init__(self, words: NDArray[np.uint64], shape: tuple[int, ...]) -> None:
+    def __init__(
+        self, words: NDArray[np.uint64], shape: tuple[int, ...], count: int | None = None
+    ) -> None:
         """For this package only: `words` hold 64 elements each, and the mask takes ownership of them."""
         words.setflags(write=False)
         self._words = words
         self._shape = tuple(shape)
-        self._count: int | None = None
+        self._count = count  # of bits that are set, where that is known
 
     @classmethod
     def from_array(cls, keep: NDArray[np.bool_]) -> Mask:

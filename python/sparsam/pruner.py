@@ -6,8 +6,9 @@ pool into masks, and the masks are applied.
 
 from __future__ import annotations
 
+import math
 import warnings
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Generic, TypeVar, overload
@@ -26,8 +27,8 @@ from sparsam.orientation import mask_as_stored, outputs_first
 from sparsam.patterns import Unstructured
 from sparsam.pools import Pool, batched, check_patterns, make_pools
 from sparsam.ranking import pruned_last, score_tensor
-from sparsam.report import LayerStats, Report, measure
-from sparsam.selection import Pruned, _refuse_nan, select_into
+from sparsam.report import LayerStats, Report, count_nonzero, row_of
+from sparsam.selection import Pruned, _refuse_nan, check_outputs, select_into
 from sparsam.sharing import find_shared
 
 if TYPE_CHECKING:
@@ -261,14 +262,18 @@ def _prune_pool(
     ranked = {
         name: score_tensor(method, name, arrays[name], transposed=name in transposed) for name in pool.names
     }
-    for name in turned:
-        _refuse_nan([ranked[name]], [name])  # With its place in the tensor as it is stored.
+    if turned:
+        within = [name for name in ranked if name in turned]
+        _refuse_nan([ranked[name] for name in within], within)  # With its place in the tensor as it is stored.
     fused = previous is None and not turned and all(ranked[name] is arrays[name] for name in ranked)
+
+    if fused and not checked:
+        check_outputs(ranked, outs)
 
     def select(scored: Mapping[str, NDArray[Any]]) -> Pruned:
         viewed = {name: outputs_first(array) if name in turned else array for name, array in scored.items()}
         found = select_into(
-            viewed, pool.sparsity, pattern, scope=scope, norm=norm, out=outs if fused else None, checked=checked
+            viewed, pool.sparsity, pattern, scope=scope, norm=norm, out=outs if fused else None
         )
         masks = {name: mask_as_stored(mask) if name in turned else mask for name, mask in found.masks.items()}
         return Pruned(masks, found.nonzero)
@@ -293,22 +298,26 @@ def describe(
     Tensors in `nonzero` (name -> count of nonzero weights) are not read again. `shared` maps the later name
     of a shared tensor to the first; it is counted once.
     """
-    shown = {pattern: str(pattern) for pattern in {pool.pattern for pool in pools}}
-    patterns = {name: shown[pool.pattern] for pool in pools for name in pool.names}
+    patterns: dict[str, str] = {}
+    for pool in pools:
+        patterns |= dict.fromkeys(pool.names, str(pool.pattern))
     patterns |= tied_patterns(tied for pool in pools for tied in pool.ties)
-    pruned = {name: mask.size - mask.count for name, mask in masks.items()}
-    return Report(
-        LayerStats(name, 0, 0, 0.0, array.shape, array.dtype.name, f"shared with {shared[name]}")
-        if name in shared
-        else measure(
-            name,
-            array,
-            pruned=pruned.get(name, 0),
-            nonzero=nonzero.get(name),
-            pattern=patterns.get(name, "dense"),
-        )
-        for name, array in arrays.items()
-    )
+    # What rows are made from later: nothing that may change until then, nothing that is large.
+    shapes, dtypes = [array.shape for array in arrays.values()], [array.dtype for array in arrays.values()]
+    kept = {name: mask.count for name, mask in masks.items()}
+    uncounted = arrays.keys() - nonzero.keys() - shared.keys()
+    nonzero = {**nonzero, **{name: count_nonzero(arrays[name]) for name in uncounted}}
+
+    def rows() -> Iterator[LayerStats]:
+        for name, shape, dtype in zip(names, shapes, dtypes, strict=True):
+            if name in shared:
+                yield LayerStats(name, 0, 0, 0.0, shape, dtype.name, f"shared with {shared[name]}")
+            else:
+                pruned = math.prod(shape) - kept[name] if name in kept else 0
+                yield row_of(name, shape, dtype, pruned, nonzero[name], patterns.get(name, "dense"))
+
+    names = list(arrays)
+    return Report.deferred(rows)
 
 
 @standard_floats
@@ -342,7 +351,10 @@ def _prune(
     masks = {name: masks[shared.get(name, name)] for name in names}
     if inplace:
         return PruningResult(dict(weights), masks, report)
-    pruned = {name: to_torch(out) if is_tensor(weights[name]) else out for name, out in outs.items()}
+    pruned = {
+        name: out if weights[name] is arrays[name] or not is_tensor(weights[name]) else to_torch(out)
+        for name, out in outs.items()
+    }
     pruned |= {name: pruned[other] for name, other in shared.items()}
     return PruningResult({**weights, **pruned}, masks, report)
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -71,23 +71,24 @@ def measure(
         nonzero = count_nonzero(array)
     if pruned is None:
         pruned = array.size - nonzero
-    dense = array.size * array.itemsize
-    packed = min(dense, (array.size + 7) // 8 + nonzero * array.itemsize)
-    share = pruned / array.size if array.size else 0.0
-    dtype = _dtype_name(array.dtype)
-    return LayerStats(name, array.size, pruned, share, array.shape, dtype, pattern, dense, packed)
+    return row_of(name, array.shape, array.dtype, pruned, nonzero, pattern)
 
 
 def count_nonzero(array: NDArray[Any]) -> int:
     """Returns how many elements are not zero."""
-    counts = _core.count_nonzero if is_weight_dtype(array.dtype) else np.count_nonzero
-    return int(counts(array))
+    count = _core.count_nonzero if is_weight_dtype(array.dtype) else np.count_nonzero
+    return int(count(array))
 
 
-@lru_cache(maxsize=64)
-def _dtype_name(dtype: np.dtype[Any]) -> str:
-    """The name of a dtype, cached because NumPy composes it each time."""
-    return str(dtype.name)
+def row_of(
+    name: str, shape: tuple[int, ...], dtype: np.dtype[Any], pruned: int, nonzero: int, pattern: str
+) -> LayerStats:
+    """Returns the statistics of a tensor of which all is known that was counted."""
+    size = math.prod(shape)
+    dense = size * dtype.itemsize
+    packed = min(dense, (size + 7) // 8 + nonzero * dtype.itemsize)
+    share = pruned / size if size else 0.0
+    return LayerStats(name, size, pruned, share, shape, dtype.name, pattern, dense, packed)
 
 
 def printable(text: str) -> str:
@@ -108,6 +109,27 @@ class Report:
 
     def __init__(self, layers: Iterable[LayerStats]) -> None:
         object.__setattr__(self, "layers", tuple(layers))
+
+    @classmethod
+    def deferred(cls, layers: Callable[[], Iterable[LayerStats]]) -> Report:
+        """Returns a report whose rows are made when they are first asked for.
+
+        To make 10,000 of them takes as long as to prune as many small tensors.
+        """
+        report = cls.__new__(cls)
+        object.__setattr__(report, "_make_layers", layers)
+        return report
+
+    def __getattr__(self, name: str) -> Any:
+        """The rows of a deferred report, which become an attribute."""
+        make = self.__dict__.get("_make_layers")
+        if name != "layers" or make is None:
+            msg = f"{type(self).__name__!r} object has no attribute {name!r}"
+            raise AttributeError(msg)
+        layers = tuple(make())
+        object.__setattr__(self, name, layers)
+        object.__delattr__(self, "_make_layers")
+        return layers
 
     @property
     def total(self) -> LayerStats:

@@ -154,7 +154,12 @@ def select_many(
         TypeError: as `select`, with the tensor's name.
         KeyboardInterrupt: the user stopped the call. Each output is then unchanged or fully pruned.
     """
-    return select_into(scores, sparsity, pattern, scope=scope, norm=norm, out=out).masks
+    arrays = {name: np.asarray(array) for name, array in scores.items()}
+    for name, array in arrays.items():
+        _check_dtype(name, array)
+    if out is not None:
+        check_outputs(arrays, out)
+    return select_into(arrays, sparsity, pattern, scope=scope, norm=norm, out=out).masks
 
 
 class Pruned(NamedTuple):
@@ -166,19 +171,17 @@ class Pruned(NamedTuple):
 
 @standard_floats
 def select_into(
-    scores: Mapping[str, ArrayLike],
+    arrays: Mapping[str, NDArray[Any]],
     sparsity: float | Mapping[str, float],
     pattern: Pattern,
     *,
     scope: Scope,
     norm: int,
     out: Mapping[str, NDArray[Any]] | None,
-    checked: bool = False,
 ) -> Pruned:
-    """`select_many`, which also counts the nonzero weights of `out`.
+    """`select_many` of arrays and outputs that are checked already, which also counts the nonzero weights.
 
-    Unless the scope is global, `sparsity` may map each name to its own. With `checked`, the caller guarantees
-    that outputs fit and share no memory.
+    Unless the scope is global, `sparsity` may map each name to its own.
     """
     if norm not in (1, 2):
         raise ValueError(
@@ -186,13 +189,6 @@ def select_into(
         )
     if scope not in ("layer", "row", "global"):
         raise ValueError(expected("scope", scope, "'layer', 'row' or 'global'", "pass one of them"))
-    arrays = {name: np.asarray(array) for name, array in scores.items()}
-    for name, array in arrays.items():
-        _check_dtype(name, array)
-        if out is not None and not checked:
-            _check_out(name, array, out.get(name))
-    if out is not None and not checked:
-        _check_apart(arrays, {name: out[name] for name in arrays})
     if scope == "global" and isinstance(pattern, (Unstructured, Block, Slices)):
         assert not isinstance(sparsity, Mapping)  # one threshold has one
         if isinstance(pattern, Unstructured):
@@ -279,6 +275,13 @@ def _check_dtype(name: str, array: NDArray[Any]) -> None:
         raise TypeError(msg)
 
 
+def check_outputs(arrays: Mapping[str, NDArray[Any]], outs: Mapping[str, NDArray[Any]]) -> None:
+    """Raises for an output that an array cannot be written to, or that shares memory with another array."""
+    for name, array in arrays.items():
+        _check_out(name, array, outs.get(name))
+    _check_apart(arrays, {name: outs[name] for name in arrays})
+
+
 def _check_out(name: str, array: NDArray[Any], out: object) -> None:
     if not isinstance(out, np.ndarray):
         wanted = f"an array of {array.dtype} {array.shape}"
@@ -327,9 +330,12 @@ def _select_each(
 
 
 def _pruned(
-    arrays: Mapping[str, NDArray[Any]], words: list[NDArray[np.uint64]], nonzero: list[int]
+    arrays: Mapping[str, NDArray[Any]], words: list[NDArray[np.uint64]], kept: list[int], nonzero: list[int]
 ) -> Pruned:
-    masks = {name: Mask(w, array.shape) for (name, array), w in zip(arrays.items(), words, strict=True)}
+    masks = {
+        name: Mask(bits, array.shape, count)
+        for (name, array), bits, count in zip(arrays.items(), words, kept, strict=True)
+    }
     return Pruned(masks, dict(zip(arrays, nonzero, strict=True)))
 
 

@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <vector>
 
+#include "sparsam/kept.hpp"
 #include "sparsam/views.hpp"
 
 namespace sparsam {
@@ -42,17 +43,15 @@ Bracketed bracket(const View& array, double low, double high, std::size_t room, 
 // Keep bits of each array (ceil(size / 64) words) and, unless outs is empty, the arrays with pruned elements
 // as +0. Pruned are the magnitudes below `value` and, of those equal to it, all but the first `ties_kept` in
 // the order of the arrays and their C order. outs[i] has the type and shape of arrays[i] and may be the same
-// memory. nonzero[i]: how many elements of arrays[i] are kept and not zero.
+// memory. kept[i]: what is kept of arrays[i].
 void threshold_mask(const std::vector<View>& arrays, double value, std::size_t ties_kept,
-                    const std::vector<std::uint64_t*>& words, const std::vector<View>& outs,
-                    std::size_t* nonzero);
+                    const std::vector<std::uint64_t*>& words, const std::vector<View>& outs, Kept* kept);
 
 // The same for each array by itself, with the threshold that prunes counts[i] of its elements: many small
 // arrays in one call. Returns false where a NaN was seen. An array of outs is written as a whole or not at
 // all.
 bool threshold_masks(const std::vector<View>& arrays, const std::vector<std::size_t>& counts,
-                     const std::vector<std::uint64_t*>& words, const std::vector<View>& outs,
-                     std::size_t* nonzero);
+                     const std::vector<std::uint64_t*>& words, const std::vector<View>& outs, Kept* kept);
 
 // Keeps the `keep` largest of every m consecutive elements in C order (m divides the size, m <= 256), ties to
 // the lower index. Returns false where a NaN was seen; words are then meaningless.

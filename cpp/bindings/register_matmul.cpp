@@ -40,7 +40,7 @@ const char* name_of(DType t) {
 FormKind kind_of(const std::string& what, const std::string& name) {
   for (const FormKind kind : kFormKinds)
     if (name == name_of(kind)) return kind;
-  throw py::value_error(what + " '" + name + "': expected bitmask, panels or slots");
+  throw py::value_error(expected(what, quoted(name), "bitmask, panels or slots", "pass one of them"));
 }
 
 std::vector<std::string> forms(const PackedMatrix& w) {
@@ -52,18 +52,20 @@ std::vector<std::string> forms(const PackedMatrix& w) {
 
 DType value_dtype(const py::array& a) {
   const DType t = dtype_of(a);
-  if (t == DType::f64) throw py::type_error("dtype float64: expected float32, bfloat16 or float16 values");
+  if (t == DType::f64)
+    throw py::type_error(
+        expected("values", "dtype float64", "float32, bfloat16 or float16", "convert them with .astype()"));
   return t;
 }
 
 void check_size(std::size_t rows, std::size_t cols) {
   if (rows > kMaxElements || cols > kMaxElements || (cols > 0 && rows > kMaxElements / cols))
-    throw py::value_error("shape too large: expected at most 2^40 elements");
+    throw py::value_error(expected("shape", std::to_string(rows) + " x " + std::to_string(cols),
+                                   "at most 2^40 elements", "split the matrix"));
 }
 
 View matrix_view(const py::array& w) {
-  if (w.ndim() != 2)
-    throw py::value_error("expected a matrix, got " + std::to_string(w.ndim()) + " dimensions");
+  if (w.ndim() != 2) throw py::value_error(expected("weight", shape_text(w), "a matrix", "reshape it"));
   value_dtype(w);
   const View view = view_of(w);
   check_size(static_cast<std::size_t>(w.shape(0)), static_cast<std::size_t>(w.shape(1)));
@@ -88,8 +90,8 @@ PackedMatrix from_mask(const py::array& w, const Words& words) {
 void check_bits(std::size_t rows, std::size_t cols, const Bytes& bits) {
   check_size(rows, cols);
   if (static_cast<std::size_t>(bits.size()) != rows * ((cols + 7) / 8))
-    throw py::value_error(std::to_string(bits.size()) + " mask bytes: expected " +
-                          std::to_string(rows * ((cols + 7) / 8)));
+    throw py::value_error(expected("bits", std::to_string(bits.size()) + " bytes",
+                                   std::to_string(rows * ((cols + 7) / 8)) + " bytes", "pass whole rows"));
 }
 
 PackedMatrix from_parts(std::size_t rows, std::size_t cols, const Bytes& bits, const py::array& values) {
@@ -105,11 +107,12 @@ using Int8s = py::array_t<std::int8_t, py::array::c_style>;
 
 void check_scales(std::size_t rows, const Floats& scales) {
   if (scales.ndim() != 1 || static_cast<std::size_t>(scales.size()) != rows)
-    throw py::value_error("scales: expected " + std::to_string(rows) + ", one for each row");
+    throw py::value_error(
+        expected("scales", shape_text(scales), std::to_string(rows) + ", one for each row", "pass as many"));
 }
 
 PackedMatrix pack_quantised(const Int8s& w, const Floats& scales) {
-  if (w.ndim() != 2) throw py::value_error("w: expected two dimensions");
+  if (w.ndim() != 2) throw py::value_error(expected("w", shape_text(w), "two dimensions", "reshape it"));
   const auto rows = static_cast<std::size_t>(w.shape(0)), cols = static_cast<std::size_t>(w.shape(1));
   check_scales(rows, scales);
   const std::int8_t* const from = w.data();
@@ -142,9 +145,9 @@ PackedMatrix from_buffers(const std::vector<py::array>& buffers, bool trusted) {
   for (const py::array& a : buffers)
     if (a.ndim() != 1 || a.dtype().kind() != 'u' || a.itemsize() != 1 ||
         (a.flags() & py::array::c_style) == 0)
-      throw py::value_error("buffer: expected a contiguous vector of uint8; got " +
-                            py::repr(a.dtype()).cast<std::string>() + " in " + std::to_string(a.ndim()) +
-                            " dimensions");
+      throw py::value_error(expected("buffer",
+                                     py::repr(a.dtype()).cast<std::string>() + " of " + shape_text(a),
+                                     "a contiguous vector of uint8", "make it one"));
   std::vector<std::shared_ptr<const void>> owners;
   for (const py::array& a : buffers) owners.push_back(owner_of(a));
   std::vector<std::pair<const void*, std::size_t>> bytes;
@@ -176,16 +179,17 @@ void keep(PackedMatrix& w, const std::vector<std::string>& names) {
     if (std::find(names.begin(), names.end(), name_of(kind)) == names.end()) kept.erase(kind);
   for (const std::string& name : names) kind_of("form", name);
   if (forms(kept).empty())
-    throw py::value_error("forms: expected at least one that the weight has; it has only " +
-                          forms(w).front());
+    throw py::value_error(expected("forms", "others than " + forms(w).front(),
+                                   "at least one that the weight has", "name that one"));
   w = kept;
 }
 
 py::array buffer(const PackedMatrix& w, const std::string& name) {
   const FormPtr& form = w.find(kind_of("form", name));
   if (form == nullptr)
-    throw py::value_error("form '" + name + "': expected a form that the weight has; got only " +
-                          forms(w).front() + "; build the other with add('" + name + "')");
+    throw py::value_error(expected("form " + quoted(name), "only " + forms(w).front(),
+                                   "a form that the weight has",
+                                   "build the other with add(" + quoted(name) + ")"));
   const py::capsule owner(new FormPtr(form), [](void* held) { delete static_cast<FormPtr*>(held); });
   py::array_t<std::uint8_t> bytes(static_cast<py::ssize_t>(form->bytes()),
                                   reinterpret_cast<const std::uint8_t*>(form->data()), owner);
@@ -246,11 +250,14 @@ void multiply(const PackedMatrix& w, const std::string& kernel, const Floats& x,
   const FormPtr form = form_for(w, kernel);
   const auto rows = static_cast<py::ssize_t>(form->rows()), cols = static_cast<py::ssize_t>(form->cols());
   if (x.ndim() != 2 || x.shape(1) != cols)
-    throw py::value_error("x: expected shape (batch, " + std::to_string(cols) + ")");
+    throw py::value_error(
+        expected("x", shape_text(x), "shape (batch, " + std::to_string(cols) + ")", "reshape it"));
   if (out.ndim() != 2 || out.shape(0) != x.shape(0) || out.shape(1) != rows)
-    throw py::value_error("out: expected shape (batch, " + std::to_string(rows) + ")");
+    throw py::value_error(
+        expected("out", shape_text(out), "shape (batch, " + std::to_string(rows) + ")", "reshape it"));
   if (bias && bias->size() != rows)
-    throw py::value_error("bias: expected " + std::to_string(rows) + " elements");
+    throw py::value_error(
+        expected("bias", bias->size(), std::to_string(rows) + " elements", "pass one for each row"));
   float* to = out.mutable_data();
   const float* from = x.data();
   const float* add = bias ? bias->data() : nullptr;
@@ -279,11 +286,14 @@ Conv2d conv2d_of(std::size_t cols, Pair image, Pair kernel, Pair stride, Pair pa
   constexpr std::size_t kMaxLength = std::size_t{1} << 29;  // of any of them: keeps the sums below in range
   for (const Pair& p : {image, kernel, stride, padding, dilation})
     if (p.first > kMaxLength || p.second > kMaxLength)
-      throw py::value_error("size too large: expected at most 2^29");
+      throw py::value_error(
+          expected("size", std::max(p.first, p.second), "at most 2^29", "pass a smaller one"));
   for (const Pair& p : {image, kernel, stride, dilation})
-    if (p.first == 0 || p.second == 0) throw py::value_error("expected sizes of at least 1");
+    if (p.first == 0 || p.second == 0) throw py::value_error(expected("size", 0, "at least 1", "enlarge it"));
   if (cols % (kernel.first * kernel.second) != 0)
-    throw py::value_error("kernel size: expected a divisor of " + std::to_string(cols) + " columns");
+    throw py::value_error(expected("kernel size", kernel.first * kernel.second,
+                                   "a divisor of " + std::to_string(cols) + " columns",
+                                   "pass that of the weight"));
   const Conv2d c{cols / (kernel.first * kernel.second),
                  image.first,
                  image.second,
@@ -297,10 +307,14 @@ Conv2d conv2d_of(std::size_t cols, Pair image, Pair kernel, Pair stride, Pair pa
                  dilation.second};
   if (c.dilation_h * (c.kernel_h - 1) + 1 > c.height + 2 * c.pad_h ||
       c.dilation_w * (c.kernel_w - 1) + 1 > c.width + 2 * c.pad_w)
-    throw py::value_error("image with its padding: expected at least the size of the dilated kernel");
+    throw py::value_error(
+        expected("image with its padding",
+                 std::to_string(c.height + 2 * c.pad_h) + " x " + std::to_string(c.width + 2 * c.pad_w),
+                 "at least the size of the dilated kernel", "pad it"));
   const std::size_t floats = (c.height + 2 * c.pad_h + c.stride_h) * (c.width + 2 * c.pad_w + c.stride_w);
   if (floats > (std::size_t{1} << 32) / (c.channels + 1))
-    throw py::value_error("image too large: expected less than 2^32 floats with its padding");
+    throw py::value_error(
+        expected("image", floats, "less than 2^32 floats with its padding", "cut it into smaller ones"));
   return c;
 }
 
@@ -320,8 +334,9 @@ void conv2d_at(const PackedMatrix& w, std::uintptr_t x, std::size_t x_stride, st
 FormPtr form_for(const PackedMatrix& w, const std::string& kernel) {
   FormPtr form = w.find(kind_of("kernel", kernel));
   if (form == nullptr)
-    throw py::value_error("kernel '" + kernel + "': expected a form that the weight has; got only " +
-                          forms(w).front() + "; build the other with add('" + kernel + "')");
+    throw py::value_error(expected("kernel " + quoted(kernel), "only " + forms(w).front(),
+                                   "a form that the weight has",
+                                   "build the other with add(" + quoted(kernel) + ")"));
   return form;
 }
 

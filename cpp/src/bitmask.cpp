@@ -3,6 +3,7 @@
 #include <stdexcept>
 
 #include "forms.hpp"
+#include "sparsam/errors.hpp"
 #include "sparsam/isa.hpp"
 #include "sparsam/masks.hpp"
 #include "table.hpp"
@@ -90,15 +91,16 @@ Memory words_of(std::size_t rows, std::size_t cols, const std::uint8_t* bits) {
     words[row_words - 1] = 0;
     std::memcpy(words, bits + r * row_bytes, row_bytes);
     if (cols % 64 != 0 && words[row_words - 1] >> cols % 64 != 0)
-      throw std::invalid_argument("row " + std::to_string(r) + ": bits past the last column are set");
+      throw std::invalid_argument(
+          expected("bits of row " + std::to_string(r), "others", "0 past the last column", "mend the mask"));
   }
   return memory;
 }
 
 void check_count(std::size_t values, std::size_t bits) {
   if (values != bits)
-    throw std::invalid_argument(std::to_string(values) + " values for " + std::to_string(bits) +
-                                " bits that are set");
+    throw std::invalid_argument(expected(
+        "values", values, std::to_string(bits) + ", one for each bit that is set", "pass those of the mask"));
 }
 
 }  // namespace
@@ -164,11 +166,12 @@ FormPtr pack_int8(std::size_t rows, std::size_t cols, const std::uint8_t* bits, 
 std::string fault_of_int8(const std::int8_t* values, std::size_t nnz, const float* scales, std::size_t rows) {
   for (std::size_t i = 0; i < nnz; ++i)
     if (!is_int8_value(values[i]))
-      return "values: expected -64 to 64 and not 0; got " + std::to_string(values[i]);
+      return expected("values", static_cast<int>(values[i]), "-64 to 64 and not 0",
+                      "quantise the weight again");
   for (std::size_t r = 0; r < rows; ++r)
     if (!is_scale(scales[r]))
-      return "scales: expected positive, normal numbers; got " + std::to_string(scales[r]) + " for row " +
-             std::to_string(r);
+      return expected("scales", std::to_string(scales[r]) + " for row " + std::to_string(r),
+                      "positive, normal numbers", "quantise the weight again");
   return {};
 }
 

@@ -3,6 +3,7 @@
 #include <iterator>
 #include <stdexcept>
 
+#include "sparsam/errors.hpp"
 #include "sparsam/masks.hpp"
 
 namespace sparsam {
@@ -14,43 +15,44 @@ std::size_t aligned(std::size_t n) {
   return (n + FormHeader::kAlign - 1) / FormHeader::kAlign * FormHeader::kAlign;
 }
 
-[[noreturn]] void refuse(const std::string& what) {
-  throw std::invalid_argument("buffer: " + what + "; pack the weight again");
+template <class Got>
+[[noreturn]] void refuse(const Got& got, const std::string& wanted) {
+  throw std::invalid_argument(expected("buffer", got, wanted, "pack the weight again"));
 }
 
 // Of a buffer of that many bytes. Checks all that the sizes of sections are computed from, then these.
 void check_header(const FormHeader& h, std::size_t bytes) {
   if (std::memcmp(h.magic, FormHeader::kMagic, sizeof h.magic) != 0)
-    refuse("expected a form of a packed weight, which begins with 'sparsam'");
-  if (h.version != FormHeader::kVersion)
-    refuse("expected version " + std::to_string(FormHeader::kVersion) + "; got " + std::to_string(h.version));
+    refuse("another beginning", "a form of a packed weight, which begins with 'sparsam'");
+  if (h.version != FormHeader::kVersion) refuse(h.version, "version " + std::to_string(FormHeader::kVersion));
   const bool panels = h.kind == FormKind::panels, slots = h.kind == FormKind::slots;
   const bool int8 = h.dtype == static_cast<std::uint8_t>(DType::i8);
   if (!panels && !slots && h.kind != FormKind::bitmask)
-    refuse("expected form 1 (bitmask), 2 (panels) or 3 (slots); got " +
-           std::to_string(static_cast<int>(h.kind)));
+    refuse(static_cast<int>(h.kind), "form 1 (bitmask), 2 (panels) or 3 (slots)");
   if (h.dtype > static_cast<std::uint8_t>(DType::f32) && !int8)
-    refuse("expected values of dtype 0, 1, 2 or 4; got " + std::to_string(h.dtype));
-  if (int8 ? panels : slots) refuse("expected panels of float values, or slots of int8 values");
+    refuse(h.dtype, "values of dtype 0, 1, 2 or 4");
+  if (int8 ? panels : slots) refuse("the other", "panels of float values, or slots of int8 values");
   if (h.shared_rows != 0 && (h.shared_rows != 4 || h.rows == 0 || h.rows % 4 != 0))
-    refuse("expected 0, or 4 for rows in fours, as the number of rows that share columns; got " +
-           std::to_string(h.shared_rows));
+    refuse(h.shared_rows, "0, or 4 for rows in fours, as the number of rows that share columns");
   if (h.rows > kLargest || h.cols > kLargest || (h.cols > 0 && h.rows > kLargest / h.cols) ||
       h.nnz > h.rows * h.cols)
-    refuse("expected at most 2^40 weights, and no more nonzero ones");
+    refuse(std::to_string(h.rows) + " x " + std::to_string(h.cols) + " with " + std::to_string(h.nnz),
+           "at most 2^40 weights, and no more nonzero ones");
   if (slots && !((h.depth == 16 && h.units == 8) || (h.depth == 64 && h.units == 16)))
-    refuse("expected 8 rows with windows of 16, or 16 with windows of 64");
+    refuse(std::to_string(h.units) + " with " + std::to_string(h.depth),
+           "8 rows with windows of 16, or 16 with windows of 64");
   if (slots && (h.cols > kInt8Columns || h.rows >= UINT32_MAX))
-    refuse("expected at most " + std::to_string(kInt8Columns) + " columns and 2^32 rows");
+    refuse(std::to_string(h.cols) + " and " + std::to_string(h.rows),
+           "at most " + std::to_string(kInt8Columns) + " columns and 2^32 rows");
   const bool depth_fits =
       slots || (panels ? h.depth > 0 && h.depth <= kMaxDepth && h.depth % 64 == 0 : h.depth == 0);
   if (!depth_fits || h.units > bytes || h.steps > bytes ||
       (h.kind == FormKind::bitmask && h.units + h.steps != 0))
-    refuse("expected a depth of 64 to " + std::to_string(kMaxDepth) + ", and units and steps that fit in it");
-  const FormHeader expected = laid_out(h);
-  if (std::memcmp(&expected, &h, sizeof h) != 0 || expected.bytes != bytes)
-    refuse("expected " + std::to_string(expected.bytes) +
-           " bytes, with the sections that its counts demand; got " + std::to_string(bytes));
+    refuse("depth " + std::to_string(h.depth),
+           "a depth of 64 to " + std::to_string(kMaxDepth) + ", and units and steps that fit in it");
+  const FormHeader own = laid_out(h);
+  if (std::memcmp(&own, &h, sizeof h) != 0 || own.bytes != bytes)
+    refuse(bytes, std::to_string(own.bytes) + " bytes, with the sections that its counts demand");
 }
 
 }  // namespace
@@ -114,10 +116,9 @@ FormPtr FormWriter::finish() const {
 
 FormPtr Form::adopt(const void* data, std::size_t bytes, std::shared_ptr<const void> owner, bool trusted) {
   if (reinterpret_cast<std::uintptr_t>(data) % 8 != 0)
-    throw std::invalid_argument("buffer: expected an address that is a multiple of 8; copy it");
-  if (bytes < sizeof(FormHeader))
-    refuse("expected at least " + std::to_string(sizeof(FormHeader)) + " bytes; got " +
-           std::to_string(bytes));
+    throw std::invalid_argument(
+        expected("buffer", "another one", "an address that is a multiple of 8", "copy it"));
+  if (bytes < sizeof(FormHeader)) refuse(bytes, "at least " + std::to_string(sizeof(FormHeader)) + " bytes");
   FormPtr form(new Form(static_cast<const char*>(data), std::move(owner)));
   const FormHeader& header = form->header();
   check_header(header, bytes);
@@ -132,7 +133,7 @@ FormPtr Form::adopt(const void* data, std::size_t bytes, std::shared_ptr<const v
     fault = header.kind == FormKind::panels ? fault_of(form->panels(), header)
                                             : fault_of(form->int8_slots(), header, *form);
   }
-  if (!fault.empty()) refuse(fault);
+  if (!fault.empty()) refuse("damage (" + fault + ")", "a whole form");
   return form;
 }
 
@@ -178,15 +179,17 @@ Int8View Form::int8_slots() const {
 }
 
 PackedMatrix::PackedMatrix(const std::vector<FormPtr>& forms, bool trusted) {
-  if (forms.empty()) throw std::invalid_argument("buffers: expected at least one; got none");
+  if (forms.empty()) throw std::invalid_argument(expected("buffers", "none", "at least one", "pass one"));
   for (const FormPtr& form : forms) {
     const char* const name = name_of(form->kind());
     if (find(form->kind()) != nullptr)
-      throw std::invalid_argument(std::string("buffers: expected one of each form; got two ") + name);
+      throw std::invalid_argument(
+          expected("buffers", std::string("two ") + name, "one of each form", "leave one out"));
     const Form& first = *forms.front();
     if (form->rows() != first.rows() || form->cols() != first.cols() || form->nnz() != first.nnz() ||
         form->dtype() != first.dtype() || form->header().shared_rows != first.header().shared_rows)
-      throw std::invalid_argument("buffers: expected forms of one weight; got different sizes or types");
+      throw std::invalid_argument(
+          expected("buffers", "different sizes or types", "forms of one weight", "pass those of one weight"));
     insert(form);
   }
   if (trusted || forms.size() == 1) return;
@@ -198,7 +201,8 @@ PackedMatrix::PackedMatrix(const std::vector<FormPtr>& forms, bool trusted) {
     if (std::memcmp(a.words, b.words, 8 * a.rows * a.row_words) != 0 ||
         std::memcmp(a.values, b.values, again->nnz() * item_size(again->dtype())) != 0 ||
         (again->dtype() == DType::i8 && std::memcmp(first->scales(), again->scales(), 4 * a.rows) != 0))
-      throw std::invalid_argument("buffers: expected forms of one weight; got different weights");
+      throw std::invalid_argument(
+          expected("buffers", "different weights", "forms of one weight", "pass those of one weight"));
   }
 }
 
@@ -207,8 +211,9 @@ FormPtr PackedMatrix::get(FormKind kind) const {
   if (kind == FormKind::bitmask) return bitmask_of(any());
   const bool int8 = any().dtype() == DType::i8;
   if (int8 != (kind == FormKind::slots))
-    throw std::invalid_argument(std::string("form '") + name_of(kind) + "': expected " +
-                                (int8 ? "slots, for int8 values" : "bitmask or panels, for float values"));
+    throw std::invalid_argument(
+        expected("form", quoted(name_of(kind)),
+                 int8 ? "slots, for int8 values" : "bitmask or panels, for float values", "build that"));
   return int8 ? int8_slots_of(*get(FormKind::bitmask)) : panels_of(any());
 }
 

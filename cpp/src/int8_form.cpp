@@ -5,6 +5,7 @@
 
 #include "forms.hpp"
 #include "int8.hpp"
+#include "sparsam/errors.hpp"
 #include "sparsam/isa.hpp"
 #include "sparsam/masks.hpp"
 #include "table.hpp"
@@ -130,8 +131,8 @@ FormPtr int8_slots_of(const Form& bitmask, std::size_t lanes, std::size_t window
   const BitmaskView w = bitmask.bitmask();
   const float* const scales = bitmask.scales();
   if (w.cols > kInt8Columns)
-    throw std::invalid_argument("int8 values: expected at most " + std::to_string(kInt8Columns) +
-                                " columns; got " + std::to_string(w.cols) + "; use float values");
+    throw std::invalid_argument(expected(
+        "int8 values", w.cols, "at most " + std::to_string(kInt8Columns) + " columns", "use float values"));
   const std::vector<std::uint32_t> order = lane_rows(w, lanes);
   const std::size_t groups = order.size() / lanes, bytes = int8_pair_bytes(lanes, window);
   const std::size_t starts = int8_pair_starts(window);

@@ -8,6 +8,7 @@
 #endif
 
 #include "rows.hpp"
+#include "sparsam/errors.hpp"
 
 namespace sparsam {
 namespace {
@@ -106,8 +107,9 @@ void use_isa(const std::string& name) {
       return;
     }
   }
-  throw std::invalid_argument("instruction set: expected one that this machine runs (" +
-                              joined(available_isas()) + "); got '" + name + "'");
+  throw std::invalid_argument(expected("instruction set", quoted(name),
+                                       "one that this machine runs (" + joined(available_isas()) + ")",
+                                       "pass one of them"));
 }
 
 }  // namespace sparsam

@@ -5,6 +5,7 @@
 
 #include "int8_linear.hpp"
 #include "panel_tiles.hpp"
+#include "sparsam/errors.hpp"
 #include "sparsam/isa.hpp"
 #include "table.hpp"
 
@@ -104,7 +105,8 @@ Activation activation_of(const std::string& name) {
   constexpr const char* kNames[] = {"", "relu", "gelu", "gelu_tanh", "silu"};
   for (std::size_t i = 0; i < std::size(kNames); ++i)
     if (name == kNames[i]) return static_cast<Activation>(i);
-  throw std::invalid_argument("activation '" + name + "': expected relu, gelu, gelu_tanh or silu");
+  throw std::invalid_argument(
+      expected("activation", quoted(name), "relu, gelu, gelu_tanh or silu", "pass one of them"));
 }
 
 const ValueKernels& kernels_for(const MatmulKernels& m, DType dtype) {

@@ -7,6 +7,7 @@
 
 #include "chunks.hpp"
 #include "recurrent.hpp"
+#include "sparsam/errors.hpp"
 #include "sparsam/isa.hpp"
 #include "sparsam/matmul.hpp"
 #include "sparsam/memory.hpp"
@@ -23,7 +24,7 @@ Cell cell_of(const std::string& name) {
   static_assert(std::size(kNames) == kCells);
   for (std::size_t i = 0; i < kCells; ++i)
     if (name == kNames[i]) return static_cast<Cell>(i);
-  throw std::invalid_argument("cell: expected lstm, gru, tanh or relu; got '" + name + "'; pass one of them");
+  throw std::invalid_argument(expected("cell", quoted(name), "lstm, gru, tanh or relu", "pass one of them"));
 }
 
 }  // namespace
@@ -38,16 +39,16 @@ void check(const Recurrence& r) {
   const std::size_t gates = gates_of(cell_of(r.cell));
   if (!std::is_sorted(r.batches.rbegin(), r.batches.rend()))
     throw std::invalid_argument(
-        "batches: expected no step with more sequences than the one before; got one; sort by length");
+        expected("batches", "one", "no step with more sequences than the one before", "sort by length"));
   const bool projected = r.projection != nullptr;
   const bool fits =
       projected ? r.cell == "lstm" && r.projection->rows() == r.width() && r.projection->cols() == r.hidden()
                 : r.width() == r.hidden();
   if (r.weight->rows() % gates != 0 || !fits)
-    throw std::invalid_argument("weights: expected those of one layer with " + std::to_string(gates) +
-                                " gates; got " + std::to_string(r.weight->rows()) + " x " +
-                                std::to_string(r.weight->cols()) +
-                                "; pass W_hh, and W_hr where there is one");
+    throw std::invalid_argument(
+        expected("weights", std::to_string(r.weight->rows()) + " x " + std::to_string(r.weight->cols()),
+                 "those of one layer with " + std::to_string(gates) + " gates",
+                 "pass W_hh, and W_hr where there is one"));
 }
 
 void recur(const Recurrence& r, const float* inputs, const float* bias, float* h, float* c, float* y,

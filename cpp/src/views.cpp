@@ -6,6 +6,7 @@
 #include <stdexcept>
 
 #include "sparsam/check.hpp"
+#include "sparsam/errors.hpp"
 
 namespace sparsam {
 
@@ -33,7 +34,8 @@ View::View(void* data, DType dtype, const std::vector<Dim>& dims)
       dims_.push_back(d);
   }
   if (dims_.size() > kMaxDims)
-    throw std::invalid_argument("array: expected at most " + std::to_string(kMaxDims) + " dimensions");
+    throw std::invalid_argument(
+        expected("array", dims_.size(), "at most " + std::to_string(kMaxDims) + " dimensions", "reshape it"));
   const auto width = static_cast<std::ptrdiff_t>(item_size(dtype));
   if (dims_.empty()) dims_.push_back({1, width});
   const bool aligned = reinterpret_cast<std::uintptr_t>(data) % item_size(dtype) == 0;

@@ -1,15 +1,18 @@
-"""Every ValueError and TypeError of the package says `WHAT: expected X; got Y; do Z`."""
+"""Every ValueError and TypeError of the package and its core says `WHAT: expected X; got Y; do Z`."""
 
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import sparsam
 from messages import FORM
+from sparsam import _core
 
 PACKAGE = Path(sparsam.__file__).parent
 # Messages that have another form, by how they begin, with the reason.
@@ -110,3 +113,53 @@ def test_the_check_itself(source: str, *, good: bool) -> None:
     found = list(messages(ast.parse(f"def f():\n {source}")))
     assert found
     assert all(bool(FORM.fullmatch(text)) for _, text in found) is good
+
+
+CORE = Path(__file__).parents[2] / "cpp"
+# What C++ throws; `expected` of errors.hpp takes the four parts of the form, and the compiler counts them.
+THROWN = re.compile(r"\bthrow\s+([\w:]+)\s*\(\s*(\w*)")
+OTHERS = {"std::bad_alloc", "py::error_already_set"}  # which have no message of ours
+MADE = {"expected", "fault"}  # a fault's text is made by `expected` where it is found
+
+
+def strays(source: str) -> list[str]:
+    """What a C++ source throws whose message is not made by `expected`."""
+    return [
+        f"{thrown[1]}({thrown[2]}"
+        for thrown in THROWN.finditer(re.sub(r"//[^\n]*", "", source))
+        if thrown[1] not in OTHERS and thrown[2] not in MADE
+    ]
+
+
+def test_errors_of_the_core_have_the_form() -> None:
+    files = sorted(file for ending in ("*.cpp", "*.hpp") for file in CORE.rglob(ending))
+    found = {file.name: strays(file.read_text()) for file in files}
+    assert {name: thrown for name, thrown in found.items() if thrown} == {}
+    assert sum("throw" in file.read_text() for file in files) > 10
+
+
+@pytest.mark.parametrize(
+    ("source", "good"),
+    [
+        ('throw py::value_error(expected("a", 1, "b", "c"));', True),
+        ('throw std::invalid_argument(\n      expected("a", quoted(b), "c", "d"));', True),
+        ("throw std::bad_alloc();", True),
+        ('throw py::value_error("bad");', False),
+        ('throw std::invalid_argument(what + ": bad");', False),
+        ('throw py::type_error(std::string(name) + " is bad");', False),
+    ],
+)
+def test_the_check_of_the_core(source: str, *, good: bool) -> None:
+    assert bool(strays(source)) is not good
+
+
+def test_a_message_of_the_core() -> None:
+    array = np.zeros(4, np.float32)
+    with pytest.raises(ValueError, match=FORM) as caught:
+        _core.threshold([array], 5)
+    assert str(caught.value) == "k: expected 1 to 4, the elements; got 5; pass another"
+    with pytest.raises(TypeError, match=FORM):
+        _core.count_nonzero(array.astype(np.int64))
+    array.flags.writeable = False
+    with pytest.raises(ValueError, match=r"out: expected a writeable array; got one that is read-only; pass"):
+        _core.threshold_masks([array], [2], [array])

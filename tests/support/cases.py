@@ -92,3 +92,15 @@ def model() -> dict[str, NDArray[Any]]:
         "fc2.bias": rng.standard_normal(12).astype(np.float32),
         "fc1.weight": rng.standard_normal((20, 16)).astype(ml_dtypes.bfloat16),
     }
+
+
+def layouts(x: NDArray[Any]) -> dict[str, NDArray[Any]]:
+    """The same 2-D values in memory layouts that are not C order."""
+    wide = np.zeros((x.shape[0], 2 * x.shape[1]), x.dtype)
+    wide[:, ::2] = x
+    return {
+        "fortran": np.asfortranarray(x),
+        "strided": wide[:, ::2],
+        "negative": np.ascontiguousarray(x[::-1, ::-1])[::-1, ::-1],
+        "misaligned": np.frombuffer(b"\0" + x.tobytes(), x.dtype, offset=1).reshape(x.shape),
+    }

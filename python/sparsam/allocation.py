@@ -36,14 +36,16 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from sparsam import scores
+from sparsam.apportionment import raise_to_floors, round_to_total, shift_to_mean
 from sparsam.config import ALLOCATIONS, Allocation, AllocationLike, Scorer
 from sparsam.inputs.checks import check_sparsity, expected, to_arrays
+from sparsam.inputs.dtypes import check_dtype
 from sparsam.inputs.float_mode import standard_floats
 from sparsam.inputs.names import NamePatterns, closest, matching
 from sparsam.orientation import Weights, as_weights
 from sparsam.patterns import NM, Block, Pattern, Slices, Unstructured
 from sparsam.ranking import score_tensor
-from sparsam.selection import _check_dtype, _select_groups
+from sparsam.selection import _select_groups
 from sparsam.statistics import InputStatistics
 from sparsam.tiles import count_groups
 
@@ -197,7 +199,7 @@ class OWL:
             return dict.fromkeys(weights, target)
         span = float(np.ptp(outliers))
         stretched = (outliers - outliers.min()) / span * 2 * self.spread if span else np.zeros(len(members))
-        density = _shifted(stretched, counts, 1 - target)
+        density = shift_to_mean(stretched, counts, 1 - target)
         return {
             name: 1 - float(own)
             for own, names in zip(density, members.values(), strict=True)
@@ -334,7 +336,7 @@ def allocate(
     """
     arrays = {name: array for name, array in to_arrays(weights).items() if array.ndim > 1}
     for name, array in arrays.items():
-        _check_dtype(name, array)
+        check_dtype(name, array)
     stored = NamePatterns((transposed,) if isinstance(transposed, str) else transposed)
     transposed = [name for name in arrays if stored.matches(name)]
     return allocate_groups(Weights(arrays, transposed), check_sparsity("target", target), method, pattern)
@@ -371,53 +373,10 @@ def allocate_groups(
         what, do = f"{allocation!r}: total of its shares", "make them add up to it"
         raise ValueError(expected(what, got, f"the target {target}", do))
     least = {name: (floors or {}).get(name, 0) for name in sizes}
-    counts = _rounded(_above(wanted, least, total), sizes, least, total)
+    counts = round_to_total(raise_to_floors(wanted, least, total), sizes, least, total)
     return {name: counts[name] / size if size else target for name, size in sizes.items()}
 
 
 def _sizes(weights: Arrays, pattern: Grouping) -> dict[str, int]:
     weights = as_weights(weights)
     return {name: count_groups(name, weights.outputs_first(name).shape, pattern) for name in weights}
-
-
-def _above(wanted: Mapping[str, float], floors: Mapping[str, int], total: int) -> dict[str, float]:
-    """At least the floors; the surplus is taken in proportion from what exceeds them."""
-    if not any(floors.values()):
-        return dict(wanted)
-    base = {name: float(floors[name]) for name in wanted}
-    extra = {name: max(count - base[name], 0.0) for name, count in wanted.items()}
-    spare = sum(extra.values())
-    scale = min(max((total - sum(base.values())) / spare, 0.0), 1.0) if spare else 0.0
-    return {name: base[name] + extra[name] * scale for name in wanted}
-
-
-def _rounded(
-    wanted: Mapping[str, float], sizes: Mapping[str, int], floors: Mapping[str, int], total: int
-) -> dict[str, int]:
-    """Whole counts with that total, by largest remainder; rounding errors are no remainders."""
-    counts = {name: min(math.floor(count + 1e-6), sizes[name]) for name, count in wanted.items()}
-    fractions = {name: wanted[name] - counts[name] for name in counts}
-    left = total - sum(counts.values())
-    step = 1 if left > 0 else -1
-    order = sorted(counts, key=lambda name: -step * fractions[name])
-    while left:
-        before = left
-        for name in order:
-            if left and floors[name] <= counts[name] + step <= sizes[name]:
-                counts[name] += step
-                left -= step
-        if left == before:
-            break
-    return counts
-
-
-def _shifted(values: NDArray[np.float64], sizes: NDArray[np.float64], mean: float) -> NDArray[np.float64]:
-    """clip(values + t, 0, 1) with the t that gives it this mean, weighted by sizes; by bisection."""
-    low, high = -float(values.max()), 1 - float(values.min())
-    for _ in range(100):
-        shift = (low + high) / 2
-        if float((np.clip(values + shift, 0, 1) * sizes).sum()) < mean * float(sizes.sum()):
-            low = shift
-        else:
-            high = shift
-    return np.clip(values + high, 0, 1)

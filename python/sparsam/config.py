@@ -6,13 +6,19 @@ The stages give names their meaning: `sparsam.schedules` and `sparsam.scores` tu
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any, TypeAlias, TypedDict
+from typing import TYPE_CHECKING, Any, TypedDict
 
 from sparsam.inputs.checks import ReadOnly, check_sparsity, expected, positive, set_fields
+from sparsam.overrides import (
+    Override,
+    OverrideLike,
+    as_overrides,
+    check_pattern,
+    same_sparsity,
+)
 from sparsam.patterns import NM, Block, Pattern, Slices, Tied, Unstructured, as_ties
 from sparsam.vocabulary import (
     ALLOCATIONS,
@@ -56,53 +62,6 @@ __all__ = [
     "check_growing",
     "is_explicit",
 ]
-
-
-@dataclass(frozen=True)
-class Override:
-    """What one tensor has instead of the configuration's target and pattern.
-
-    Attributes:
-        sparsity: In [0, 1]; None: the target of the configuration. An N:M pattern has its own.
-        pattern: None: the pattern of the configuration.
-
-    Raises:
-        ValueError: Both are None, one is of another kind, or the sparsity is not that of an N:M pattern.
-    """
-
-    sparsity: float | None = None
-    pattern: Pattern | None = None
-
-    def __post_init__(self) -> None:
-        if self.sparsity is None and self.pattern is None:
-            raise ValueError(
-                expected("Override", None, "a sparsity, a pattern or both", "pass sparsity=, say")
-            )
-        pattern = None if self.pattern is None else _pattern("Override: pattern", self.pattern)
-        sparsity = None if self.sparsity is None else check_sparsity("Override: sparsity", self.sparsity)
-        if isinstance(pattern, NM):
-            sparsity = _nm_sparsity("Override: sparsity", pattern, sparsity)
-        set_fields(self, sparsity=sparsity, pattern=pattern)
-
-    def settle(self, config: PruningConfig) -> tuple[float, Pattern]:
-        """Returns the sparsity and the pattern that a tensor has under a configuration."""
-        return (
-            config.target_sparsity if self.sparsity is None else self.sparsity,
-            config.pattern if self.pattern is None else self.pattern,
-        )
-
-    def at(self, sparsity: float) -> Override:
-        """Returns a copy with another sparsity, unless an N:M pattern determines it."""
-        if self.sparsity is None or isinstance(self.pattern, NM):
-            return self
-        return replace(self, sparsity=sparsity)
-
-    def scaled(self, share: float) -> Override:
-        """Returns a copy with its sparsity multiplied by `share`; N:M patterns have only one sparsity."""
-        return self if self.sparsity is None else self.at(self.sparsity * share)
-
-
-OverrideLike: TypeAlias = float | Pattern | tuple[float, Pattern] | Override
 
 
 class ConfigFields(TypedDict, total=False):
@@ -203,7 +162,7 @@ class PruningConfig:
         ) -> None: ...
 
     def __post_init__(self) -> None:
-        pattern = _pattern("pattern", self.pattern)
+        pattern = check_pattern("pattern", self.pattern)
         schedule = None if self.schedule is None else _schedule(self.schedule)
         scope = _one_of("scope", self.scope, SCOPES)
         allocation = _allocation(self.allocation)
@@ -217,7 +176,7 @@ class PruningConfig:
             schedule=schedule,
             num_iterations=_num_iterations(self.num_iterations, schedule),
             exclude=_names("exclude", self.exclude),
-            overrides=_overrides(self.overrides, pattern),
+            overrides=as_overrides(self.overrides, pattern),
             ties=as_ties(self.ties),
             transposed=_names("transposed", self.transposed),
         )
@@ -269,7 +228,7 @@ def _target(target: object, pattern: Pattern, schedule: ScheduleLike | None) -> 
         demands.append(("target_sparsity", check_sparsity("target_sparsity", target)))
     (source, agreed), *others = demands or [("the default", 0.5)]
     for other, value in others:
-        if not _same(agreed, value):
+        if not same_sparsity(agreed, value):
             raise ValueError(expected(other, value, f"{agreed}, {source}", "leave one of them out"))
     return agreed
 
@@ -282,18 +241,6 @@ def _num_iterations(value: object, schedule: ScheduleLike | None) -> int | None:
         wanted = f"{len(schedule)}, the number of sparsities in schedule"
         raise ValueError(expected("num_iterations", number, wanted, "leave it out"))
     return len(schedule)
-
-
-def _same(a: float, b: float) -> bool:
-    return math.isclose(a, b, rel_tol=0, abs_tol=1e-9)
-
-
-def _nm_sparsity(what: str, pattern: NM, sparsity: float | None) -> float:
-    """The sparsity of the pattern; ValueError if another one is asked for."""
-    if sparsity is not None and not _same(sparsity, pattern.sparsity):
-        wanted = f"{pattern.sparsity}, the sparsity of pattern {pattern}"
-        raise ValueError(expected(what, sparsity, wanted, "leave one of them out"))
-    return pattern.sparsity
 
 
 def _one_of(what: str, value: object, allowed: tuple[str, ...]) -> str:
@@ -367,19 +314,6 @@ def _schedule(value: object) -> Any:
     raise ValueError(expected("schedule", value, f"{_either(SCHEDULES)}, {others}", "pass one of them"))
 
 
-def _pattern(what: str, value: object) -> Pattern:
-    if isinstance(value, Pattern):
-        return value
-    raise ValueError(
-        expected(
-            what,
-            value,
-            "Unstructured(), NM(n, m), Block(rows, cols) or Slices(axis, size)",
-            "pass one of them",
-        )
-    )
-
-
 def _names(what: str, value: object) -> tuple[str, ...]:
     names = (value,) if isinstance(value, str) or not isinstance(value, Iterable) else tuple(value)
     for name in names:
@@ -387,41 +321,6 @@ def _names(what: str, value: object) -> tuple[str, ...]:
             wanted = 'names or shell-style patterns, such as ("head*", "*.norm.*")'
             raise ValueError(expected(what, name, wanted, "pass text"))
     return names
-
-
-def _overrides(value: object, pattern: Pattern) -> Mapping[str, Override]:
-    if not isinstance(value, Mapping):
-        raise ValueError(
-            expected(
-                "overrides",
-                value,
-                "a mapping from name patterns to sparsities or patterns",
-                "pass {'head*': 0.5}, say",
-            )
-        )
-    for name in value:
-        if not isinstance(name, str):
-            raise ValueError(
-                expected(
-                    "overrides", name, "names or shell-style patterns as keys", "convert them with str()"
-                )
-            )
-    return ReadOnly({name: _override(f"overrides[{name!r}]", own, pattern) for name, own in value.items()})
-
-
-def _override(what: str, value: object, pattern: Pattern) -> Override:
-    """Decodes an override as the user may write it; nothing else does."""
-    if isinstance(value, Pattern):
-        return Override(pattern=value)
-    if not isinstance(value, Override):
-        sparsity, own = value if isinstance(value, tuple) and len(value) == 2 else (value, None)
-        number = check_sparsity(what, sparsity)
-        if own is not None and isinstance(_pattern(what, own), NM):
-            number = _nm_sparsity(what, own, number)
-        value = Override(number, own)
-    if value.pattern is None and isinstance(pattern, NM):
-        _nm_sparsity(what, pattern, value.sparsity)
-    return value
 
 
 def _either(names: tuple[str, ...]) -> str:

@@ -31,9 +31,7 @@ class Mask:
 
     __slots__ = ("_count", "_shape", "_words")
 
-    def __init__(
-        self, words: NDArray[np.uint64], shape: tuple[int, ...], count: int | None = None
-    ) -> None:
+    def __init__(self, words: NDArray[np.uint64], shape: tuple[int, ...], count: int | None = None) -> None:
         """For this package only: `words` hold 64 elements each, and the mask takes ownership of them."""
         words.setflags(write=False)
         self._words = words

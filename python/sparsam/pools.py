@@ -12,16 +12,15 @@ from numpy.typing import NDArray
 from sparsam.allocation import allocate_groups
 from sparsam.config import PruningConfig, Scope
 from sparsam.coupling import members, tied_sparsities
+from sparsam.inputs.dtypes import DTYPES, is_weight_dtype
 from sparsam.inputs.float_mode import standard_floats
 from sparsam.inputs.names import NamePatterns, closest, matching
 from sparsam.masks import Mask
 from sparsam.orientation import Weights, mask_outputs_first
 from sparsam.patterns import NM, Block, Pattern, Slices, Tied
-from sparsam.selection import DTYPES, is_weight_dtype
 from sparsam.tiles import count_pruned
 
-# How many weights come to selection at once, since the scores of all of them are in memory; one tensor may have
-# more.
+# How many weights come to selection at once, since the scores of all are in memory; a tensor alone may have more.
 _BATCH = 1 << 20
 
 
@@ -53,13 +52,11 @@ class Pool:
         return self.sparsity[name] if isinstance(self.sparsity, Mapping) else self.sparsity
 
     def split(self) -> list[Pool]:
-        """Returns the pools in which something is counted exactly: one for each tensor but in scope "global"."""
+        """Returns the pools that each have one exact count: in scope "global" itself, else one per tensor."""
         if self.scope == "global":
             return [self]
         return [
-            replace(
-                self, names=(name,), sparsity=self.sparsity_of(name), transposed=self.transposed & {name}
-            )
+            replace(self, names=(name,), sparsity=self.sparsity_of(name), transposed=self.transposed & {name})
             for name in self.names
         ]
 

@@ -264,7 +264,9 @@ def _prune_pool(
     }
     if turned:
         within = [name for name in ranked if name in turned]
-        _refuse_nan([ranked[name] for name in within], within)  # With its place in the tensor as it is stored.
+        _refuse_nan(
+            [ranked[name] for name in within], within
+        )  # With its place in the tensor as it is stored.
     fused = previous is None and not turned and all(ranked[name] is arrays[name] for name in ranked)
 
     if fused and not checked:

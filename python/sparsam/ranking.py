@@ -8,10 +8,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sparsam.config import Scorer
+from sparsam.inputs.dtypes import DTYPES
 from sparsam.masks import Mask
 from sparsam.orientation import as_stored, outputs_first
 from sparsam.scores import traits
-from sparsam.selection import DTYPES
 
 
 def score_tensor(

@@ -17,13 +17,12 @@ from numpy.typing import ArrayLike, NDArray
 from sparsam import _core
 from sparsam.config import Scope
 from sparsam.inputs.checks import check_sparsity, expected
+from sparsam.inputs.dtypes import check_dtype
 from sparsam.inputs.float_mode import standard_floats
 from sparsam.masks import Mask, _check_apart, _check_overlap
 from sparsam.orientation import mask_as_stored, outputs_first
 from sparsam.patterns import NM, Block, Pattern, Slices, Unstructured
 from sparsam.tiles import matrix_shape, tile_sizes, tiling_of
-
-DTYPES = ("float16", "bfloat16", "float32", "float64")
 
 
 class Threshold(NamedTuple):
@@ -114,7 +113,7 @@ def select(
         )
     array = np.asarray(scores)
     if transposed:
-        _check_dtype(name, array)
+        check_dtype(name, array)
         _refuse_nan([array], [name])  # With its place in the array as it is stored.
     viewed = outputs_first(array) if transposed else array
     mask = select_many({name: viewed}, sparsity, pattern, scope=scope, norm=norm)[name]
@@ -156,7 +155,7 @@ def select_many(
     """
     arrays = {name: np.asarray(array) for name, array in scores.items()}
     for name, array in arrays.items():
-        _check_dtype(name, array)
+        check_dtype(name, array)
     if out is not None:
         check_outputs(arrays, out)
     return select_into(arrays, sparsity, pattern, scope=scope, norm=norm, out=out).masks
@@ -257,22 +256,6 @@ def _refuse_nan(pool: Sequence[NDArray[Any]], names: Sequence[str] | None, *, by
     what = f"array {array}" if names is None else f"tensor {names[array]!r}"
     msg = f"{by}{what}: expected numbers to rank; got NaN at index {at}; repair or exclude the tensor"
     raise ValueError(msg)
-
-
-def is_weight_dtype(dtype: np.dtype[Any]) -> bool:
-    """Whether the kernels take it: float16, bfloat16, float32 or float64 in native byte order."""
-    return dtype.isnative and (
-        (dtype.kind == "f" and dtype.itemsize in (2, 4, 8)) or dtype.name == "bfloat16"
-    )
-
-
-def _check_dtype(name: str, array: NDArray[Any]) -> None:
-    if not is_weight_dtype(array.dtype):
-        msg = (
-            f"tensor {name!r}: expected float16, bfloat16, float32 or float64 in native byte order; got "
-            f"{array.dtype}; convert it with .astype()"
-        )
-        raise TypeError(msg)
 
 
 def check_outputs(arrays: Mapping[str, NDArray[Any]], outs: Mapping[str, NDArray[Any]]) -> None:

@@ -60,7 +60,7 @@ def test_every_number_of_threads_gives_the_same(isa: str) -> None:
     assert np.array_equal(found[0], found[2])
 
 
-def test_statistics_of_centred_integers_are_exact() -> None:
+def test_gram_of_centred_inputs_is_symmetric_and_close() -> None:
     half = np.random.default_rng(0).integers(-99, 100, (500, 150))
     x = np.concatenate([half, -half])[np.random.default_rng(1).permutation(1000)].astype(np.float32)
     s = InputStatistics(150).update(x)

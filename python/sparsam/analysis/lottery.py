@@ -280,8 +280,8 @@ def _pools(arrays: Arrays, config: PruningConfig, fraction: float) -> list[tuple
         raise ValueError(msg)
     unset: dict[str, Any] = {"schedule": None, "num_iterations": None}
     pools = []
-    parts = make_pools(arrays, replace(config, target_sparsity=fraction, **unset))
-    for pool in (part for pool in parts for part in pool.split()):
+    alike = make_pools(arrays, replace(config, target_sparsity=fraction, **unset))
+    for pool in [part for together in alike for part in together.split()]:
         if isinstance(pool.pattern, NM) and not pool.ties:
             msg = (
                 f"overrides: tensor {pool.names[0]!r}: expected a pattern that can prune more in each round; "

@@ -137,6 +137,5 @@ def to_arrays(weights: object, what: str = "weights") -> dict[str, NDArray[Any]]
             msg = f"{what}: expected names as keys; got {got}; convert them with str()"
             raise TypeError(msg)
     return {
-        name: value if type(value) is np.ndarray else to_array(name, value)
-        for name, value in weights.items()
+        name: value if type(value) is np.ndarray else to_array(name, value) for name, value in weights.items()
     }

@@ -11,9 +11,9 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from sparsam.inputs.checks import array_of, expected, to_array
+from sparsam.inputs.dtypes import is_weight_dtype
 from sparsam.masks import Mask
 from sparsam.patterns import Pattern
-from sparsam.selection import is_weight_dtype
 
 
 class HasGram(Protocol):

@@ -21,8 +21,9 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from sparsam.inputs.checks import check_sparsity, expected, integer, positive
+from sparsam.inputs.dtypes import is_weight_dtype
 from sparsam.masks import Mask
-from sparsam.selection import _refuse_nan, is_weight_dtype
+from sparsam.selection import _refuse_nan
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ data. Every benchmark asserts its result. SPARSAM_BENCH_MAX caps the number of e
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable
 from typing import Any
@@ -158,6 +159,24 @@ def test_rows(benchmark: BenchmarkFixture, shape: tuple[int, int], dtype: str, p
         function = np.sort if peer == "numpy sort" else lambda a, axis: np.partition(a, k - 1, axis=axis)
         values = run(benchmark, group, x, lambda: function(np.abs(x), axis=1))
         assert ((np.abs(x) < values[:, k - 1 : k]) <= ~kept).all()
+
+
+@pytest.mark.parametrize("peer", ["select", "select and copy", "prune in place", "prune"])
+def test_prune_beside_select(benchmark: BenchmarkFixture, peer: str) -> None:
+    """One matrix; "select and copy" is the least that new weights cost: a mask, and memory written once."""
+    side = min(2048, math.isqrt(LIMIT))
+    normal = make("normal", side * side, "float32").reshape(side, side)
+    x = normal.copy()
+    functions: dict[str, Callable[[], Any]] = {
+        "select": lambda: sparsam.select(x, 0.8),
+        "select and copy": lambda: (sparsam.select(x, 0.8), x.copy())[0],
+        "prune in place": lambda: sparsam.prune(x, target_sparsity=0.8, inplace=True).masks,
+        "prune": lambda: sparsam.prune(x, target_sparsity=0.8).masks,
+    }
+    mask = run(
+        benchmark, f"prune and select {side}x{side}", x, functions[peer], setup=lambda: np.copyto(x, normal)
+    )
+    assert mask == sparsam.select(normal, 0.8)
 
 
 @pytest.mark.parametrize("tensors", ["10,000 of 16x16", "560 with 560 overrides"])

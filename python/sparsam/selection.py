@@ -41,7 +41,6 @@ class Threshold(NamedTuple):
     equal: int
 
 
-@standard_floats
 def threshold(arrays: ArrayLike | Sequence[ArrayLike], sparsity: float) -> Threshold:
     """The exact k-th smallest magnitude over one array or a list of arrays, k = round(sparsity * n).
 

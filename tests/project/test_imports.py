@@ -16,6 +16,7 @@ PACKAGE = Path(sparsam.__file__).parent
 STAGES = [
     "patterns",
     "vocabulary",
+    "overrides",
     "config",
     "schedules",
     "moment_sums",
@@ -28,6 +29,7 @@ STAGES = [
     "tiles",
     "selection",
     "ranking",
+    "apportionment",
     "allocation",
     "coupling",
     "pools",

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 import reference
 import sparsam
+from cases import DTYPES, make
 from sparsam import NM, Block, PruningConfig, Slices, Unstructured, _core, scores
 
 # MXCSR of x86: denormals are zeros, flush to zero, and rounding up; FPCR of ARM: flush to zero, rounding up.
@@ -172,3 +173,16 @@ def test_torch_flushing(threads: int) -> None:
         assert mask.size - mask.count == 9030
     finally:
         torch.set_flush_denormal(False)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_extended_precision_works_afterwards(isa: str, dtype: str) -> None:
+    """Instructions of MMX would leave the registers in use in which x87 computes: its next result is NaN."""
+    x = make("normal", 70_000, dtype).reshape(700, 100)
+    for sparsity in (0.1, 0.5, 0.9):
+        sparsam.threshold(x, sparsity)
+        for pattern in (Unstructured(), Block(3, 5), Slices(1)):
+            sparsam.prune(x, target_sparsity=sparsity, pattern=pattern)
+        sparsam.select(x, sparsity, scope="row")
+    sparsam.prune(x, pattern=NM(2, 4))
+    assert np.longdouble(1) + np.longdouble(2) == 3

@@ -17,9 +17,6 @@ from sparsam.statistics import InputStatistics
 def check_moments(s: InputStatistics, x: NDArray[Any]) -> None:
     """Within the documented bound of sums in extended precision, for the precision that the products had."""
     bound = (2.0**-16 if s.precision > 1e-10 else 2.0**-43) + 1e-15
-    # Seen with NumPy 1.24 only, after all of test_selection.py, cause not found: the first number in extended
-    # precision is NaN, as with an entry left on the x87 stack. One sum uses that up.
-    np.ones(8, np.longdouble).sum()
     wide = x.astype(np.longdouble)
     centre = wide - wide.mean(axis=0)
     for got, rows in ((s.centred.gram, centre), (s.gram, wide)):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 import subprocess
 import sys
 from pathlib import Path
@@ -114,6 +115,27 @@ def test_a_damaged_weight_in_a_graph_is_refused() -> None:
         damaged[position] ^= 255
         with pytest.raises(ValueError, match=r"packed weight|buffer|form"):
             torch.ops.sparsam.linear(torch.ones(1, 8), damaged, None, 6, "")
+
+
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel:UserWarning")
+def test_a_trace_is_saved_with_its_parameters() -> None:
+    """Those of layers that the example does not reach too."""
+    model, dense = nets()
+    model.idle = pack(pruned(nn.Linear(8, 6)))
+    x = torch.randn(2, 4, 8, 8)
+    with torch.no_grad():
+        traced: Any = torch.jit.trace(model, x)  # type: ignore[no-untyped-call]
+    file = io.BytesIO()
+    torch.jit.save(traced, file)  # type: ignore[no-untyped-call]
+    file.seek(0)
+    loaded: Any = torch.jit.load(file)  # type: ignore[no-untyped-call]
+    torch.testing.assert_close(loaded(x), dense(x))
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], tensor), name
+    with torch.no_grad():
+        model.last.weight.mul_(2)  # packed still
+        dense.last.weight.mul_(2)
+    torch.testing.assert_close(model(x), dense(x))
 
 
 def test_a_script_says_what_to_do() -> None:

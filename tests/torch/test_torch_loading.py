@@ -325,6 +325,20 @@ def test_bits_past_the_last_column(tmp_path: Path) -> None:
         load(tmp_path, nn.Sequential(nn.Linear(9, 4)))
 
 
+@pytest.mark.parametrize("conv", [nn.Conv1d(4, 6, 3), nn.Conv2d(4, 6, 3)])
+def test_forms_that_convolutions_cannot_compute_with(conv: nn.Module, tmp_path: Path) -> None:
+    model = nn.Sequential(pruned(copy.deepcopy(conv)))
+    accelerate(
+        model, torch.randn(2, 4, 8, 8)[:, :, 0] if isinstance(conv, nn.Conv1d) else torch.randn(2, 4, 8, 8)
+    )
+    save(model, tmp_path)
+    rewrite(tmp_path, layer(forms=["bitmask"]))
+    other = nn.Sequential(copy.deepcopy(conv))
+    with pytest.raises(ValueError, match=r"field forms: expected \['panels'\] for .*; got \['bitmask'\]"):
+        load(tmp_path, other)
+    assert type(other[0].weight) is nn.Parameter
+
+
 @given(data=st.data())
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_damaged_files_are_refused_or_harmless(data: st.DataObject, saved: Path) -> None:

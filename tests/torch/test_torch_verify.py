@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -59,10 +60,16 @@ def test_an_interrupt_is_no_failure_of_a_layer() -> None:
     assert state(model) == before
 
 
-def test_an_error_of_the_dense_model_is_the_users() -> None:
+def test_inputs_that_the_model_cannot_be_called_with() -> None:
     model = mlp()
-    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+    wanted = (
+        r"example_inputs: expected .* called with; got RuntimeError: .*cannot be multiplied.*; pass the arg"
+    )
+    with pytest.raises(ValueError, match=wanted) as caught:
         accelerate(model, torch.randn(5, 23))
+    assert isinstance(caught.value.__cause__, RuntimeError)
+    with pytest.raises(ValueError, match=r"got TypeError: .*positional arguments.*; pass the"):
+        accelerate(model, (torch.randn(5, 24), 1))
 
 
 def test_a_model_that_wants_a_parameter_keeps_one() -> None:
@@ -184,13 +191,15 @@ def test_the_model_runs_at_most_forty_times(layers: int, wins: bool, monkeypatch
 
 def test_excluded_layers_stay_dense() -> None:
     model = pruned(Particular(None))
+    report = accelerate(copy.deepcopy(model), torch.randn(5, 8), exclude="head")
+    assert [r.reason == "excluded" for r in report.layers] == [False, False, False, True]
     report = accelerate(model, torch.randn(5, 8), exclude=["blocks.[01]", "head"])
     assert [r.reason for r in report.layers] == ["excluded", "excluded", "", "excluded"]
     assert report.layers[0].density is not None
     with pytest.warns(UserWarning, match=r"exclude: expected patterns of layer names; 'bocks\.\*' matches"):
         accelerate(mlp(), torch.randn(5, 24), exclude=["bocks.*"])
-    for wrong in ("head", 3, [3]):
-        with pytest.raises(TypeError, match=r"exclude: expected .*name patterns; got"):
+    for wrong in (3, [3]):
+        with pytest.raises(TypeError, match=r"exclude: expected a name pattern or several; got"):
             accelerate(model, exclude=wrong)  # type: ignore[arg-type]
 
 

@@ -206,6 +206,7 @@ ZOO: tuple[Specimen, ...] = (
         _vision("SegformerModel", lambda s: _stages(s) | {"num_attention_heads": [1, 2, 2, 4]}),
     ),
     Specimen("CLIPModel", "vision", _clip),
+    Specimen("SiglipVisionModel", "vision", _vision("SiglipVisionModel", _vit)),
     Specimen(
         "MixtralModel",
         "experts",

@@ -118,6 +118,22 @@ class ModelRunner(AbstractContextManager["ModelRunner"]):
         """The model's outputs for each example."""
         return [self._run(example)[0] for example in self._examples]
 
+    def first_outputs(self) -> list[Any]:
+        """The same, of a model that nothing was changed in yet: what it raises is about the examples.
+
+        Raises:
+            ValueError: The model raised something, which is the cause of this error.
+        """
+        for example in self._examples:
+            example.fresh()  # which has errors of its own
+        try:
+            return self.outputs()
+        except Exception as error:
+            got = f"{type(error).__name__}: {' '.join(str(error).split())}"
+            msg = "example_inputs: expected what the model can be called with; "
+            msg += f"got {got}; pass the arguments of its forward"
+            raise ValueError(msg) from error
+
     def seconds(self) -> Seconds:
         """The time of all examples."""
         wall, cpu = zip(*(self._run(example)[1] for example in self._examples), strict=True)

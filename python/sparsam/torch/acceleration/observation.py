@@ -58,7 +58,7 @@ def observe(
         found: The layers to watch.
         where: The places of modules in the model, as `candidates.places` finds them.
     """
-    outputs = runner.outputs()
+    outputs = runner.first_outputs()
     trace = _Trace({id(candidate.layer): candidate.name for candidate in found})
     with fast_paths_off(model), removed(trace.watch(model)), _Functions(trace):
         runner.outputs()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from torch.nn.parameter import is_lazy
@@ -44,7 +44,7 @@ def accelerate(
     *,
     dtype: torch.dtype | None = None,
     min_gain: float = 1.05,
-    exclude: Sequence[str] = (),
+    exclude: str | Collection[str] = (),
     seconds: float = 20.0,
     verbose: bool = True,
 ) -> AccelerationReport:
@@ -72,7 +72,8 @@ def accelerate(
             rows, all others are left, activations are fused in `nn.Sequential` only.
         dtype: What to store the weights as: `torch.bfloat16` halves them, and rounds; None keeps them.
         min_gain: How many times faster than the dense layer a packed one must be.
-        exclude: Shell-style patterns (`fnmatch.fnmatchcase`) of the names of layers that stay dense.
+        exclude: The name of a layer that stays dense, or several; shell-style patterns
+            (`fnmatch.fnmatchcase`).
         seconds: About how long measuring may take in all; once they are over, each measurement is made with
             as few runs as it can be.
         verbose: Whether to print the report.
@@ -250,11 +251,8 @@ def _check(model: object, dtype: object, **positive: object) -> None:
 
 def _patterns(exclude: object) -> tuple[str, ...]:
     """The patterns of `exclude`, checked."""
-    if isinstance(exclude, str) or not isinstance(exclude, Sequence):
-        msg = f"exclude: expected a sequence of name patterns; got {exclude!r}; write ('lm_head', '*.query')"
+    found = (exclude,) if isinstance(exclude, str) else exclude
+    if not isinstance(found, Collection) or not all(isinstance(pattern, str) for pattern in found):
+        msg = f"exclude: expected a name pattern or several; got {exclude!r}; write 'lm_head' or ['*.query']"
         raise TypeError(msg)
-    for pattern in exclude:
-        if not isinstance(pattern, str):
-            msg = f"exclude: expected name patterns; got {pattern!r}; write ('lm_head', '*.query')"
-            raise TypeError(msg)
-    return tuple(exclude)
+    return tuple(found)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from torch._jit_internal import FunctionModifiers
 from torch.nn.utils import parametrize, prune
 
 import torch
 from sparsam.torch.layers.packed_tensor import PackedTensor
+from sparsam.torch.layers.unpacked_tensor import UnpackedTensor
 from torch import Tensor, nn
 
 __all__ = ["PackedParameter", "clean", "is_packed", "packed_parameters"]
@@ -45,9 +48,10 @@ class PackedParameter:
             _list_weight(module, name, self.tensor)
         else:
             _assign(module, name, self.tensor)
+            self.tensor._content.place = weakref.ref(module), name
         if _SCRIPT not in own:
             module.register_state_dict_post_hook(_dense_state)  # type: ignore[no-untyped-call]
-            own[_SCRIPT] = _refuse_script
+            own[_SCRIPT] = _TorchScript(module._parameters)
 
     def remove(self) -> None:
         """Takes it out: the module is what it was, but for the memory that was released."""
@@ -228,14 +232,35 @@ def _packed_hooks(module: nn.Module, name: str) -> dict[int, _Pruned]:
 
 
 def _dense_state(module: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:
-    """State dicts have dense weights, for all who read them; with `keep_vars` what the module has."""
+    """State dicts have dense weights, for all who read them; with `keep_vars` what the module has.
+
+    In both, what is changed in place is changed in the module.
+    """
     for name, packed in _every_packed(module):
         key = prefix + name
         weight = state.get(key)
         if isinstance(weight, PackedTensor) and weight is not packed:
-            state[key] = weight.to_dense()
+            state[key] = UnpackedTensor.of(packed._content)
 
 
-def _refuse_script() -> None:
-    msg = "torch.jit.script: expected dense layers; got a packed one; call sparsam.torch.restore(model) first"
-    raise RuntimeError(msg)
+class _TorchScript:
+    """What TorchScript gets from packed weights: torch.jit.script an error, torch.jit.trace memory.
+
+    A trace has the Parameters of the model, and their memory is read when it is saved. Before it takes them
+    it asks every callable of a module for `_torchscript_modifier`; nobody else does.
+    """
+
+    def __init__(self, parameters: dict[str, Any]) -> None:
+        self._parameters = parameters  # and not the module, which would never be freed by itself then
+
+    def __call__(self) -> None:
+        msg = "torch.jit.script: expected dense layers; got a packed one; "
+        msg = f"{msg}call sparsam.torch.restore(model) first"
+        raise RuntimeError(msg)
+
+    @property
+    def _torchscript_modifier(self) -> FunctionModifiers:
+        for weight in self._parameters.values():
+            if isinstance(weight, PackedTensor):
+                weight.hold_dense()
+        return FunctionModifiers.DEFAULT  # type: ignore[return-value]

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
 from typing import Any
 
 from torch.utils import _pytree as pytree
@@ -14,7 +12,9 @@ import torch
 from sparsam.sparse.arguments import numbers
 from sparsam.sparse.dispatch import Explanation
 from sparsam.torch.layers import products, recurrent
-from sparsam.torch.layers.packed_weight import DTYPES, PackedWeight, pack_matrix, to_array
+from sparsam.torch.layers.packed_content import Content, Layout, pack_dense
+from sparsam.torch.layers.packed_weight import DTYPES, PackedWeight
+from sparsam.torch.layers.tensor_views import change, follow, meta, view
 from torch import Tensor, nn
 
 __all__ = ["PackedTensor"]
@@ -22,93 +22,6 @@ __all__ = ["PackedTensor"]
 _HANDLERS = {**products.HANDLERS, **recurrent.HANDLERS}
 _aten = torch.ops.aten
 _SAME = frozenset((_aten.detach.default, _aten.alias.default))
-
-
-@dataclass(frozen=True)
-class Layout:
-    """How a weight is packed.
-
-    Attributes:
-        shape: The shape of the dense tensor.
-        dtype: Its dtype; the values may be stored as another.
-        groups: The groups of its output channels.
-        transposed: Whether it is (in, out), as in the Conv1D of Hugging Face's GPT-2.
-    """
-
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    groups: int = 1
-    transposed: bool = False
-
-    @property
-    def matrix(self) -> tuple[int, int]:
-        """Rows and columns of the matrix whose rows belong to outputs."""
-        outs, ins = self.shape[0], math.prod(self.shape[1:])
-        return (ins, outs) if self.transposed else (outs, ins)
-
-    @property
-    def is_matrix(self) -> bool:
-        """Whether it is the weight of a linear layer, and not of a convolution."""
-        return len(self.shape) == 2 and self.groups == 1
-
-
-class Content:
-    """What a packed tensor, its aliases and its views have in common.
-
-    Attributes:
-        data: The bytes (uint8).
-        layout: What they stand for.
-        outs: The outputs of the matrix; 0 where it is no matrix but a convolution.
-        original: The Parameter that was packed, or None.
-        released: Whether that is empty for now, for its memory.
-        changed: Whether the weight was changed after it was packed.
-        learns: Whether it would be trained if it were dense: then going backward must not lose it silently.
-    """
-
-    def __init__(self, data: Tensor, layout: Layout, original: nn.Parameter | None = None) -> None:
-        self.data = data
-        self.layout = layout
-        self.outs = layout.matrix[0] if len(layout.shape) == 2 else 0
-        self.original = original
-        self.released = False
-        self.changed = False
-        self.learns = original is not None and original.requires_grad
-        self.read: PackedWeight | None = None  # what `data` holds, once it was asked for
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        super().__setattr__(name, value)
-        if name == "data":
-            self.read = None
-
-    @property
-    def weight(self) -> PackedWeight:
-        """The matrices that the bytes hold."""
-        read = self.read
-        if read is None:
-            self.read = read = PackedWeight.read(self.data)
-        return read
-
-    def unpack(self) -> Tensor:
-        """The dense tensor."""
-        layout = self.layout
-        matrix: Tensor = torch.ops.sparsam.unpack(self.data, *layout.matrix, layout.dtype)
-        return matrix.T.contiguous() if layout.transposed else matrix.reshape(layout.shape)
-
-    def pack(self, dense: Tensor) -> None:
-        """Takes new values, in the forms that the old ones had."""
-        weight = self.weight
-        self.data = _pack(dense, self.layout, weight.dtype, weight.forms)
-        self.changed = True
-
-    def cast(self, dtype: torch.dtype) -> Content:
-        """The content for a layer that computes in another dtype."""
-        weight, old = self.weight, self.layout
-        layout = replace(old, dtype=dtype)
-        values = dtype if weight.dtype == old.dtype else weight.dtype
-        data = _pack(self.unpack().to(dtype), layout, values, weight.forms)
-        cast = Content(data, layout, self.original)
-        cast.released, cast.changed, cast.learns = self.released, True, self.learns
-        return cast
 
 
 class PackedTensor(Tensor):
@@ -191,17 +104,19 @@ class PackedTensor(Tensor):
             msg = f"weight: expected a dense tensor; got {weight.layout}; use weight.to_dense()"
             raise TypeError(msg)
         layout = Layout(tuple(weight.shape), weight.dtype, groups, transposed)
-        data = _pack(weight.detach(), layout, values, ("panels",))
-        if isinstance(weight, nn.Parameter):
-            return cls.of_content(Content(data, layout, weight))
+        is_parameter = isinstance(weight, nn.Parameter)
+        if is_parameter and (known := Content.find(weight, layout, values)) is not None:
+            found = _in_place_of(known)
+            return cls.of_content(known) if found is None else found
+        data = pack_dense(weight.detach(), layout, values, ("panels",))
+        if is_parameter:
+            return cls.of_content(Content(data, layout, weight))  # type: ignore[arg-type]
         return cls(Content(data, layout))
 
     @classmethod
     def of_content(cls, content: Content) -> PackedTensor:
         """A Parameter with that content."""
-        made = cls(content)
-        made._is_param = True  # isinstance(made, nn.Parameter)
-        return made
+        return _as_parameter(cls(content))
 
     @property
     def packed(self) -> PackedWeight:
@@ -257,7 +172,7 @@ class PackedTensor(Tensor):
     def to_dense(self, *_: Any, **__: Any) -> Tensor:
         """The dense tensor, unpacked; a pruned -0.0 comes back as 0.0, narrower values as they are."""
         dense = self._content.unpack()
-        return _follow(dense, self._views) if self._views else dense
+        return follow(dense, self._views) if self._views else dense
 
     @property
     def data(self) -> PackedTensor:
@@ -305,8 +220,22 @@ class PackedTensor(Tensor):
         return array
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> Any:
-        """For NumPy: as `numpy`, a copy anyway."""
-        return self.numpy() if dtype is None else self.numpy().astype(dtype)
+        """For NumPy: as `numpy`; what can be written to where a copy is asked for."""
+        array = self.numpy()
+        return array.astype(dtype or array.dtype, copy=bool(copy))
+
+    def __dlpack__(self, **options: Any) -> Any:
+        """For other libraries: a copy of the dense numbers."""
+        return self.to_dense().__dlpack__(**options)  # type: ignore[no-untyped-call]
+
+    def hold_dense(self) -> None:
+        """Gives the tensor memory with its dense numbers of now, for those that read memory and ask nothing.
+
+        That is TorchScript, which saves the Parameters of what it traced.
+        """
+        dense = self.to_dense()
+        with torch.no_grad(), torch._C.DisableTorchFunctionSubclass(), torch._C._DisableTorchDispatch():
+            self.set_(dense.untyped_storage(), 0, dense.shape, dense.stride())  # type: ignore[call-overload]
 
     def tolist(self) -> Any:
         """The dense numbers."""
@@ -331,31 +260,21 @@ class PackedTensor(Tensor):
         return self._content.data.is_shared()  # type: ignore[no-any-return, no-untyped-call]
 
     def _alias(self) -> PackedTensor:
-        return PackedTensor(self._content, self._views, _meta(self) if self._views else None, self._start)
+        return PackedTensor(self._content, self._views, meta(self) if self._views else None, self._start)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PackedTensor:
         if id(self) in memo:
             return memo[id(self)]  # type: ignore[no-any-return]
-        old = self._content
-        if (content := memo.get(id(old))) is None:
-            content = memo[id(old)] = Content(old.data, old.layout)
-            content.original = copy.deepcopy(old.original, memo)
-            content.released, content.changed, content.learns = old.released, old.changed, old.learns
-        like = _meta(self) if self._views else None
+        content = copy.deepcopy(self._content, memo)
+        like = meta(self) if self._views else None
         made = PackedTensor(content, self._views, like, self._start)
-        if isinstance(self, nn.Parameter):
-            made._is_param = True
-        memo[id(self)] = made
+        memo[id(self)] = _as_parameter(made) if isinstance(self, nn.Parameter) else made
         return made
 
     def __reduce_ex__(self, _: Any) -> tuple[Any, ...]:
         if self._views:
             return self.to_dense().__reduce_ex__(_)  # type: ignore[no-any-return, no-untyped-call]
-        content = self._content
-        # A copy: torch moves the memory of what is sent to another process.
-        state = (content.data.clone(), content.layout, content.original)
-        flags = (content.released, content.changed, content.learns, isinstance(self, nn.Parameter))
-        return _rebuild, (*state, *flags)
+        return _rebuild, (self._content, isinstance(self, nn.Parameter))
 
     def __repr__(self, **_: Any) -> str:  # type: ignore[override]
         if type(self._content.data) is not Tensor or self._views:
@@ -407,101 +326,30 @@ class PackedTensor(Tensor):
         if func is _aten._to_copy.default:
             return _to_copy(*args, **kwargs)
         if func.is_view and isinstance(args[0], PackedTensor):
-            return _view(func, args, kwargs)
+            return view(func, args, kwargs)
         if func._schema.is_mutable:
-            return _in_place(func, args, kwargs)
+            return change(PackedTensor, func, args, kwargs)
         args, kwargs = pytree.tree_map_only(PackedTensor, PackedTensor.to_dense, (args, kwargs))
         return func(*args, **kwargs)
 
 
-def _pack(dense: Tensor, layout: Layout, values: torch.dtype, forms: Sequence[str]) -> Tensor:
-    matrix = dense.to(values)
-    matrix = matrix.T if layout.transposed else matrix.reshape(layout.matrix)
-    return pack_matrix(to_array(matrix), groups=layout.groups, forms=forms)
+def _rebuild(content: Content, parameter: bool) -> PackedTensor:
+    return _as_parameter(PackedTensor(content)) if parameter else PackedTensor(content)
 
 
-def _rebuild(
-    data: Tensor,
-    layout: Layout,
-    original: nn.Parameter | None,
-    released: bool,
-    changed: bool,
-    learns: bool,
-    parameter: bool,
-) -> PackedTensor:
-    content = Content(data, layout, original)
-    content.released, content.changed, content.learns = released, changed, learns
-    made = PackedTensor(content)
-    if parameter:
-        made._is_param = True
+def _as_parameter(made: PackedTensor) -> PackedTensor:
+    """The tensor, for which isinstance(made, nn.Parameter) is true from now on."""
+    made._is_param = True
     return made
 
 
-def _meta(tensor: Tensor) -> Tensor:
-    """A tensor of that shape, without numbers."""
-    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
-
-
-def _follow(dense: Tensor, views: tuple[tuple[Any, ...], ...]) -> Tensor:
-    """The view of a dense tensor."""
-    found: Any = dense
-    for func, args, kwargs, index in views:
-        found = func(found, *args, **dict(kwargs))
-        found = found if index is None else found[index]
-    return found  # type: ignore[no-any-return]
-
-
-def _view(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """A view that writes through; what it shows is unpacked when it is asked for."""
-    base: PackedTensor = args[0]
-    shown = func(_meta(base), *args[1:], **kwargs)
-    step = (func, _frozen(args[1:]), tuple(kwargs.items()))
-
-    def view(index: int | None, one: Tensor) -> PackedTensor:
-        start = base._start + int(one.storage_offset())
-        return PackedTensor(base._content, (*base._views, (*step, index)), one, start)
-
-    return view(None, shown) if isinstance(shown, Tensor) else [view(*one) for one in enumerate(shown)]
-
-
-def _frozen(value: Any) -> Any:
-    """Lists as tuples."""
-    return tuple(map(_frozen, value)) if isinstance(value, (list, tuple)) else value
-
-
-def _in_place(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Runs what changes its arguments on dense ones, and packs those again that were packed."""
-    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
-        msg = f"{func}: expected no change of a packed weight in a graph; change it outside of it"
-        raise RuntimeError(msg)
-    bases: dict[int, tuple[Content, Tensor]] = {}
-    shown: dict[int, PackedTensor] = {}
-
-    def dense(tensor: PackedTensor) -> Tensor:
-        content = tensor._content
-        _, base = bases.setdefault(id(content), (content, content.unpack()))
-        view = _follow(base, tensor._views)
-        shown[id(view)] = tensor
-        return view
-
-    def written(name: str, position: int) -> bool:
-        info = func._schema.arguments[position].alias_info if name == "" else named[name].alias_info
-        return info is not None and info.is_write
-
-    named = {argument.name: argument for argument in func._schema.arguments}
-    changed: set[int] = set()
-    for position, value in enumerate(args):
-        if written("", position):
-            changed |= {id(t._content) for t in pytree.tree_leaves(value) if isinstance(t, PackedTensor)}
-    for name, value in kwargs.items():
-        if written(name, 0):
-            changed |= {id(t._content) for t in pytree.tree_leaves(value) if isinstance(t, PackedTensor)}
-    plain_args, plain_kwargs = pytree.tree_map_only(PackedTensor, dense, (args, kwargs))
-    result = func(*plain_args, **plain_kwargs)
-    for key, (content, base) in bases.items():
-        if key in changed:
-            content.pack(base)
-    return pytree.tree_map_only(Tensor, lambda t: shown.get(id(t), t), result)
+def _in_place_of(content: Content) -> PackedTensor | None:
+    """The tensor with that content where it was put last, if it is there still."""
+    if content.place is None:
+        return None
+    owner, name = content.place[0](), content.place[1]
+    found = None if owner is None else owner._parameters.get(name)
+    return found if isinstance(found, PackedTensor) and found._content is content else None
 
 
 def _to_copy(tensor: PackedTensor, *, dtype: Any = None, device: Any = None, **others: Any) -> Any:

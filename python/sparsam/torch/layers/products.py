@@ -18,7 +18,7 @@ from sparsam.torch.layers.packed_weight import DTYPES
 from torch import Tensor, is_autocast_enabled, is_grad_enabled, nn
 
 if TYPE_CHECKING:
-    from sparsam.torch.layers.packed_tensor import Content
+    from sparsam.torch.layers.packed_content import Content
 
 __all__ = ["HANDLERS", "addmm", "convolve", "frozen", "is_plain", "linear", "needs_gradient", "refuse"]
 

@@ -11,8 +11,9 @@ from sparsam._core import Packed
 from sparsam.torch.acceleration.fusion import Fused, Fusion
 from sparsam.torch.acceleration.installation import LayerSwap
 from sparsam.torch.acceleration.memory import discard
+from sparsam.torch.layers.packed_content import Content, Layout
 from sparsam.torch.layers.packed_parameter import PackedParameter
-from sparsam.torch.layers.packed_tensor import Content, Layout, PackedTensor
+from sparsam.torch.layers.packed_tensor import PackedTensor
 from sparsam.torch.layers.packed_weight import join
 from sparsam.torch.layers.packing import PackedLayer, is_transposed, packed_layers
 from sparsam.torch.serialization.encoding import Encoded, matrix_shape

@@ -1,0 +1,151 @@
+"""What a packed tensor, its aliases and its views have in common: the bytes, and what they stand for."""
+
+from __future__ import annotations
+
+import copy
+import math
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from sparsam.torch.layers.packed_weight import PackedWeight, pack_matrix, to_array
+from torch import Tensor, nn
+
+__all__ = ["Content", "Layout", "pack_dense"]
+
+# By the id of the Parameter that was packed, which the content keeps alive.
+_known: weakref.WeakValueDictionary[int, Content] = weakref.WeakValueDictionary()
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a weight is packed.
+
+    Attributes:
+        shape: The shape of the dense tensor.
+        dtype: Its dtype; the values may be stored as another.
+        groups: The groups of its output channels.
+        transposed: Whether it is (in, out), as in the Conv1D of Hugging Face's GPT-2.
+    """
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    groups: int = 1
+    transposed: bool = False
+
+    @property
+    def matrix(self) -> tuple[int, int]:
+        """Rows and columns of the matrix whose rows belong to outputs."""
+        outs, ins = self.shape[0], math.prod(self.shape[1:])
+        return (ins, outs) if self.transposed else (outs, ins)
+
+    @property
+    def is_matrix(self) -> bool:
+        """Whether it is the weight of a linear layer, and not of a convolution."""
+        return len(self.shape) == 2 and self.groups == 1
+
+
+class Content:
+    """What a packed tensor, its aliases and its views have in common.
+
+    Attributes:
+        data: The bytes (uint8).
+        layout: What they stand for.
+        outs: The outputs of the matrix; 0 where it is no matrix but a convolution.
+        original: The Parameter that was packed, or None.
+        released: Whether that is empty for now, for its memory.
+        changed: Whether the weight was changed after it was packed.
+        place: The module where it was put last, and the name there; None if it was put nowhere.
+        learns: Whether it would be trained if it were dense: then going backward must not lose it silently.
+    """
+
+    def __init__(self, data: Tensor, layout: Layout, original: nn.Parameter | None = None) -> None:
+        self.data = data
+        self.layout = layout
+        self.outs = layout.matrix[0] if len(layout.shape) == 2 else 0
+        self.original = original
+        self.place: tuple[weakref.ref[nn.Module], str] | None = None
+        self.released = False
+        self.changed = False
+        self.learns = original is not None and original.requires_grad
+        self.read: PackedWeight | None = None  # what `data` holds, once it was asked for
+        self._remember()
+
+    @classmethod
+    def find(cls, original: Tensor, layout: Layout, values: torch.dtype) -> Content | None:
+        """What a Parameter was packed as before, by the layer that it is tied to, if it would be the same.
+
+        Args:
+            original: The Parameter, as it is now.
+            layout: How it is to be packed.
+            values: What its values are to be stored as.
+        """
+        found = _known.get(id(original))
+        if found is None or found.original is not original or found.layout != layout:
+            return None
+        rounded = original.detach().to(values).to(layout.dtype)
+        same = found.weight.dtype == values and torch.equal(found.unpack(), rounded)
+        return found if same else None
+
+    def _remember(self) -> None:
+        if self.original is not None:
+            _known[id(self.original)] = self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Content:
+        made = memo[id(self)] = Content(self.data, self.layout)  # bytes never change
+        made.original = copy.deepcopy(self.original, memo)
+        made.released, made.changed, made.learns = self.released, self.changed, self.learns
+        made._remember()
+        return made
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy: torch moves the memory of what is sent to another process.
+        return vars(self) | {"data": self.data.clone(), "read": None, "place": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._remember()
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if name == "data":
+            self.read = None
+
+    @property
+    def weight(self) -> PackedWeight:
+        """The matrices that the bytes hold."""
+        read = self.read
+        if read is None:
+            self.read = read = PackedWeight.read(self.data)
+        return read
+
+    def unpack(self) -> Tensor:
+        """The dense tensor."""
+        layout = self.layout
+        matrix: Tensor = torch.ops.sparsam.unpack(self.data, *layout.matrix, layout.dtype)
+        return matrix.T.contiguous() if layout.transposed else matrix.reshape(layout.shape)
+
+    def pack(self, dense: Tensor) -> None:
+        """Takes new values, in the forms that the old ones had."""
+        weight = self.weight
+        self.data = pack_dense(dense, self.layout, weight.dtype, weight.forms)
+        self.changed = True
+
+    def cast(self, dtype: torch.dtype) -> Content:
+        """The content for a layer that computes in another dtype."""
+        weight, old = self.weight, self.layout
+        layout = replace(old, dtype=dtype)
+        values = dtype if weight.dtype == old.dtype else weight.dtype
+        data = pack_dense(self.unpack().to(dtype), layout, values, weight.forms)
+        cast = Content(data, layout, self.original)
+        cast.released, cast.changed, cast.learns = self.released, True, self.learns
+        return cast
+
+
+def pack_dense(dense: Tensor, layout: Layout, values: torch.dtype, forms: Sequence[str]) -> Tensor:
+    """The bytes of a dense tensor."""
+    matrix = dense.to(values)
+    matrix = matrix.T if layout.transposed else matrix.reshape(layout.matrix)
+    return pack_matrix(to_array(matrix), groups=layout.groups, forms=forms)

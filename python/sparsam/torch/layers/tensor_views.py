@@ -1,0 +1,85 @@
+"""Views of packed tensors, and changes of packed tensors and views in place."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch.utils import _pytree as pytree
+
+import torch
+from sparsam.torch.layers.packed_content import Content
+from torch import Tensor
+
+__all__ = ["change", "follow", "meta", "view", "written"]
+
+
+def meta(tensor: Tensor) -> Tensor:
+    """A tensor of that shape, without numbers."""
+    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
+
+
+def follow(dense: Tensor, views: tuple[tuple[Any, ...], ...]) -> Tensor:
+    """The view of a dense tensor."""
+    found: Any = dense
+    for func, args, kwargs, index in views:
+        found = func(found, *args, **dict(kwargs))
+        found = found if index is None else found[index]
+    return found  # type: ignore[no-any-return]
+
+
+def view(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """A view that writes through; what it shows is unpacked when it is asked for."""
+    base = args[0]
+    shown = func(meta(base), *args[1:], **kwargs)
+    step = (func, _frozen(args[1:]), tuple(kwargs.items()))
+
+    def part(index: int | None, one: Tensor) -> Any:
+        start = base._start + int(one.storage_offset())
+        return type(base)(base._content, (*base._views, (*step, index)), one, start)
+
+    return part(None, shown) if isinstance(shown, Tensor) else [part(*one) for one in enumerate(shown)]
+
+
+def written(kind: type[Any], func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
+    """The tensors of a class among the arguments that a function writes to."""
+    positions = func._schema.arguments
+    named = {argument.name: argument for argument in positions}
+    given = [*zip(positions, args, strict=False), *((named[name], value) for name, value in kwargs.items())]
+    into = [value for one, value in given if one.alias_info is not None and one.alias_info.is_write]
+    return [leaf for leaf in pytree.tree_leaves(into) if isinstance(leaf, kind)]
+
+
+def _frozen(value: Any) -> Any:
+    """Lists as tuples."""
+    return tuple(map(_frozen, value)) if isinstance(value, (list, tuple)) else value
+
+
+def change(kind: type[Any], func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Runs what changes its arguments on dense ones, and packs those again that were packed.
+
+    Args:
+        kind: The class of packed tensors.
+        func: What changes its arguments.
+        args: Of it.
+        kwargs: Of it.
+    """
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+        msg = f"{func}: expected no change of a packed weight in a graph; change it outside of it"
+        raise RuntimeError(msg)
+    bases: dict[int, tuple[Content, Tensor]] = {}
+    shown: dict[int, Any] = {}
+
+    def dense(tensor: Any) -> Tensor:
+        content = tensor._content
+        _, base = bases.setdefault(id(content), (content, content.unpack()))
+        view = follow(base, tensor._views)
+        shown[id(view)] = tensor
+        return view
+
+    changed = {id(tensor._content) for tensor in written(kind, func, args, kwargs)}
+    plain_args, plain_kwargs = pytree.tree_map_only(kind, dense, (args, kwargs))
+    result = func(*plain_args, **plain_kwargs)
+    for key, (content, base) in bases.items():
+        if key in changed:
+            content.pack(base)
+    return pytree.tree_map_only(Tensor, lambda t: shown.get(id(t), t), result)

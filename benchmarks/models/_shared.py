@@ -153,9 +153,11 @@ def prune(layers: Mapping[str, nn.Module], sparsity: float) -> None:
         sparsam.prune(weights, target_sparsity=sparsity, inplace=True)
 
 
-def accelerate(model: nn.Module, examples: Any, *, show: bool = False) -> sparsam.torch.AccelerationReport:
+def accelerate(
+    model: nn.Module, examples: Any, *, show: bool = False, values: Any = None
+) -> sparsam.torch.AccelerationReport:
     """`sparsam.torch.accelerate`, its report printed only on request."""
-    return sparsam.torch.accelerate(model, examples, verbose=show)
+    return sparsam.torch.accelerate(model, examples, values=values, verbose=show)
 
 
 def operators(model: nn.Module, run: Callable[[], object], *, runs: int = 5) -> dict[str, float]:

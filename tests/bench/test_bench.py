@@ -236,3 +236,40 @@ def test_pictures_need_matplotlib(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(ValueError, match=r"pictures: expected matplotlib; .* pip install 'sparsam\[plot\]'"):
         plot.speedups([ROW], tmp_path / "a.png", "")
+
+
+# int8
+
+
+def test_int8_rows() -> None:
+    problems = bench.random_problems([(32, 20), (64, 96)], [0.0, 0.5])
+    rows = list(bench.multiply_int8(problems, [1, 3], cold=True))
+    assert [(row.rows, row.sparsity, row.batch) for row in rows] == [
+        (rows_, sparsity, batch) for rows_ in (32, 64) for sparsity in (0.0, 0.5) for batch in (1, 3)
+    ]
+    for row in rows:
+        assert row.linear_ms > 0
+        assert (row.torch_ms is None) == (find_spec("torch") is None)
+        times = [ms for ms in (row.torch_ms, row.onnx_ms) if ms is not None]
+        assert row.dense_ms == min(times, default=None)
+        assert row.speedup == (row.dense_ms and row.dense_ms / row.linear_ms)
+        assert 8 * row.rows * row.cols * (1 - row.sparsity) < row.bits * row.rows * row.cols
+
+
+def test_int8_table(capsys: pytest.CaptureFixture[str]) -> None:
+    out = run(capsys, "--shape", "40x64", "--batch", "1,2", "--sparsity", "0.5", "--values", "int8")
+    assert "bits/weight" in out
+    assert out.count("40x64") == 4
+    found = json.loads(
+        run(capsys, "--shape", "40x64", "--batch", "2", "--sparsity", "0.5", "--values", "int8", "--json")
+    )
+    assert [row["sparsity"] for row in found["rows"]] == [0.0, 0.5]
+    assert "--values: expected float32 or int8; got 'int3'" in fail(capsys, "--values", "int3")
+    wrong = fail(capsys, "--values", "int8", "--plot", "a.svg")
+    assert "--plot: expected --values float32; got int8; leave" in wrong
+
+
+def test_a_wrong_int8_product_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(SparseMatrix, "linear", lambda _, x: np.zeros((len(x), 8), np.float32))
+    with pytest.raises(RuntimeError, match="sparsam's int8 and NumPy's product differ by 1 of the largest"):
+        next(bench.multiply_int8(bench.random_problems([(8, 8)], [0.5]), [2]))

@@ -6,6 +6,7 @@ Imports the pipeline and `sparse`.
 
 from __future__ import annotations
 
+from sparsam.bench.int8_matmul import Int8Row, multiply_int8
 from sparsam.bench.matmul import (
     MatmulRow,
     Problem,
@@ -20,6 +21,7 @@ from sparsam.bench.selection import SelectRow, select
 from sparsam.bench.timing import median_seconds
 
 __all__ = [
+    "Int8Row",
     "MatmulRow",
     "Problem",
     "SelectRow",
@@ -28,6 +30,7 @@ __all__ = [
     "machine",
     "median_seconds",
     "multiply",
+    "multiply_int8",
     "random_problems",
     "read_dlmc",
     "select",

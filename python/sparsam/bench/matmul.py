@@ -28,6 +28,7 @@ __all__ = [
     "break_even",
     "geometric_mean",
     "machine",
+    "milliseconds",
     "multiply",
     "random_problems",
     "read_dlmc",
@@ -203,7 +204,7 @@ def _row(
         matrix.prepare(batch)
     explanation = matrices[0].explain(batch)
     _agree("SparseMatrix", matrices[0].linear(x), reference, bound)
-    linear = _milliseconds([matrix.linear for matrix in matrices], x)
+    linear = milliseconds([matrix.linear for matrix in matrices], x)
     sparse = linear
     if explanation.kernel == "dense":
         sparse = min(_forced(kernel, copies, x) for kernel in ("bitmask", "panels"))
@@ -215,7 +216,7 @@ def _row(
         explanation.kernel,
         linear,
         sparse,
-        _milliseconds([partial(_numpy_linear, w=copy) for copy in copies], x),
+        milliseconds([partial(_numpy_linear, w=copy) for copy in copies], x),
         _torch_ms(x, copies, reference, bound),
     )
 
@@ -224,7 +225,7 @@ def _forced(kernel: str, copies: list[NDArray[np.float32]], x: NDArray[np.float3
     matrices = [SparseMatrix.from_dense(copy) for copy in copies]
     for matrix in matrices:
         matrix.prepare(len(x), kernel=kernel)
-    return _milliseconds([matrix.linear for matrix in matrices], x)
+    return milliseconds([matrix.linear for matrix in matrices], x)
 
 
 def _torch_ms(
@@ -241,7 +242,7 @@ def _torch_ms(
     linear: Any = torch.nn.functional.linear
     with torch.inference_mode():
         _agree("torch", linear(torch.from_numpy(x), tensors[0]).numpy(), reference, bound)
-        return _milliseconds([partial(linear, weight=w) for w in tensors], torch.from_numpy(x))
+        return milliseconds([partial(linear, weight=w) for w in tensors], torch.from_numpy(x))
 
 
 def _numpy_linear(x: NDArray[np.float32], w: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -249,7 +250,7 @@ def _numpy_linear(x: NDArray[np.float32], w: NDArray[np.float32]) -> NDArray[np.
     return y
 
 
-def _milliseconds(products: Sequence[Callable[[Any], object]], x: Any) -> float:
+def milliseconds(products: Sequence[Callable[[Any], object]], x: Any) -> float:
     """The median time of one product, the products taken in turn."""
     turn = itertools.cycle(products)
     return 1e3 * median_seconds(lambda: next(turn)(x))

@@ -12,6 +12,7 @@ from sparsam import bench, plot
 from sparsam.cli.arguments import parse_batches, parse_shapes, parse_sparsities
 from sparsam.cli.console import print_json, print_table, print_text, progress
 from sparsam.cli.options import Json
+from sparsam.inputs.checks import expected
 from sparsam.runtime import isa, num_threads
 
 __all__ = ["register", "table_cells"]
@@ -80,6 +81,10 @@ def matmul(
         bool,
         typer.Option("--cold", help="Use eight matrices in turn; large ones then miss the cache."),
     ] = False,
+    values: Annotated[
+        str,
+        typer.Option(metavar="float32|int8", help="int8: beside dense int8, PyTorch's and ONNX Runtime's."),
+    ] = "float32",
     picture: Annotated[
         Path | None,
         typer.Option("--plot", metavar="FILE", help="Draw speed-up against sparsity: .png, .svg."),
@@ -92,8 +97,16 @@ def matmul(
     if shape or not dlmc:
         sparsities = sorted({0.0, *parse_sparsities(sparsity)})
         problems = bench.random_problems(parse_shapes(shape or ["3072x768"]), sparsities) + problems
+    if values not in {"float32", "int8"}:
+        raise ValueError(expected("--values", values, "float32 or int8", "choose one of them"))
     if picture:
+        if values == "int8":
+            msg = "--plot: expected --values float32; got int8; leave one of them out"
+            raise ValueError(msg)
         plot.check(picture)
+    if values == "int8":
+        _int8(problems, batches, cold=cold, as_json=as_json)
+        return
     with progress() as bar:
         parts = len(problems) * len(batches)
         measured = bench.multiply(problems, batches, cold=cold)
@@ -131,6 +144,38 @@ def matmul(
     for (height, width, n), at in even.items():
         says = "at no sparsity measured" if at is None else f"from {at:.0%} zeros on"
         print_text(f"{height}x{width}, batch {n}: sparse beats dense {says}")
+
+
+def _int8(problems: list[bench.Problem], batches: list[int], *, cold: bool, as_json: bool) -> None:
+    with progress() as bar:
+        measured = bench.multiply_int8(problems, batches, cold=cold)
+        rows = list(bar.track(measured, len(problems) * len(batches), description="measuring"))
+    if as_json:
+        print_json(
+            {
+                "machine": bench.machine(),
+                "rows": [asdict(row) | {"speedup": row.speedup} for row in rows],
+            }
+        )
+        return
+    print_text(f"{bench.machine()}; medians in milliseconds, int8 values; all results agree")
+    print_table(
+        ("weights", "shape", "batch", "zeros", "bits/weight", "sparsam", "torch", "ONNX Runtime", "speed-up"),
+        (
+            (
+                row.name,
+                f"{row.rows}x{row.cols}",
+                row.batch,
+                f"{row.sparsity:.1%}",
+                f"{row.bits:.2f}",
+                f"{row.linear_ms:.3f}",
+                *("not installed" if ms is None else f"{ms:.3f}" for ms in (row.torch_ms, row.onnx_ms)),
+                "" if row.speedup is None else f"{row.speedup:.2f}x",
+            )
+            for row in rows
+        ),
+        texts=2,
+    )
 
 
 def table_cells(row: bench.MatmulRow) -> tuple[object, ...]:

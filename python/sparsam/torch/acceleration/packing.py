@@ -25,7 +25,7 @@ def pack(
 
     Args:
         found: The layers.
-        dtype: What to store values as.
+        dtype: What to store values as; int8 in linear layers and attention alone.
         shapes: The shapes of the inputs that layers are called with, by name.
         to_itself: The layers that are attention of something to itself, and nothing else: then the product
             with the three projections is one.
@@ -43,7 +43,7 @@ def pack(
             key = (*computed, turned, pieces)
             if key not in made:
                 made[key] = PackedTensor.pack(
-                    getattr(module, name), dtype=dtype, groups=pieces, transposed=turned
+                    getattr(module, name), dtype=_values(layer, dtype), groups=pieces, transposed=turned
                 )
             weights.append(PackedParameter(module, name, made[key]))
             rows.setdefault(id(made[key]), set()).update(
@@ -54,6 +54,11 @@ def pack(
         if (wanted := rows[id(weight)]) and weight.ndim == 2:
             weight.prepare(sorted(wanted))
     return layers
+
+
+def _values(layer: nn.Module, dtype: torch.dtype | None) -> torch.dtype | None:
+    linear = isinstance(layer, (nn.Linear, nn.MultiheadAttention)) or is_transposed(layer)
+    return None if dtype is torch.int8 and not linear else dtype
 
 
 def _rows(layer: nn.Module, name: str, shape: Sequence[int]) -> int:

@@ -6,7 +6,7 @@ import math
 import statistics
 from collections import Counter
 from collections.abc import Collection, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from torch.nn.parameter import is_lazy
 
@@ -43,6 +43,8 @@ def accelerate(
     example_inputs: Any = None,
     *,
     dtype: torch.dtype | None = None,
+    values: Literal["int8"] | None = None,
+    tolerance: float | None = None,
     min_gain: float = 1.05,
     exclude: str | Collection[str] = (),
     seconds: float = 20.0,
@@ -71,6 +73,11 @@ def accelerate(
             branch of `forward`, say) is not checked. None: linear layers are timed alone with 1, 16 and 128
             rows, all others are left, activations are fused in `nn.Sequential` only.
         dtype: What to store the weights as: `torch.bfloat16` halves them, and rounds; None keeps them.
+        values: "int8" rounds the weights of linear layers and attention, and what they are multiplied with,
+            to integers with a scale for each output and row; sums are exact. The dense weights stay in
+            memory for `restore`; `save` and `load` leave them behind.
+        tolerance: How far outputs may be from those of the dense model, relative to the largest. Layers that
+            take them further stay dense. By default 0.001, or 0.1 where something is rounded.
         min_gain: How many times faster than the dense layer a packed one must be.
         exclude: The name of a layer that stays dense, or several; shell-style patterns
             (`fnmatch.fnmatchcase`).
@@ -89,7 +96,8 @@ def accelerate(
     Warns:
         UserWarning: A pattern in `exclude` matches no layer.
     """
-    _check(model, dtype, min_gain=min_gain, seconds=seconds)
+    _check(model, dtype, values, min_gain=min_gain, seconds=seconds, tolerance=tolerance or 1)
+    dtype = torch.int8 if values == "int8" else dtype
     examples = None if example_inputs is None else as_examples(example_inputs)
     interruptions = measurement.Interruptions()
     with torch.inference_mode(False), torch.no_grad():
@@ -101,7 +109,9 @@ def accelerate(
                 outcome = _by_rows(model, found, swap, dtype, min_gain, Budget(seconds))
             else:
                 with ModelRunner(model, examples) as runner:
-                    outcome = _by_examples(model, runner, found, swap, dtype, min_gain, Budget(seconds))
+                    outcome = _by_examples(
+                        model, runner, found, swap, dtype, tolerance, min_gain, Budget(seconds)
+                    )
             _install(swap, outcome)
             rows = left | rows_of(found, swap, outcome)
             release(model, [swap.layers[name] for name in outcome.swapped])
@@ -130,6 +140,7 @@ def _by_examples(
     found: Sequence[Candidate],
     swap: LayerSwap,
     dtype: torch.dtype | None,
+    tolerance: float | None,
     min_gain: float,
     budget: Budget,
 ) -> Outcome:
@@ -140,7 +151,7 @@ def _by_examples(
     swap.layers = pack(suitable, dtype, {one.name: seen.calls[one.name] for one in suitable}, seen.to_itself)
     narrow = _is_narrow(swap)
     rounded = narrow or dtype not in {None, torch.float32}
-    tolerance = _WHOLE_NARROW if rounded else _WHOLE
+    tolerance = tolerance or (_WHOLE_NARROW if rounded else _WHOLE)
     trial = try_out(runner, swap, seen.outputs, tolerance=tolerance, budget=budget)
     reasons |= trial.reasons
     if not swap.layers:
@@ -150,7 +161,7 @@ def _by_examples(
         swap,
         fusions(seen.followers, swap.layers, swap.where),
         trial.outputs,
-        tolerance=_FUSED_NARROW if narrow else _FUSED,
+        tolerance=_FUSED_NARROW if narrow or dtype is torch.int8 else _FUSED,
     )
     times = measurement.layer_times(model, runner, swap, budget)
     decision = _decide(swap, times, min_gain)
@@ -228,7 +239,7 @@ def _install(swap: LayerSwap, outcome: Outcome) -> None:
         fusion.replacement.training = fusion.replacement.original.training
 
 
-def _check(model: object, dtype: object, **positive: object) -> None:
+def _check(model: object, dtype: object, values: object, **positive: object) -> None:
     if not isinstance(model, nn.Module):
         msg = f"model: expected a torch.nn.Module; got {type(model).__name__}; pass the model itself"
         raise TypeError(msg)
@@ -241,6 +252,10 @@ def _check(model: object, dtype: object, **positive: object) -> None:
         raise ValueError(msg)
     if dtype is not None and dtype not in DTYPES:
         msg = f"dtype: expected None or one of {', '.join(map(str, DTYPES))}; got {dtype!r}; pass one of them"
+        raise ValueError(msg)
+    if values is not None and (values != "int8" or dtype is not None):
+        got = repr(values) if dtype is None else f"{values!r} and dtype={dtype}"
+        msg = f'values: expected None, or "int8" and no dtype; got {got}; pass one of them'
         raise ValueError(msg)
     for key, value in positive.items():
         number = isinstance(value, (int, float)) and not isinstance(value, bool)

@@ -85,8 +85,12 @@ class Content:
         found = _known.get(id(original))
         if found is None or found.original is not original or found.layout != layout:
             return None
-        rounded = original.detach().to(values).to(layout.dtype)
-        same = found.weight.dtype == values and torch.equal(found.unpack(), rounded)
+        if found.weight.dtype != values:
+            return None
+        if values is torch.int8:
+            same = torch.equal(found.data, pack_dense(original.detach(), layout, values, found.weight.forms))
+        else:
+            same = torch.equal(found.unpack(), original.detach().to(values).to(layout.dtype))
         return found if same else None
 
     def _remember(self) -> None:
@@ -145,7 +149,15 @@ class Content:
 
 
 def pack_dense(dense: Tensor, layout: Layout, values: torch.dtype, forms: Sequence[str]) -> Tensor:
-    """The bytes of a dense tensor."""
-    matrix = dense.to(values)
+    """The bytes of a dense tensor.
+
+    Raises:
+        TypeError: int8 values for a convolution.
+    """
+    int8 = values is torch.int8
+    if int8 and len(layout.shape) != 2:
+        msg = f"dtype: expected float values for a convolution; got {values}; use it for linear layers"
+        raise TypeError(msg)
+    matrix = dense.float() if int8 else dense.to(values)
     matrix = matrix.T if layout.transposed else matrix.reshape(layout.matrix)
-    return pack_matrix(to_array(matrix), groups=layout.groups, forms=forms)
+    return pack_matrix(to_array(matrix), groups=layout.groups, forms=forms, int8=int8)

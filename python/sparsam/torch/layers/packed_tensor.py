@@ -13,7 +13,7 @@ from sparsam.sparse.arguments import numbers
 from sparsam.sparse.dispatch import Explanation
 from sparsam.torch.layers import products, recurrent
 from sparsam.torch.layers.packed_content import Content, Layout, pack_dense
-from sparsam.torch.layers.packed_weight import DTYPES, PackedWeight
+from sparsam.torch.layers.packed_weight import DTYPES, VALUES, PackedWeight
 from sparsam.torch.layers.tensor_views import change, follow, meta, view
 from torch import Tensor, nn
 
@@ -80,7 +80,8 @@ class PackedTensor(Tensor):
         Args:
             weight: float32, bfloat16 or float16, dense, on the CPU. A Parameter gives a Parameter, and is
                 remembered: `sparsam.torch.restore` puts it back.
-            dtype: What to store the values as, one of these too; by default as they are.
+            dtype: What to store the values as, one of these or `torch.int8`; by default as they are. int8,
+                with a scale for each output, rounds them, and what the product is computed with as well.
             groups: Output channels split into so many groups, each a matrix of its own.
             transposed: `weight` is (in, out), as in the Conv1D of Hugging Face's GPT-2.
 
@@ -92,9 +93,9 @@ class PackedTensor(Tensor):
             msg = "weight: expected a dense tensor; got a PackedTensor; use its to_dense()"
             raise TypeError(msg)
         values = dtype or weight.dtype
-        for what, got in (("weight", weight.dtype), ("dtype", values)):
-            if got not in DTYPES:
-                wanted = ", ".join(map(str, DTYPES))
+        for what, got, known in (("weight", weight.dtype, DTYPES), ("dtype", values, VALUES)):
+            if got not in known:
+                wanted = ", ".join(map(str, known))
                 msg = f"{what}: expected one of {wanted}; got {got}; convert the model first"
                 raise TypeError(msg)
         if weight.device.type != "cpu":

@@ -17,12 +17,14 @@ from sparsam.patterns import NM, Block, Unstructured
 from sparsam.sparse.choices import Choices, expect
 from sparsam.sparse.cost_model import Key, Weight, dense_key, form_bytes
 from sparsam.sparse.dispatch import needed_kernels
+from sparsam.sparse.int8 import pack_int8
 from sparsam.sparse.stored import recognise
 from torch import Tensor
 
-__all__ = ["DTYPES", "PackedWeight", "from_array", "join", "pack_matrix", "to_array", "torch_dense"]
+__all__ = ["DTYPES", "VALUES", "PackedWeight", "from_array", "join", "pack_matrix", "to_array", "torch_dense"]
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+VALUES = (*DTYPES, torch.int8)  # of packed values
 
 _ALIGN = 64
 _HEADER, _KIND, _BYTES = 128, 12, 96  # of a form: the size of its header; where that has its kind and size
@@ -84,7 +86,7 @@ class PackedWeight:
             batches: The numbers of rows of x.
         """
         weight = self.choices.weight
-        if not weight.nnz:
+        if not weight.nnz or weight.dtype == "int8":
             return self.forms
         expected = expect(weight, self._dense)
         both = sum(form_bytes(form, weight) for form in _SPARSE)
@@ -134,8 +136,15 @@ def torch_dense(dtype: str = "float32") -> Key:
     return dense_key("torch", str(torch.__version__), dtype, torch.get_num_threads())
 
 
-def pack_matrix(matrix: NDArray[Any], *, groups: int = 1, forms: Sequence[str] = ("panels",)) -> Tensor:
-    """The bytes of an array (groups x rows, cols) of floats; pruned is what is exactly 0."""
+def pack_matrix(
+    matrix: NDArray[Any], *, groups: int = 1, forms: Sequence[str] = ("panels",), int8: bool = False
+) -> Tensor:
+    """The bytes of an array (groups x rows, cols) of floats; pruned is what is exactly 0.
+
+    With `int8` values are rounded to that, and the form is the one that there is for it.
+    """
+    if int8:
+        return join([pack_int8(part) for part in np.split(matrix, groups)], ("slots",))
     return join([Packed.pack(part) for part in np.split(matrix, groups)], forms)
 
 

@@ -7,10 +7,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 import torch
 from sparsam._core import Packed
-from sparsam.torch.layers.packed_weight import DTYPES, PackedWeight, from_array, to_array
+from sparsam.torch.layers.packed_weight import DTYPES, VALUES, PackedWeight, from_array, to_array
 from torch import Tensor
 
 __all__ = ["Encoded", "encode", "encode_packed", "matrix_shape"]
@@ -22,7 +23,8 @@ class Encoded:
 
     Attributes:
         values: Row by row, those whose bit is set; a single 0 where none is.
-        bits: uint8 (rows, ceil(columns / 8)), the first column in the lowest bit.
+        bits: uint8 (rows, ceil(columns / 8)), the first column in the lowest bit; of int8 values each row
+            ends with its scale, four bytes more.
     """
 
     values: Tensor
@@ -41,21 +43,23 @@ class Encoded:
             ValueError: Bits and values do not fit together, or do not make such a matrix.
         """
         bits, values = self.bits, self.values
-        wanted = (rows, (cols + 7) // 8)
+        int8 = values.dtype is torch.int8
+        wanted = (rows, (cols + 7) // 8 + 4 * int8)
         if bits.dtype != torch.uint8 or tuple(bits.shape) != wanted:
             msg = (
                 f"weight {name!r}: bits: expected uint8 {wanted}; got {_name(bits.dtype)} "
                 f"{tuple(bits.shape)}; save the model again"
             )
             raise ValueError(msg)
-        if values.dtype not in DTYPES or values.ndim != 1:
+        if values.dtype not in VALUES or values.ndim != 1:
             got = f"{_name(values.dtype)} {tuple(values.shape)}"
             msg = (
-                f"weight {name!r}: values: expected a vector of {', '.join(map(_name, DTYPES))}; got {got}; "
+                f"weight {name!r}: values: expected a vector of {', '.join(map(_name, VALUES))}; got {got}; "
                 "save the model again"
             )
             raise ValueError(msg)
-        lines = np.split(bits.numpy(), groups)
+        scales = bits.numpy()[:, wanted[1] - 4 * int8 :].copy().view(np.float32).reshape(-1) if int8 else None
+        lines = np.split(np.ascontiguousarray(bits.numpy()[:, : (cols + 7) // 8]), groups)
         counts = [int(np.unpackbits(part).sum(dtype=np.int64)) for part in lines]
         if len(values) != max(sum(counts), 1):
             msg = (
@@ -65,9 +69,14 @@ class Encoded:
             raise ValueError(msg)
         ends = np.cumsum(counts)
         try:
+            if scales is None:
+                return [
+                    Packed.from_parts(len(part), cols, part, to_array(values[end - count : end]))
+                    for part, count, end in zip(lines, counts, ends, strict=True)
+                ]
             return [
-                Packed.from_parts(len(part), cols, part, to_array(values[end - count : end]))
-                for part, count, end in zip(lines, counts, ends, strict=True)
+                Packed.from_int8_parts(len(part), cols, part, values[end - count : end].numpy(), scale)
+                for part, count, end, scale in zip(lines, counts, ends, np.split(scales, groups), strict=True)
             ]
         except ValueError as error:
             msg = (
@@ -102,8 +111,15 @@ def encode(dense: Tensor) -> Encoded | None:
 def encode_packed(weight: PackedWeight) -> Encoded:
     """A packed weight, group after group."""
     values = torch.cat([from_array(part.values()) for part in weight.parts])
-    bits = np.concatenate([part.bits() for part in weight.parts])
+    bits = np.concatenate([_lines(part) for part in weight.parts])
     return Encoded(values if len(values) else values.new_zeros(1), torch.from_numpy(bits))
+
+
+def _lines(part: Packed) -> NDArray[np.uint8]:
+    bits = part.bits()
+    if part.dtype != "int8":
+        return bits
+    return np.concatenate([bits, part.scales()[:, None].view(np.uint8)], axis=1)
 
 
 def matrix_shape(shape: Sequence[int], *, transposed: bool) -> tuple[int, int]:

@@ -13,7 +13,7 @@ from msgspec import Meta
 from sparsam.checkpoint.json_state import Count, Positive, convert, decode
 from sparsam.torch.layers.operators import ACTIVATIONS
 from sparsam.torch.layers.packed_parameter import PackedParameter
-from sparsam.torch.layers.packed_weight import DTYPES
+from sparsam.torch.layers.packed_weight import DTYPES, VALUES
 from sparsam.torch.layers.packing import is_one_of_several
 
 __all__ = ["BITS", "MARK", "Layer", "Manifest", "Weight", "dtype_name", "place"]
@@ -23,9 +23,10 @@ T = TypeVar("T")
 MARK = "accelerated 3"
 BITS = "_bits"  # what follows a weight's name in the name of its bits
 
-_FORMS = (("bitmask",), ("panels",), ("bitmask", "panels"))
+_FORMS = (("bitmask",), ("panels",), ("bitmask", "panels"), ("slots",))
 _ACTIVATIONS = tuple(filter(None, ACTIVATIONS))
 _DTYPES = tuple(str(dtype).removeprefix("torch.") for dtype in DTYPES)
+_VALUES = tuple(str(dtype).removeprefix("torch.") for dtype in VALUES)
 
 
 class Weight(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -198,10 +199,10 @@ def _layer(name: str, value: object) -> Layer:
     field, wanted = "", ""
     if layer.activation is not None and layer.activation not in _ACTIVATIONS:
         field, wanted = "activation", f"null or one of {', '.join(_ACTIVATIONS)}"
-    elif layer.forms not in _FORMS or (layer.groups > 1 and layer.forms != ("panels",)):
+    elif layer.forms not in _FORMS or (layer.groups > 1 and layer.forms not in {("panels",), ("slots",)}):
         field, wanted = "forms", f"one of {', '.join(map(str, map(list, _FORMS)))}"
-    elif layer.computed is not None and layer.computed not in _DTYPES:
-        field, wanted = "computed", f"null or one of {', '.join(_DTYPES)}"
+    elif layer.computed is not None and layer.computed not in _VALUES:
+        field, wanted = "computed", f"null or one of {', '.join(_VALUES)}"
     if field:
         msg = (
             f"{source}: field {field}: expected {wanted}; got {getattr(layer, field)!r:.60}; save the model "

@@ -1,0 +1,118 @@
+"""int8 values in layers, models and files."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import sparsam.torch
+import torch
+from sparsam import SparseMatrix
+from torch import Tensor, nn
+
+
+def pruned(layer: nn.Linear, sparsity: float = 0.7) -> nn.Linear:
+    with torch.no_grad():
+        weight = layer.weight
+        weight[torch.rand(weight.shape, generator=torch.Generator().manual_seed(1)) < sparsity] = 0
+    return layer
+
+
+def network() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        pruned(nn.Linear(256, 512)), nn.GELU(), pruned(nn.Linear(512, 128)), nn.ReLU()
+    ).eval()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_layer_computes_what_a_matrix_does(isa: str, dtype: torch.dtype) -> None:
+    layer = pruned(nn.Linear(100, 60)).to(dtype)
+    matrix = SparseMatrix.from_dense(layer.weight.detach().float().numpy(), dtype="int8")
+    x = torch.randn(3, 7, 100, generator=torch.Generator().manual_seed(2)).to(dtype)
+    expected = matrix.linear(x.float().numpy(), layer.bias.detach().float().numpy(), "relu")
+    sparsam.torch.pack(layer, dtype=torch.int8, activation="relu")
+    with torch.no_grad():
+        y = layer(x)
+    assert y.dtype is dtype
+    assert torch.equal(y, torch.from_numpy(expected).to(dtype))
+    assert "values=torch.int8" in repr(layer.weight)
+    assert layer.weight.packed.forms == ("slots",)
+    assert np.array_equal(
+        layer.weight.to_dense().float().numpy(), torch.from_numpy(matrix.to_dense()).to(dtype).float().numpy()
+    )
+    assert str(layer.weight.explain(4)).endswith("slots, the kernel of int8 values")
+
+
+def test_conversions_and_changes() -> None:
+    layer = pruned(nn.Linear(40, 24))
+    dense = layer.weight
+    sparsam.torch.pack(layer, dtype=torch.int8, batches=[1, 64])
+    again = copy.deepcopy(layer)
+    assert torch.equal(again.weight.to_dense(), layer.weight.to_dense())
+    assert again.bfloat16().weight.packed.dtype is torch.int8
+    with torch.no_grad():
+        layer.weight.mul_(2)
+    assert torch.allclose(layer.weight.to_dense(), 2 * dense.detach(), atol=float(dense.abs().max()) / 30)
+    assert layer.weight.packed.dtype is torch.int8
+    sparsam.torch.restore(again)
+    assert type(again.weight) is nn.Parameter
+
+
+def test_convolutions_have_float_values() -> None:
+    with pytest.raises(
+        TypeError, match=r"dtype: expected float values for a convolution; got torch.int8; use"
+    ):
+        sparsam.torch.pack(nn.Conv2d(8, 8, 3), dtype=torch.int8)
+
+
+def test_a_model_is_accelerated_saved_and_loaded(tmp_path: Path) -> None:
+    model, x = network(), torch.randn(5, 256, generator=torch.Generator().manual_seed(3))
+    dense = model(x).detach()
+    report = sparsam.torch.accelerate(model, x, values="int8", tolerance=0.05, min_gain=1e-6, verbose=False)
+    swapped = [row for row in report.layers if row.swapped]
+    if not swapped:
+        pytest.skip("this machine was too busy to see a gain")
+    assert report.difference is not None
+    assert 0 < report.difference <= 0.05
+    y = model(x).detach()
+    assert (y - dense).abs().max() <= 0.05 * dense.abs().max()
+    sparsam.torch.save(model, tmp_path)
+    file = tmp_path / "sparsam.safetensors"
+    assert file.stat().st_size < 0.2 * sum(p.numel() * 4 for p in network().parameters())
+    with torch.device("meta"):
+        loaded = network_on_meta()
+    assert sparsam.torch.load(loaded, tmp_path) == len(swapped)
+    assert torch.equal(loaded.eval()(x), y)
+    unpacked = [layer.weight.to_dense() for layer in loaded if isinstance(layer, nn.Linear)]
+    for layer, weight in zip((m for m in model if isinstance(m, nn.Linear)), unpacked, strict=True):
+        assert torch.equal(as_dense(layer.weight), weight)
+
+
+def network_on_meta() -> nn.Sequential:
+    return nn.Sequential(nn.Linear(256, 512), nn.GELU(), nn.Linear(512, 128), nn.ReLU())
+
+
+def as_dense(weight: Tensor) -> Tensor:
+    return weight.to_dense() if isinstance(weight, sparsam.torch.PackedTensor) else weight
+
+
+def test_layers_that_take_outputs_too_far_stay_dense() -> None:
+    model, x = network(), torch.randn(5, 256, generator=torch.Generator().manual_seed(3))
+    report = sparsam.torch.accelerate(model, x, values="int8", tolerance=1e-5, min_gain=1e-6, verbose=False)
+    assert not any(row.swapped for row in report.layers)
+    assert all("outputs differ by" in row.reason for row in report.layers)
+
+
+def test_what_is_refused() -> None:
+    with pytest.raises(ValueError, match="values: expected None, or \"int8\" and no dtype; got 'int3'; pass"):
+        sparsam.torch.accelerate(network(), values="int3")  # type: ignore[arg-type]
+    with pytest.raises(
+        ValueError, match=r'values: expected None, or "int8" and no dtype; got .*bfloat16; pass'
+    ):
+        sparsam.torch.accelerate(network(), values="int8", dtype=torch.bfloat16)
+    with pytest.raises(ValueError, match="tolerance: expected a number above 0; got -1; leave it out"):
+        sparsam.torch.accelerate(network(), values="int8", tolerance=-1)

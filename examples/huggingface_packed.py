@@ -12,7 +12,7 @@ import numpy as np
 from transformers import AutoModel, BertConfig, BertModel
 
 import sparsam
-import sparsam.torch.huggingface  # registers the packed form with transformers
+import sparsam.torch  # registers the packed form with transformers
 import torch
 
 torch.manual_seed(0)

@@ -58,6 +58,7 @@ def test_the_command_prints_the_result(
             parameters=22_713_216,
             pruned_layers=36,
             sparsity=0.8,
+            similarity={"pruned": 0.4321, "accelerated": 0.4322},
             report="what accelerate says",
             timings=(timing,),
             seconds=12.34,
@@ -75,6 +76,10 @@ def test_the_command_prints_the_result(
         line.split() for line in captured.out.splitlines()
     ]
     assert "took 12.3 s" in captured.out
+    lines = [line.split() for line in captured.out.splitlines()]
+    assert [
+        line for line in lines if line[:1] in (["dense"], ["pruned"], ["accelerated"]) and len(line) == 2
+    ] == [["dense", "1.0000"], ["pruned", "0.4321"], ["accelerated", "0.4322"]]
 
     assert main(["demo", "--model", "minilm", "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == {"seed": 0}
@@ -99,11 +104,15 @@ def test_the_real_model(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
         "sparsity",
         "parameters",
         "pruned_layers",
+        "similarity",
         "report",
         "timings",
         "seconds",
     ]
     assert (content["parameters"], content["pruned_layers"]) == (22_713_216, 36)
+    similarity = content["similarity"]
+    assert 0 < similarity["pruned"] < 0.99
+    assert similarity["accelerated"] == pytest.approx(similarity["pruned"], abs=1e-3)
     assert [(timing["sentences"], timing["tokens"]) for timing in content["timings"]] == [(1, 8), (4, 16)]
     for timing in content["timings"]:
         assert timing["cosine"] >= 1 - 1e-4

@@ -17,7 +17,7 @@ from numpy.typing import ArrayLike, NDArray
 from sparsam import scores
 from sparsam.analysis.random_masks import count_groups, draw_masks, generator
 from sparsam.config import PruningConfig
-from sparsam.inputs.checks import check_sparsity, expected, integer, positive, to_arrays
+from sparsam.inputs.checks import check_function, check_sparsity, expected, integer, positive, to_arrays
 from sparsam.masks import Mask
 from sparsam.patterns import NM
 from sparsam.pools import Pool, check_patterns, make_pools
@@ -202,6 +202,11 @@ def find_ticket(
         raise ValueError(
             expected("seeds", seeds, "at least one integer of at least 0", "pass (0, 1, 2), say")
         )
+    for what, function in (("train_fn", train_fn), ("eval_fn", eval_fn)):
+        check_function(what, function)
+    check_function("callback", callback, optional=True)
+    if not isinstance(controls, Iterable):
+        raise ValueError(expected("controls", controls, "names of controls", "pass () for none"))
     controls = (controls,) if isinstance(controls, str) else tuple(controls)
     for name in controls:
         if name not in CONTROLS:

@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from sparsam.checkpoint.locks import locked
+from sparsam.inputs.checks import expected
 
-__all__ = ["LOCK", "check_target", "flush", "publish", "remove_abandoned", "short"]
+__all__ = ["LOCK", "check_target", "flush", "open_folder", "publish", "remove_abandoned", "short"]
 
 LOCK = "lock"
 """The file in a folder of temporary files that says, by being locked, that its process is alive."""
@@ -35,6 +36,29 @@ def check_target(path: Path) -> Path:
         msg = f"{path}: expected a regular file to replace; got a folder, pipe or device; choose another name"
         raise ValueError(msg)
     return target
+
+
+def open_folder(what: str, path: str | os.PathLike[str]) -> Path:
+    """Returns a folder that is there from now on, with those around it.
+
+    Args:
+        what: What errors call it: the argument.
+        path: Where.
+
+    Raises:
+        ValueError: There is a file, there or on the way.
+        TypeError: It is no path.
+        OSError: It cannot be made.
+    """
+    do = "name a folder"
+    if not isinstance(path, (str, os.PathLike)):
+        raise TypeError(expected(what, path, "the path of a folder", do))
+    folder = Path(path)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise ValueError(expected(what, str(path), "a folder, or where one can be made", do)) from error
+    return folder
 
 
 def publish(writers: Mapping[Path, Callable[[Path], Any]]) -> None:

@@ -65,6 +65,12 @@ def positive(what: str, value: object) -> int:
     return number
 
 
+def check_function(what: str, value: object, *, optional: bool = False) -> None:
+    """Raises the TypeError that names `what` for a value that cannot be called; None passes if `optional`."""
+    if not callable(value) and not (optional and value is None):
+        raise TypeError(expected(what, value, "a function", "pass one"))
+
+
 def expected(what: str, got: object, wanted: str, do: str) -> str:
     """Returns the one form of an error's message: `what: expected wanted; got 'got'; do`.
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,6 +22,7 @@ from sparsam.reconstruction.alternating import admm_mask
 from sparsam.reconstruction.column_sweep import obs
 from sparsam.reconstruction.layer_problem import quadratic
 from sparsam.reconstruction.least_squares import refit
+from sparsam.selection import select
 from sparsam.statistics import InputStatistics
 
 __all__ = [
@@ -121,6 +122,8 @@ def fit_layer(problem: LayerProblem) -> LayerFit:
     4. the bias: mean of y - W' mean of x.
 
     c and d are those of `DAMPINGS` with which up to 32 rows fit the held-out inputs best; 1e-2 without these.
+
+    Zeros of W stay zero and count as pruned, whatever the optimum has in their places.
 
     Returns:
         The fit; a bias of None stays None.
@@ -276,10 +279,37 @@ def _ridge(
 def _choose(problem: LayerProblem, aim: NDArray[Any], seen: _Seen) -> tuple[NDArray[Any], Mask]:
     """The mask, and the weights that come with it."""
     name, sparsity, pattern = problem.name, problem.sparsity, problem.pattern
+    alive = problem.weights != 0
+    aim = aim if alive.all() else np.where(alive, aim, 0).astype(aim.dtype)
     if problem.method == "obs":
         found = obs(aim, seen, sparsity=sparsity, pattern=pattern, scope=problem.scope, name=name)
+        if (mask := _without_zeros(problem, aim, alive, seen, found.mask)) is not found.mask:
+            found = obs(aim, seen, mask, name=name)
         return found.weights, found.mask
-    return aim, admm_mask(aim, seen, sparsity=sparsity, pattern=pattern, damping=_DAMPING, name=name)
+    chosen = admm_mask(aim, seen, sparsity=sparsity, pattern=pattern, damping=_DAMPING, name=name)
+    return aim, _without_zeros(problem, aim, alive, seen, chosen)
+
+
+def _without_zeros(
+    problem: LayerProblem, aim: NDArray[Any], alive: NDArray[np.bool_], seen: _Seen, mask: Mask
+) -> Mask:
+    """The mask, or where it would revive zeros, another of the same count that prunes these first.
+
+    What it kept beside them stays before the rest, in the order of |w_j| sqrt(H_jj).
+    """
+    keep = mask.to_array()
+    if not (keep & ~alive).any():
+        return mask
+    sizes = np.sqrt(np.maximum(seen.gram.diagonal(), 0)).reshape(1, *aim.shape[1:])
+    scores = np.abs(aim).astype(np.float64) * sizes
+    scores /= 2 * (scores.max(initial=0) or 1)
+    ranked = np.where(alive, scores + keep + 1e-9, 0)
+    chosen = select(ranked, problem.sparsity, problem.pattern, scope=_scope(problem), name=problem.name)
+    return Mask.from_array(chosen.to_array() & alive)
+
+
+def _scope(problem: LayerProblem) -> Literal["layer", "row"]:
+    return "row" if problem.scope == "row" else "layer"
 
 
 class _Trial:

@@ -42,7 +42,7 @@ from sparsam.torch.pruning.training_callbacks import lightning_callback, trainer
 from sparsam.torch.pruning.while_training import Pruner
 from sparsam.torch.serialization.files import load, save
 from sparsam.torch.sparse_tensors import from_sparse_tensor, to_sparse_tensor
-from sparsam.torch.transformers_models import register
+from sparsam.torch.transformers_models import register_when_imported
 
 __all__ = [
     "AccelerationReport",
@@ -75,7 +75,7 @@ __all__ = [
     "trainer_callback",
 ]
 
-register()
+register_when_imported()
 
 if not any(
     _core.adopt_runtime(str(library))

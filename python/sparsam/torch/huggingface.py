@@ -1,11 +1,12 @@
 """Hugging Face transformers: `save_pretrained` and `from_pretrained` know packed weights.
 
-import sparsam.torch.huggingface  # needs transformers 5
+import sparsam.torch  # registers the quantization method `sparsam`; needs transformers 5
+from transformers import AutoModel
 
 model = AutoModel.from_pretrained(folder)  # packed layers at once, from the folder of an accelerated model
 
-Importing it registers the quantization method `sparsam`. `import sparsam.torch` does that too where
-transformers was imported before; by itself it does not import transformers, which takes seconds.
+`import sparsam.torch` imports this module where transformers' models are imported, before or after it; by
+itself it does not import transformers, which takes seconds.
 """
 
 from __future__ import annotations

@@ -25,6 +25,12 @@ def from_sparse_tensor(tensor: Tensor) -> SparseMatrix:
         TypeError: It is not a sparse tensor, or has another dtype.
         ValueError: It is not two-dimensional, or not on the CPU.
     """
+    if not isinstance(tensor, Tensor):
+        got = type(tensor).__name__
+        msg = (
+            f"tensor: expected a sparse tensor of PyTorch; got {got}; use SparseMatrix.from_dense for arrays"
+        )
+        raise TypeError(msg)
     if tensor.layout == torch.strided or tensor.dtype not in _DTYPES:
         wanted = "a sparse tensor of float32, float64, bfloat16 or float16"
         msg = f"tensor: expected {wanted}; got {tensor.layout} of {tensor.dtype}; use from_dense or .to"
@@ -45,6 +51,10 @@ def from_sparse_tensor(tensor: Tensor) -> SparseMatrix:
 
 def to_sparse_tensor(matrix: SparseMatrix) -> Tensor:
     """The matrix as a tensor of layout torch.sparse_coo and its dtype, every stored weight an entry."""
+    if not isinstance(matrix, SparseMatrix):
+        got = type(matrix).__name__
+        msg = f"matrix: expected a SparseMatrix; got {got}; make one with SparseMatrix.from_dense"
+        raise TypeError(msg)
     packed = matrix._state.forms.readable()
     values = torch.from_numpy(packed.values().astype(np.float32)).to(getattr(torch, packed.dtype))
     places = torch.from_numpy(np.stack(np.nonzero(keep_of(packed))))

@@ -3,11 +3,45 @@
 from __future__ import annotations
 
 import sys
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec
+from importlib.util import find_spec
+from types import ModuleType
 from typing import Any
 
 from torch import nn
 
-__all__ = ["announce", "register", "withdraw"]
+__all__ = ["announce", "register", "register_when_imported", "withdraw"]
+
+_MODELS = "transformers.modeling_utils"  # without which transformers loads no model
+
+
+class _WaitForModels(MetaPathFinder):
+    """Registers packed weights at the end of the import of transformers' models, and finds nothing itself."""
+
+    def find_spec(self, fullname: str, path: object = None, target: object = None) -> ModuleSpec | None:
+        del path, target
+        if fullname != _MODELS:
+            return None
+        sys.meta_path.remove(self)
+        spec = find_spec(fullname)
+        if spec is not None and spec.loader is not None:
+            run = spec.loader.exec_module
+
+            def run_and_register(module: ModuleType) -> None:
+                run(module)
+                register()
+
+            spec.loader.exec_module = run_and_register  # type: ignore[method-assign]
+        return spec
+
+
+def register_when_imported() -> None:
+    """Registers packed weights with transformers: now, or as soon as that is imported."""
+    if _MODELS in sys.modules:
+        register()
+    elif not any(isinstance(finder, _WaitForModels) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _WaitForModels())
 
 
 def register() -> None:

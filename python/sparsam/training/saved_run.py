@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sparsam import checkpoint
-from sparsam.checkpoint.atomic import publish, remove_abandoned
+from sparsam.checkpoint.atomic import open_folder, publish, remove_abandoned
 from sparsam.checkpoint.json_state import (
     Count,
     Document,
@@ -149,9 +149,9 @@ class StateDir(AbstractContextManager["StateDir"]):
         """Makes the folder if needed and locks it.
 
         Raises:
-            ValueError: Another run is using it.
+            ValueError: Another run is using it, or it is a file.
         """
-        path.mkdir(parents=True, exist_ok=True)
+        open_folder("state_dir", path)
         self._path = path
         self._state = path / "state.json"
         self._identity = identity

@@ -1,4 +1,4 @@
-"""What each process of the test of DistributedDataParallel does: a module that they can import."""
+"""What each process of the tests of DistributedDataParallel does: a module that they can import."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch.nn.parallel import DistributedDataParallel
 from training_cases import mlp
 
 import torch
-from sparsam.torch import Pruner
+from sparsam.torch import Pruner, prune
 
 CASES: dict[str, dict[str, Any]] = {
     "magnitude": {},
@@ -42,4 +42,22 @@ def work(rank: int, folder: str) -> None:
             optimizer.step()
             pruner.step()
         torch.save([model.module.state_dict(), pruner.state_dict()], f"{folder}/{case}-{rank}.pt")
+    train_pruned(rank, folder)
     dist.destroy_process_group()
+
+
+def train_pruned(rank: int, folder: str) -> None:
+    """A model that `prune` pruned, with other calibration in each process, is trained further."""
+    plain = mlp(rank)
+    batches = [torch.randn(64, 20, generator=torch.Generator().manual_seed(10 * rank + i)) for i in range(5)]
+    prune(plain, None, batches, target_sparsity=0.8)
+    model = DistributedDataParallel(plain)  # both have what process 0 pruned from here on
+    pruner = Pruner(model, target_sparsity=0.8, schedule="one_shot")
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, weight_decay=0.5)
+    for step in range(4):
+        optimizer.zero_grad()
+        inputs = torch.randn(8, 20, generator=torch.Generator().manual_seed(10 * step + rank))
+        model(inputs).square().mean().backward()
+        optimizer.step()
+        pruner.step()
+    torch.save([plain.state_dict(), pruner.state_dict()], f"{folder}/pruned-{rank}.pt")

@@ -1,4 +1,4 @@
-"""`Pruner` in DistributedDataParallel: two processes, gloo."""
+"""`Pruner`, and models that `prune` pruned, in DistributedDataParallel: two processes, gloo."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import torch
 def test_both_processes_have_the_same_masks_bit_for_bit(tmp_path: Path) -> None:
     start: Any = spawn
     start(work, (str(tmp_path),), nprocs=2)
-    for case in CASES:
+    for case in (*CASES, "pruned"):
         (weights, state), (other_weights, other_state) = (
             torch.load(tmp_path / f"{case}-{rank}.pt", weights_only=True) for rank in (0, 1)
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import shutil
 import warnings
 from typing import Any
 
@@ -90,6 +91,16 @@ def test_a_pruned_model_is_an_ordinary_model(name: str) -> None:
     other, _ = model_and_batches(name)
     other.load_state_dict(model.state_dict())
     assert torch.equal(output(other, batches[0]), want)
+
+
+def test_a_pruned_model_is_compiled_by_the_real_compiler() -> None:
+    if shutil.which("c++") is None:
+        pytest.skip("no C++ compiler on this machine")
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))
+    prune(model, None, [normal(i, 64, 8) for i in range(5)], target_sparsity=0.5)
+    compiled: Any = torch.compile(model, fullgraph=True)
+    torch.testing.assert_close(compiled(normal(9, 64, 8)), model(normal(9, 64, 8)))
 
 
 def test_without_calibration_as_arrays() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -214,6 +215,13 @@ def integer_layer() -> nn.Module:
     return layer
 
 
+def old_norm(name: str, layer: nn.Module, weight: str = "weight") -> nn.Module:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # newer torch prefers parametrizations
+        result: nn.Module = getattr(nn.utils, name)(layer, weight)
+    return result
+
+
 OBSTACLES: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "packed": (packed_layer, "a packed one; call sparsam.torch.restore"),
     "parametrized": (parametrized_layer, "one computed by a parametrization; call torch.nn.utils"),
@@ -224,6 +232,14 @@ OBSTACLES: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "torch's pruning": (
         lambda: prune.l1_unstructured(nn.Linear(4, 4), "weight", 0.5),  # type: ignore[no-untyped-call]
         r"one that torch.nn.utils.prune computes; call torch.nn.utils.prune.remove\(module, 'weight'\)",
+    ),
+    "weight norm by a hook": (
+        lambda: old_norm("weight_norm", nn.Linear(4, 4)),
+        r"one that torch.nn.utils.weight_norm computes; call torch.nn.utils.remove_weight_norm\(module, 'we",
+    ),
+    "spectral norm by a hook": (
+        lambda: old_norm("spectral_norm", nn.Linear(4, 4)),
+        r"one that torch.nn.utils.spectral_norm computes; call torch.nn.utils.remove_spectral_norm\(modul",
     ),
     "sparse": (sparse_layer, "one of the layout sparse_coo; make it dense"),
     "meta": (lambda: nn.Linear(4, 4, device="meta"), "one on the meta device, which has no values"),
@@ -242,6 +258,24 @@ def test_what_cannot_be_pruned_as_it_is(case: str) -> None:
     weights, dense = prunable_weights(model, exclude=("0",))
     assert [weight.name for weight in weights] == ["1.weight"]
     assert dense["0.weight"] == "excluded"
+
+
+@pytest.mark.parametrize("name", ["weight_norm", "spectral_norm"])
+def test_the_advice_on_norms_by_hooks_works(name: str) -> None:
+    for layer, weight in (
+        (nn.Linear(4, 6), "weight"),
+        (nn.Conv1d(4, 6, 3), "weight"),
+        (nn.LSTM(4, 6), "weight_hh_l0"),
+        (nn.MultiheadAttention(4, 2), "in_proj_weight"),
+    ):
+        plain = {*found(nn.Sequential(layer))}
+        module = old_norm(name, layer, weight)
+        with pytest.raises(
+            ValueError, match=rf"call torch.nn.utils.remove_{name}\(module, '{weight}'\) first"
+        ):
+            prunable_weights(nn.Sequential(module))
+        getattr(nn.utils, f"remove_{name}")(module, weight)
+        assert {*found(nn.Sequential(module))} == plain
 
 
 @pytest.mark.parametrize("call", [prunable_weights, sparsam.torch.prune, sparsam.torch.find_smallest])

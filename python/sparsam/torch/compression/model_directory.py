@@ -15,7 +15,7 @@ from torch import nn
 
 __all__ = ["ModelDirectory", "copy_companions", "read_directory", "weight_bytes", "without_bars"]
 
-_ENDINGS = ("safetensors", "bin", "h5", "msgpack", "onnx", "gguf", "pt", "pth", "ckpt", "ot")
+_ENDINGS = ("safetensors", "bin", "h5", "msgpack", "onnx", "onnx_data", "gguf", "pt", "pth", "ckpt", "ot")
 
 
 @dataclass(frozen=True)
@@ -24,6 +24,7 @@ class ModelDirectory:
 
     Attributes:
         path: The directory.
+        part: The folder in it that has the model itself: ".", or one as sentence-transformers once had it.
         model: The model, on the CPU, in float32 and eval mode.
         tokenizer: Its tokenizer.
         causal: Whether it is a language model that predicts the next token.
@@ -31,10 +32,16 @@ class ModelDirectory:
     """
 
     path: Path
+    part: str
     model: nn.Module
     tokenizer: Any
     causal: bool
     longest: int
+
+    @property
+    def nbytes(self) -> int:
+        """Of its weight files."""
+        return weight_bytes(self.path / self.part)
 
 
 def read_directory(path: Path) -> ModelDirectory:
@@ -45,14 +52,20 @@ def read_directory(path: Path) -> ModelDirectory:
             (an encoder-decoder, say).
         ImportError: transformers is not installed.
     """
-    if not (path / "config.json").is_file():
+    part = _part(path)
+    inner = path / part
+    if not (inner / "config.json").is_file():
         raise ValueError(
             expected("model", str(path), "a Hugging Face directory with config.json", "check the path")
         )
     import transformers  # noqa: PLC0415 - an extra, and slow to import
     from transformers.models.auto import modeling_auto  # noqa: PLC0415
 
-    config: Any = transformers.AutoConfig.from_pretrained(path, local_files_only=True)
+    try:
+        config: Any = transformers.AutoConfig.from_pretrained(inner, local_files_only=True)
+    except (OSError, ValueError) as error:
+        wanted = "a model that transformers reads"
+        raise ValueError(expected("model", str(path), wanted, f"check config.json ({error})")) from error
     if getattr(config, "is_encoder_decoder", False):
         wanted = "an encoder or a decoder"
         do = "call sparsam.torch.prune with inputs of your own"
@@ -62,9 +75,9 @@ def read_directory(path: Path) -> ModelDirectory:
     kind: Any = getattr(transformers, names[0], transformers.AutoModel) if names else transformers.AutoModel
     try:
         with without_bars():
-            model = kind.from_pretrained(path, local_files_only=True).float().eval()
-        tokenizer: Any = transformers.AutoTokenizer.from_pretrained(path, local_files_only=True)
-    except OSError as error:
+            model = kind.from_pretrained(inner, local_files_only=True).float().eval()
+        tokenizer: Any = transformers.AutoTokenizer.from_pretrained(inner, local_files_only=True)
+    except (OSError, ValueError) as error:
         wanted = "a model and a tokenizer that transformers reads"
         raise ValueError(expected("model", str(path), wanted, f"check its files ({error})")) from error
     if tokenizer.pad_token is None:
@@ -74,7 +87,7 @@ def read_directory(path: Path) -> ModelDirectory:
         for number in (getattr(config, "max_position_embeddings", None), tokenizer.model_max_length, 1 << 20)
         if number
     )
-    return ModelDirectory(path, model, tokenizer, causal, longest)
+    return ModelDirectory(path, part, model, tokenizer, causal, longest)
 
 
 @contextmanager
@@ -92,18 +105,42 @@ def without_bars() -> Iterator[None]:
             bars.enable_progress_bar()
 
 
-def copy_companions(source: Path, target: Path) -> None:
+def copy_companions(source: Path, target: Path, part: str = ".") -> None:
     """Copies what a directory holds beside its weights: tokenizer, generation and pooling files, folders.
 
+    Folders with weights, such as `onnx`, hold the dense model in other forms and are left out, as are hidden
+    ones; those that sentence-transformers' `modules.json` names are parts of the model, and are copied.
     Existing files in `target` are kept.
     """
+    parts = set(_parts(source))
     for item in sorted(source.iterdir()):
-        if (target / item.name).exists() or _holds_weights(item):
+        place = target / item.name
+        if item.name == part:
+            copy_companions(item, place)
+        elif place.exists() or _holds_weights(item):
             continue
-        if item.is_dir():
-            shutil.copytree(item, target / item.name, symlinks=False)
-        else:
-            shutil.copyfile(item, target / item.name)
+        elif not item.is_dir():
+            shutil.copyfile(item, place)
+        elif item.name in parts or not (
+            item.name.startswith(".") or any(map(_holds_weights, item.rglob("*")))
+        ):
+            shutil.copytree(item, place, symlinks=False)
+
+
+def _parts(path: Path) -> list[str]:
+    """The folders that sentence-transformers' modules.json names, in its order; none without that."""
+    try:
+        modules = json.loads((path / "modules.json").read_text(encoding="utf-8"))
+        return [str(module["path"]) for module in modules]
+    except (OSError, ValueError, TypeError, KeyError):
+        return []
+
+
+def _part(path: Path) -> str:
+    """The folder with the model: the first that modules.json names, where the directory itself has none."""
+    first = next(iter(_parts(path)), "")
+    plain = first and Path(first).name == first
+    return first if plain and not (path / "config.json").is_file() else "."
 
 
 def _holds_weights(item: Path) -> bool:

@@ -59,7 +59,7 @@ class QualityMeasure:
         self.measure = "perplexity"
         if causal:
             return
-        with torch.inference_mode():
+        with torch.no_grad():
             if hasattr(dense(**batches[0]), "logits"):
                 self.measure, self._predictions = "agreement", _predictions(dense, batches)
             else:
@@ -67,7 +67,7 @@ class QualityMeasure:
 
     def of(self, model: nn.Module) -> Quality:
         """Returns the quality of a model."""
-        with torch.inference_mode():
+        with torch.no_grad():
             if self.measure == "perplexity":
                 value = _perplexity(model, self._batches)
             elif self.measure == "agreement":
@@ -130,7 +130,7 @@ def _embeddings(model: nn.Module, batches: Sequence[dict[str, Tensor]]) -> NDArr
 
 def mean_state(output: Any, batch: Batch) -> Tensor:
     """The embeddings of sentences, as `distill` asks for them: the mean over the tokens of the last state."""
-    return _mean(output, batch.kwargs["attention_mask"])
+    return _mean(output, batch.named["attention_mask"])
 
 
 def _mean(output: Any, attention_mask: Tensor) -> Tensor:

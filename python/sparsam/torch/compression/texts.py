@@ -61,7 +61,11 @@ def read_texts(file: Path) -> list[str]:
 
 def distinct_texts(lines: Iterable[str], where: str = "") -> list[str]:
     """Returns the texts that are not blank, each once, in their order; ValueError if there are too few."""
-    texts = list(dict.fromkeys(line.strip() for line in lines if line.strip()))
+    given = list(lines)
+    for line in given:
+        if not isinstance(line, str):
+            raise TypeError(expected("calibration", line, "texts", "pass a list of str, or a file"))
+    texts = list(dict.fromkeys(line.strip() for line in given if line.strip()))
     if len(texts) < 2 * HELD_OUT:
         wanted = f"at least {2 * HELD_OUT} different lines of text"
         raise ValueError(expected("calibration", f"{len(texts)}{where}", wanted, "give more text"))

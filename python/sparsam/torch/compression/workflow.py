@@ -8,13 +8,15 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
 import torch
 from sparsam.config import PruningConfig
 from sparsam.inputs.checks import expected
+from sparsam.pruner import configured
 from sparsam.torch.acceleration.workflow import accelerate
 from sparsam.torch.compression.compression_report import CompressionReport, Stage
 from sparsam.torch.compression.model_directory import (
@@ -28,6 +30,7 @@ from sparsam.torch.compression.quality import QualityMeasure, check_outputs, mea
 from sparsam.torch.compression.texts import TextBatches, batches_of, distinct_texts, read_texts
 from sparsam.torch.compression.timing import example, time_in_turn
 from sparsam.torch.pruning.distillation import distill
+from sparsam.torch.pruning.gradients import GRADIENT_METHODS
 from sparsam.torch.pruning.one_shot import prune
 from torch import Tensor, nn
 
@@ -59,7 +62,8 @@ def compress(
         model: A directory that transformers reads: an encoder or a decoder, with its tokenizer.
         calibration: A UTF-8 file with a text on each line, or the texts; no labels.
         output: The directory to write; it must not exist. Everything in `model` besides its weights is
-            copied; `from_pretrained` reads it once `sparsam.torch.huggingface` is imported.
+            copied, but for folders with the dense model in other forms, such as `onnx`; `from_pretrained`
+            reads it once `sparsam.torch` is imported.
         config: What to prune; `PruningConfig(target_sparsity=0.8, method="admm")` if left out.
         distill_minutes: How long to train on the texts afterwards; 0: not at all. If that does not improve
             the held-out quality, the weights from before are kept.
@@ -75,15 +79,24 @@ def compress(
         ImportError: transformers is not installed.
     """
     start = time.perf_counter()
+    for what, value in (("model", model), ("output", output)):
+        if not isinstance(value, (str, os.PathLike)):
+            raise TypeError(expected(what, value, "the path of a directory", "pass text or a Path"))
     target = Path(output)
     if target.exists() or target.is_symlink():
         raise ValueError(expected("output", str(target), "a directory that does not exist yet", "remove it"))
-    if not (math.isfinite(distill_minutes) and distill_minutes >= 0):
+    if not (isinstance(distill_minutes, Real) and math.isfinite(distill_minutes) and distill_minutes >= 0):
         raise ValueError(expected("distill_minutes", distill_minutes, "a number from 0", "leave it out"))
-    given = PruningConfig(target_sparsity=0.8, method="admm") if config is None else config
-    texts = (
-        read_texts(Path(calibration)) if isinstance(calibration, (str, Path)) else distinct_texts(calibration)
-    )
+    given = PruningConfig(target_sparsity=0.8, method="admm") if config is None else configured(config)
+    if given.method in GRADIENT_METHODS:
+        wanted = "one that needs no labels: 'admm', 'obs', 'wanda', 'ria', 'magnitude' or 'random'"
+        raise ValueError(expected("method", given.method, wanted, "use sparsam.torch.prune with a loss_fn"))
+    if isinstance(calibration, (str, os.PathLike)):
+        texts = read_texts(Path(calibration))
+    elif isinstance(calibration, Iterable):
+        texts = distinct_texts(calibration)
+    else:
+        raise TypeError(expected("calibration", calibration, "a file or texts", "pass a list of texts"))
     parts = 6 if distill_minutes else 5
     progress("reading", 0, parts)
     source = read_directory(Path(model))
@@ -92,10 +105,10 @@ def compress(
     batches = batches_of(texts, source.tokenizer, running=source.causal, longest=source.longest)
     check_outputs(source.model, batches.held_out[0])
     chosen = _shapes(source, shapes)
-    vocabulary = int(source.model.config.vocab_size)  # type: ignore[union-attr, arg-type]
+    vocabulary = int(source.model.config.vocab_size)
     examples = [example(shape, vocabulary) for shape in chosen]
     work = _Work(source, batches)
-    work.reach("dense", weight_bytes(source.path))
+    work.reach("dense", source.nbytes)
 
     progress("pruning", 1, parts)
     pruned = prune(work.model, given, batches.calibration, calibration_samples=_SAMPLES[batches.unit])
@@ -114,7 +127,7 @@ def compress(
     progress("accelerating", parts - 2, parts)
     accelerated = accelerate(work.model, examples, verbose=False)
     _save(work.model, source, target)
-    work.reach("accelerated", weight_bytes(target))
+    work.reach("accelerated", weight_bytes(target / source.part))
     progress("measuring", parts - 1, parts)
     timings = time_in_turn(work.dense, work.model, examples, _SECONDS)
     progress("measuring", parts, parts)
@@ -136,7 +149,10 @@ def _shapes(source: ModelDirectory, shapes: Sequence[tuple[int, int]] | None) ->
     """The requested shapes, checked, or the default ones."""
     if not shapes:
         return tuple((rows, min(tokens, source.longest)) for rows, tokens in _SHAPES[source.causal])
-    for rows, tokens in shapes:
+    for shape in shapes:
+        if not isinstance(shape, Sequence) or len(shape) != 2:
+            raise ValueError(expected("shapes", shape, "pairs (texts, tokens)", "pass ((1, 16),), say"))
+        rows, tokens = shape
         if rows < 1 or not 1 <= tokens <= source.longest:
             wanted = f"(texts, tokens) from (1, 1), of at most {source.longest} tokens"
             raise ValueError(expected("shapes", (rows, tokens), wanted, "correct it"))
@@ -187,8 +203,8 @@ def _save(model: nn.Module, source: ModelDirectory, target: Path) -> None:
     try:
         saved: Any = model
         with without_bars():
-            saved.save_pretrained(beside)
-        copy_companions(source.path, beside)
+            saved.save_pretrained(beside / source.part)
+        copy_companions(source.path, beside, source.part)
         beside.chmod(0o777 & ~_umask())
         os.rename(beside, target)  # noqa: PTH104 - fails if the target came into being meanwhile
     except BaseException:

@@ -71,6 +71,9 @@ def pack(
         TypeError: Another kind of layer or of numbers; a layer that is packed already.
         ValueError: The layer is not on the CPU; an unknown activation; a batch below 1.
     """
+    if not isinstance(layer, nn.Module):
+        msg = f"layer: expected a torch.nn.Module; got {type(layer).__name__}; pass a layer of the model"
+        raise TypeError(msg)
     packed = PackedLayer.of(layer, dtype=dtype)
     packed.activation = activation
     for weight in packed.weights if batches else ():

@@ -28,12 +28,14 @@ class Batch:
         kwargs: Keyword inputs.
         given: The batch as the caller gave it, labels included.
         samples: The number of samples: the length of the first axis of its first tensor.
+        named: All inputs by the names that the model's forward has for them.
     """
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     given: Any
     samples: int
+    named: Mapping[str, Any]
 
     def tensors(self) -> Iterator[Tensor]:
         """All tensors among the inputs."""
@@ -46,7 +48,7 @@ class Batch:
             shape: The shape of the inputs without the last axis.
         """
         found = None
-        for name, value in self.kwargs.items():
+        for name, value in self.named.items():
             if not name.endswith("attention_mask") or not isinstance(value, Tensor) or value.ndim != 2:
                 continue
             if value.shape == shape:
@@ -55,14 +57,9 @@ class Batch:
                 found = value
             elif tuple(shape) == (value.numel(),) and found is None:
                 found = value.reshape(-1)
-        if (
-            found is not None
-            and "decoder_input_ids" in self.kwargs
-            and "decoder_attention_mask" not in self.kwargs
-        ):
-            ids = self.kwargs["decoder_input_ids"]
-            if isinstance(ids, Tensor) and ids.shape == shape:
-                return None
+        ids = self.named.get("decoder_input_ids")
+        if isinstance(ids, Tensor) and ids.shape == shape and "decoder_attention_mask" not in self.named:
+            return None
         return None if found is None else found.reshape(-1) != 0
 
 
@@ -139,7 +136,7 @@ def to_batch(what: str, signature: inspect.Signature, given: Any, index: int) ->
         msg = f"{what}: batch {index}: expected {_FORMS}; got {got} without a tensor; tokenize texts"
         raise ValueError(msg)
     try:
-        signature.bind(*args, **kwargs)
+        named = _by_name(signature, args, kwargs)
     except TypeError as error:
         names = ", ".join(signature.parameters)
         got = ", ".join(kwargs) if kwargs else f"{len(args)} positional ones"
@@ -153,7 +150,16 @@ def to_batch(what: str, signature: inspect.Signature, given: Any, index: int) ->
             msg = f"{what}: batch {index}: expected finite numbers; got NaN or infinity; leave it out"
             raise ValueError(msg)
     first = tensors[0]
-    return Batch(args, kwargs, given, first.shape[0] if first.ndim else 1)
+    return Batch(args, kwargs, given, first.shape[0] if first.ndim else 1, named)
+
+
+def _by_name(
+    signature: inspect.Signature, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The inputs by name; TypeError for those that a forward does not take."""
+    bound = signature.bind(*args, **kwargs).arguments
+    rest = [p.name for p in signature.parameters.values() if p.kind is inspect.Parameter.VAR_KEYWORD]
+    return {name: value for name, value in bound.items() if name not in rest} | dict(kwargs)
 
 
 def _positional(signature: inspect.Signature) -> int | None:
@@ -175,7 +181,7 @@ def distinct_tokens(batches: Iterable[Batch]) -> tuple[int, int] | None:
     """The number of different token ids, and of all token ids; None if the inputs are not token ids."""
     found: list[Tensor] = []
     for batch in batches:
-        ids = batch.kwargs.get("input_ids", batch.args[0] if batch.args else None)
+        ids = batch.named.get("input_ids", batch.args[0] if batch.args else None)
         if not isinstance(ids, Tensor) or ids.is_floating_point() or ids.dtype is torch.bool or ids.ndim < 1:
             return None
         mask = batch.row_mask(ids.shape)

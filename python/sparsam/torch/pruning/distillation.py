@@ -2,30 +2,30 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping
+from numbers import Real
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from sparsam.checkpoint.atomic import publish
+from sparsam.checkpoint.atomic import open_folder
 from sparsam.inputs.checks import expected, positive
-from sparsam.torch.pruning.calibration import Batch, to_batch
+from sparsam.torch.pruning.calibration import Batch
 from sparsam.torch.pruning.distillation_report import DistillationReport
+from sparsam.torch.pruning.distillation_run import DistillationRun
 from sparsam.torch.pruning.hidden_states import HiddenStates, block_names, first_tensor
 from sparsam.torch.pruning.masked_weights import MaskedWeights, zeros_of
 from sparsam.torch.pruning.progress_bar import ProgressBar
-from sparsam.torch.pruning.saved_progress import digest_of
+from sparsam.torch.pruning.saved_progress import digest_of, function_digest
 from sparsam.torch.pruning.while_training import Pruner
 from sparsam.training.callbacks import sparsity_of
 from torch import Tensor, nn
 
 __all__ = ["distill"]
 
-FILE = "distillation.pt"
+_LEARNING_RATE = 5e-4
 _WARM = 0.1  # of the training, until the learning rate is at its largest
 _HIDDEN = 0.1  # how much hidden states count beside outputs
 
@@ -41,7 +41,7 @@ def distill(
     output: Callable[[Any, Batch], Tensor] | None = None,
     pruner: Pruner | None = None,
     optimizer: torch.optim.Optimizer | None = None,
-    learning_rate: float = 5e-4,
+    learning_rate: float | None = None,
     state_dir: str | Path | None = None,
     checkpoint_every: int = 100,
     progress: bool = False,
@@ -68,11 +68,12 @@ def distill(
         pruner: The student's pruner: stepped after each step, so that sparsity can grow during training.
         optimizer: An optimizer of the student's Parameters, used as it is. Default: AdamW without weight
             decay over all Parameters that require gradients except embeddings.
-        learning_rate: The largest learning rate of the default AdamW: it rises to this over the first tenth
-            of the training and then decays along a cosine to 0.
+        learning_rate: The largest learning rate of the default AdamW, 5e-4 if left out: it rises to this over
+            the first tenth of the training and then decays along a cosine to 0. An optimizer of yours has its
+            own.
         state_dir: A folder, made if needed, where the state is saved every `checkpoint_every` steps. If it
             holds one, training resumes from there with the same batches, also those of a DataLoader that
-            shuffles.
+            shuffles. Other batches than before are refused.
         checkpoint_every: The number of steps between saves; a killed run loses at most so many.
         progress: Show a progress bar with the time left on standard error.
 
@@ -81,10 +82,13 @@ def distill(
 
     Raises:
         ValueError: There are no batches; student and teacher are the same model, or give different shapes; a
-            loss is not finite; `state_dir` is of another run, teacher or set of zeros. The student is then
-            still valid and its zeros are kept, as after KeyboardInterrupt.
+            loss is not finite; `state_dir` is of another run, teacher, set of zeros or output, or of other
+            batches. The student is then still valid and its zeros are kept, as after KeyboardInterrupt.
+        TypeError: An argument is of another type.
     """
     _check(student, teacher, steps, seconds, layers)
+    _check_kinds(batches, output, pruner, optimizer)
+    largest = _largest_rate(learning_rate, optimizer)
     masked = _masked(student, pruner)
     before = _sparsity(student, masked, pruner)
     names = [] if layers == "outputs" else block_names(student)[-1 if layers == "last" else 0 :]
@@ -97,17 +101,19 @@ def distill(
     if optimizer is None:
         trained = _trained(student)
         fused = all(parameter.device.type == "cpu" for parameter in trained)
-        optimizer = torch.optim.AdamW(trained, lr=learning_rate, weight_decay=0.0, fused=fused)
+        optimizer = torch.optim.AdamW(trained, lr=largest, weight_decay=0.0, fused=fused)
     if pruner is not None:
         pruner._weights.check_model("student", student)
     if pruner is not None and pruner.optimizer is None:
         pruner.optimizer = optimizer
     positive("checkpoint_every", checkpoint_every)
-    run = _Run(student, optimizer, pruner, None if state_dir is None else Path(state_dir) / FILE)
-    run.identity = {"layers": layers, "steps": steps, "blocks": names, "rate": learning_rate if own else None}
+    folder = None if state_dir is None else open_folder("state_dir", state_dir)
+    run = DistillationRun(student, optimizer, pruner, folder)
+    run.identity = {"layers": layers, "steps": steps, "blocks": names, "rate": largest if own else None}
     if state_dir is not None:
         run.identity["teacher"] = digest_of(teacher.state_dict()).hex()
         run.identity["zeros"] = None if pruner is not None else _digest(masked)
+        run.identity["output"] = None if output is None else function_digest(output)
     modes = [(module, module.training) for model in (student, teacher) for module in model.modules()]
     moving = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     idle = [p for p in student.parameters() if p.requires_grad and id(p) not in moving]
@@ -125,14 +131,14 @@ def distill(
             torch.enable_grad(),
         ):
             start = time.monotonic() - run.seconds
-            for batch in _endless(student, batches, run):
+            for batch in run.through(batches):
                 share = _share(run.step, time.monotonic() - start, steps, seconds)
                 if share >= 1:
                     run.stopped = "steps" if steps is not None and run.step >= steps else "seconds"
                     break
                 if own:
                     for group in optimizer.param_groups:
-                        group["lr"] = learning_rate * _rate(share)
+                        group["lr"] = largest * _rate(share)
                 with torch.no_grad():
                     target = _output(teacher, batch, output, "teacher")
                 found = _output(student, batch, output, "student")
@@ -169,97 +175,6 @@ def distill(
     return DistillationReport(run.step, run.seconds, run.stopped, tuple(run.losses), (before, after))
 
 
-@dataclass
-class _Run:
-    """The progress of a run, and the file it is saved in."""
-
-    student: nn.Module
-    optimizer: torch.optim.Optimizer
-    pruner: Pruner | None
-    file: Path | None
-    identity: dict[str, Any] = field(default_factory=dict)
-    step: int = 0
-    seconds: float = 0.0
-    stopped: str = "batches"
-    losses: list[float] = field(default_factory=list)
-    place: int = 0
-    epoch_start: Tensor | None = None
-    random: Tensor | None = None
-
-    def save(self) -> None:
-        if self.file is None:
-            return
-        self.file.parent.mkdir(parents=True, exist_ok=True)
-        state = {
-            "identity": self.identity,
-            "progress": [self.step, self.seconds, self.losses, self.place],
-            "student": self.student.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "pruner": None if self.pruner is None else self.pruner.state_dict(),
-            "random": [self.epoch_start, torch.get_rng_state()],
-        }
-        publish({self.file: lambda path: torch.save(state, path)})
-
-    def resume(self) -> bool:
-        if self.file is None or not self.file.is_file():
-            return False
-        try:
-            state = torch.load(self.file, weights_only=True)
-            differing = [key for key, value in self.identity.items() if state["identity"][key] != value]
-        except Exception as error:
-            got = type(error).__name__
-            msg = f"{self.file}: expected a state of distill; got {got}; delete it to start again"
-            raise ValueError(msg) from error
-        own = {name: tensor.shape for name, tensor in self.student.state_dict().items()}
-        if own != {name: tensor.shape for name, tensor in state["student"].items()}:
-            differing.append("student")
-        if (self.pruner is None) != (state["pruner"] is None):
-            differing.append("pruner")
-        if differing:
-            what = ", ".join(differing)
-            msg = f"{self.file}: expected this run's state; got one of other {what}; name another state_dir"
-            raise ValueError(msg)
-        self.student.load_state_dict(state["student"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        if self.pruner is not None:
-            self.pruner.load_state_dict(state["pruner"])
-        self.step, self.seconds, self.losses, self.place = state["progress"]
-        self.epoch_start, self.random = state["random"]
-        torch.set_rng_state(self.epoch_start)
-        return True
-
-    def go_on(self) -> None:
-        """Restores the random state, after the batches of the earlier run have been skipped."""
-        if self.random is not None:
-            torch.set_rng_state(self.random)
-            self.random = None
-
-
-def _endless(student: nn.Module, batches: Iterable[Any], run: _Run) -> Iterator[Batch]:
-    """Yields the batches as calls of the student, repeated, from the run's current step on."""
-    signature = inspect.signature(student.forward)
-    skip = run.place
-    once = isinstance(batches, Iterator)
-    while True:
-        if not skip:
-            run.epoch_start = torch.get_rng_state()
-        count = 0
-        for given in batches:
-            count += 1
-            if count <= skip:
-                continue
-            run.go_on()
-            run.place = count
-            yield to_batch("batches", signature, given, count - 1)
-        if not count and not run.step:
-            msg = "batches: expected at least one batch; got none; an iterator is read only once"
-            raise ValueError(msg)
-        run.go_on()
-        if once or not count:
-            return
-        skip = run.place = 0
-
-
 def _check(
     student: nn.Module, teacher: nn.Module, steps: int | None, seconds: float | None, layers: str
 ) -> None:
@@ -276,12 +191,42 @@ def _check(
         raise ValueError(msg)
     if steps is not None:
         positive("steps", steps)
-    if seconds is not None and not seconds > 0:
+    if seconds is not None and (not isinstance(seconds, Real) or not seconds > 0):
         raise ValueError(expected("seconds", seconds, "a time above 0", "raise it"))
     if steps is None and seconds is None:
         raise ValueError(expected("steps", None, "a number of steps, or seconds=", "pass one of them"))
     if layers not in ("all", "last", "outputs"):
         raise ValueError(expected("layers", layers, "'all', 'last' or 'outputs'", "name one of them"))
+
+
+def _check_kinds(batches: object, output: object, pruner: object, optimizer: object) -> None:
+    if isinstance(batches, (Tensor, Mapping, str)) or not isinstance(batches, Iterable):
+        got = type(batches).__name__
+        msg = f"batches: expected an iterable of batches; got {got}; put a single batch into a list"
+        raise TypeError(msg)
+    if output is not None and not callable(output):
+        raise TypeError(expected("output", output, "a function of (result, batch)", "pass one"))
+    if pruner is not None and not isinstance(pruner, Pruner):
+        raise TypeError(expected("pruner", pruner, "a sparsam.torch.Pruner", "make one of the student"))
+    if optimizer is not None and not isinstance(optimizer, torch.optim.Optimizer):
+        do = "make one of the student's Parameters"
+        raise TypeError(expected("optimizer", optimizer, "a torch.optim.Optimizer", do))
+
+
+def _largest_rate(learning_rate: float | None, optimizer: object) -> float:
+    """The learning rate of the AdamW that distill makes."""
+    if learning_rate is None:
+        return _LEARNING_RATE
+    if optimizer is not None:
+        do = "set it in the optimizer"
+        raise ValueError(expected("learning_rate", learning_rate, "none beside an optimizer", do))
+    if (
+        isinstance(learning_rate, bool)
+        or not isinstance(learning_rate, Real)
+        or not 0 < learning_rate < math.inf
+    ):
+        raise ValueError(expected("learning_rate", learning_rate, "a number above 0", "pass 1e-3, say"))
+    return float(learning_rate)
 
 
 def _masked(student: nn.Module, pruner: Pruner | None) -> MaskedWeights:

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from sparsam.config import Scorer
+from sparsam.inputs.checks import expected
 from sparsam.torch.pruning.gradients import GRADIENT_METHODS, gradient_term
 from sparsam.torch.pruning.masked_weights import to_host
 from torch import Tensor, nn
@@ -90,11 +91,27 @@ class GradientEvidence:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restores what `state_dict` returned."""
+        """Takes over what `state_dict` returned; ValueError for anything else."""
+        if not _alike(state, {"steps": 0, "sums": self._sums, "weights": self._weights}):
+            got = list(state) if isinstance(state, Mapping) else state
+            wanted = "the evidence of gradients that state_dict() returned"
+            raise ValueError(expected("state", got, wanted, "pass the pruner's own state"))
         self._steps = state["steps"]
         for own, stored in ((self._sums, state["sums"]), (self._weights, state["weights"])):
             for name, tensor in own.items():
                 tensor.copy_(stored[name])
+
+
+def _alike(state: object, own: Mapping[str, Any]) -> bool:
+    """Whether a state has the tensors of another."""
+    if not isinstance(state, Mapping) or set(state) != set(own) or not isinstance(state["steps"], int):
+        return False
+    return all(
+        isinstance(state[key], Mapping)
+        and {name: getattr(tensor, "shape", None) for name, tensor in state[key].items()}
+        == {name: tensor.shape for name, tensor in own[key].items()}
+        for key in ("sums", "weights")
+    )
 
 
 def gradients_of(parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor] | None:

@@ -41,11 +41,12 @@ def gradient_scorer(
     weights: Sequence[PrunableWeight],
     batches: Sequence[Batch],
     loss_fn: Callable[[nn.Module, Any], Tensor],
+    done: Callable[[int], object] = lambda _: None,
 ) -> Scorer:
     """Scores by the gradients of a loss over batches, of the dense model in evaluation mode.
 
     "saliency" takes the mean gradient, "fisher" the mean of the squared gradients of batches, "movement"
-    minus the sum of weight times gradient.
+    minus the sum of weight times gradient. `done` is told of each batch.
 
     Raises:
         ValueError: The loss is not a scalar with a gradient, does not depend on a weight, or a gradient is
@@ -81,6 +82,7 @@ def gradient_scorer(
             term = gradient_term(method, weight.parameter.detach().double().numpy(), values)
             sums[name] += term if method == "movement" else term / len(batches)
             weight.parameter.grad = None
+        done(index)
     for name in twin.weights:
         if name not in reached:
             msg = (

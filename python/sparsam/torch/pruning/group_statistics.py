@@ -10,7 +10,8 @@ import torch
 from sparsam.statistics import InputStatistics
 from sparsam.torch.pruning.calibration import Batch
 from sparsam.torch.pruning.forward_passes import Rectifier
-from sparsam.torch.pruning.layer_inputs import Inputs, input_rows, output_rows
+from sparsam.torch.pruning.input_rows import input_rows, output_rows, spacing
+from sparsam.torch.pruning.layer_inputs import Inputs
 from sparsam.torch.pruning.prunable import PrunableWeight
 from torch import Tensor
 
@@ -32,6 +33,7 @@ class Seen:
         stream: The residual sum of the dense network that includes the output; rows are weighted by its size.
             None: all rows have weight 1.
         rectifiers: Name -> the ReLU that takes the output.
+        batches: How many batches there are.
     """
 
     batch: Batch
@@ -40,6 +42,12 @@ class Seen:
     outputs: dict[str, Tensor]
     stream: Tensor | None = None
     rectifiers: Mapping[str, Rectifier] = field(default_factory=dict)
+    batches: int = 1
+
+    def places(self, weight: PrunableWeight) -> slice:
+        """The places of a convolution that count, others in each batch; all of other layers."""
+        step = spacing(weight, self.inputs, self.batches)
+        return slice(self.index % step, None, step)
 
 
 class OtherRows(Exception):
@@ -69,8 +77,11 @@ class GroupStatistics:
             OtherRows: The outputs do not belong to these inputs.
         """
         first = self._weights[0]
-        parts = input_rows(first, seen.inputs)
-        outputs = [output_rows(weight, seen.outputs[weight.name]) for weight in self._weights if seen.outputs]
+        places = seen.places(first)
+        parts = input_rows(first, seen.inputs, places)
+        outputs = [
+            output_rows(weight, seen.outputs[weight.name], places) for weight in self._weights if seen.outputs
+        ]
         if any(len(output) != max(map(len, parts)) for output in outputs):
             raise OtherRows
         if not self.parts:

@@ -14,7 +14,8 @@ from sparsam.config import Scorer
 from sparsam.statistics import InputStatistics
 from sparsam.torch.pruning.calibration import Batch
 from sparsam.torch.pruning.forward_passes import Pass, Slots, advance, current_pass, end
-from sparsam.torch.pruning.layer_inputs import Inputs, input_rows, watch
+from sparsam.torch.pruning.input_rows import input_rows
+from sparsam.torch.pruning.layer_inputs import Inputs, watch
 from sparsam.torch.pruning.twins import Twin
 from torch import Tensor
 
@@ -44,8 +45,10 @@ class InputScores:
         return np.concatenate([kind({name: statistics}).score(name, piece) for statistics, piece in pieces])
 
 
-def dense_input_scores(method: str, twin: Twin, batches: Sequence[Batch]) -> InputScores:
-    """Runs the dense network once and returns the scorer.
+def dense_input_scores(
+    method: str, twin: Twin, batches: Sequence[Batch], done: Callable[[int], object] = lambda _: None
+) -> InputScores:
+    """Runs the dense network once and returns the scorer; `done` is called after each batch.
 
     Raises:
         ValueError: A weight is never reached, or its inputs are not finite.
@@ -59,6 +62,7 @@ def dense_input_scores(method: str, twin: Twin, batches: Sequence[Batch]) -> Inp
             advance([one])
         finally:
             end([one])
+        done(index)
     for name in twin.weights:
         if name not in parts:
             msg = (

@@ -16,7 +16,8 @@ from torch.utils import _pytree as pytree
 
 import torch
 from sparsam.analysis.density_choice import Step, fastest
-from sparsam.inputs.checks import check_sparsity
+from sparsam.config import PruningConfig
+from sparsam.inputs.checks import check_function, check_sparsity, expected, positive
 from sparsam.reconstruction import obs
 from sparsam.report import printable
 from sparsam.statistics import InputStatistics
@@ -24,7 +25,7 @@ from sparsam.torch.acceleration.model_runner import removed
 from sparsam.torch.layers.packed_weight import from_array, to_array
 from sparsam.torch.layers.packing import pack
 from sparsam.torch.pruning.calibration import Batch, read_calibration
-from sparsam.torch.pruning.prunable import PrunableWeight, prunable_weights
+from sparsam.torch.pruning.prunable import PrunableWeight, check_model, prunable_weights
 from torch import Tensor, nn
 
 __all__ = ["LatencyPlan", "latency_plan"]
@@ -128,11 +129,19 @@ def latency_plan(
         The plan, for `prune(model, target_sparsity=plan.sparsity, allocation=plan.sparsities)`.
 
     Raises:
-        ValueError: The calibration reaches no linear layer to prune; a level is outside [0, 1].
+        ValueError: The calibration reaches no linear layer to prune, or is not what the model takes; a level
+            is outside [0, 1].
+        TypeError: `model` is no module, `callback` no function.
     """
+    check_model(model)
+    check_function("callback", callback, optional=True)
     check_sparsity("sparsity", sparsity)
+    exclude = PruningConfig(exclude=exclude).exclude
+    if isinstance(levels, str) or not isinstance(levels, Iterable):
+        raise ValueError(expected("levels", levels, "sparsities", "pass (0.5, 0.8), say"))
     grid = sorted({0.0, sparsity, *(check_sparsity("levels", level) for level in levels)})
-    batches = read_calibration(model, calibration, calibration_samples)
+    most = positive("calibration_samples", calibration_samples)
+    batches = read_calibration(model, calibration, most)
     weights = [w for w in prunable_weights(model, exclude=exclude)[0] if w.kind == "linear"]
     with _evaluated(model):
         seen = _Seen(model, weights, batches)
@@ -187,7 +196,13 @@ class _Seen:
 
         for i, batch in enumerate(batches):
             with removed(watch(weight, batch, first=i == 0) for weight in weights):
-                _outputs(model, batch)
+                try:
+                    _outputs(model, batch)
+                except (IndexError, RuntimeError, TypeError) as error:
+                    wanted = "inputs that the model runs with"
+                    got = f"{type(error).__name__}: {str(error)[:120]}"
+                    msg = f"calibration: batch {i}: expected {wanted}; got {got}; correct them"
+                    raise ValueError(msg) from error
 
 
 @contextmanager

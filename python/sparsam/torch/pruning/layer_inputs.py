@@ -14,7 +14,7 @@ import torch
 from sparsam.torch.pruning.prunable import PrunableWeight
 from torch import Tensor, nn
 
-__all__ = ["Inputs", "Visitor", "input_rows", "output_rows", "unfolding", "watch"]
+__all__ = ["Inputs", "Visitor", "watch"]
 
 Inputs = tuple[Tensor, ...]
 
@@ -257,53 +257,3 @@ def _valid(x: Any) -> Tensor:
     """The valid steps of a sequence: a packed one has no padding."""
     data: Tensor = x.data if isinstance(x, PackedSequence) else x
     return data
-
-
-def input_rows(weight: PrunableWeight, inputs: Inputs) -> list[Tensor]:
-    """The inputs as rows (n, in), one array for each part of the weight's outputs with separate inputs.
-
-    A convolution has one part for each of its groups, and its rows are im2col patches in the order of the
-    weight's axes (in, kernel).
-    """
-    if weight.kind != "convolution":
-        return [x.reshape(-1, x.shape[-1]) for x in inputs]
-    module: Any = weight.module
-    x = inputs[0]
-    spatial = len(module.kernel_size)
-    if x.ndim == spatial + 1:
-        x = x[None]
-    if module.padding_mode != "zeros" or isinstance(module.padding, str):
-        mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
-        x = F.pad(x, module._reversed_padding_repeated_twice, mode=mode)
-        padding = (0,) * spatial
-    else:
-        padding = module.padding
-    if spatial == 1:
-        x = x[:, :, None]
-    wide = [
-        (1, value[0]) if spatial == 1 else value
-        for value in (module.kernel_size, module.dilation, module.stride)
-    ]
-    pads = (0, padding[0]) if spatial == 1 else padding
-    patches = F.unfold(x, wide[0], dilation=wide[1], padding=pads, stride=wide[2])
-    rows = patches.transpose(1, 2).reshape(-1, patches.shape[1])
-    return list(rows.chunk(module.groups, 1))
-
-
-def unfolding(weight: PrunableWeight) -> tuple[Any, ...]:
-    """What the rows depend on besides the inputs: weights with equal results here can share rows."""
-    if weight.kind != "convolution":
-        return (weight.kind,)
-    module: Any = weight.module
-    names = ("kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")
-    return tuple(getattr(module, name) for name in names)
-
-
-def output_rows(weight: PrunableWeight, output: Tensor) -> Tensor:
-    """The outputs as rows (n, out), in the order of the inputs' rows."""
-    if weight.kind != "convolution":
-        return output.reshape(-1, output.shape[-1])
-    module: Any = weight.module
-    if output.ndim == len(module.kernel_size) + 1:
-        output = output[None]
-    return output.flatten(2).transpose(1, 2).reshape(-1, output.shape[1])

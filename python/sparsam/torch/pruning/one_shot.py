@@ -6,26 +6,23 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Executor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from sparsam import scores
 from sparsam.config import ConfigFields, PruningConfig
 from sparsam.inputs.checks import expected, positive
-from sparsam.pools import Pool, check_patterns, make_pools
-from sparsam.pruner import configured, prune_pools
-from sparsam.reconstruction.sequential import RECONSTRUCTIONS, check_method
+from sparsam.pruner import prune_pools
 from sparsam.report import measure
 from sparsam.torch.layers.packed_weight import from_array, to_array
 from sparsam.torch.pruning.calibration import Batch, distinct_tokens, read_calibration
 from sparsam.torch.pruning.gradients import GRADIENT_METHODS, gradient_scorer
-from sparsam.torch.pruning.input_scores import INPUT_METHODS, dense_input_scores
-from sparsam.torch.pruning.layer_fits import Method, NewLayer, fit_group
+from sparsam.torch.pruning.input_scores import dense_input_scores
+from sparsam.torch.pruning.layer_fits import NewLayer, fit_group
 from sparsam.torch.pruning.norm_statistics import estimate_norms
 from sparsam.torch.pruning.progress_bar import ProgressBar
-from sparsam.torch.pruning.prunable import PrunableWeight, prunable_weights
+from sparsam.torch.pruning.prunable import named_weights, prunable_weights
+from sparsam.torch.pruning.prune_plan import PrunePlan, check_options, settings_of
 from sparsam.torch.pruning.pruning_report import PruningReport, described
 from sparsam.torch.pruning.saved_progress import SavedProgress, identify
 from sparsam.torch.pruning.sequence import LayerSequence
@@ -36,7 +33,7 @@ from torch import Tensor, nn
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-__all__ = ["prune", "settings_of"]
+__all__ = ["prune"]
 
 _ROWS_PER_INPUT = 2  # rows of calibration per input of a layer, below which its own targets are safer
 _DISTINCT, _VOCABULARY = (
@@ -71,11 +68,14 @@ def prune(
     Args:
         model: Any model on the CPU. Embeddings, norms, biases and heads of language models stay dense.
         config: What to prune, and how much; `PruningConfig()` if left out. Patterns, scopes, allocations and
-            overrides as for arrays, by the names of the state_dict. The default method is "admm" with
-            calibration and "magnitude" without.
+            overrides as for arrays, by the names of the state_dict. What stays dense by default is
+            pruned only where `overrides` or `ties` have its exact name; patterns do not match it. The default
+            method is "admm" with calibration and "magnitude" without.
         calibration: Inputs without labels: an iterable of tensors, tuples, or mappings of keyword inputs as
-            tokenizers give, or a DataLoader. Rows where an `attention_mask` is 0 do not count. One batch in
-            ten is held out, to choose the damping and to measure the errors in the report.
+            tokenizers give, or a DataLoader. Rows where an input called `attention_mask` is 0 do not
+            count; of wide convolutions (from about 2000 inputs) evenly spaced places are used where there are
+            more than needed. One batch in ten is held out, to choose the damping and to measure the errors in
+            the report.
         targets: "dense", or "own": layers are fitted to the outputs of their own dense weights, as in
             SparseGPT, which is safer with little calibration. "own" always applies to weights of recurrent
             layers, weights that a forward pass uses several times, and experts to which the pruned network
@@ -87,8 +87,11 @@ def prune(
         estimate_batch_norm: Measure the running statistics of batch norms again, on the calibration.
         progress: Show a progress bar with the time left on standard error.
         executor: Solves the problems of layers with the same inputs in parallel; the result is the same.
+            For "obs" and "admm".
         state_dir: A folder for progress, from which an interrupted call resumes when it is made again.
-        spill_dir: A folder in which activations are kept as files instead of in memory during the call.
+        spill_dir: A folder in which activations are kept as files instead of in memory during the call. Like
+            `state_dir` it is for pruning layer by layer: with calibration, in scope "layer" or "row", without
+            ties and gradients.
         **changes: Fields of `PruningConfig` to set on top of `config`.
 
     Returns:
@@ -99,7 +102,7 @@ def prune(
             sparse, on another device); calibration is missing, empty, not finite, does not reach a weight, or
             does not suit the model; a sparsity or pattern does not fit a weight or the method. The model is
             then unchanged, as after an interrupt.
-        TypeError: `model` is not a module.
+        TypeError: `model` is not a module, or another argument is of another type.
 
     Warns:
         UserWarning: The calibration is short for a layer, or its texts are too similar: own targets are used
@@ -109,18 +112,24 @@ def prune(
     given = settings_of(config, changes, calibrated=calibration is not None)
     if targets not in ("dense", "own"):
         raise ValueError(expected("targets", targets, "'dense' or 'own'", "use one of them"))
-    weights, dense = prunable_weights(model, exclude=given.exclude)
+    most = positive("calibration_samples", calibration_samples)
+    weights, dense = prunable_weights(model, exclude=given.exclude, named=named_weights(given))
     if not weights:
         msg = f"model: expected weights to prune; got none in {type(model).__name__}; {_why(dense)}"
         raise ValueError(msg)
-    plan = _Plan.of(weights, given)
-    batches = None
-    if calibration is not None:
-        batches = read_calibration(model, calibration, positive("calibration_samples", calibration_samples))
-    _check(model, plan, batches, loss_fn)
-    if estimate_batch_norm and batches is None:
-        msg = "estimate_batch_norm: expected calibration to measure on; got none; pass calibration"
-        raise ValueError(msg)
+    calibrated = calibration is not None
+    plan = PrunePlan.of(weights, given, calibrated=calibrated)
+    check_options(
+        model,
+        plan,
+        calibrated=calibrated,
+        loss_fn=loss_fn,
+        estimate_batch_norm=estimate_batch_norm,
+        executor=executor,
+        state_dir=state_dir,
+        spill_dir=spill_dir,
+    )
+    batches = None if calibration is None else read_calibration(model, calibration, most)
     said: list[str] = []
     pruned = Twin(model, weights)
     known: dict[str, NewLayer] = {}
@@ -132,14 +141,13 @@ def prune(
         if spill_dir is not None:
             for twin in (pruned, reference):
                 if twin is not None:
-                    spill_outputs(twin.model, Path(spill_dir))
+                    spill_outputs(twin.model, spill_dir)
         saved = None
         if state_dir is not None:
-            identity = identify(model, batches, given, targets)
-            saved = SavedProgress(Path(state_dir), identity)
+            saved = SavedProgress(state_dir, identify(model, batches, given, targets))
         known = _in_sequence(pruned, reference, batches, plan, executor, saved, progress, said)
     else:
-        _at_once(model, pruned, batches, plan, loss_fn)
+        _at_once(model, pruned, batches, plan, loss_fn, progress)
     if estimate_batch_norm and batches is not None:
         estimate_norms(pruned.model, batches)
     _install(model, pruned)
@@ -151,84 +159,11 @@ def prune(
 _NORM_BUFFERS = ("running_mean", "running_var", "num_batches_tracked")  # pruning may change these
 
 
-def settings_of(config: PruningConfig | None, changes: ConfigFields, *, calibrated: bool) -> PruningConfig:
-    """The configuration with the changes; if neither names a method, "admm" if there is calibration."""
-    given = configured(config, changes)
-    if config is None and "method" not in changes and calibrated:
-        return given.with_changes(method="admm")
-    return given
-
-
-@dataclass(frozen=True)
-class _Plan:
-    """What to prune and how, checked as far as possible before anything runs.
-
-    Attributes:
-        weights: Name -> the weight.
-        config: The configuration, which also names the weights that are stored as (in, out).
-        pools: The pools from `make_pools`.
-        pool_of: Name -> its pool.
-        method: How masks are chosen.
-        by_layer: Whether each weight is selected by itself, so that layers can be pruned in sequence.
-    """
-
-    weights: Mapping[str, PrunableWeight]
-    config: PruningConfig
-    pools: Sequence[Pool]
-    pool_of: Mapping[str, Pool]
-    method: Method
-    by_layer: bool
-
-    @classmethod
-    def of(cls, weights: Sequence[PrunableWeight], given: PruningConfig) -> _Plan:
-        named = {weight.name: weight for weight in weights}
-        config = given.with_changes(
-            transposed=tuple(name for name in named if named[name].transposed), exclude=()
-        )
-        arrays = {name: to_array(weight.parameter.detach()) for name, weight in named.items()}
-        check_patterns(config, arrays, stacklevel=3)
-        pools = make_pools(arrays, config)
-        pool_of = {name: part for pool in pools for part in pool.split() for name in part.names}
-        word = config.method if isinstance(config.method, str) else ""
-        if word in RECONSTRUCTIONS:
-            for name, pool in pool_of.items():
-                check_method(name, word, pool.pattern, pool.scope)
-        by_layer = all(pool.scope != "global" and not pool.ties for pool in pools)
-        if word in (*RECONSTRUCTIONS, *INPUT_METHODS):
-            method = Method(word)
-        else:
-            by_layer = by_layer and word not in GRADIENT_METHODS
-            method = Method("", None if word in GRADIENT_METHODS else scores.resolve(config.method))
-        if method.reconstructs and not by_layer:
-            msg = f"ties: expected none with method {word!r}, which fits layer by layer; got some; use scores"
-            raise ValueError(msg)
-        return cls(named, config, pools, pool_of, method, by_layer)
-
-
-def _check(model: nn.Module, plan: _Plan, batches: Sequence[Batch] | None, loss_fn: object) -> None:
-    word = plan.config.method
-    if batches is None and (plan.method.name or word in GRADIENT_METHODS):
-        msg = f"calibration: expected batches of inputs for method {word!r}; got none; pass some"
-        raise ValueError(msg)
-    if word in GRADIENT_METHODS and loss_fn is None:
-        msg = f"loss_fn: expected loss_fn(model, batch) for method {word!r}; got none; pass one"
-        raise ValueError(msg)
-    if word not in GRADIENT_METHODS and loss_fn is not None:
-        msg = f"loss_fn: expected none with method {word!r}, which uses no gradients; got one; leave it out"
-        raise ValueError(msg)
-    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        if tensor.device.type != "cpu" and (batches is not None or name in plan.weights):
-            msg = (
-                f"tensor {name!r}: expected a model on the CPU; got one on {tensor.device}; call model.cpu()"
-            )
-            raise ValueError(msg)
-
-
 def _in_sequence(
     pruned: Twin,
     reference: Twin | None,
     batches: Sequence[Batch],
-    plan: _Plan,
+    plan: PrunePlan,
     executor: Executor | None,
     saved: SavedProgress | None,
     progress: bool,
@@ -269,22 +204,30 @@ def _at_once(
     model: nn.Module,
     pruned: Twin,
     batches: Sequence[Batch] | None,
-    plan: _Plan,
+    plan: PrunePlan,
     loss_fn: Callable[[nn.Module, Any], Tensor] | None,
+    progress: bool,
 ) -> None:
     """Prunes all weights together, by scores of the dense network."""
     scorer = plan.method.scorer
     word = plan.config.method
+    seen = 0 if batches is None or scorer is not None else len(batches)
+    bar = ProgressBar(seen + 1, show=progress)
+
+    def done(index: int) -> None:
+        bar.step(f"batch {index}", 1)
+
     if word in GRADIENT_METHODS and batches is not None and loss_fn is not None:
-        scorer = gradient_scorer(str(word), model, list(plan.weights.values()), batches, loss_fn)
+        scorer = gradient_scorer(str(word), model, list(plan.weights.values()), batches, loss_fn, done)
     elif scorer is None and batches is not None:
-        scorer = dense_input_scores(plan.method.name, pruned, batches)
+        scorer = dense_input_scores(plan.method.name, pruned, batches, done)
     assert scorer is not None
     arrays = {name: to_array(weight.parameter.detach()) for name, weight in plan.weights.items()}
     outs = {name: array.copy() for name, array in arrays.items()}
     prune_pools(arrays, plan.pools, scorer, outs)
     for name, weight in pruned.weights.items():
         weight.parameter.data = from_array(outs[name])
+    bar.step("selection", 1)
 
 
 def _install(model: nn.Module, pruned: Twin) -> None:
@@ -310,7 +253,7 @@ def _install(model: nn.Module, pruned: Twin) -> None:
 
 def _report(
     model: nn.Module,
-    plan: _Plan,
+    plan: PrunePlan,
     dense: Mapping[str, str],
     known: Mapping[str, NewLayer],
     batches: Sequence[Batch] | None,

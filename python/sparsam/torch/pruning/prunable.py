@@ -5,23 +5,25 @@ from __future__ import annotations
 import contextlib
 import fnmatch
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
 from torch.nn.utils import parametrize
 
 import torch
+from sparsam.config import PruningConfig
 from sparsam.torch.layers.packed_parameter import is_packed
 from sparsam.torch.layers.packed_weight import DTYPES
 from sparsam.torch.layers.packing import is_transposed
 from torch import Tensor, nn
 
-__all__ = ["Kind", "PrunableWeight", "check_model", "prunable_weights"]
+__all__ = ["Kind", "PrunableWeight", "check_model", "named_weights", "prunable_weights"]
 
-Kind: TypeAlias = Literal["linear", "convolution", "attention", "recurrent"]
+Kind: TypeAlias = Literal["linear", "convolution", "attention", "recurrent", "unseen"]
 
 _TABLES = (nn.Embedding, nn.EmbeddingBag)
+_ENDS = ("_orig", "_g", "_v")  # of Parameters that hooks of torch.nn.utils compute a weight from
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,8 @@ class PrunableWeight:
         attribute: The name of the Parameter in that module.
         kind: "linear": of nn.Linear or Hugging Face's Conv1D; "convolution": of nn.Conv1d or nn.Conv2d;
             "attention": of the input and output projections of nn.MultiheadAttention; "recurrent": of
-            nn.LSTM, nn.GRU, nn.RNN and their cells.
+            nn.LSTM, nn.GRU, nn.RNN and their cells; "unseen": any other, which is dense unless the
+            configuration names it, and whose inputs no method knows.
         transposed: Whether it is stored as (in, out), as in Hugging Face's Conv1D.
         groups: The number of groups of a convolution; else 1.
     """
@@ -53,8 +56,17 @@ class PrunableWeight:
         return found
 
 
+def named_weights(config: PruningConfig) -> set[str]:
+    """The names that a configuration itself gives to be pruned: in `overrides`, as they are, and in `ties`.
+
+    These are pruned even where the model's own rule would leave them dense. A shell-style pattern only
+    chooses among the weights that are pruned anyway.
+    """
+    return {*config.overrides, *(name for tie in config.ties for name in tie.members)}
+
+
 def prunable_weights(
-    model: nn.Module, *, exclude: Sequence[str] = ()
+    model: nn.Module, *, exclude: Sequence[str] = (), named: Collection[str] = ()
 ) -> tuple[list[PrunableWeight], dict[str, str]]:
     """Finds the weights that can be pruned, in the order of the model's state_dict.
 
@@ -67,6 +79,7 @@ def prunable_weights(
     Args:
         model: The model.
         exclude: Names of weights or of modules that contain them, or shell-style patterns, to leave out.
+        named: Names of parameters to prune even if they would stay dense; `exclude` takes precedence.
 
     Returns:
         The weights, and for each parameter of two or more axes that stays dense, name -> reason.
@@ -88,12 +101,13 @@ def prunable_weights(
     dense: dict[str, str] = {}
     seen: dict[int, str] = {}
     matched: set[str] = set()
-    for weight, reason in _every_weight(model):
+    for weight, reason in _every_weight(model, named):
         parts = weight.name.split(".")
         names = [".".join(parts[:end]) for end in range(1, len(parts) + 1)]
         hits = [pattern for pattern in exclude for name in names if _matches(name, pattern)]
         matched.update(hits)
-        if hits or reason:
+        chosen = weight.name in named
+        if hits or (reason and not chosen):
             dense[weight.name] = "excluded" if hits else reason
             continue
         _check(weight)
@@ -102,9 +116,9 @@ def prunable_weights(
             dense[weight.name] = "no weights"
         elif id(tensor) in seen:
             dense[weight.name] = f"the same as {seen[id(tensor)]}"
-        elif _memory(tensor) in tables:
+        elif _memory(tensor) in tables and not chosen:
             dense[weight.name] = f"shared with the embedding {tables[_memory(tensor)]}"
-        elif id(weight.module) in heads:
+        elif id(weight.module) in heads and not chosen:
             dense[weight.name] = "head of a language model"
         else:
             seen[id(tensor)] = weight.name
@@ -128,8 +142,8 @@ def _matches(name: str, pattern: str) -> bool:
     return name == pattern or fnmatch.fnmatchcase(name, pattern)
 
 
-def _every_weight(model: nn.Module) -> Iterator[tuple[PrunableWeight, str]]:
-    """Yields the weights of every module once, each with the reason if its kind stays dense."""
+def _every_weight(model: nn.Module, named: Collection[str]) -> Iterator[tuple[PrunableWeight, str]]:
+    """Yields the weights of every module once, each with the reason if it stays dense; and those `named`."""
     projections = {
         id(module.out_proj) for module in model.modules() if isinstance(module, nn.MultiheadAttention)
     }
@@ -142,13 +156,14 @@ def _every_weight(model: nn.Module) -> Iterator[tuple[PrunableWeight, str]]:
             (PrunableWeight(prefix + attribute, module, attribute, kind, transposed, groups), "")
             for attribute, kind, transposed, groups in own
         )
-        taken = {name for attribute, *_ in own for name in (attribute, f"{attribute}_orig")}
+        taken = {f"{attribute}{end}" for attribute, *_ in own for end in ("", *_ENDS)}
         for attribute, parameter in module._parameters.items():
             if attribute in taken or parameter is None or isinstance(parameter, nn.UninitializedParameter):
                 continue
-            if parameter.ndim < 2 or attribute.startswith("bias"):
+            slight = parameter.ndim < 2 or attribute.startswith("bias")
+            if slight and prefix + attribute not in named:
                 continue
-            weight = PrunableWeight(prefix + attribute, module, attribute, "linear")
+            weight = PrunableWeight(prefix + attribute, module, attribute, "unseen")
             yield weight, _why_dense(module, attribute, parameter)
 
 
@@ -164,13 +179,22 @@ def _weights_of(module: nn.Module, *, projection: bool) -> list[tuple[str, Kind,
         projections = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
         return [(name, "attention", False, 1) for name in projections if _has(module, name)]
     if isinstance(module, (nn.RNNBase, nn.RNNCellBase)):
-        names = tuple(name for name in module._parameters if name.startswith(("weight_ih", "weight_hh")))
-        return [(name, "recurrent", False, 1) for name in names]
+        computed: Any = module.parametrizations if parametrize.is_parametrized(module) else ()
+        names = dict.fromkeys(_without_end(name) for name in (*module._parameters, *computed))
+        return [
+            (name, "recurrent", False, 1) for name in names if name.startswith(("weight_ih", "weight_hh"))
+        ]
     return []
 
 
 def _has(module: nn.Module, attribute: str) -> bool:
-    return module._parameters.get(attribute) is not None or parametrize.is_parametrized(module, attribute)
+    kept = module._parameters.get(attribute) is not None or attribute in vars(module)  # one that hooks set
+    return kept or parametrize.is_parametrized(module, attribute)
+
+
+def _without_end(name: str) -> str:
+    """The name of the weight that is computed from a Parameter of this name."""
+    return next((name.removesuffix(end) for end in _ENDS if name.endswith(end)), name)
 
 
 def _why_dense(module: nn.Module, attribute: str, parameter: Tensor) -> str:
@@ -223,6 +247,13 @@ def _memory(tensor: Tensor) -> tuple[Any, ...]:
     return (tensor.device, tensor.data_ptr(), tensor.shape)
 
 
+def _norm_by_hook(module: nn.Module, attribute: str) -> str:
+    """Which function of torch.nn.utils computes a weight before each call, as these did before 2.0; or ""."""
+    if f"{attribute}_g" in module._parameters:
+        return "weight_norm"
+    return "spectral_norm" if f"{attribute}_orig" in module._parameters else ""
+
+
 def _check(weight: PrunableWeight) -> None:
     """Raises ValueError if a weight cannot be pruned as it is, with the reason."""
     module, attribute = weight.module, weight.attribute
@@ -233,9 +264,12 @@ def _check(weight: PrunableWeight) -> None:
     elif parametrize.is_parametrized(module, attribute):
         got = "one computed by a parametrization"
         do = f"call torch.nn.utils.parametrize.remove_parametrizations(module, {attribute!r}) first"
-    elif f"{attribute}_orig" in module._parameters:
+    elif f"{attribute}_mask" in module._buffers:
         got = "one that torch.nn.utils.prune computes"
         do = f"call torch.nn.utils.prune.remove(module, {attribute!r}) first"
+    elif norm := _norm_by_hook(module, attribute):
+        got = f"one that torch.nn.utils.{norm} computes"
+        do = f"call torch.nn.utils.remove_{norm}(module, {attribute!r}) first"
     elif parameter is None:
         got, do = f"a {type(getattr(module, attribute, None)).__name__}", "exclude it"
     elif isinstance(parameter, nn.UninitializedParameter):

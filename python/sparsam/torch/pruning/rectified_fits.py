@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable
 import torch
 from sparsam.reconstruction.sequential import LayerFit, LayerProblem, refit_layer
 from sparsam.torch.pruning.group_statistics import Seen, row_weights
-from sparsam.torch.pruning.layer_inputs import input_rows, output_rows
+from sparsam.torch.pruning.input_rows import input_rows, output_rows
 from sparsam.torch.pruning.prunable import PrunableWeight
 from torch import Tensor
 
@@ -43,7 +43,7 @@ def fit_to_rectified(problem: LayerProblem, fit: LayerFit, weight: PrunableWeigh
         cross = torch.zeros(matrix.shape, dtype=torch.float64)
         total = torch.zeros(len(matrix), dtype=torch.float64)
         for seen in shown():
-            (x,) = input_rows(weight, seen.inputs)
+            (x,) = input_rows(weight, seen.inputs, seen.places(weight))
             x = x.to(matrix.dtype)
             moved = _moved(weight, seen, torch.nn.functional.linear(x, matrix, bias))
             counts = row_weights(weight, seen, 0, len(x))
@@ -60,9 +60,12 @@ def fit_to_rectified(problem: LayerProblem, fit: LayerFit, weight: PrunableWeigh
 def _moved(weight: PrunableWeight, seen: Seen, given: Tensor) -> Tensor:
     """What is wanted less the dense output, (rows, out), of a weight that gives `given`."""
     output, rectifier = seen.outputs[weight.name], seen.rectifiers[weight.name]
-    dense = output_rows(weight, output).to(given.dtype)
-    zero = output_rows(weight, rectifier.zero.expand(output.shape))
-    rising = 1 if rectifier.rising is None else output_rows(weight, rectifier.rising.expand(output.shape))
+    places = seen.places(weight)
+    dense = output_rows(weight, output, places).to(given.dtype)
+    zero = output_rows(weight, rectifier.zero.expand(output.shape), places)
+    rising: Tensor | int = 1
+    if rectifier.rising is not None:
+        rising = output_rows(weight, rectifier.rising.expand(output.shape), places)
     below = rising * (dense - zero) <= 0
     allowed = torch.where(rising * (given - zero) > 0, zero, given)
     return torch.where(below, allowed - dense, 0)

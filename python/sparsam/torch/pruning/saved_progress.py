@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch.utils import _pytree as pytree
 import torch
 from sparsam import checkpoint
 from sparsam._core import __version__
+from sparsam.checkpoint.atomic import open_folder
 from sparsam.config import PruningConfig
 from sparsam.torch.layers.packed_tensor import PackedTensor
 from sparsam.torch.pruning.calibration import Batch
@@ -21,13 +22,13 @@ from sparsam.torch.pruning.layer_fits import NewLayer
 from sparsam.training.run_identity import RunIdentity
 from torch import Tensor, nn
 
-__all__ = ["SavedProgress", "digest_of", "identify"]
+__all__ = ["BatchDigest", "SavedProgress", "digest_of", "function_digest", "identify"]
 
 
 class SavedProgress:
     """A folder with the new values of the groups that are done."""
 
-    def __init__(self, folder: Path, identity: str) -> None:
+    def __init__(self, folder: str | Path, identity: str) -> None:
         """Opens or makes the folder.
 
         Args:
@@ -35,10 +36,9 @@ class SavedProgress:
             identity: The digest from `identify`.
 
         Raises:
-            ValueError: The folder belongs to another call.
+            ValueError: There is a file in its place.
         """
-        self._folder, self._identity = folder, identity
-        folder.mkdir(parents=True, exist_ok=True)
+        self._folder, self._identity = open_folder("state_dir", folder), identity
 
     def load(self, place: int, names: Iterable[str]) -> list[NewLayer] | None:
         """Returns the new values of a group, or None if it is not done.
@@ -97,14 +97,43 @@ def identify(model: nn.Module, batches: Iterable[Batch], config: PruningConfig, 
     versions = f"{__version__} {torch.__version__}"
     digest.update(f"{versions} {word} {config.target_sparsity!r} {targets} {settings!r}".encode())
     digest.update(digest_of(model.state_dict()))
+    seen = BatchDigest()
     for batch in batches:
-        digest.update(f"{len(batch.args)} {list(batch.kwargs)}".encode())
+        seen.add(batch)
+    digest.update(seen.hex().encode())
+    return digest.hexdigest()
+
+
+class BatchDigest:
+    """A digest of the inputs of batches, one after the other."""
+
+    def __init__(self) -> None:
+        self._digest = hashlib.blake2b(digest_size=16)
+
+    def add(self, batch: Batch) -> None:
+        """Adds one."""
+        self._digest.update(f"{len(batch.args)} {list(batch.kwargs)}".encode())
         for leaf in pytree.tree_leaves((batch.args, batch.kwargs)):
             if isinstance(leaf, Tensor):
-                _update(digest, leaf)
+                _update(self._digest, leaf)
             else:
-                digest.update(repr(leaf).encode())
-    return digest.hexdigest()
+                self._digest.update(repr(leaf).encode())
+
+    def hex(self) -> str:
+        """The digest of those so far."""
+        return self._digest.hexdigest()
+
+
+def function_digest(function: Callable[..., Any]) -> str:
+    """What tells one function from another: its name and code, not the values that it refers to."""
+    code = getattr(function, "__code__", None)
+    name = getattr(function, "__qualname__", type(function).__qualname__)
+    if code is None:
+        return str(name)
+    plain = [value for value in code.co_consts if isinstance(value, (int, float, str, type(None)))]
+    return hashlib.blake2b(
+        f"{name} {code.co_code!r} {code.co_names} {plain}".encode(), digest_size=16
+    ).hexdigest()
 
 
 def digest_of(state: Mapping[str, Any]) -> bytes:

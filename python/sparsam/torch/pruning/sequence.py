@@ -150,7 +150,7 @@ class LayerSequence:
                         known = Rectifier(one.residual.own, one.residual.other)
                     if known is not None:
                         rectifiers[name] = known
-            yield Seen(one.batch, i, one.inputs, wanted, stream, rectifiers)
+            yield Seen(one.batch, i, one.inputs, wanted, stream, rectifiers, len(self._batches))
 
     def rectified(self, group: Group) -> dict[str, Shown]:
         """The weights of a group that waits whose outputs a ReLU takes, and how to see what batches show."""
@@ -190,7 +190,7 @@ class LayerSequence:
                 end(passes)
             for i, one in zip(part, passes, strict=True):
                 for inputs in one.inputs:
-                    found.add(Seen(one.batch, i, inputs, {}))
+                    found.add(Seen(one.batch, i, inputs, {}, batches=len(self._batches)))
 
 
 def _wanted(

@@ -11,14 +11,15 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from sparsam.analysis.bisection import Bisection, SearchProbe
-from sparsam.checkpoint.atomic import publish
+from sparsam.checkpoint.atomic import open_folder, publish
 from sparsam.checkpoint.json_state import Document, read
 from sparsam.config import ConfigFields, PruningConfig
-from sparsam.inputs.checks import check_sparsity, expected, integer, positive
+from sparsam.inputs.checks import check_function, check_sparsity, expected, integer, positive
 from sparsam.patterns import NM
 from sparsam.torch.pruning.calibration import read_calibration
-from sparsam.torch.pruning.one_shot import prune, settings_of
+from sparsam.torch.pruning.one_shot import prune
 from sparsam.torch.pruning.prunable import check_model
+from sparsam.torch.pruning.prune_plan import layer_by_layer, settings_of
 from sparsam.torch.pruning.pruning_report import PruningReport
 from sparsam.torch.pruning.saved_progress import identify
 from torch import Tensor, nn
@@ -127,7 +128,8 @@ def find_smallest(
         tolerance: The accuracy of the total sparsity.
         checks: The number of further probes that look for failures below the result.
         callback: Called with each probe, the dense model first.
-        state_dir: A folder for progress, from which an interrupted search resumes when it is made again.
+        state_dir: A folder for progress, from which an interrupted search resumes when it is made again. The
+            dense model is then evaluated again, and its score must be the same as before.
         **changes: Fields of `PruningConfig` to set on top of `config`.
 
     Returns:
@@ -137,9 +139,11 @@ def find_smallest(
     Raises:
         ValueError: `eval_fn` did not return a finite number; the configuration has an N:M pattern, which has
             one sparsity; `state_dir` belongs to another search; an argument is out of range; as for `prune`.
-        TypeError: `model` is not a module.
+        TypeError: `model` is not a module, or `eval_fn` is not a function.
     """
     check_model(model)
+    check_function("eval_fn", eval_fn)
+    check_function("callback", callback, optional=True)
     if isinstance(max_drop, bool) or not isinstance(max_drop, Real) or not 0 <= max_drop < math.inf:
         raise ValueError(
             expected("max_drop", max_drop, "a number of at least 0", "pass how much may be lost")
@@ -158,6 +162,7 @@ def find_smallest(
         samples = positive("calibration_samples", calibration_samples)
         batches = [batch.given for batch in read_calibration(model, calibration, samples)]
     known = _Known(state_dir, model, batches, calibration_samples, settings)
+    in_parts = state_dir is not None and layer_by_layer(settings, calibrated=batches is not None)
     states = _States(model)
     bisection = Bisection(1.0, tolerance, checks)
     reports: dict[float, PruningReport] = {}
@@ -169,7 +174,7 @@ def find_smallest(
             settings.with_changes(target_sparsity=target),
             batches,
             calibration_samples=calibration_samples,
-            state_dir=None if state_dir is None else Path(state_dir) / f"prune-{target!r}",
+            state_dir=Path(str(state_dir)) / f"prune-{target!r}" if in_parts else None,
         )
 
     def note(target: float, sparsity: float, score: float, least: float) -> None:
@@ -179,8 +184,8 @@ def find_smallest(
             callback(bisection.probes[target])
 
     with states.undone_by_errors():
-        score = known.score(0.0)
-        score = _score(eval_fn, model, 0.0) if score is None else score
+        score = _score(eval_fn, model, 0.0)
+        known.check_score(score)
         least = score - float(max_drop)
         note(0.0, 0.0, score, least)
         while (target := bisection.following()) is not None and len(bisection.probes) < most:
@@ -265,12 +270,12 @@ class _Known:
         settings: PruningConfig,
     ) -> None:
         self.probes: dict[float, tuple[float, float]] = {}
-        self._file = None if state_dir is None else Path(state_dir) / "search.json"
-        if self._file is None:
+        self._file: Path | None = None
+        if state_dir is None:
             return
+        self._file = open_folder("state_dir", state_dir) / "search.json"
         read_again = [] if batches is None else read_calibration(model, batches, samples)
         self._identity = identify(model, read_again, settings)
-        self._file.parent.mkdir(parents=True, exist_ok=True)
         if self._file.exists():
             saved = _Saved.from_json(read(self._file, _REMEDY), str(self._file), _REMEDY)
             if saved.identity != self._identity:
@@ -281,8 +286,15 @@ class _Known:
                 raise ValueError(msg)
             self.probes = {target: (sparsity, score) for target, sparsity, score in saved.probes}
 
-    def score(self, target: float) -> float | None:
-        return self.probes[target][1] if target in self.probes else None
+    def check_score(self, dense: float) -> None:
+        """Raises ValueError if the dense model had another score, as with another `eval_fn` or other data."""
+        if 0.0 in self.probes and not math.isclose(self.probes[0.0][1], dense, rel_tol=1e-6):
+            before = self.probes[0.0][1]
+            msg = (
+                f"eval_fn: expected that of the search in {self._file}, by which the dense model scores "
+                f"{before:.6g}; got {dense:.6g}; pass the same function and data, or {_REMEDY}"
+            )
+            raise ValueError(msg)
 
     def add(self, target: float, sparsity: float, score: float) -> None:
         self.probes[target] = sparsity, score

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from sparsam.checkpoint.atomic import open_folder
 from torch import Tensor, nn
 
 __all__ = ["spill_outputs"]
@@ -15,7 +16,7 @@ __all__ = ["spill_outputs"]
 _LEAST = 1 << 16  # bytes; smaller outputs stay in memory
 
 
-def spill_outputs(model: nn.Module, folder: Path) -> None:
+def spill_outputs(model: nn.Module, folder: str | Path) -> None:
     """Registers hooks that put the outputs of a twin's innermost modules into files.
 
     Each file is unlinked as soon as it is open, so its space is freed with the tensor, whatever happens.
@@ -24,10 +25,10 @@ def spill_outputs(model: nn.Module, folder: Path) -> None:
         model: The twin.
         folder: The folder; made if needed.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    place = open_folder("spill_dir", folder)
     for module in model.modules():
         if not any(True for _ in module.children()):
-            module.register_forward_hook(lambda _, args, output: _spilled(args, output, folder))
+            module.register_forward_hook(lambda _, args, output: _spilled(args, output, place))
 
 
 def _spilled(args: Sequence[Any], output: Any, folder: Path) -> Any:

@@ -11,12 +11,12 @@ import torch
 from sparsam.analysis import lottery
 from sparsam.analysis.random_masks import generator
 from sparsam.config import PruningConfig
-from sparsam.inputs.names import NamePatterns
+from sparsam.inputs.checks import check_function, expected
 from sparsam.inputs.tensors import to_torch
 from sparsam.masks import Mask
 from sparsam.pruner import configured
 from sparsam.torch.pruning.masked_weights import MaskedWeights, plain_model, to_host
-from sparsam.torch.pruning.prunable import prunable_weights
+from sparsam.torch.pruning.prunable import check_model, named_weights, prunable_weights
 from torch import Tensor, nn
 
 __all__ = ["find_ticket"]
@@ -47,7 +47,8 @@ def find_ticket(
         rounds: As for `sparsam.find_ticket`, as are `fraction`, `controls`, `seeds` and `callback`.
         fraction: The share of the remaining weights that each round prunes.
         rewind: A state_dict of an early step of training, to which the kept weights are reset.
-        config: Which tensors are pruned, and how. Weights that `sparsam.torch.prune` leaves dense stay dense.
+        config: Which tensors are pruned, and how. Weights that `sparsam.torch.prune` leaves dense stay dense,
+            unless `overrides` has their exact names.
         controls: As for `sparsam.find_ticket`; "reinitialised" permutes the values of each weight of two axes
             or more.
         seeds: The seeds with which the ticket and its controls are trained.
@@ -58,21 +59,20 @@ def find_ticket(
             model has its initial weights again.
         TypeError: `model` is not a module.
     """
-    if not isinstance(model, nn.Module):
-        msg = f"model: expected a torch.nn.Module; got {type(model).__name__}; pass the model itself"
-        raise TypeError(msg)
+    check_model(model)
+    for what, function in (("train_fn", train_fn), ("eval_fn", eval_fn)):
+        check_function(what, function)
+    if rewind is not None and not isinstance(rewind, Mapping):
+        do = "pass model.state_dict() of an early step"
+        raise TypeError(expected("rewind", type(rewind).__name__, "a state_dict", do))
     plain = plain_model(model)
     parameters = dict(plain.named_parameters())
     initial = _arrays(plain.state_dict())
     settings = configured(config)
-    prunable, dense = prunable_weights(plain, exclude=settings.exclude)
-    chosen = NamePatterns(settings.overrides)
+    prunable, _ = prunable_weights(plain, exclude=settings.exclude, named=named_weights(settings))
+    pruned = {weight.name for weight in prunable}
     settings = settings.with_changes(
-        exclude=tuple(
-            name
-            for name, why in dense.items()
-            if name in initial and (why == "excluded" or not chosen.matches(name))
-        ),
+        exclude=tuple(name for name in initial if name not in pruned),
         transposed=(*settings.transposed, *(weight.name for weight in prunable if weight.transposed)),
     )
 

@@ -13,7 +13,6 @@ import torch
 from sparsam import scores
 from sparsam.config import PruningConfig, Scorer
 from sparsam.inputs.checks import expected
-from sparsam.inputs.names import NamePatterns
 from sparsam.masks import Mask
 from sparsam.patterns import NM, Unstructured
 from sparsam.pools import Pool, check_patterns, make_pools
@@ -22,7 +21,8 @@ from sparsam.report import Report
 from sparsam.torch.pruning.gradient_evidence import GradientEvidence, gradients_of
 from sparsam.torch.pruning.gradients import GRADIENT_METHODS
 from sparsam.torch.pruning.masked_weights import MaskedWeights, forget, plain_model, to_host, zeros_of
-from sparsam.torch.pruning.prunable import prunable_weights
+from sparsam.torch.pruning.prunable import named_weights, prunable_weights
+from sparsam.torch.pruning.pruner_state import SavedPruner, packed
 from sparsam.training import regrowth
 from sparsam.training.callbacks import sparsity_of
 from sparsam.training.regrowth import RegrowthLike
@@ -82,7 +82,7 @@ class Pruner:
                 Names of tensors are those of the plain model's state_dict.
             config: What to do, as for `sparsam.prune`. The methods "saliency", "fisher" and "movement" score
                 by the gradients that training computes. Parameters that are not weights of layers, and
-                embeddings and heads, stay dense unless named in `overrides` or `ties`.
+                embeddings and heads, stay dense unless `overrides` or `ties` have their exact names.
             begin: The step of the first update: 0 is after the first optimizer step.
             end: The step of the last update, which reaches the target. Required, except with the schedule
                 "one_shot", where the default is `begin`.
@@ -120,14 +120,14 @@ class Pruner:
             every=every,
             initial=initial_sparsity,
         )
-        parameters = dict(plain_model(model).named_parameters())
+        parameters = dict(plain_model(model).named_parameters(remove_duplicate=False))
         check_patterns(settings.with_changes(exclude=()), parameters, stacklevel=2)
-        prunable, self.dense = prunable_weights(plain_model(model), exclude=settings.exclude)
+        prunable, self.dense = prunable_weights(
+            plain_model(model), exclude=settings.exclude, named=named_weights(settings)
+        )
         stored = [weight.name for weight in prunable if weight.transposed]
         self.config = settings.with_changes(transposed=(*settings.transposed, *stored))
-        named = {name for name in _named(self.config, parameters) if self.dense.get(name) != "excluded"}
-        candidates = {weight.name for weight in prunable} | named
-        self._candidates = {name: p for name, p in parameters.items() if name in candidates}
+        self._candidates = {weight.name: weight.parameter for weight in prunable}
         pools = self._try()
         names = dict.fromkeys(name for pool in pools for name in pool.names)
         if not names:
@@ -136,10 +136,10 @@ class Pruner:
             msg = f"model: expected weights to prune; got none in {kind} ({why}); name them in overrides"
             raise ValueError(msg)
         self.dense = {name: why for name, why in self.dense.items() if name not in names}
-        self._weights = MaskedWeights({name: parameters[name] for name in names})
-        self._weights.set({name: Mask.ones(tuple(parameters[name].shape)) for name in names})
+        self._weights = MaskedWeights({name: self._candidates[name] for name in names})
+        self._weights.set({name: Mask.ones(tuple(self._candidates[name].shape)) for name in names})
         if hold_zeros:
-            self._weights.set(zeros_of(parameters, names))
+            self._weights.set(zeros_of(self._candidates, names))
         self._sparsity = 0.0
         self._due = False
         self._dense_gradients: dict[str, Tensor] | None = None
@@ -230,7 +230,7 @@ class Pruner:
             "steps": self.steps,
             "due": self._due,
             "sparsity": self._sparsity,
-            "masks": {name: _packed(mask) for name, mask in self._weights.masks.items()},
+            "masks": {name: packed(mask) for name, mask in self._weights.masks.items()},
             "evidence": None if self._evidence is None else self._evidence.state_dict(),
         }
 
@@ -240,16 +240,12 @@ class Pruner:
         Raises:
             ValueError: It is not a state, or that of another configuration, schedule or model.
         """
-        wanted = set(self.state_dict())
-        if not isinstance(state, Mapping) or set(state) != wanted:
-            got = sorted(map(str, state)) if isinstance(state, Mapping) else state
-            what = f"what state_dict() returned: {sorted(wanted)}"
-            raise ValueError(expected("state", got, what, "pass the pruner's own state"))
+        found = SavedPruner.read(state, set(self.state_dict()))
         own = self._identity()
         different = [
-            f"{key} was {state['identity'].get(key)!r}, now {value!r}"
+            f"{key} was {found.identity.get(key)!r}, now {value!r}"
             for key, value in own.items()
-            if state["identity"].get(key) != value
+            if found.identity.get(key) != value
         ]
         if different:
             msg = (
@@ -257,7 +253,7 @@ class Pruner:
                 "with the same arguments"
             )
             raise ValueError(msg)
-        masks = {name: Mask.from_bytes(bits.numpy().tobytes()) for name, bits in state["masks"].items()}
+        masks = found.masks
         have = {name: mask.shape for name, mask in masks.items()}
         need = {name: mask.shape for name, mask in self._weights.masks.items()}
         if have != need:
@@ -268,8 +264,8 @@ class Pruner:
             )
             raise ValueError(msg)
         if self._evidence is not None:
-            self._evidence.load_state_dict(state["evidence"])
-        self.steps, self._due, self._sparsity = state["steps"], state["due"], state["sparsity"]
+            self._evidence.load_state_dict(found.evidence)
+        self.steps, self._due, self._sparsity = found.steps, found.due, found.sparsity
         self._weights.set(masks)
         self._weights.apply()
 
@@ -361,14 +357,3 @@ def _check_regrow(regrow: object, config: PruningConfig) -> None:
         got = "ties" if config.ties else "scope 'row'"
         msg = f"regrow: expected scope 'layer' or 'global' and no ties; got {got}; leave one of them out"
         raise ValueError(msg)
-
-
-def _named(config: PruningConfig, parameters: Mapping[str, nn.Parameter]) -> set[str]:
-    """The parameters that the configuration itself names to be pruned."""
-    patterns = NamePatterns(config.overrides)
-    tied = {name for tie in config.ties for name in tie.members}
-    return {name for name in parameters if patterns.matches(name)} | tied & set(parameters)
-
-
-def _packed(mask: Mask) -> Tensor:
-    return torch.from_numpy(np.frombuffer(mask.to_bytes(), np.uint8).copy())

@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 
 from sparsam.checkpoint import safetensors_format
 from sparsam.checkpoint.atomic import publish
+from sparsam.inputs.checks import expected
 from sparsam.torch.acceleration.fusion import Fused
 from sparsam.torch.layers.packing import is_packed
 from sparsam.torch.serialization.contents import Contents
@@ -40,6 +41,7 @@ def save(model: nn.Module, directory: StrPath) -> None:
             or a file of that name is there that `save` did not write.
         OSError: The file cannot be written.
     """
+    _check(model, directory)
     contents = Contents.of(model)
     folder = Path(directory)
     folder.mkdir(exist_ok=True)
@@ -73,6 +75,7 @@ def load(directory: StrPath, model: nn.Module) -> int:
         ValueError: The file is damaged or something else, or belongs to another model.
         OSError: It cannot be read.
     """
+    _check(model, directory)
     file = Path(directory) / NAME
     if any(is_packed(module) or isinstance(module, Fused) for module in model.modules()):
         msg = f"{file}: expected a dense model to load into; got one with packed layers; restore() it first"
@@ -87,6 +90,16 @@ def load(directory: StrPath, model: nn.Module) -> int:
             )
             raise ValueError(msg) from error
         return loaded.swap_in(model)
+
+
+def _check(model: object, directory: object) -> None:
+    """Raises a TypeError for what is no model, or no path."""
+    if not isinstance(model, nn.Module):
+        got = type(model).__name__
+        msg = f"model: expected a torch.nn.Module; got {got}; call save(model, folder) or load(folder, model)"
+        raise TypeError(msg)
+    if not isinstance(directory, (str, os.PathLike)):
+        raise TypeError(expected("directory", directory, "the path of a folder", "pass text or a Path"))
 
 
 def _check_own(file: Path) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from sparsam.inputs.checks import check_function
 from sparsam.report import printable
 from sparsam.torch.acceleration.model_runner import ModelRunner, as_examples
 from sparsam.torch.pruning.structured.search import check_model, find_structures
@@ -84,6 +85,8 @@ def head_importance(
         TypeError: `model` is not a module, or is compiled.
     """
     check_model(model)
+    check_function("eval_fn", eval_fn)
+    check_function("callback", callback, optional=True)
     examples = as_examples(example_inputs)
     with ModelRunner(model, examples) as runner:
         runner.outputs()

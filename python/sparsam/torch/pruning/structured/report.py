@@ -100,7 +100,7 @@ class ShrinkReport:
         """Reads what `to_json` wrote; ValueError for anything else."""
         try:
             return msgspec.json.decode(text, type=cls)
-        except msgspec.MsgspecError as error:
+        except (msgspec.MsgspecError, TypeError) as error:
             msg = f"shrink report: expected what to_json wrote; got something else ({error}); save it anew"
             raise ValueError(msg) from error
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -77,13 +78,19 @@ def shrink(
         TypeError: `model` is not a module, or is compiled; `example_inputs` have another type.
     """
     check_model(model)
-    if isinstance(kinds, str) or not kinds or any(kind not in KINDS for kind in kinds):
+    if (
+        isinstance(kinds, str)
+        or not isinstance(kinds, Sequence)
+        or not kinds
+        or any(kind not in KINDS for kind in kinds)
+    ):
         wanted = f"some of {', '.join(map(repr, KINDS))}"
         raise ValueError(expected("kinds", kinds, wanted, "pass a tuple of them"))
     settings = config if isinstance(config, PruningConfig) else PruningConfig(config)
     check_config(settings)
-    given = importance.drops if isinstance(importance, HeadImportance) else importance or {}
-    measured = {name: np.asarray(value, np.float64) for name, value in given.items()}
+    if isinstance(seconds, bool) or not isinstance(seconds, Real):
+        raise ValueError(expected("seconds", seconds, "a number", "pass 0 to measure no latency"))
+    measured = _measured(importance)
     examples = as_examples(example_inputs)
     with ModelRunner(model, examples) as runner, without_cache(model):
         runner.outputs()  # errors in the inputs are found here, before anything else
@@ -119,6 +126,20 @@ def shrink(
     if verbose:
         print(report)  # noqa: T201 - asked for
     return report
+
+
+def _measured(importance: object) -> dict[str, NDArray[np.float64]]:
+    """The importance as arrays."""
+    given = importance.drops if isinstance(importance, HeadImportance) else importance
+    if given is None:
+        return {}
+    wanted, do = "what head_importance returned, or numbers for each unit by name", "pass that"
+    if not isinstance(given, Mapping):
+        raise TypeError(expected("importance", given, wanted, do))
+    try:
+        return {name: np.asarray(value, np.float64) for name, value in given.items()}
+    except (TypeError, ValueError) as error:
+        raise TypeError(expected("importance", str(error), wanted, do)) from error
 
 
 def _row(structure: Structure, gone: NDArray[np.int64]) -> StructureRow:

@@ -1,0 +1,48 @@
+"""Sentences for the demo's model: a few about each of some subjects, so that some pairs are alike."""
+
+from __future__ import annotations
+
+__all__ = ["SENTENCES"]
+
+SENTENCES = (
+    "The cat sleeps on the warm windowsill.",
+    "A kitten is dozing in the sun by the window.",
+    "Our dog barks whenever the postman comes.",
+    "The puppy chased its tail around the garden.",
+    "Two horses are grazing on the hill.",
+    "The train to Vienna leaves at half past nine.",
+    "Our flight was delayed by three hours because of fog.",
+    "She rides her bicycle to work every morning.",
+    "Traffic on the bridge came to a standstill this evening.",
+    "You can reach the island only by ferry.",
+    "Whisk the eggs with sugar until they are pale.",
+    "The soup needs more salt and a little pepper.",
+    "He bakes bread with rye flour on Sundays.",
+    "Let the dough rest for an hour before you roll it out.",
+    "The restaurant serves fresh fish by the harbour.",
+    "The central bank raised interest rates by a quarter point.",
+    "Inflation fell for the third month in a row.",
+    "The company reported higher profits than expected.",
+    "Investors sold their shares after the announcement.",
+    "Unemployment is at its lowest level in ten years.",
+    "The patient recovered quickly after the operation.",
+    "Doctors recommend drinking enough water in summer.",
+    "The new vaccine protects against several strains.",
+    "Regular exercise keeps the heart healthy.",
+    "The home team scored twice in the final minutes.",
+    "She won the marathon in a record time.",
+    "The goalkeeper saved a penalty in the second half.",
+    "Heavy rain flooded the streets of the old town.",
+    "A cold wind blew from the mountains all night.",
+    "Tomorrow will be sunny with a light breeze.",
+    "The program crashes when the input file is empty.",
+    "Restart the computer after you have installed the update.",
+    "The database answers most queries within a millisecond.",
+    "My phone's battery does not last a whole day.",
+    "The orchestra played a symphony by Mahler.",
+    "He learned to play the violin as a child.",
+    "The museum shows paintings from the nineteenth century.",
+    "Her first novel was translated into twelve languages.",
+    "Astronomers discovered a planet outside the solar system.",
+    "The satellite takes pictures of the ice every week.",
+)

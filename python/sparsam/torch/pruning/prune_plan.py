@@ -1,0 +1,146 @@
+"""What a call of `prune` is to do, checked as far as it can be before anything runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Executor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sparsam import scores
+from sparsam.config import ConfigFields, PruningConfig
+from sparsam.inputs.checks import expected
+from sparsam.pools import Pool, check_patterns, make_pools
+from sparsam.pruner import configured
+from sparsam.reconstruction.sequential import RECONSTRUCTIONS, check_method
+from sparsam.torch.layers.packed_weight import to_array
+from sparsam.torch.pruning.gradients import GRADIENT_METHODS
+from sparsam.torch.pruning.input_scores import INPUT_METHODS
+from sparsam.torch.pruning.layer_fits import Method
+from sparsam.torch.pruning.prunable import PrunableWeight
+from torch import nn
+
+__all__ = ["PrunePlan", "check_options", "layer_by_layer", "settings_of"]
+
+
+def settings_of(config: PruningConfig | None, changes: ConfigFields, *, calibrated: bool) -> PruningConfig:
+    """The configuration with the changes; where neither names a method, "admm" if there is calibration."""
+    given = configured(config, changes)
+    if config is None and "method" not in changes and calibrated:
+        return given.with_changes(method="admm")
+    return given
+
+
+def layer_by_layer(config: PruningConfig, *, calibrated: bool) -> bool:
+    """Whether layers are pruned in sequence, and not all at once by scores of the dense network."""
+    together = config.scope == "global" or config.ties or config.method in GRADIENT_METHODS
+    return calibrated and not together
+
+
+@dataclass(frozen=True)
+class PrunePlan:
+    """What is to be pruned, and how.
+
+    Attributes:
+        weights: By name.
+        config: With the names of the weights that are stored as (in, out).
+        pools: As `make_pools` gives them.
+        pool_of: Name -> its pool.
+        method: How masks are chosen.
+        by_layer: Whether layers are pruned in sequence.
+    """
+
+    weights: Mapping[str, PrunableWeight]
+    config: PruningConfig
+    pools: Sequence[Pool]
+    pool_of: Mapping[str, Pool]
+    method: Method
+    by_layer: bool
+
+    @classmethod
+    def of(cls, weights: Sequence[PrunableWeight], given: PruningConfig, *, calibrated: bool) -> PrunePlan:
+        """The plan for these weights; ValueError for a pattern, a scope or ties that the method lacks."""
+        named = {weight.name: weight for weight in weights}
+        stored = tuple(name for name in named if named[name].transposed)
+        config = given.with_changes(transposed=stored, exclude=())
+        arrays = {name: to_array(weight.parameter.detach()) for name, weight in named.items()}
+        check_patterns(config, arrays, stacklevel=3)
+        pools = make_pools(arrays, config)
+        pool_of = {name: part for pool in pools for part in pool.split() for name in part.names}
+        word = config.method if isinstance(config.method, str) else ""
+        if word in RECONSTRUCTIONS:
+            for name, pool in pool_of.items():
+                check_method(name, word, pool.pattern, pool.scope)
+            if config.ties:
+                msg = (
+                    f"ties: expected none with method {word!r}, which fits layer by layer; got some; use "
+                    "a method of scores"
+                )
+                raise ValueError(msg)
+        if word in (*RECONSTRUCTIONS, *INPUT_METHODS):
+            method = Method(word)
+        else:
+            method = Method("", None if word in GRADIENT_METHODS else scores.resolve(config.method))
+        by_layer = layer_by_layer(config, calibrated=calibrated)
+        if (by_layer or method.name) and (name := _unseen(weights)):
+            msg = (
+                f"overrides: expected weights whose inputs are seen, as prune with calibration needs; got "
+                f"{name!r}; prune it in a call without calibration"
+            )
+            raise ValueError(msg)
+        return cls(named, config, pools, pool_of, method, by_layer)
+
+
+def _unseen(weights: Sequence[PrunableWeight]) -> str:
+    return next((weight.name for weight in weights if weight.kind == "unseen"), "")
+
+
+def check_options(
+    model: nn.Module,
+    plan: PrunePlan,
+    *,
+    calibrated: bool,
+    loss_fn: Callable[..., Any] | None,
+    estimate_batch_norm: bool,
+    executor: Executor | None,
+    state_dir: str | Path | None,
+    spill_dir: str | Path | None,
+) -> None:
+    """Raises for options that are missing, or would do nothing; TypeError where one is of another kind."""
+    word = plan.config.method
+    if not calibrated and (plan.method.name or word in GRADIENT_METHODS):
+        msg = f"calibration: expected batches of inputs for method {word!r}; got none; pass some"
+        raise ValueError(msg)
+    if word in GRADIENT_METHODS and loss_fn is None:
+        msg = f"loss_fn: expected loss_fn(model, batch) for method {word!r}; got none; pass one"
+        raise ValueError(msg)
+    if word not in GRADIENT_METHODS and loss_fn is not None:
+        msg = f"loss_fn: expected none with method {word!r}, which uses no gradients; got one; leave it out"
+        raise ValueError(msg)
+    if loss_fn is not None and not callable(loss_fn):
+        raise TypeError(expected("loss_fn", loss_fn, "a function of (model, batch)", "pass one"))
+    if estimate_batch_norm and not calibrated:
+        msg = "estimate_batch_norm: expected calibration to measure on; got none; pass calibration"
+        raise ValueError(msg)
+    for what, value in (("state_dir", state_dir), ("spill_dir", spill_dir), ("executor", executor)):
+        if value is not None and not plan.by_layer:
+            got = f"method {word!r} in scope {plan.config.scope!r}" if calibrated else "no calibration"
+            got += " and ties" if plan.config.ties else ""
+            msg = f"{what}: expected pruning layer after layer; got {got}, which is at once; leave it out"
+            raise ValueError(msg)
+    if executor is not None and not callable(getattr(executor, "submit", None)):
+        do = "pass ProcessPoolExecutor(), say"
+        raise TypeError(expected("executor", executor, "a concurrent.futures.Executor", do))
+    if executor is not None and not plan.method.reconstructs:
+        msg = (
+            f"executor: expected method 'obs' or 'admm', whose fits are spread over workers; got {word!r}, "
+            "whose scores take no time; leave it out"
+        )
+        raise ValueError(msg)
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if tensor.device.type != "cpu" and (calibrated or name in plan.weights):
+            msg = (
+                f"tensor {name!r}: expected a model on the CPU; got one on {tensor.device}; call model.cpu()"
+            )
+            raise ValueError(msg)

@@ -17,6 +17,7 @@ from checkpoints import (
     write_raw,
 )
 from sparsam import checkpoint
+from sparsam.checkpoint.locks import locked
 
 
 def test_every_truncation_is_refused(tmp_path: Path) -> None:
@@ -73,6 +74,71 @@ def test_hostile_headers(tmp_path: Path, header: bytes) -> None:
     for read in (checkpoint.load, lambda path: list(checkpoint.stream(path))):
         with pytest.raises(ValueError, match=r"bad: expected a safetensors file; got"):
             read(file)
+
+
+@pytest.mark.parametrize("protocol", [2, 3, 4, 5])
+def test_a_header_whose_length_begins_like_a_pickle_is_no_pickle(tmp_path: Path, protocol: int) -> None:
+    length = 128 + 256 * protocol
+    header = b'{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}}'.ljust(length)
+    (tmp_path / "cut").write_bytes(length.to_bytes(8, "little") + header)
+    for read in (checkpoint.load, lambda file: checkpoint.prune_files(file, tmp_path / "out")):
+        with pytest.raises(ValueError, match=f"got {length + 8} bytes, truncated or damaged"):
+            read(tmp_path / "cut")
+
+
+def test_a_swarm_of_empty_tensors_is_refused(tmp_path: Path) -> None:
+    entry = b'"%d":{"dtype":"F32","shape":[0],"data_offsets":[0,0]}'
+    header = b"{" + b",".join(entry % i for i in range(200_001)) + b"}"
+    file = write_raw(tmp_path / "many", header)
+    for read in (checkpoint.load, lambda file: checkpoint.prune_files(file, tmp_path / "out")):
+        with pytest.raises(ValueError, match="many: expected at most 200000 tensors; got 200001; split"):
+            read(file)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this machine has no pipes")
+def test_what_is_no_file_is_refused_at_once(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.safetensors")
+    os.mkfifo(tmp_path / "pipe.json")
+    (tmp_path / "zero.safetensors").symlink_to("/dev/zero")
+    (tmp_path / "loop.safetensors").symlink_to(tmp_path / "loop.safetensors")
+    for name in ("pipe.safetensors", "pipe.json", "zero.safetensors", "loop.safetensors"):
+        for use in (
+            checkpoint.load,
+            lambda path: checkpoint.prune_files(path, tmp_path / "out"),
+            lambda path: checkpoint.save(path, {"a": np.ones(2)}),
+        ):
+            with pytest.raises(
+                (ValueError, OSError, RuntimeError), match=r"folder, pipe or device|symbolic link|loop"
+            ):
+                use(tmp_path / name)
+    os.mkfifo(tmp_path / "state.lock")
+    with (
+        pytest.raises(ValueError, match="expected a regular file to lock; got a folder, pipe or device"),
+        locked(tmp_path / "state.lock"),
+    ):
+        pass
+
+
+def test_names_of_files_as_long_as_names_can_be(tmp_path: Path) -> None:
+    file = tmp_path / ("\U0001f600" * 63)
+    checkpoint.save(file, {"a": np.ones((2, 2), np.float32)})
+    assert list(checkpoint.load(file).weights) == ["a"]
+    assert [path.name for path in tmp_path.iterdir()] == [file.name]
+
+
+def test_what_killed_processes_left_is_removed_by_the_next_one(tmp_path: Path) -> None:
+    file = tmp_path / "model.safetensors"
+    left = tmp_path / ".model.safetensors.0123abcd.tmp"
+    other = tmp_path / ".other.safetensors.0123abcd.tmp"
+    for folder in (left, other):
+        folder.mkdir()
+        (folder / "lock").touch()
+        (folder / "file").write_bytes(b"half")
+    with locked(left / "lock"):
+        checkpoint.save(file, {"a": np.ones(2)})
+        assert left.exists()
+    checkpoint.save(file, {"a": np.ones(2)})
+    assert {path.name for path in tmp_path.iterdir()} == {file.name, other.name}
 
 
 @pytest.mark.parametrize("shape", ["[0,9223372036854775808]", f"[{','.join(['1'] * 100)}]"])

@@ -379,8 +379,7 @@ print(peak() - before)
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="this machine has no /proc")
 def test_memory_is_bounded(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
-    shape = (3072, 2048)
-    weights = {f"w{i}": rng.standard_normal(shape, dtype=np.float32) for i in range(10)}
+    weights = {f"w{i}": rng.standard_normal((3072, 2048), dtype=np.float32) for i in range(10)}
     checkpoint.save(tmp_path / "large.safetensors", weights)
     assert (tmp_path / "large.safetensors").stat().st_size > 240 << 20
     for scope in ("layer", "global"):

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import msgspec
 import numpy as np
 
-from sparsam.checkpoint.safetensors_format import DTYPES, check_regular, misfit
+from sparsam.checkpoint.safetensors_format import DTYPES, check_number, check_regular, misfit
 
 __all__ = ["Entry", "Layout", "read_layout"]
 
@@ -84,6 +84,7 @@ def read_layout(file: Path) -> Layout:
             raise misfit(file, start, size, f"a header of {length} bytes")
         raw.seek(0)
         head = raw.read(8 + length)
+    check_number(file, head)
     try:
         content = msgspec.json.decode(head[8:], type=dict[str, dict[str, Any]])
         metadata = msgspec.convert(content.pop("__metadata__", {}), dict[str, str])

@@ -46,10 +46,22 @@ _FOREIGN = {
 }
 
 
+_MOST_TENSORS = 200_000
+_MANY_BYTES = 40 * _MOST_TENSORS  # No header that is shorter names so many.
+
+
 def check_regular(file: Path) -> None:
     """Raises ValueError for what is there and no file: a folder, pipe or device, which may have no end."""
     if file.exists() and not file.is_file():
         msg = f"{file}: expected a safetensors file; got a folder, pipe or device; name a regular file"
+        raise ValueError(msg)
+
+
+def check_number(file: Path, header: bytes) -> None:
+    """Raises ValueError for a header of more tensors than any model has, which would take minutes to read."""
+    number = header.count(b'"data_offsets"')
+    if number > _MOST_TENSORS:
+        msg = f"{file}: expected at most {_MOST_TENSORS} tensors; got {number}; split the file"
         raise ValueError(msg)
 
 
@@ -107,6 +119,10 @@ def open_file(file: Path, framework: str = "np") -> Iterator[Any]:
     check_regular(file)
     with file.open("rb") as raw:
         head, size = raw.read(32), os.fstat(raw.fileno()).st_size
+        length = int.from_bytes(head[:8], "little")
+        if _MANY_BYTES < length < size:
+            raw.seek(8)
+            check_number(file, raw.read(length))
     try:
         handle = safe_open(file, framework=framework)
     except SafetensorError as error:

@@ -20,7 +20,7 @@ from sparsam.orientation import Weights, mask_outputs_first
 from sparsam.patterns import NM, Block, Pattern, Slices, Tied
 from sparsam.tiles import count_pruned
 
-# How many weights come to selection at once, since the scores of all are in memory; a tensor alone may have more.
+# How many weights come to selection at once, since the scores of all are in memory; a tensor may have more.
 _BATCH = 1 << 20
 
 

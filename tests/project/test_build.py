@@ -76,23 +76,22 @@ def test_sums_of_slots_stay_in_registers(build: Path, unit: str) -> None:
 
 
 def inner_loops(path: Path) -> list[str]:
-    """The instructions of each loop of an object that holds no other loop."""
+    """The instructions of each loop of an object that holds no other loop, up to the jump back."""
     found = []
-    lines: list[tuple[int, str]] = []
+    lines: list[tuple[int, str]] = []  # of the function so far
+    back: list[tuple[int, int]] = []  # its jumps back: from, to
     for line in run("objdump", "-d", "--no-show-raw-insn", str(path)).splitlines():
         if not (match := re.match(r"\s+([0-9a-f]+):\s+(.*)", line)):
-            lines = []
+            lines, back = [], []
             continue
-        lines.append((int(match[1], 16), match[2]))
+        here = int(match[1], 16)
+        lines.append((here, match[2]))
         jump = re.match(r"j\w+\s+([0-9a-f]+) ", match[2])
-        if (
-            jump
-            and (body := [text for at, text in lines if at >= int(jump[1], 16)])
-            and len(body) < len(lines)
-        ):
-            backward = [re.match(r"j\w+\s+([0-9a-f]+) ", text) for text in body[:-1]]
-            if not any(b and int(b[1], 16) <= int(jump[1], 16) for b in backward):
-                found.append("\n".join(body))
+        if jump is None or not lines[0][0] <= (start := int(jump[1], 16)) < here:
+            continue
+        if not any(source > start and target >= start for source, target in back):
+            found.append("\n".join(text for at, text in lines if at >= start))
+        back.append((here, start))
     return found
 
 

@@ -126,7 +126,7 @@ def test_a_trace_is_saved_with_its_parameters() -> None:
     with torch.no_grad():
         traced: Any = torch.jit.trace(model, x)  # type: ignore[no-untyped-call]
     file = io.BytesIO()
-    torch.jit.save(traced, file)  # type: ignore[no-untyped-call]
+    torch.jit.save(traced, file)
     file.seek(0)
     loaded: Any = torch.jit.load(file)  # type: ignore[no-untyped-call]
     torch.testing.assert_close(loaded(x), dense(x))

@@ -63,7 +63,7 @@ def test_tied_weights_that_differ_are_packed_twice() -> None:
     wanted = model[1](x)
     torch.testing.assert_close(pack(model[1])(x), wanted)
     assert model[0].weight.packed_data is not model[1].weight.packed_data
-    assert rounded.weight.packed.dtype == torch.bfloat16  # type: ignore[union-attr, operator]
+    assert rounded.weight.packed.dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("change", CHANGES)
@@ -123,7 +123,7 @@ def test_a_state_that_is_assigned_is_the_weight() -> None:
 def test_other_libraries_get_a_copy() -> None:
     layer, dense = pair()
     for weight in (layer.weight, layer.state_dict()["weight"]):
-        for found in (torch.from_dlpack(weight), torch.from_numpy(np.from_dlpack(weight).copy())):
+        for found in (torch.from_dlpack(weight), torch.from_numpy(np.from_dlpack(weight).copy())):  # type: ignore[attr-defined]
             assert torch.equal(found, dense.weight)
         array = np.array(weight, copy=True)
         array[0, 0] = 3.0

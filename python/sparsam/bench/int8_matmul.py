@@ -87,8 +87,16 @@ def multiply_int8(
                 _check(name, products[0](x), reference)
                 found[name] = milliseconds(products, x)
             bits = 8 * ours[0].nbytes / max(weights.size, 1)
-            times = (found["sparsam"], found.get("torch"), found.get("onnxruntime"))
-            yield Int8Row(problem.name, *problem.shape, batch, problem.sparsity, bits, *times)
+            yield Int8Row(
+                problem.name,
+                *problem.shape,
+                batch,
+                problem.sparsity,
+                bits,
+                found["sparsam"],
+                found.get("torch"),
+                found.get("onnxruntime"),
+            )
 
 
 def _torch(weights: NDArray[np.float32]) -> Callable[[NDArray[np.float32]], NDArray[np.float32]]:

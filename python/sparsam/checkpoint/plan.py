@@ -18,10 +18,10 @@ from sparsam.checkpoint.ranking_passes import Ranking
 from sparsam.checkpoint.shard_passes import needed
 from sparsam.config import PruningConfig, Scorer
 from sparsam.inputs.checks import expected
+from sparsam.inputs.dtypes import DTYPES
 from sparsam.inputs.names import NamePatterns
 from sparsam.patterns import NM, Block, Slices, Unstructured
 from sparsam.pools import Pool, check_patterns, make_pools
-from sparsam.selection import DTYPES
 from sparsam.tiles import count_groups
 
 __all__ = ["Plan", "Pooling", "parse_size", "shapes_of"]
@@ -165,14 +165,14 @@ class Plan:
     def pools(self, shares: Mapping[str, float] | None) -> list[Pool]:
         """The pools of the configuration, an allocation's threshold having given these shares."""
         config = self.config if shares is None else self.config.with_changes(allocation=_Measured(shares))
-        return make_pools(self.arrays, config)
+        return [one for pool in make_pools(self.arrays, config) for one in pool.split()]
 
     def pooling(self, pool: Pool) -> Pooling | None:
         """The threshold of a pool; None where each tensor, or group, is decided by itself."""
         if pool.scope != "global" or isinstance(pool.pattern, NM):
             return None
         arrays = {name: self.arrays[name] for name in pool.names}
-        return Pooling.of(arrays, pool.sparsity, self.method, pool.pattern, pool.transposed)
+        return Pooling.of(arrays, pool.sparsity_of(pool.names[0]), self.method, pool.pattern, pool.transposed)
 
     def check_memory(self, memory: int) -> None:
         """Raises ValueError if the buffers of a tensor do not fit."""

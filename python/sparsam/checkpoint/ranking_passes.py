@@ -18,12 +18,13 @@ from numpy.typing import NDArray
 
 from sparsam import _core
 from sparsam.config import Scorer
+from sparsam.inputs.dtypes import check_dtype
 from sparsam.masks import Mask
 from sparsam.orientation import mask_as_stored, outputs_first
 from sparsam.patterns import Block, Slices, Unstructured
 from sparsam.ranking import score_tensor
 from sparsam.scores import traits
-from sparsam.selection import _check_dtype, _refuse_nan
+from sparsam.selection import _refuse_nan
 from sparsam.tiles import tile_sizes, tiling_of
 
 __all__ = ["Counts", "Cut", "Found", "Ranking", "find_threshold", "run_starts"]
@@ -81,7 +82,7 @@ class Ranking:
 
     def values(self, name: str, array: NDArray[Any]) -> NDArray[Any]:
         """Returns what is compared: of a tensor in its shape, or of its groups; the larger, the better."""
-        _check_dtype(name, array)
+        check_dtype(name, array)
         ranked = score_tensor(self.method, name, array, transposed=name in self.transposed)
         if self.pattern == Unstructured():
             return ranked
@@ -107,7 +108,7 @@ class Ranking:
         """Zeroes in place what is pruned; returns how many weights those are, and how many are not zero."""
         values = self.values(name, array)
         outs = [array] if values is array else []
-        (words,), (nonzero,) = _core.threshold_mask([values], cut.value, cut.ties_kept, outs)
+        (words,), _, (nonzero,) = _core.threshold_mask([values], cut.value, cut.ties_kept, outs)
         if self.pattern == Unstructured():
             mask = Mask(words, array.shape)
             return mask.size - mask.count, nonzero if outs else mask.write(array, array)

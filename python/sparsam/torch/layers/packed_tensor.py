@@ -106,9 +106,9 @@ class PackedTensor(Tensor):
             raise TypeError(msg)
         layout = Layout(tuple(weight.shape), weight.dtype, groups, transposed)
         is_parameter = isinstance(weight, nn.Parameter)
-        if is_parameter and (known := Content.find(weight, layout, values)) is not None:
-            found = _in_place_of(known)
-            return cls.of_content(known) if found is None else found
+        if is_parameter and (content := Content.find(weight, layout, values)) is not None:
+            found = _in_place_of(content)
+            return cls.of_content(content) if found is None else found
         data = pack_dense(weight.detach(), layout, values, ("panels",))
         if is_parameter:
             return cls.of_content(Content(data, layout, weight))  # type: ignore[arg-type]
@@ -227,7 +227,7 @@ class PackedTensor(Tensor):
 
     def __dlpack__(self, **options: Any) -> Any:
         """For other libraries: a copy of the dense numbers."""
-        return self.to_dense().__dlpack__(**options)  # type: ignore[no-untyped-call]
+        return self.to_dense().__dlpack__(**options)
 
     def hold_dense(self) -> None:
         """Gives the tensor memory with its dense numbers of now, for those that read memory and ask nothing.
@@ -236,7 +236,7 @@ class PackedTensor(Tensor):
         """
         dense = self.to_dense()
         with torch.no_grad(), torch._C.DisableTorchFunctionSubclass(), torch._C._DisableTorchDispatch():
-            self.set_(dense.untyped_storage(), 0, dense.shape, dense.stride())  # type: ignore[call-overload]
+            self.set_(dense.untyped_storage(), 0, dense.shape, dense.stride())
 
     def tolist(self) -> Any:
         """The dense numbers."""

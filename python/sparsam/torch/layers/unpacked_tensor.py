@@ -94,7 +94,7 @@ class UnpackedTensor(Tensor):
 
     def __dlpack__(self, **options: Any) -> Any:
         """For other libraries: a copy."""
-        return self._current().clone().__dlpack__(**options)  # type: ignore[no-untyped-call]
+        return self._current().clone().__dlpack__(**options)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
         if id(self) not in memo:

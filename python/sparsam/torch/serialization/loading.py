@@ -105,8 +105,10 @@ def check_layers(manifest: Manifest, modules: Mapping[str, nn.Module]) -> None:
             msg = f"layer {name!r}: expected {layer.groups} groups in the model; got {wanted_groups}; {_DO}"
             raise ValueError(msg)
         if layer.forms != ("panels",) and isinstance(module, (nn.Conv1d, nn.Conv2d)):
-            wanted, came = "['panels'] for a convolution", [*layer.forms]
-            msg = f"layer {name!r}: field forms: expected {wanted}; got {came}; save the model again"
+            msg = (
+                f"layer {name!r}: field forms: expected ['panels'] for a convolution; got {[*layer.forms]}; "
+                "save the model again"
+            )
             raise ValueError(msg)
         if layer.computed is None:
             turned = manifest.weights[manifest.stored_weight(name)].transposed

@@ -63,7 +63,7 @@ def test_tied_weights_that_differ_are_packed_twice() -> None:
     wanted = model[1](x)
     torch.testing.assert_close(pack(model[1])(x), wanted)
     assert model[0].weight.packed_data is not model[1].weight.packed_data
-    assert rounded.weight.packed.dtype == torch.bfloat16
+    assert rounded.weight.packed.dtype == torch.bfloat16  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize("change", CHANGES)

@@ -130,8 +130,10 @@ class ModelRunner(AbstractContextManager["ModelRunner"]):
             return self.outputs()
         except Exception as error:
             got = f"{type(error).__name__}: {' '.join(str(error).split())}"
-            msg = "example_inputs: expected what the model can be called with; "
-            msg += f"got {got}; pass the arguments of its forward"
+            msg = (
+                f"example_inputs: expected what the model can be called with; got {got}; pass the arguments of "
+                "its forward"
+            )
             raise ValueError(msg) from error
 
     def seconds(self) -> Seconds:

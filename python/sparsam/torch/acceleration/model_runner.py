@@ -131,8 +131,8 @@ class ModelRunner(AbstractContextManager["ModelRunner"]):
         except Exception as error:
             got = f"{type(error).__name__}: {' '.join(str(error).split())}"
             msg = (
-                f"example_inputs: expected what the model can be called with; got {got}; pass the arguments of "
-                "its forward"
+                f"example_inputs: expected what the model can be called with; got {got}; "
+                "pass the arguments of its forward"
             )
             raise ValueError(msg) from error
 

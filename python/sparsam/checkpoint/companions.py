@@ -9,7 +9,7 @@ from pathlib import Path
 
 from sparsam.checkpoint.atomic import flush
 
-__all__ = ["companions", "copy"]
+__all__ = ["copy", "files_beside"]
 
 _WEIGHTS = (
     *(".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".keras", ".msgpack", ".npz", ".npy", ".gguf"),
@@ -18,7 +18,7 @@ _WEIGHTS = (
 """How the names of files end that hold weights: those of the dense model must not stand beside the pruned."""
 
 
-def companions(folder: Path, leave: Path) -> Iterator[Path]:
+def files_beside(folder: Path, leave: Path) -> Iterator[Path]:
     """Yields the regular files of a directory that are no weights, not hidden, not in `leave`."""
     for place, folders, names in os.walk(folder):
         folders[:] = sorted(
@@ -38,7 +38,7 @@ def copy(source: Path, target: Path, *, leave: Path) -> None:
     Raises:
         OSError: A file cannot be read or written.
     """
-    for path in companions(source, leave):
+    for path in files_beside(source, leave):
         place = target / path.relative_to(source)
         place.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(path, place)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 import torch
-from sparsam.torch.pruning import input_rows
+from sparsam.torch.pruning import unfolded_rows
 from sparsam.torch.pruning.calibration import Batch
 from sparsam.torch.pruning.group_statistics import GroupStatistics, Seen
 from sparsam.torch.pruning.prunable import prunable_weights
@@ -26,7 +26,7 @@ PLACES = BATCHES * SAMPLES * FRAMES
 @pytest.mark.parametrize("places", ["every", "spaced"])
 def bench_moments(places: str, benchmark: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     if places == "every":
-        monkeypatch.setattr(input_rows, "_PRODUCTS", float("inf"))
+        monkeypatch.setattr(unfolded_rows, "_PRODUCTS", float("inf"))
     torch.manual_seed(0)
     layer = nn.Conv1d(CHANNELS, CHANNELS, KERNEL, padding="same")
     weight = prunable_weights(layer)[0][0]

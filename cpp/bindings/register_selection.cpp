@@ -91,7 +91,9 @@ py::object bind_threshold_masks(const std::vector<py::array>& arrays, const std:
 
 py::object bind_bracket(const py::array& array, double low, double high, std::size_t room) {
   const View view = view_of(array);
-  if (!(low >= 0 && low <= high)) throw py::value_error("expected 0 <= low <= high");
+  if (!(low >= 0 && low <= high))
+    throw py::value_error(expected("low and high", std::to_string(low) + " and " + std::to_string(high),
+                                   "0 <= low <= high", "pass the lower one first"));
   room = std::min(room, view.size());
   py::array found(array.dtype(), py::array::ShapeContainer{static_cast<py::ssize_t>(room)});
   void* to = found.mutable_data();

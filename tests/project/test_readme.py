@@ -30,6 +30,7 @@ def test_documents_are_found() -> None:
     assert BLOCK.search(read("README.md"))
 
 
+@pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning")  # of Lightning, about PyTorch
 @pytest.mark.parametrize("document", [name for name in DOCUMENTS if BLOCK.search(read(name))])
 def test_python_blocks_run(document: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In order and in one namespace, as a reader types them; tracebacks show the document's own lines."""

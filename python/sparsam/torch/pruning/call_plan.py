@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from sparsam.torch.pruning.calibration import Batch
 from sparsam.torch.pruning.forward_passes import Pass, Rectifier, Residual, Slots, Tracked, advance, end
-from sparsam.torch.pruning.input_rows import unfolding
+from sparsam.torch.pruning.unfolded_rows import unfolding
 from sparsam.torch.pruning.layer_inputs import Inputs
 from sparsam.torch.pruning.prunable import PrunableWeight
 from torch import Tensor, nn

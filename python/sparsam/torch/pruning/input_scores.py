@@ -14,7 +14,7 @@ from sparsam.config import Scorer
 from sparsam.statistics import InputStatistics
 from sparsam.torch.pruning.calibration import Batch
 from sparsam.torch.pruning.forward_passes import Pass, Slots, advance, current_pass, end
-from sparsam.torch.pruning.input_rows import input_rows
+from sparsam.torch.pruning.unfolded_rows import input_rows
 from sparsam.torch.pruning.layer_inputs import Inputs, watch
 from sparsam.torch.pruning.twins import Twin
 from torch import Tensor

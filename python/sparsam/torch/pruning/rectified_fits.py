@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable
 import torch
 from sparsam.reconstruction.sequential import LayerFit, LayerProblem, refit_layer
 from sparsam.torch.pruning.group_statistics import Seen, row_weights
-from sparsam.torch.pruning.input_rows import input_rows, output_rows
+from sparsam.torch.pruning.unfolded_rows import input_rows, output_rows
 from sparsam.torch.pruning.prunable import PrunableWeight
 from torch import Tensor
 

@@ -113,7 +113,7 @@ def test_errors() -> None:
     with pytest.raises(ValueError, match="expected the same shape"):
         mask & Mask.ones((3, 2))
     x: NDArray[Any] = np.zeros(7, np.float32)
-    with pytest.raises(ValueError, match="overlaps"):
+    with pytest.raises(ValueError, match="got overlapping memory"):
         mask.apply(x[:6].reshape(2, 3), out=x[1:].reshape(2, 3))
     with pytest.raises(ValueError, match="read-only"):
         mask.apply(np.ones((2, 3), np.float32), out=np.broadcast_to(np.float32(0), (2, 3)))

@@ -96,13 +96,13 @@ MUTATIONS: dict[str, tuple[dict[str, NDArray[Any] | None], str]] = {
             "bits": np.empty((0, 1 << 47), np.uint8),
             "values": np.empty(0, np.float32),
         },
-        "too large",
+        "at most 2.40 elements",
     ),
     "bits of other dtype": ({"bits": np.array([[1, 1], [8, 0]], np.int8)}, "expected uint8"),
     "flat bits": ({"bits": np.array([1, 1, 8, 0], np.uint8)}, "expected uint8"),
     "a bit past the last column": ({"bits": np.array([[1, 2], [8, 1]], np.uint8)}, "past the last column"),
-    "a bit too many": ({"bits": np.array([[1, 1], [9, 0]], np.uint8)}, "3 values for 4 bits"),
-    "a value too few": ({"values": np.ones(2, np.float32)}, "2 values for 3 bits"),
+    "a bit too many": ({"bits": np.array([[1, 1], [9, 0]], np.uint8)}, "values: expected 4, .*; got 3"),
+    "a value too few": ({"values": np.ones(2, np.float32)}, "values: expected 3, .*; got 2"),
     "values of other dtype": ({"values": np.ones(3)}, "expected a vector of float32"),
     "integer values": ({"values": np.ones(3, np.int16)}, "expected a vector"),
     "a matrix of values": ({"values": np.ones((1, 3), np.float32)}, "expected a vector"),
@@ -128,7 +128,7 @@ def test_other_files_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="metadata: expected"):
         SparseMatrix.load(file)
     file.write_bytes(b"PK\x03\x04 and so on")
-    with pytest.raises(ValueError, match="a zip archive"):
+    with pytest.raises(ValueError, match="zip archive"):
         SparseMatrix.load(file)
     with pytest.raises(FileNotFoundError):
         SparseMatrix.load(tmp_path / "none")

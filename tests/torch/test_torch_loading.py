@@ -95,7 +95,7 @@ REFUSED: dict[str, tuple[Change, str]] = {
     ),
     "a shape of as many bits": (
         weight(shape=[32, 23]),
-        "weight '0.weight': expected values and bits of one matrix; got others: row|bits past the last",
+        "weight '0.weight': expected values and bits of one matrix; got others: bits of row|past the last",
     ),
     "a vector": (
         weight(shape=[32]),
@@ -155,15 +155,22 @@ REFUSED: dict[str, tuple[Change, str]] = {
     "another activation": (layer(activation="gelu"), "activation '1': expected gelu in the model; got relu"),
     "no activation": (layer(activation=None), "activation '1': expected the layers that compute it"),
     "unknown forms": (
+        layer(forms=["sloths"]),
+        (
+            "field forms: expected one of ['bitmask'], ['panels'], ['bitmask', 'panels'], ['slots']; "
+            "got ('sloths',)"
+        ),
+    ),
+    "forms of other values": (
         layer(forms=["slots"]),
-        "field forms: expected one of ['bitmask'], ['panels'], ['bitmask', 'panels']; got ('slots',)",
+        "weight '0.weight': field forms: expected others than 'slots' for float32 values; got ['slots']",
     ),
     "computed": (
         layer(computed="float32"),
         "layer '0': expected one that torch.nn.utils.prune or parametrize computes, as in the model",
     ),
     "computed as an unknown dtype": (
-        layer(computed="int8"),
+        layer(computed="int16"),
         "layer '0': field computed: expected null or one of",
     ),
     "an additional field": (layer(more=1), "layer '0': field more: expected no such field; got one"),
@@ -233,7 +240,7 @@ REFUSED: dict[str, tuple[Change, str]] = {
     "a value too few": (tensor("0.weight", lambda v: v[1:].clone()), "values: expected one for each of"),
     "values of another dtype": (
         tensor("0.weight", Tensor.double),
-        "values: expected a vector of float32, bfloat16, float16; got float64",
+        "values: expected a vector of float32, bfloat16, float16, int8; got float64",
     ),
     "values as a matrix": (tensor("0.weight", lambda v: v[None]), "values: expected a vector of"),
 }

@@ -153,7 +153,7 @@ class Plan:
             return None
         overridden = NamePatterns(self.config.overrides)
         uniform = make_pools(self.arrays, self.config.with_changes(allocation="uniform"))
-        names = [pool.names[0] for pool in uniform if overridden.last(pool.names[0]) is None]
+        names = [name for pool in uniform for name in pool.names if overridden.last(name) is None]
         pattern = self.config.pattern
         assert not isinstance(pattern, NM)  # which PruningConfig refuses
         stored = NamePatterns(self.config.transposed)

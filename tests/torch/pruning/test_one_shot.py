@@ -93,6 +93,7 @@ def test_a_pruned_model_is_an_ordinary_model(name: str) -> None:
     assert torch.equal(output(other, batches[0]), want)
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning")  # within PyTorch
 def test_a_pruned_model_is_compiled_by_the_real_compiler() -> None:
     if shutil.which("c++") is None:
         pytest.skip("no C++ compiler on this machine")

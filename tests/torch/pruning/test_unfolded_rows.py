@@ -12,8 +12,8 @@ from pruning_models import normal
 import torch
 from sparsam.torch import prune
 from sparsam.torch.pruning import unfolded_rows as rows_of
-from sparsam.torch.pruning.unfolded_rows import input_rows, output_rows, spacing
 from sparsam.torch.pruning.prunable import prunable_weights
+from sparsam.torch.pruning.unfolded_rows import input_rows, output_rows, spacing
 from torch import Tensor, nn
 
 CONVOLUTIONS: dict[str, tuple[nn.Module, tuple[int, ...]]] = {

@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 import torch
 from sparsam.torch.pruning.calibration import Batch
 from sparsam.torch.pruning.forward_passes import Pass, Rectifier, Residual, Slots, Tracked, advance, end
-from sparsam.torch.pruning.unfolded_rows import unfolding
 from sparsam.torch.pruning.layer_inputs import Inputs
 from sparsam.torch.pruning.prunable import PrunableWeight
+from sparsam.torch.pruning.unfolded_rows import unfolding
 from torch import Tensor, nn
 
 __all__ = ["CallPlan", "Group", "plan_calls"]

@@ -10,9 +10,9 @@ import torch
 from sparsam.statistics import InputStatistics
 from sparsam.torch.pruning.calibration import Batch
 from sparsam.torch.pruning.forward_passes import Rectifier
-from sparsam.torch.pruning.unfolded_rows import input_rows, output_rows, spacing
 from sparsam.torch.pruning.layer_inputs import Inputs
 from sparsam.torch.pruning.prunable import PrunableWeight
+from sparsam.torch.pruning.unfolded_rows import input_rows, output_rows, spacing
 from torch import Tensor
 
 __all__ = ["GroupStatistics", "OtherRows", "Seen", "row_weights", "split"]

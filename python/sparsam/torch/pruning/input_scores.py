@@ -14,9 +14,9 @@ from sparsam.config import Scorer
 from sparsam.statistics import InputStatistics
 from sparsam.torch.pruning.calibration import Batch
 from sparsam.torch.pruning.forward_passes import Pass, Slots, advance, current_pass, end
-from sparsam.torch.pruning.unfolded_rows import input_rows
 from sparsam.torch.pruning.layer_inputs import Inputs, watch
 from sparsam.torch.pruning.twins import Twin
+from sparsam.torch.pruning.unfolded_rows import input_rows
 from torch import Tensor
 
 __all__ = ["INPUT_METHODS", "InputScores", "dense_input_scores"]

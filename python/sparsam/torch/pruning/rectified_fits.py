@@ -13,8 +13,8 @@ from collections.abc import Callable, Iterable
 import torch
 from sparsam.reconstruction.sequential import LayerFit, LayerProblem, refit_layer
 from sparsam.torch.pruning.group_statistics import Seen, row_weights
-from sparsam.torch.pruning.unfolded_rows import input_rows, output_rows
 from sparsam.torch.pruning.prunable import PrunableWeight
+from sparsam.torch.pruning.unfolded_rows import input_rows, output_rows
 from torch import Tensor
 
 __all__ = ["Shown", "fit_to_rectified"]

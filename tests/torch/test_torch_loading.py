@@ -267,6 +267,15 @@ def test_refused(case: str, saved: Path) -> None:
     assert state(model) == before
 
 
+def test_forms_of_floats_are_refused_for_int8(tmp_path: Path) -> None:
+    model: Any = mlp()
+    pack(model[0], dtype=torch.int8)
+    save(model, tmp_path)
+    rewrite(tmp_path, layer(forms=["panels"]))
+    with pytest.raises(ValueError, match=r"expected others than 'panels' for int8 values; got \['panels'\]"):
+        load(tmp_path, mlp())
+
+
 def test_the_model_itself_is_no_layer_of_it(tmp_path: Path) -> None:
     save(nn.Sequential(pack(pruned(nn.Linear(9, 4)))), tmp_path)
 

@@ -5,13 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TypeAlias
 
 from sparsam.inputs.checks import ReadOnly, check_sparsity, expected, set_fields
 from sparsam.patterns import NM, Pattern
-
-if TYPE_CHECKING:
-    from sparsam.config import PruningConfig
 
 
 @dataclass(frozen=True)
@@ -40,11 +37,11 @@ class Override:
             sparsity = _nm_sparsity("Override: sparsity", pattern, sparsity)
         set_fields(self, sparsity=sparsity, pattern=pattern)
 
-    def settle(self, config: PruningConfig) -> tuple[float, Pattern]:
-        """Returns the sparsity and the pattern that a tensor has under a configuration."""
+    def settle(self, sparsity: float, pattern: Pattern) -> tuple[float, Pattern]:
+        """Returns the sparsity and the pattern that a tensor has, given those of the configuration."""
         return (
-            config.target_sparsity if self.sparsity is None else self.sparsity,
-            config.pattern if self.pattern is None else self.pattern,
+            sparsity if self.sparsity is None else self.sparsity,
+            pattern if self.pattern is None else self.pattern,
         )
 
     def at(self, sparsity: float) -> Override:

@@ -119,7 +119,8 @@ def make_pools(
             continue
         if name not in tied:
             if name in overridden:
-                sparsity, pattern = config.overrides[overridden[name]].settle(config)
+                override = config.overrides[overridden[name]]
+                sparsity, pattern = override.settle(config.target_sparsity, config.pattern)
                 scope: Scope = "layer" if isinstance(pattern, (Block, Slices)) else alone
                 overrides.setdefault((pattern, scope), {})[name] = sparsity
             elif array.ndim < min_rank or (min_rank and array.dtype.kind in "biu"):

@@ -153,7 +153,7 @@ import sparsam.torch
 print("transformers" in sys.modules)
 sys.modules["transformers"] = types.ModuleType("transformers")
 sys.modules["transformers"].__version__ = "4.57.6"
-sparsam.torch.transformers_models.register()
+sparsam.torch.transformers_import.register()
 import sparsam.torch.huggingface
 """
     done = run(code)

@@ -22,7 +22,8 @@ except ImportError as error:
 
 from sparsam import _core
 from sparsam.torch.acceleration.installation import restore
-from sparsam.torch.acceleration.report import AccelerationReport, LayerRow
+from sparsam.torch.acceleration.layer_row import LayerRow
+from sparsam.torch.acceleration.report import AccelerationReport
 from sparsam.torch.acceleration.workflow import accelerate
 from sparsam.torch.compression.compression_report import CompressionReport
 from sparsam.torch.compression.workflow import compress
@@ -42,7 +43,7 @@ from sparsam.torch.pruning.training_callbacks import lightning_callback, trainer
 from sparsam.torch.pruning.while_training import Pruner
 from sparsam.torch.serialization.files import load, save
 from sparsam.torch.sparse_tensors import from_sparse_tensor, to_sparse_tensor
-from sparsam.torch.transformers_models import register_when_imported
+from sparsam.torch.transformers_import import register_when_imported
 
 __all__ = [
     "AccelerationReport",

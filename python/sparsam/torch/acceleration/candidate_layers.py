@@ -14,7 +14,7 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
 import torch
-from sparsam.torch.acceleration.report import LayerRow
+from sparsam.torch.acceleration.layer_row import LayerRow
 from sparsam.torch.layers.packed_weight import DTYPES
 from sparsam.torch.layers.packing import PackedLayer, dense_class, packable, packed_together
 from torch import Tensor, nn

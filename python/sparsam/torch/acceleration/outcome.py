@@ -11,7 +11,7 @@ from typing import Any
 from sparsam.torch.acceleration.candidate_layers import Candidate
 from sparsam.torch.acceleration.decision import Decision
 from sparsam.torch.acceleration.installation import LayerSwap
-from sparsam.torch.acceleration.report import LayerRow
+from sparsam.torch.acceleration.layer_row import LayerRow
 from sparsam.torch.acceleration.verification import DIFFERS, Gain
 from torch import nn
 

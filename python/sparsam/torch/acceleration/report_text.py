@@ -6,12 +6,9 @@ import html
 import re
 import textwrap
 from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING
 
 from sparsam.report import printable
-
-if TYPE_CHECKING:
-    from sparsam.torch.acceleration.report import LayerRow
+from sparsam.torch.acceleration.layer_row import LayerRow
 
 __all__ = ["fold", "folded_name", "paragraphs", "table", "to_html"]
 
@@ -22,7 +19,7 @@ _SHOWN = 2  # shapes of inputs in a row of text
 _LISTED = 4  # numbers in a name, where they are no range
 _NUMBER = re.compile(r"\d+")
 
-Group = Sequence["LayerRow"]
+Group = Sequence[LayerRow]
 
 # What a line shows of like layers, and the order in which it is left out if the line gets too long.
 _COLUMNS: dict[str, Callable[[Group], str]] = {

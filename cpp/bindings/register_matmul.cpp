@@ -188,8 +188,7 @@ py::array buffer(const PackedMatrix& w, const std::string& name) {
   const FormPtr& form = w.find(kind_of("form", name));
   if (form == nullptr)
     throw py::value_error(expected("form " + quoted(name), "only " + forms(w).front(),
-                                   "a form that the weight has",
-                                   "build the other with add(" + quoted(name) + ")"));
+                                   "a form that the weight has", "build it with add(" + quoted(name) + ")"));
   const py::capsule owner(new FormPtr(form), [](void* held) { delete static_cast<FormPtr*>(held); });
   py::array_t<std::uint8_t> bytes(static_cast<py::ssize_t>(form->bytes()),
                                   reinterpret_cast<const std::uint8_t*>(form->data()), owner);
@@ -266,6 +265,24 @@ void multiply(const PackedMatrix& w, const std::string& kernel, const Floats& x,
   linear(*form, from, batch, add, activation, to);
 }
 
+// x W^T in a new array, with nothing on the way that a small product would feel; None unless x is a float32
+// matrix in C order with as many columns.
+py::object product(const PackedMatrix& w, const std::string& kernel, const py::object& x) {
+  if (!py::isinstance<Floats>(x)) return py::none();
+  const auto from = py::reinterpret_borrow<Floats>(x);
+  const FormPtr form = form_for(w, kernel);
+  if (from.ndim() != 2 || from.shape(1) != static_cast<py::ssize_t>(form->cols())) return py::none();
+  Floats out({from.shape(0), static_cast<py::ssize_t>(form->rows())});
+  {
+    const float* const data = from.data();
+    float* const to = out.mutable_data();
+    const auto batch = static_cast<std::size_t>(from.shape(0));
+    const py::gil_scoped_release release;
+    linear(*form, data, batch, nullptr, "", to);
+  }
+  return std::move(out);
+}
+
 // The same on memory that the caller vouches for: addresses of contiguous float32 or bfloat16 x and y (0: no
 // bias).
 void multiply_at(const PackedMatrix& w, const std::string& kernel, std::uintptr_t x, bool bfloat16,
@@ -336,7 +353,7 @@ FormPtr form_for(const PackedMatrix& w, const std::string& kernel) {
   if (form == nullptr)
     throw py::value_error(expected("kernel " + quoted(kernel), "only " + forms(w).front(),
                                    "a form that the weight has",
-                                   "build the other with add(" + quoted(kernel) + ")"));
+                                   "build it with add(" + quoted(kernel) + ")"));
   return form;
 }
 
@@ -367,6 +384,7 @@ void register_matmul(py::module_& m) {
       .def("unpack", &unpack)
       .def("linear", &multiply, py::arg("kernel"), py::arg("x").noconvert(), py::arg("bias").noconvert(),
            py::arg("activation"), py::arg("out").noconvert())
+      .def("product", &product, py::arg("kernel"), py::arg("x"))
       .def("linear_at", &multiply_at, py::arg("kernel"), py::arg("x"), py::arg("bfloat16"), py::arg("batch"),
            py::arg("bias"), py::arg("activation"), py::arg("out"))
       .def("conv2d_at", &conv2d_at, py::arg("x"), py::arg("x_stride"), py::arg("images"), py::arg("image"),

@@ -423,14 +423,22 @@ void panel(const PanelView& w, std::size_t row_block, const float* tile, std::si
   if (vectors == 4) panel_tile<Value, 4>(w, row_block, tile, batch, sums, epilogue, y);
 }
 
+}  // namespace
+}  // namespace sparsam::SPARSAM_TARGET
+
+#include "slots-inl.hpp"
+
+namespace sparsam::SPARSAM_TARGET {
+namespace {
+
 constexpr MatmulKernels kMatmulKernels = {
     kLanes,
     &pack,
     &gather,
     &widen,
-    {&bitmask<float>, &panel<float>, &panel_across<float>},
-    {&bitmask<Bfloat>, &panel<Bfloat>, &panel_across<Bfloat>},
-    {&bitmask<Half>, &panel<Half>, &panel_across<Half>},
+    {&bitmask<float>, &panel<float>, &panel_across<float>, &slots<float>},
+    {&bitmask<Bfloat>, &panel<Bfloat>, &panel_across<Bfloat>, &slots<Bfloat>},
+    {&bitmask<Half>, &panel<Half>, &panel_across<Half>, &slots<Half>},
 };
 
 }  // namespace

@@ -42,6 +42,29 @@ struct PanelView {
   const void* values;
 };
 
+// The form in slots: blocks of kSlotBlock rows, sorted in a block by their number of entries, in groups of
+// `depth` rows (8 or 16), whose sums are in the lanes of a vector. A step of a group has a slot for each row:
+// an entry in one of the `depth` columns from its start on, or none. Values stand step after step: those of
+// the slots that are used, or in a form that is `full`, of all slots, 0 where there is no entry. 64 readable
+// bytes follow.
+struct SlotStart {
+  std::uint64_t step, value;  // of the whole form, where its own begin; they end where the next group's begin
+};
+
+constexpr std::size_t kSlotBlock = 64, kMaxSlotRows = 16;
+constexpr std::size_t kSlotBatch = 8;  // rows of x at a time
+
+struct SlotView {
+  std::size_t rows, cols, depth;
+  bool full;
+  const SlotStart* groups;     // and one past the last
+  const std::uint8_t* order;   // of each group `depth` rows in the block (kSlotBlock: no row)
+  const void* words;           // a step's columns, counted from its start: see slots-inl.hpp
+  const std::uint16_t* used;   // of 16 slots; those of 8 are in their word
+  const std::uint8_t* starts;  // columns from the start of the step before, or from column 0
+  const void* values;
+};
+
 // What happens to a sum on its way out.
 struct Epilogue {
   const float* bias;  // per row; may be null
@@ -84,10 +107,14 @@ struct ValueKernels {
   void (*panel_across)(const PanelView& w, std::size_t row_block, const float* tile, std::size_t vectors,
                        float* sums, Epilogue epilogue, const Stretch* stretches, std::size_t n, float* y,
                        std::size_t y_stride);
+  // The columns of y of one block, for `batch` (1 to kSlotBatch) rows of x, of which max(cols, depth) floats
+  // may be read, and whether all of these are `finite`. A pruned weight multiplies nothing, whatever x holds.
+  void (*slots)(const SlotView& w, std::size_t block, const float* x, std::size_t x_stride, std::size_t batch,
+                bool finite, Epilogue epilogue, Output y);
 };
 
 struct MatmulKernels {
-  std::size_t lanes;
+  std::size_t lanes;  // also the rows of a group in slots that this row of the table multiplies best
   // One depth block of a tile: n columns of `batch` rows of x, transposed to [depth + 1][vectors * lanes]
   // floats. Missing rows and column `depth` become 0. tile is 64-byte aligned.
   void (*pack)(Input x, std::size_t batch, std::size_t n, std::size_t depth, std::size_t vectors,

@@ -13,19 +13,6 @@ namespace {
 
 using Words = std::uint64_t*;
 
-// Whether every aligned four rows share their columns.
-bool rows_share(const std::uint64_t* words, std::size_t rows, std::size_t cols) {
-  if (rows == 0 || rows % 4 != 0) return false;
-  const std::size_t row_words = words_for(cols);
-  std::atomic<bool> same{true};
-  RowTasks(rows, cols).run([&](std::size_t, std::size_t r) {
-    const std::uint64_t* const row = words + r * row_words;
-    if (r % 4 == 0 || !same.load(std::memory_order_relaxed)) return;
-    if (!std::equal(row, row + row_words, row - row_words)) same.store(false, std::memory_order_relaxed);
-  });
-  return same.load();
-}
-
 // A writer with words and row_start filled in, from words that are complete.
 FormWriter begin(const std::uint64_t* words, std::size_t rows, std::size_t cols, DType dtype) {
   const std::size_t row_words = words_for(cols);
@@ -104,6 +91,18 @@ void check_count(std::size_t values, std::size_t bits) {
 }
 
 }  // namespace
+
+bool rows_share(const std::uint64_t* words, std::size_t rows, std::size_t cols) {
+  if (rows == 0 || rows % 4 != 0) return false;
+  const std::size_t row_words = words_for(cols);
+  std::atomic<bool> same{true};
+  RowTasks(rows, cols).run([&](std::size_t, std::size_t r) {
+    const std::uint64_t* const row = words + r * row_words;
+    if (r % 4 == 0 || !same.load(std::memory_order_relaxed)) return;
+    if (!std::equal(row, row + row_words, row - row_words)) same.store(false, std::memory_order_relaxed);
+  });
+  return same.load();
+}
 
 FormPtr pack_bitmask(const View& w, std::size_t rows, std::size_t cols) {
   return pack_rows(w, rows, cols, true, [&](const auto* src, std::size_t, Words words) {

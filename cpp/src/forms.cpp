@@ -31,25 +31,27 @@ void check_header(const FormHeader& h, std::size_t bytes) {
     refuse(static_cast<int>(h.kind), "form 1 (bitmask), 2 (panels) or 3 (slots)");
   if (h.dtype > static_cast<std::uint8_t>(DType::f32) && !int8)
     refuse(h.dtype, "values of dtype 0, 1, 2 or 4");
-  if (int8 ? panels : slots) refuse("the other", "panels of float values, or slots of int8 values");
+  if (int8 && panels) refuse("panels of int8 values", "panels of float values");
   if (h.shared_rows != 0 && (h.shared_rows != 4 || h.rows == 0 || h.rows % 4 != 0))
     refuse(h.shared_rows, "0, or 4 for rows in fours, as the number of rows that share columns");
   if (h.rows > kLargest || h.cols > kLargest || (h.cols > 0 && h.rows > kLargest / h.cols) ||
       h.nnz > h.rows * h.cols)
     refuse(std::to_string(h.rows) + " x " + std::to_string(h.cols) + " with " + std::to_string(h.nnz),
            "at most 2^40 weights, and no more nonzero ones");
-  if (slots && !((h.depth == 16 && h.units == 8) || (h.depth == 64 && h.units == 16)))
+  if (slots && int8 && !((h.depth == 16 && h.units == 8) || (h.depth == 64 && h.units == 16)))
     refuse(std::to_string(h.units) + " with " + std::to_string(h.depth),
            "8 rows with windows of 16, or 16 with windows of 64");
-  if (slots && (h.cols > kInt8Columns || h.rows >= UINT32_MAX))
+  if (slots && int8 && (h.cols > kInt8Columns || h.rows >= UINT32_MAX))
     refuse(std::to_string(h.cols) + " and " + std::to_string(h.rows),
            "at most " + std::to_string(kInt8Columns) + " columns and 2^32 rows");
-  const bool depth_fits =
-      slots || (panels ? h.depth > 0 && h.depth <= kMaxDepth && h.depth % 64 == 0 : h.depth == 0);
-  if (!depth_fits || h.units > bytes || h.steps > bytes ||
-      (h.kind == FormKind::bitmask && h.units + h.steps != 0))
-    refuse("depth " + std::to_string(h.depth),
-           "a depth of 64 to " + std::to_string(kMaxDepth) + ", and units and steps that fit in it");
+  const bool depth_fits = panels   ? h.depth > 0 && h.depth <= kMaxDepth && h.depth % 64 == 0
+                          : !slots ? h.depth == 0
+                          : int8   ? true
+                                   : h.depth == 8 || h.depth == 16;
+  if (!depth_fits || h.units > bytes || h.steps > bytes || (!panels && !slots && h.units + h.steps != 0) ||
+      (slots && !int8 && h.units != h.nnz && h.units != h.steps * h.depth))
+    refuse("depth " + std::to_string(h.depth), "a depth of 64 to " + std::to_string(kMaxDepth) +
+                                                   " (slots: 8 or 16), and units and steps that fit in it");
   const FormHeader own = laid_out(h);
   if (std::memcmp(&own, &h, sizeof h) != 0 || own.bytes != bytes)
     refuse(bytes, std::to_string(own.bytes) + " bytes, with the sections that its counts demand");
@@ -59,31 +61,40 @@ void check_header(const FormHeader& h, std::size_t bytes) {
 
 FormHeader laid_out(FormHeader h) {
   const std::size_t item = item_size(static_cast<DType>(h.dtype));
-  std::size_t sizes[4] = {8 * h.rows * words_for(h.cols), 8 * (h.rows + 1), h.nnz * item, 0};
+  constexpr std::size_t kMost = std::size(FormHeader{}.sections);
+  std::size_t sizes[kMost] = {8 * h.rows * words_for(h.cols), 8 * (h.rows + 1), h.nnz * item};
   const bool int8 = h.dtype == static_cast<std::uint8_t>(DType::i8);
-  const std::size_t n = h.kind == FormKind::bitmask && !int8 ? 3 : 4;
+  const bool bitmask = h.kind == FormKind::bitmask, slots = h.kind == FormKind::slots;
+  const std::size_t n = bitmask && !int8 ? 3 : slots && !int8 ? 6 : 4;
   if (int8) sizes[3] = 4 * h.rows;
-  if (h.kind == FormKind::slots) {
+  if (slots && int8) {
     const std::size_t groups = (h.rows + h.units - 1) / h.units;
     sizes[0] = 8 * (groups + 1);
     sizes[1] = 12 * groups * h.units;
     sizes[2] = 2 * int8_pair_starts(h.depth) * h.steps;
     sizes[3] = int8_pair_bytes(h.units, h.depth) * h.steps;
-  }
-  if (h.kind == FormKind::panels) {
+  } else if (slots) {
+    const std::size_t groups = slot_groups(h.rows, h.depth);
+    sizes[0] = (groups + 1) * sizeof(SlotStart);
+    sizes[1] = groups * h.depth;
+    sizes[2] = h.steps * (h.depth == 8 ? sizeof(std::uint32_t) : sizeof(std::uint64_t));
+    sizes[3] = h.depth == 8 ? 0 : h.steps * sizeof(std::uint16_t);
+    sizes[4] = h.steps;
+    sizes[5] = h.units * item;
+  } else if (h.kind == FormKind::panels) {
     sizes[0] = (panel_blocks(h.rows, h.cols, h.depth) + 1) * sizeof(PanelBlock);
     sizes[1] = h.units * kUnitHeader * sizeof(std::uint16_t);
     sizes[2] = h.steps * (h.shared_rows != 0 ? 1 : 4) * offset_bytes(h.depth);
     sizes[3] = 4 * h.steps * item;
   }
   std::size_t at = sizeof(FormHeader);
-  for (std::size_t i = 0; i < 4; ++i) {
+  for (std::size_t i = 0; i < kMost; ++i) {
     h.sections[i] = i < n ? at : 0;
     at += aligned(sizes[i]);
   }
   h.bytes = at + FormHeader::kReadable;
   h.zero = 0;
-  std::fill(std::begin(h.reserved), std::end(h.reserved), 0);
+  h.reserved = 0;
   return h;
 }
 
@@ -123,17 +134,24 @@ FormPtr Form::adopt(const void* data, std::size_t bytes, std::shared_ptr<const v
   const FormHeader& header = form->header();
   check_header(header, bytes);
   if (trusted) return form;
+  const bool int8 = form->dtype() == DType::i8;
   std::string fault;
   if (header.kind == FormKind::bitmask) {
     fault = fault_of(form->bitmask(), header);
-    if (fault.empty() && form->dtype() == DType::i8)
+    if (fault.empty() && int8)
       fault = fault_of_int8(static_cast<const std::int8_t*>(form->bitmask().values), form->nnz(),
                             form->scales(), form->rows());
+  } else if (header.kind == FormKind::panels) {
+    fault = fault_of(form->panels(), header);
   } else {
-    fault = header.kind == FormKind::panels ? fault_of(form->panels(), header)
-                                            : fault_of(form->int8_slots(), header, *form);
+    fault = int8 ? fault_of(form->int8_slots(), header, *form) : fault_of(form->slots(), header);
   }
   if (!fault.empty()) refuse("damage (" + fault + ")", "a whole form");
+  if (header.kind == FormKind::slots && !int8) {
+    const FormPtr bitmask = bitmask_of_slots(*form);
+    if (rows_share(bitmask->bitmask().words, header.rows, header.cols) != (header.shared_rows != 0))
+      refuse(header.shared_rows, "rows that share columns where its header says so, and only there");
+  }
   return form;
 }
 
@@ -178,6 +196,25 @@ Int8View Form::int8_slots() const {
           reinterpret_cast<const std::uint8_t*>(data_ + h.sections[3])};
 }
 
+SlotView Form::slots() const {
+  const FormHeader& h = header();
+  return {h.rows,
+          h.cols,
+          h.depth,
+          h.units == h.steps * h.depth,
+          reinterpret_cast<const SlotStart*>(data_ + h.sections[0]),
+          reinterpret_cast<const std::uint8_t*>(data_ + h.sections[1]),
+          data_ + h.sections[2],
+          reinterpret_cast<const std::uint16_t*>(data_ + h.sections[3]),
+          reinterpret_cast<const std::uint8_t*>(data_ + h.sections[4]),
+          data_ + h.sections[5]};
+}
+
+FormPtr bitmask_of(const Form& other) {
+  if (other.kind() == FormKind::panels) return bitmask_of_panels(other);
+  return other.dtype() == DType::i8 ? bitmask_of_int8_slots(other) : bitmask_of_slots(other);
+}
+
 PackedMatrix::PackedMatrix(const std::vector<FormPtr>& forms, bool trusted) {
   if (forms.empty()) throw std::invalid_argument(expected("buffers", "none", "at least one", "pass one"));
   for (const FormPtr& form : forms) {
@@ -208,13 +245,15 @@ PackedMatrix::PackedMatrix(const std::vector<FormPtr>& forms, bool trusted) {
 
 FormPtr PackedMatrix::get(FormKind kind) const {
   if (const FormPtr& form = find(kind); form != nullptr) return form;
-  if (kind == FormKind::bitmask) return bitmask_of(any());
+  const FormPtr& held = find(FormKind::bitmask);
+  const FormPtr bitmask = held != nullptr ? held : bitmask_of(any());
+  if (kind == FormKind::bitmask) return bitmask;
   const bool int8 = any().dtype() == DType::i8;
-  if (int8 != (kind == FormKind::slots))
+  if (int8 && kind == FormKind::panels)
     throw std::invalid_argument(
-        expected("form", quoted(name_of(kind)),
-                 int8 ? "slots, for int8 values" : "bitmask or panels, for float values", "build that"));
-  return int8 ? int8_slots_of(*get(FormKind::bitmask)) : panels_of(any());
+        expected("form", quoted(name_of(kind)), "bitmask or slots, for int8 values", "build one of them"));
+  if (kind == FormKind::panels) return panels_of(*bitmask);
+  return int8 ? int8_slots_of(*bitmask) : slots_of(*bitmask);
 }
 
 void PackedMatrix::bits(std::uint8_t* to) const {

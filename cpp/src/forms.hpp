@@ -21,6 +21,11 @@ constexpr std::size_t panel_blocks(std::size_t rows, std::size_t cols, std::size
   return (rows + kRowBlock - 1) / kRowBlock * panel_depth_blocks(cols, depth);
 }
 
+constexpr std::size_t slot_groups(std::size_t rows, std::size_t depth) { return (rows + depth - 1) / depth; }
+
+FormPtr bitmask_of_panels(const Form& panels);
+FormPtr bitmask_of_slots(const Form& slots);
+
 // A header with its sections laid out: kind, dtype, shared_rows and the counts are given.
 FormHeader laid_out(FormHeader counts);
 FormHeader header_for(FormKind kind, DType dtype, std::size_t rows, std::size_t cols, std::size_t nnz);
@@ -75,9 +80,13 @@ inline std::size_t count_words(const std::uint64_t* words, std::size_t n) {
   return count;
 }
 
+// Whether every aligned four rows of a bitmask share their columns.
+bool rows_share(const std::uint64_t* words, std::size_t rows, std::size_t cols);
+
 // What is wrong with the content of a form whose header is right; empty where nothing is.
 std::string fault_of(const BitmaskView& w, const FormHeader& header);
 std::string fault_of(const PanelView& w, const FormHeader& header);
+std::string fault_of(const SlotView& w, const FormHeader& header);  // but for shared_rows
 std::string fault_of(const Int8View& w, const FormHeader& header, const Form& form);
 
 // int8 values: slots of a given geometry, and back; what is wrong with values and scales.

@@ -1,10 +1,12 @@
-// Linear layers: by bitmask, and by panels in tiles of rows of x.
+// Linear layers: by bitmask, by slots, and by panels in tiles of rows of x.
 #include <algorithm>
+#include <cstring>
 #include <iterator>
 #include <stdexcept>
 
 #include "int8_linear.hpp"
 #include "panel_tiles.hpp"
+#include "ranges.hpp"
 #include "sparsam/errors.hpp"
 #include "sparsam/isa.hpp"
 #include "table.hpp"
@@ -57,6 +59,42 @@ void by_bitmask(const MatmulKernels& m, const Form& form, const Input& x, std::s
   }
 }
 
+// Integers, which compilers add up in vectors.
+bool all_finite(const float* x, std::size_t n) {
+  std::uint32_t others = 0;
+  for (std::size_t i = 0; i < n; ++i) {
+    std::uint32_t bits;
+    std::memcpy(&bits, x + i, sizeof bits);
+    others |= static_cast<std::uint32_t>((bits & 0x7f800000) == 0x7f800000);
+  }
+  return others == 0;
+}
+
+void by_slots(const MatmulKernels& m, const Form& form, const Input& x, std::size_t batch, Epilogue epilogue,
+              const Output& y) {
+  const SlotView w = form.slots();
+  const ValueKernels& kernel = kernels_for(m, form.dtype());
+  const std::size_t blocks = (w.rows + kSlotBlock - 1) / kSlotBlock;
+  const std::size_t x_stride = std::max(w.cols, w.depth);
+  // Windows of columns lie in rows of x, unless these are shorter than a window.
+  const bool as_it_came = !x.narrow && w.cols == x_stride;
+  const Scratch<Purpose::tiles> padded(as_it_came ? 0 : std::min(kSlotBatch, batch) * x_stride);
+  for (std::size_t t = 0; t < batch; t += kSlotBatch) {
+    const std::size_t here = std::min(kSlotBatch, batch - t);
+    const float* from = static_cast<const float*>(x.data) + t * x.stride;
+    if (!as_it_came) {
+      for (std::size_t i = 0; i < here; ++i)
+        copy_padded(m, x, t + i, w.cols, x_stride, padded.data() + i * x_stride);
+      from = padded.data();
+    }
+    const std::size_t workers = worker_count(blocks, here * form.nnz() >= kSerialBelow / 4);
+    const bool finite = w.full && all_finite(from, here * x_stride);
+    for_each_in_ranges(blocks, workers, [&](std::size_t block) {
+      kernel.slots(w, block, from, x_stride, here, finite, epilogue, rows_from(y, t));
+    });
+  }
+}
+
 struct LinearProduct : PanelTiles {
   Input x;
   std::size_t batch;
@@ -67,15 +105,21 @@ struct LinearProduct : PanelTiles {
 
   std::size_t tiles() const { return (batch + wide() - 1) / wide(); }
   std::size_t rows_of(std::size_t tile) const { return std::min(wide(), batch - tile * wide()); }
+  // The last tile takes no more vectors than it needs.
+  std::size_t vectors_of(std::size_t tile) const {
+    const std::size_t needed = (rows_of(tile) + m.lanes - 1) / m.lanes;
+    return needed <= 2 ? needed : vectors;
+  }
 
   // Block d of a tile to its place in the packed tile.
   void pack(std::size_t tile, std::size_t d, float* packed) const {
     const std::size_t from = (tile * wide() * x.stride + d * w.depth) * (x.narrow ? 2 : sizeof(float));
     m.pack({static_cast<const char*>(x.data) + from, x.stride, x.narrow}, rows_of(tile), columns_of(d),
-           w.depth, vectors, packed + d * (w.depth + 1) * wide());
+           w.depth, vectors_of(tile), packed + d * (w.depth + 1) * vectors_of(tile) * m.lanes);
   }
   void multiply(std::size_t tile, std::size_t row_block, const float* packed, float* sums) const {
-    kernel.panel(w, row_block, packed, vectors, rows_of(tile), sums, epilogue, rows_from(y, tile * wide()));
+    kernel.panel(w, row_block, packed, vectors_of(tile), rows_of(tile), sums, epilogue,
+                 rows_from(y, tile * wide()));
   }
 };
 
@@ -92,6 +136,10 @@ void multiply(const Form& form, const void* x, std::size_t batch, const float* b
   }
   if (form.kind() == FormKind::bitmask) {
     by_bitmask(m, form, from, batch, epilogue, to);
+    return;
+  }
+  if (form.kind() == FormKind::slots) {
+    by_slots(m, form, from, batch, epilogue, to);
     return;
   }
   const PanelView w = form.panels();

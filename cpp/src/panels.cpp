@@ -263,8 +263,7 @@ FormPtr panels_of(const Form& bitmask) {
   return writer.finish();
 }
 
-FormPtr bitmask_of(const Form& panels) {
-  if (panels.kind() == FormKind::slots) return bitmask_of_int8_slots(panels);
+FormPtr bitmask_of_panels(const Form& panels) {
   const PanelView w = panels.panels();
   const std::size_t row_words = words_for(w.cols), down = row_blocks(w);
   FormHeader counts =

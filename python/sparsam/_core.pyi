@@ -132,6 +132,7 @@ class Packed:
         activation: str,
         out: NDArray[np.float32],
     ) -> None: ...
+    def product(self, kernel: str, x: object) -> NDArray[np.float32] | None: ...
     # Addresses of contiguous memory that the caller vouches for; 0 is no bias.
     def linear_at(
         self, kernel: str, x: int, bfloat16: bool, batch: int, bias: int, activation: str, out: int

@@ -70,7 +70,7 @@ def test_rows(cold: bool) -> None:
         for batch in (1, 3)
     ]
     for row in rows:
-        assert row.kernel in {"dense", "bitmask", "panels"}
+        assert row.kernel in {"dense", "bitmask", "panels", "slots"}
         assert min(row.linear_ms, row.sparse_ms, row.numpy_ms) > 0
         assert (row.sparse_ms == row.linear_ms) == (row.kernel != "dense")
         assert row.speedup == row.dense_ms / row.linear_ms

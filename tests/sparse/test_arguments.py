@@ -120,7 +120,7 @@ def test_wrong_arguments() -> None:
         (ValueError, "out: expected separate memory; got an overlap with bias",
          lambda: square.linear(line[:30], line[30:], out=line[30:])),
         (ValueError, "batches: expected numbers of at least 0; got -1", lambda: matrix.prepare(-1)),
-        (ValueError, "kernel: expected one of dense, bitmask, panels; got 'blas'",
+        (ValueError, "kernel: expected one of dense, bitmask, panels, slots; got 'blas'",
          lambda: matrix.prepare(1, kernel="blas")),
     ]  # fmt: skip
     for kind, message, call in cases:
@@ -166,7 +166,7 @@ def test_a_shape_beyond_memory_is_refused() -> None:
 def test_a_misaligned_out_and_an_integer_of_numpy() -> None:
     matrix = SparseMatrix.from_dense(np.eye(8, dtype=np.float32))
     x = np.arange(24, dtype=np.float32).reshape(3, 8)
-    for kernel in ("dense", "bitmask", "panels"):
+    for kernel in ("dense", "bitmask", "panels", "slots"):
         matrix.prepare(np.int64(3), kernel=kernel)
         out = np.frombuffer(bytearray(97), np.float32, offset=1).reshape(3, 8)
         assert matrix.linear(x, out=out) is out

@@ -69,7 +69,7 @@ def test_default_costs_are_times(rows: int, cols: int, density: float, batch: in
             key = Key("cpu", isa, "1", dtype, 2)
             model = CostModel(cost_model.shipped(key), cost_model.shipped(DENSE), "")
             expected = model.expect(Weight(rows, cols, int(density * rows * cols), dtype, blocked))
-            times = expected.times(batch, ("dense", "bitmask", "panels"))
+            times = expected.times(batch, ("dense", "bitmask", "panels", "slots"))
             assert all(0 <= seconds < math.inf for seconds in times.values())
 
 
@@ -212,7 +212,7 @@ def test_a_damaged_calibration_is_ignored(cache: Path, how: str) -> None:
     [
         (
             "a kernel is missing",
-            "field fits: expected those of bitmask, panels, blocks, dense; got those of ",
+            "field fits: expected those of bitmask, slots, panels, blocks, dense; got those of ",
         ),
         (
             "a batch is missing",
@@ -294,6 +294,6 @@ def test_mutated_calibrations_give_costs_or_none(cache: Path) -> None:
         file.write_bytes(mutate(text, rng))
         if (costs := cost_model.calibrated(key)) is not None:
             used += 1
-            for kind in ("bitmask", "panels", "blocks"):
+            for kind in ("bitmask", "slots", "panels", "blocks"):
                 assert all(0 < seconds < math.inf for seconds in costs.curve(kind, weight))
     assert used > 0

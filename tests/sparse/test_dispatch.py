@@ -31,7 +31,7 @@ def test_only_kernels_whose_forms_are_held_run() -> None:
     choice = choose(expected, 4, ("bitmask", "panels"))
     assert choice.kernel == "panels"
     assert choice.reason.startswith("the cheapest form that is held by default costs")
-    assert [c.kernel for c in choice.candidates] == ["panels", "dense", "bitmask"]
+    assert [c.kernel for c in choice.candidates] == ["panels", "dense", "bitmask", "slots"]
     assert choose(expected, 4, ("bitmask",)).kernel == "bitmask"
 
 
@@ -45,7 +45,7 @@ def test_only_kernels_whose_forms_are_held_run() -> None:
         ([{"bitmask": 1.0, "panels": 1.3}, {"bitmask": 9.0, "panels": 1.0}], (), ("bitmask", "panels")),
         ([{"bitmask": 1.0, "panels": 1.2}], ("panels",), ("panels",)),
         ([{"bitmask": 1.0, "panels": 1.3}], ("panels",), ("panels", "bitmask")),
-        ([{"dense": 1.0}, {"bitmask": 1.0}, {"panels": 1.0}], (), KERNELS),
+        ([{"dense": 1.0}, {"bitmask": 1.0}, {"panels": 1.0}, {"slots": 1.0}], (), KERNELS),
         ([{"dense": 1.0, "panels": 1.0}, {"panels": 1.1, "dense": 1.0}], (), ("dense",)),
     ],
 )

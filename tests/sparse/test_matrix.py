@@ -62,6 +62,8 @@ def test_forms_and_copies_are_counted() -> None:
     assert matrix.nbytes == panels
     matrix.prepare([1, 64], kernel="dense")
     assert matrix.nbytes == w.nbytes
+    matrix.prepare([1, 64], kernel="slots")
+    assert 4 * matrix.nnz < matrix.nbytes < 8 * matrix.nnz
 
 
 def test_concurrent_calls_on_one_matrix() -> None:

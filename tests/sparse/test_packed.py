@@ -101,6 +101,8 @@ def test_forms_come_and_go() -> None:
     bitmask = packed.buffer("bitmask")
     packed.add("panels")
     packed.add("panels")
+    assert list(packed.forms) == ["bitmask", "panels"]
+    packed.add("slots")
     assert list(packed.forms) == list(FORMS)
     assert packed.nbytes == sum(len(packed.buffer(form)) for form in FORMS)
     packed.keep(["panels"])
@@ -127,8 +129,8 @@ def test_forms_come_and_go() -> None:
 def test_buffers_are_the_memory_itself(isa: str) -> None:
     w, x = weights(300, 200, 0.7), np.ones((40, 200), np.float32)
     packed = Packed.pack(w)
-    packed.add("panels")
     for form in FORMS:
+        packed.add(form)
         for trusted in (False, True):
             copy = moved(packed.buffer(form))
             again = Packed.from_buffers([copy], trusted=trusted)
@@ -147,11 +149,11 @@ def test_buffers_are_the_memory_itself(isa: str) -> None:
 
 GOLDEN = {
     "bitmask": (
-        "73706172 73616d00 01000000 01020000 0200000000000000 0900000000000000 0300000000000000"
+        "73706172 73616d00 02000000 01020000 0200000000000000 0900000000000000 0300000000000000"
         "0000000000000000 0000000000000000 0000000000000000"
-        "8000000000000000 c000000000000000 0001000000000000 0000000000000000 8001000000000000"
-        + 24 * "00"
-        + "0101000000000000 0800000000000000"
+        "8000000000000000 c000000000000000 0001000000000000 0000000000000000"
+        "0000000000000000 0000000000000000 8001000000000000 0000000000000000"
+        "0101000000000000 0800000000000000"
         + 48 * "00"
         + "0000000000000000 0200000000000000 0300000000000000"
         + 40 * "00"
@@ -159,11 +161,11 @@ GOLDEN = {
         + 116 * "00"
     ),
     "panels": (
-        "73706172 73616d00 01000000 02020000 0200000000000000 0900000000000000 0300000000000000"
+        "73706172 73616d00 02000000 02020000 0200000000000000 0900000000000000 0300000000000000"
         "8000000000000000 0100000000000000 0200000000000000"
-        "8000000000000000 c000000000000000 0001000000000000 4001000000000000 c001000000000000"
-        + 24 * "00"
-        + "0000000000000000 0000000000000000 0100000000000000 0200000000000000"
+        "8000000000000000 c000000000000000 0001000000000000 4001000000000000"
+        "0000000000000000 0000000000000000 c001000000000000 0000000000000000"
+        "0000000000000000 0000000000000000 0100000000000000 0200000000000000"
         + 32 * "00"
         + "0200 0001 0001 0100 0000"
         + 54 * "00"
@@ -179,11 +181,8 @@ def test_golden_bytes() -> None:
     """1, -2 at columns 0 and 8 of the first row; 0.5 at column 3 of the second. As docs/formats.md has it."""
     w = np.zeros((2, 9), np.float32)
     w[0, 0], w[0, 8], w[1, 3] = 1, -2, 0.5
-    packed = Packed.pack(w)
-    packed.add("panels")
     for form, text in GOLDEN.items():
-        golden = bytes.fromhex(text)
-        assert packed.buffer(form).tobytes() == golden, form
+        assert only(Packed.pack(w), form).buffer(form).tobytes() == bytes.fromhex(text), form
 
 
 def damaged() -> dict[str, tuple[str, Callable[[NDArray[np.uint8]], object], str]]:
@@ -197,7 +196,7 @@ def damaged() -> dict[str, tuple[str, Callable[[NDArray[np.uint8]], object], str
 
     cases = {
         "magic": (0, 0, "begins with 'sparsam'"),
-        "version": (8, 2 | 1 << 32 | 2 << 40, "expected version 1; got 2"),
+        "version": (8, 3 | 1 << 32 | 2 << 40, "expected version 2; got 3"),
         "kind": (12, 7 | 2 << 8, "expected form 1"),
         "dtype": (12, 1 | 3 << 8, "expected values of dtype"),
         "rows": (16, 3, "row 2: expected as many values as bits"),
@@ -206,7 +205,7 @@ def damaged() -> dict[str, tuple[str, Callable[[NDArray[np.uint8]], object], str
         "nonzeros": (32, 1 << 39, "no more nonzero"),
         "depth": (40, 64, "expected a depth"),
         "sections": (64, 64, "bytes, with the sections"),
-        "bytes": (96, 1 << 40, "bytes, with the sections"),
+        "bytes": (112, 1 << 40, "bytes, with the sections"),
     }
     found = {name: ("bitmask", put(at, value), text) for name, (at, value, text) in cases.items()}
     found["a bit more"] = ("bitmask", put(128, 0x103), "row 0: expected as many values as bits")

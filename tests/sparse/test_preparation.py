@@ -98,7 +98,11 @@ def test_the_form_that_batches_need_is_there_from_the_beginning_and_counted(cost
 
 def test_two_forms_where_one_would_be_slow_and_never_three() -> None:
     w, fits = Weight.of(Packed.pack(weights())), dict(made().kernels.fits)
-    for kind, (first, others) in {"bitmask": (1e-6, 1e-3), "panels": (1e-3, 1e-6)}.items():
+    for kind, (first, others) in {
+        "bitmask": (1e-6, 1e-3),
+        "panels": (1e-3, 1e-6),
+        "slots": (1.0, 1.0),
+    }.items():
         fits[kind] = [(others if i else first, *row[1:]) for i, row in enumerate(fits[kind])]
     forms = Forms.of(Packed.pack(weights()))
     for dense, needed in ((1e3, ("bitmask", "panels")), (1e-6, ("dense",)), (0.5, None)):
@@ -160,7 +164,7 @@ def test_prepare_keeps_the_one_form_that_batches_need(times: dict[str, float], b
 
 
 def test_a_second_form_must_win_clearly(times: dict[str, float]) -> None:
-    times |= {"dense": 9.0, "bitmask": 1.0, "panels": 2.0}
+    times |= {"dense": 9.0, "bitmask": 1.0, "panels": 2.0, "slots": 9.0}
     matrix = SparseMatrix.from_dense(weights())
     matrix.prepare(1)
     times |= {"bitmask": 1.2, "panels": 1.0}
@@ -206,7 +210,7 @@ def test_kept_zeros_stay_when_dense_is_best() -> None:
 
 
 def test_choices_expire_with_the_instruction_set_and_the_threads(times: dict[str, float]) -> None:
-    times |= {"dense": 3.0, "bitmask": 2.0, "panels": 1.0}
+    times |= {"dense": 3.0, "bitmask": 2.0, "panels": 1.0, "slots": 4.0}
     before = sparsam.isa()
     switches: list[tuple[Callable[[], Any], Callable[[], Any]]] = [
         (lambda: sparsam.use_isa(sparsam.available_isas()[-1]), lambda: sparsam.use_isa(before)),

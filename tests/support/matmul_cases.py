@@ -14,7 +14,7 @@ from sparsam import SparseMatrix
 from sparsam.sparse import matmul
 
 KERNELS = matmul.KERNELS
-SPARSE = ("bitmask", "panels")  # kernels of ours, one for each instruction set
+SPARSE = ("bitmask", "panels", "slots")  # kernels of ours, one for each instruction set
 VALUES: dict[str, Any] = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
 EPS = float(np.finfo(np.float32).eps)
 

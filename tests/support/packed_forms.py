@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from sparsam._core import Packed
 
-FORMS = ("bitmask", "panels")
+FORMS = ("bitmask", "panels", "slots")
 
 HEAD = """
 import gc, sys

@@ -91,7 +91,7 @@ def test_products_follow_the_instruction_set_and_the_threads(costs: Any) -> None
             assert layer.weight.packed.choices._valid[0].settings == (name, sparsam.num_threads())
 
 
-@pytest.mark.parametrize("forms", [("bitmask",), ("panels",), BOTH])
+@pytest.mark.parametrize("forms", [("bitmask",), ("panels",), ("slots",), BOTH, ("panels", "slots")])
 def test_copies_give_the_same_digits(isa: str, forms: tuple[str, ...]) -> None:
     """The forms travel, and choices among them depend on nothing that a copy could lose."""
     layer = fix(pruned(nn.Linear(300, 200)), *forms)
@@ -115,6 +115,7 @@ def test_forms_follow_the_batches_by_the_cost_model(costs: Any, monkeypatch: pyt
     for slopes, batches, forms in (
         ({"bitmask": 1.0, "panels": 2.0}, [4], ("bitmask",)),
         ({"bitmask": 2.0, "panels": 1.0}, [4], ("panels",)),
+        ({"bitmask": 2.0, "panels": 3.0, "slots": 1.0}, [4], ("slots",)),
         ({"bitmask": 1.0, "panels": 2.0}, [1, 8, 100], ("bitmask",)),
         ({"bitmask": 1.0, "panels": 2.0}, range(1, 4), ("bitmask",)),
         ({"bitmask": 1.0, "panels": 0.9}, 100, ("panels",)),
@@ -144,7 +145,12 @@ def test_two_forms_where_memory_allows(
 
     def expect(weight: Any, *_: Any) -> Any:
         slow, fast = (1e-3,) * 9, (1e-6,) * 9
-        curves = {"dense": (1e-3, *slow), "bitmask": (1e-6, *slow[:4]), "panels": (1e-3, *fast)}
+        curves = {
+            "dense": (1e-3, *slow),
+            "bitmask": (1e-6, *slow[:4]),
+            "panels": (1e-3, *fast),
+            "slots": (1e-3, *slow[:4]),
+        }
         return replace(made().expect(weight), curves=curves, settings=(sparsam.isa(), sparsam.num_threads()))
 
     for module in (choices, packed_weight):
@@ -182,7 +188,7 @@ def test_explain(costs: Any) -> None:
     explanation = layer.weight.explain(4)
     assert explanation.kernel == "panels"
     assert explanation.reason.startswith("the cheapest form that is held by default costs")
-    assert {c.kernel for c in explanation.candidates} == {"panels", "dense", "bitmask"}
+    assert {c.kernel for c in explanation.candidates} == {"panels", "dense", "bitmask", "slots"}
     assert layer.weight.explain(0).reason == "since there is nothing to multiply"
     with pytest.raises(ValueError, match="batch: expected numbers of at least 0; got -1"):
         layer.weight.explain(-1)

@@ -19,7 +19,7 @@ def _seed() -> None:
     torch.manual_seed(0)
 
 
-@pytest.mark.parametrize("kernel", ["bitmask", "panels"])
+@pytest.mark.parametrize("kernel", ["bitmask", "panels", "slots"])
 @pytest.mark.parametrize("shape", [(70,), (1, 70), (3, 70), (2, 5, 70), (130, 70), (0, 70)])
 def test_linear(isa: str, threads: int, kernel: str, shape: tuple[int, ...]) -> None:
     linear, x = pruned(nn.Linear(70, 300)), torch.randn(shape)
@@ -30,7 +30,7 @@ def test_linear(isa: str, threads: int, kernel: str, shape: tuple[int, ...]) -> 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("values", [None, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("kernel", ["bitmask", "panels"])
+@pytest.mark.parametrize("kernel", ["bitmask", "panels", "slots"])
 def test_linear_dtypes(isa: str, dtype: torch.dtype, values: torch.dtype | None, kernel: str) -> None:
     linear = pruned(nn.Linear(65, 129)).to(dtype)
     layer = fix(linear, kernel, dtype=values)
@@ -46,7 +46,7 @@ def test_linear_dtypes(isa: str, dtype: torch.dtype, values: torch.dtype | None,
 
 
 @pytest.mark.parametrize("name", ACTIVATIONS)
-@pytest.mark.parametrize("kernel", ["bitmask", "panels"])
+@pytest.mark.parametrize("kernel", ["bitmask", "panels", "slots"])
 def test_activations(isa: str, name: str, kernel: str) -> None:
     linear, x = pruned(nn.Linear(64, 48)), 5 * torch.randn(7, 64)
     y = fix(linear, kernel, activation=name)(x)

@@ -157,13 +157,9 @@ REFUSED: dict[str, tuple[Change, str]] = {
     "unknown forms": (
         layer(forms=["sloths"]),
         (
-            "field forms: expected one of ['bitmask'], ['panels'], ['bitmask', 'panels'], ['slots']; "
-            "got ('sloths',)"
+            "field forms: expected one of ['bitmask'], ['panels'], ['slots'], ['bitmask', 'panels'], "
+            "['bitmask', 'slots'], ['panels', 'slots']; got ('sloths',)"
         ),
-    ),
-    "forms of other values": (
-        layer(forms=["slots"]),
-        "weight '0.weight': field forms: expected others than 'slots' for float32 values; got ['slots']",
     ),
     "computed": (
         layer(computed="float32"),

@@ -90,7 +90,7 @@ CHANGES: dict[str, Callable[[Any], object]] = {
 
 
 @pytest.mark.parametrize("change", CHANGES)
-@pytest.mark.parametrize("forms", [("panels",), ("bitmask",), ("bitmask", "panels")])
+@pytest.mark.parametrize("forms", [("panels",), ("bitmask",), ("bitmask", "panels"), ("slots",)])
 def test_changes_in_place(change: str, forms: tuple[str, ...]) -> None:
     dense = pruned(nn.Linear(8, 6))
     layer: Any = pack(copy.deepcopy(dense))

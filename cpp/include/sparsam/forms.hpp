@@ -1,7 +1,8 @@
 // Forms of a packed weight. Each is one flat buffer that describes itself and holds no pointer, so that it
 // can live in memory of ours, a NumPy array, a torch tensor or a mapped file, and move between them
-// (docs/formats.md, byte by byte). Either form alone gives the weight back exactly.
+// (docs/formats.md, byte by byte). Each form alone gives the weight back exactly.
 #pragma once
+#include <algorithm>
 #include <array>
 #include <cstddef>
 #include <cstdint>
@@ -16,10 +17,11 @@ namespace sparsam {
 struct BitmaskView;
 struct Int8View;
 struct PanelView;
+struct SlotView;
 
 enum class FormKind : std::uint8_t { bitmask = 1, panels = 2, slots = 3 };
-constexpr std::array<const char*, 3> kFormNames = {"bitmask", "panels", "slots"};
 constexpr std::array<FormKind, 3> kFormKinds = {FormKind::bitmask, FormKind::panels, FormKind::slots};
+constexpr std::array<const char*, kFormKinds.size()> kFormNames = {"bitmask", "panels", "slots"};
 
 inline const char* name_of(FormKind kind) { return kFormNames[static_cast<std::size_t>(kind) - 1]; }
 
@@ -27,7 +29,7 @@ inline const char* name_of(FormKind kind) { return kFormNames[static_cast<std::s
 // start; the counts determine all of them. Behind the last section kReadable bytes may be read.
 struct FormHeader {
   static constexpr char kMagic[8] = {'s', 'p', 'a', 'r', 's', 'a', 'm', '\0'};
-  static constexpr std::uint32_t kVersion = 1;
+  static constexpr std::uint32_t kVersion = 2;
   static constexpr std::size_t kAlign = 64, kReadable = 64;
 
   char magic[8];
@@ -37,13 +39,14 @@ struct FormHeader {
   std::uint8_t shared_rows;  // 4 where every aligned four rows share their columns, else 0
   std::uint8_t zero;
   std::uint64_t rows, cols, nnz;
-  std::uint64_t depth, units,
-      steps;  // of panels; 0 in a bitmask; of int8 slots window, lanes, pairs of steps
-  // bitmask: words, row_start, values and, of int8, scales; panels: blocks, headers, offsets, values; int8
-  // slots: begin, lanes, starts, codes
-  std::uint64_t sections[4];
+  std::uint64_t depth;        // of panels; of slots: columns of a window; else 0
+  std::uint64_t units;        // of panels; of slots: values (int8: rows of a group); else 0
+  std::uint64_t steps;        // of panels and slots (int8: pairs of steps); 0 in a bitmask
+  std::uint64_t sections[6];  // bitmask: words, row_start, values and, of int8, scales; panels: blocks,
+                              // headers, offsets, values; slots: groups, order, words, used, starts, values;
+                              // of int8: begin, lanes, starts, codes
   std::uint64_t bytes;        // of the whole buffer
-  std::uint64_t reserved[3];  // 0
+  std::uint64_t reserved;     // 0
 };
 static_assert(sizeof(FormHeader) == 128);
 
@@ -69,6 +72,7 @@ class Form {
   const float* scales() const;  // one a row, of a bitmask of int8 values
   PanelView panels() const;
   Int8View int8_slots() const;
+  SlotView slots() const;  // of float values
 
  private:
   friend class FormWriter;
@@ -95,10 +99,12 @@ FormPtr pack_int8(const std::int8_t* w, std::size_t rows, std::size_t cols, cons
 FormPtr pack_int8(std::size_t rows, std::size_t cols, const std::uint8_t* bits, const std::int8_t* values,
                   std::size_t n_values, const float* scales);
 
-// One form of a weight from the other. Panels are of float values, slots of int8 values; slots are for the
+// One form of a weight from another. Panels are of float values. Slots of float values are made for the lanes
+// of the active instruction set, and kernels of the others can read them; those of int8 values are for the
 // best kernels that run now.
-FormPtr bitmask_of(const Form& form);
+FormPtr bitmask_of(const Form& other);
 FormPtr panels_of(const Form& bitmask);
+FormPtr slots_of(const Form& bitmask);
 FormPtr int8_slots_of(const Form& bitmask);
 
 // rows x cols weights (out x in): up to one form of each kind, which say the same. A value: copies share the
@@ -113,14 +119,12 @@ class PackedMatrix {
 
   const FormPtr& find(FormKind kind) const { return forms_[static_cast<std::size_t>(kind) - 1]; }
   const Form& any() const {
-    std::size_t i = 0;
-    while (forms_[i] == nullptr) ++i;
-    return *forms_[i];
+    return **std::find_if(forms_.begin(), forms_.end(), [](const FormPtr& form) { return form != nullptr; });
   }
   void insert(FormPtr form) { forms_[static_cast<std::size_t>(form->kind()) - 1] = std::move(form); }
   void erase(FormKind kind) { forms_[static_cast<std::size_t>(kind) - 1] = nullptr; }
 
-  // The form that is held, or else one built from the other; it is not kept.
+  // The form that is held, or else one built from another; it is not kept.
   FormPtr get(FormKind kind) const;
 
   void bits(std::uint8_t* to) const;  // rows * ceil(cols / 8) bytes

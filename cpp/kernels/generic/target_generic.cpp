@@ -2,6 +2,7 @@
 // included here.
 #define SPARSAM_TARGET generic
 #include "floats_generic.hpp"
+#include "slot_lanes_generic.hpp"
 #include "vec_generic.hpp"
 
 #include "matmul-inl.hpp"

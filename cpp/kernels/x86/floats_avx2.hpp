@@ -26,6 +26,9 @@ struct ExpandTable {
   }
 };
 constexpr ExpandTable kExpand;
+inline __m256i expand_order(std::uint32_t bits) {
+  return _mm256_cvtepu8_epi32(_mm_cvtsi64_si128(static_cast<long long>(kExpand.order[bits])));
+}
 alignas(32) constexpr std::int32_t kFirstLanes[16] = {-1, -1, -1, -1, -1, -1, -1, -1, 0, 0, 0, 0, 0, 0, 0, 0};
 
 struct Floats {
@@ -101,12 +104,10 @@ struct Floats {
   }
   template <class Value>
   static Reg fma_expanded(const Value* p, std::uint32_t bits, Reg x, Reg sum) {
-    const __m256i order =
-        _mm256_cvtepu8_epi32(_mm_cvtsi64_si128(static_cast<long long>(kExpand.order[bits])));
     const __m256i lane_bit = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
     const __m256i set = _mm256_and_si256(_mm256_set1_epi32(static_cast<int>(bits)), lane_bit);
     const Reg lanes = _mm256_castsi256_ps(_mm256_cmpeq_epi32(set, lane_bit));
-    const Reg w = _mm256_permutevar8x32_ps(load_values(p), order);
+    const Reg w = _mm256_permutevar8x32_ps(load_values(p), expand_order(bits));
     return _mm256_fmadd_ps(_mm256_and_ps(w, lanes), _mm256_and_ps(x, lanes), sum);
   }
 };

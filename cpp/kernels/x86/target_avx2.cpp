@@ -2,6 +2,7 @@
 // here.
 #define SPARSAM_TARGET avx2
 #include "floats_avx2.hpp"
+#include "slot_lanes_avx2.hpp"
 #include "vec_avx2.hpp"
 
 #include "matmul-inl.hpp"

@@ -2,6 +2,7 @@
 // here.
 #define SPARSAM_TARGET avx512
 #include "floats_avx512.hpp"
+#include "slot_lanes_avx512.hpp"
 #include "vec_avx512.hpp"
 
 #include "matmul-inl.hpp"

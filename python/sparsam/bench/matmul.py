@@ -20,6 +20,7 @@ from sparsam.inputs.checks import expected
 from sparsam.runtime import isa, num_threads
 from sparsam.selection import select
 from sparsam.sparse.cost_model import cpu
+from sparsam.sparse.matmul import KERNELS
 from sparsam.sparse.matrix import SparseMatrix
 
 __all__ = [
@@ -207,7 +208,7 @@ def _row(
     linear = milliseconds([matrix.linear for matrix in matrices], x)
     sparse = linear
     if explanation.kernel == "dense":
-        sparse = min(_forced(kernel, copies, x) for kernel in ("bitmask", "panels"))
+        sparse = min(_forced(kernel, copies, x) for kernel in KERNELS if kernel != "dense")
     return MatmulRow(
         problem.name,
         *problem.shape,

@@ -109,13 +109,14 @@ def store(measured: Measured) -> bool:
 
 
 def measure_kernels(key: Key) -> Measured:
-    """Times "bitmask" and "panels" with the active instruction set and threads, and fits."""
+    """Times "bitmask", "panels" and "slots" with the active instruction set and threads, and fits."""
     seen: dict[tuple[str, int], list[tuple[tuple[float, ...], float]]] = {}
     for shape, largest in SHAPES:
         for kinds, weights in _samples(shape):
             packed = [_core.Packed.pack(w.astype(key.dtype)) for w in _copies(weights)]
             for one in packed:
                 one.add("panels")
+                one.add("slots")
             for kind, batch in itertools.product(kinds, BATCHES):
                 if batch <= min(largest, BATCHES[KINDS[kind] - 1]):
                     kernel = "panels" if kind == "blocks" else kind
@@ -177,7 +178,7 @@ def _samples(shape: tuple[int, int]) -> Iterator[tuple[tuple[str, ...], NDArray[
     weights = rng.standard_normal(shape, dtype=np.float32)
     for density in _DENSITIES:
         draws = rng.random(shape, dtype=np.float32)
-        yield ("bitmask", "panels"), np.where(draws < density, weights, np.float32(0))
+        yield ("bitmask", "panels", "slots"), np.where(draws < density, weights, np.float32(0))
         if density < _DENSITIES[0]:
             shared = np.repeat(draws[::4], 4, axis=0) < density
             yield ("blocks",), np.where(shared, weights, np.float32(0))

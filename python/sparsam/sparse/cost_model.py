@@ -56,14 +56,20 @@ __all__ = [
 ]
 
 BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
-BITMASK_BATCHES = 5  # of BATCHES: it expands the weights anew for every few rows of x; time grows with them
+SMALL_BATCHES = 5  # of BATCHES: some kernels read the weights anew for every few rows of x
 DTYPES = ("float32", "bfloat16", "float16")
-KERNEL_REVISION = 3
+KERNEL_REVISION = 4
 """Count this up when kernels change so much that calibrations measured before mislead."""
 
 # Kind of product -> how many of BATCHES have coefficients. "blocks": panels of aligned groups of four rows
 # that share their columns.
-KINDS = {"bitmask": BITMASK_BATCHES, "panels": len(BATCHES), "blocks": len(BATCHES), "dense": len(BATCHES)}
+KINDS = {
+    "bitmask": SMALL_BATCHES,
+    "slots": SMALL_BATCHES,
+    "panels": len(BATCHES),
+    "blocks": len(BATCHES),
+    "dense": len(BATCHES),
+}
 
 _INNER, _OUTER = 2 << 20, 32 << 20
 _KNOWN = 64  # costs kept in memory: one for each instruction set, dtype and number of threads in use
@@ -196,7 +202,7 @@ class Expectation:
     source: str
 
     def seconds(self, kernel: str, batch: int) -> float:
-        """What one product is expected to take: "dense", "bitmask" or "panels", and the rows of x."""
+        """What one product of a kernel with so many rows of x is expected to take."""
         curve = self.curves[kernel]
         above = min(bisect_left(BATCHES, batch), len(curve) - 1)
         if above == 0 or batch >= BATCHES[above]:
@@ -214,7 +220,7 @@ class CostModel:
     """What every kernel costs: ours, and the dense product of one BLAS.
 
     Attributes:
-        kernels: The costs of "bitmask" and "panels".
+        kernels: The costs of "bitmask", "panels" and "slots".
         dense: The costs of "dense".
         source: "default costs" or "calibrated costs": where those of the kernels are from.
     """
@@ -231,6 +237,7 @@ class CostModel:
                 "dense": self.dense.curve("dense", weight),
                 "bitmask": self.kernels.curve("bitmask", weight),
                 "panels": self.kernels.curve(panels, weight),
+                "slots": self.kernels.curve("slots", weight),
             },
             (self.kernels.library, self.kernels.threads),
             str(self),
@@ -350,6 +357,8 @@ def form_bytes(kind: str, weight: Weight) -> float:
         return 4.0 * weight.rows * weight.cols
     if kind == "bitmask":
         return weight.rows * weight.cols / 8 + width * weight.nnz
+    if kind == "slots":  # of which some are not used: about so many, of random patterns
+        return width * weight.nnz + 0.7 * (weight.nnz + 0.09 * weight.rows * weight.cols)
     return (width + 1.0) * weight.nnz
 
 

@@ -21,7 +21,7 @@ class Candidate:
     """A kernel that could multiply, and what that costs.
 
     Attributes:
-        kernel: "dense", "bitmask" or "panels".
+        kernel: "dense", "bitmask", "panels" or "slots".
         expected: Microseconds by the cost model.
         measured: Microseconds that it took on this very weight; None where it was not tried.
     """

@@ -1,7 +1,7 @@
 """The ways to multiply with a packed matrix, called alike.
 
-"bitmask" and "panels" are kernels of the core, each over the form of its name, and so is "slots", for int8
-values. "dense" is NumPy's BLAS over an unpacked copy.
+"bitmask", "panels" and "slots" are kernels of the core, each over the form of its name; int8 values have
+"slots" alone. "dense" is NumPy's BLAS over an unpacked copy.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from sparsam.sparse.cost_model import Weight
 
 Floats = NDArray[np.float32]
 
-KERNELS = ("dense", "bitmask", "panels")
+KERNELS = ("dense", "bitmask", "panels", "slots")
 INT8_KERNELS = ("slots",)
 ACTIVATIONS = ("relu", "gelu", "gelu_tanh", "silu")
 

@@ -78,9 +78,9 @@ if hasattr(os, "register_at_fork"):
 class SparseMatrix:
     """A matrix (out, in), as `torch.nn.Linear` has it, of which only the nonzero weights are stored.
 
-    It is held in the forms that batches of 1 to 512 rows need: bits and values (docs/formats.md), panels of
-    rows, or a dense copy for NumPy's product. That is one of them, or two where some batch would be slower by
-    more than a quarter with one. A cost model tells, and which of them multiplies a batch: defaults of this
+    It is held in the forms that batches of 1 to 512 rows need: bits and values, panels of rows or slots
+    (docs/formats.md), or a dense copy. That is one of them, or two where some batch would be slower by more
+    than a quarter with one. A cost model tells, and which of them multiplies a batch: defaults of this
     package, or what `sparsam calibrate` measured. Products build nothing, measure nothing, write nothing.
 
     int8 values have one form, slots, for all batches. Each row of x is rounded to int8 too; sums are exact,
@@ -223,6 +223,10 @@ class SparseMatrix:
             ValueError: Shapes do not match, `out` overlaps an argument, or the activation is unknown.
             TypeError: An argument is not of floats.
         """
+        if bias is activation is out is None and type(x) is np.ndarray and x.ndim == 2:
+            packed, kernel = (state := self._state).forms.packed, state.choices.kernel(len(x))
+            if packed is not None and kernel != "dense" and (fast := packed.product(kernel, x)) is not None:
+                return fast  # a small product takes no longer than the checks below
         rows, cols = self._shape
         if type(x) is np.ndarray and x.dtype == _FLOAT32 and x.flags.c_contiguous and x.shape[-1:] == (cols,):
             rows_of_x = x  # nothing to check or convert: small products take no longer than this function
@@ -239,11 +243,8 @@ class SparseMatrix:
             y = np.empty(shape, np.float32)
         if y.size:
             batch = y.size // rows
-            state = self._state
-            x2, y2 = rows_of_x, y
-            if len(shape) != 2:
-                x2, y2 = x2.reshape(batch, cols), y2.reshape(batch, rows)
-            forms, kernel = state.forms, state.choices.kernel(batch)
+            x2, y2 = rows_of_x.reshape(batch, cols), y.reshape(batch, rows)
+            forms, kernel = (state := self._state).forms, state.choices.kernel(batch)
             multiply(kernel, forms.packed, forms.dense, x2, addend, activation or "", y2)
         if out is None or y is out:
             return y
@@ -316,8 +317,7 @@ class SparseMatrix:
 
         Args:
             batches: The numbers of rows of x. What is chosen holds for batches of about these sizes.
-            kernel: "dense", "bitmask" or "panels" to fix the choice; nothing is measured then. Of int8
-                values "slots", the only one.
+            kernel: "dense", "bitmask", "panels" or "slots", without measuring; of int8 values "slots" alone.
 
         Raises:
             ValueError: A batch is negative, or the kernel unknown.

@@ -27,8 +27,8 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 VALUES = (*DTYPES, torch.int8)  # of packed values
 
 _ALIGN = 64
-_HEADER, _KIND, _BYTES = 128, 12, 96  # of a form: the size of its header; where that has its kind and size
-_SPARSE = ("bitmask", "panels")
+_HEADER, _KIND, _BYTES = 128, 12, 112  # of a form: the size of its header; where that has its kind and size
+_SPARSE = ("bitmask", "panels", "slots")
 # Memory that two forms may take together, of the dense weight in float32: at 50, 80 and 90 % zeros what one
 # form of float32 values is to stay below (0.8, 0.4, 0.22), so only narrower values have room for two.
 _MOST, _MOST_PER_DENSITY = 0.8, 2.0
@@ -89,10 +89,12 @@ class PackedWeight:
         if not weight.nnz or weight.dtype == "int8":
             return self.forms
         expected = expect(weight, self._dense)
-        both = sum(form_bytes(form, weight) for form in _SPARSE)
         room = 4 * min(_MOST * weight.rows * weight.cols, _MOST_PER_DENSITY * weight.nnz)
         times = [expected.times(batch, _SPARSE) for batch in batches]
-        return needed_kernels(times, most=2 if both <= room else 1)
+        forms = needed_kernels(times, most=2)
+        if sum(form_bytes(form, weight) for form in forms) > room:
+            forms = needed_kernels(times, most=1)
+        return forms
 
     @property
     def groups(self) -> int:
@@ -184,7 +186,8 @@ def _adopt(data: Tensor, *, trusted: bool) -> PackedWeight:
         copied.numpy()[:] = whole.numpy()  # not by torch, whose threads a forked child has not
         whole = copied
     buffers = _split(whole.numpy())
-    forms = 2 if len(buffers) > 1 and buffers[0][_KIND] != buffers[1][_KIND] else 1
+    kinds = [int(buffer[_KIND]) for buffer in buffers]
+    forms = next((i for i, kind in enumerate(kinds) if kind in kinds[:i]), len(kinds))
     pieces = [buffers[i : i + forms] for i in range(0, len(buffers), forms)]
     parts = tuple(Packed.from_buffers(piece, trusted=trusted) for piece in pieces)
     if len({(part.rows, part.cols, part.dtype, part.forms) for part in parts}) > 1:

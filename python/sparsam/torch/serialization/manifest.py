@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ T = TypeVar("T")
 MARK = "accelerated 3"
 BITS = "_bits"  # what follows a weight's name in the name of its bits
 
-_FORMS = (("bitmask",), ("panels",), ("bitmask", "panels"), ("slots",))
+_FORMS = tuple(forms for n in (1, 2) for forms in itertools.combinations(("bitmask", "panels", "slots"), n))
 _ACTIVATIONS = tuple(filter(None, ACTIVATIONS))
 _DTYPES = tuple(str(dtype).removeprefix("torch.") for dtype in DTYPES)
 _VALUES = tuple(str(dtype).removeprefix("torch.") for dtype in VALUES)

@@ -53,12 +53,10 @@ class StoredWeights:
         rows, cols = matrix_shape(weight.shape, transposed=weight.transposed)
         layers = self.manifest.layers.items()
         uses = {self._use(n, layer) for n, layer in layers if self._uses(n, layer, name)}
-        unfit = "panels" if encoded.values.dtype is torch.int8 else "slots"
         for use in uses or {(name, 1, ())}:
-            if unfit in use[2]:
-                dtype = str(encoded.values.dtype).removeprefix("torch.")
+            if "panels" in use[2] and encoded.values.dtype is torch.int8:
                 msg = (
-                    f"weight {name!r}: field forms: expected others than {unfit!r} for {dtype} values; "
+                    f"weight {name!r}: field forms: expected others than 'panels' for int8 values; "
                     f"got {[*use[2]]}; save the model again"
                 )
                 raise ValueError(msg)

@@ -294,7 +294,7 @@ def test_what_is_refused() -> None:
     with pytest.raises(TypeError, match=r"dtype: expected one of float32, .*int8; got 'int16'; pass"):
         SparseMatrix.from_dense(np.zeros((1, 5), F32), dtype="int16")
     packed = Packed.pack_int8(np.ones((2, 3), np.int8), np.ones(2, F32))
-    with pytest.raises(ValueError, match="expected slots, for int8 values"):
+    with pytest.raises(ValueError, match="expected bitmask or slots, for int8 values"):
         packed.add("panels")
     with pytest.raises(ValueError, match="scales: expected 2, one for each row"):
         Packed.pack_int8(np.ones((2, 3), np.int8), np.ones(3, F32))

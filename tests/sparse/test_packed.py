@@ -276,6 +276,8 @@ def test_mutated_buffers_are_refused_or_multiply(isa: str, form: str, tall: int)
         except ValueError:
             continue
         loaded += 1
+        if packed.cols > 1 << 20:  # slots say nothing of columns without weights
+            continue
         for kernel in FORMS:
             packed.add(kernel)
             x, y = np.ones((3, packed.cols), np.float32), np.empty((3, packed.rows), np.float32)

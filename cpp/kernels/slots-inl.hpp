@@ -49,7 +49,7 @@ template <std::size_t kRows, class Slots, class Value, std::size_t kBatch>
 SPARSAM_INLINE void slot_group(const SlotView& w, std::size_t g, const float* const* x, float* sums) {
   using Lanes = SlotLanes<kRows>;
   constexpr std::size_t kChains = kRows != kLanes ? 1 : kBatch == 1 ? 4 : kBatch <= 3 ? 2 : 1;
-  constexpr std::size_t kAhead = 2048, kAtOnce = 4;
+  constexpr std::size_t kAhead = 2048, kAtOnce = kBatch <= 4 ? 4 : 2;  // more would not fit the registers
   constexpr std::size_t kLines = (kAtOnce * kRows * sizeof(Value) + 63) / 64;
   const SlotStart* const group = w.groups + g;
   const Value* p = static_cast<const Value*>(w.values) + group[0].value;

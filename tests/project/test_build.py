@@ -53,38 +53,6 @@ def test_isa_objects_run_nothing_on_load(build: Path) -> None:
         assert ".init_array" not in run("readelf", "-S", str(path))
 
 
-@pytest.mark.parametrize("unit", ["int8_avx2", "int8_avx512vnni"])
-def test_sums_of_slots_stay_in_registers(build: Path, unit: str) -> None:
-    """Sums in memory would make every step wait for a store: 1.4 times slower (research on Zen 3)."""
-    objects = [*build.glob(f"CMakeFiles/sparsam_{unit}.dir/cpp/kernels/x86/*.o")]
-    if not objects:
-        pytest.skip("this machine is no x86-64")
-    loops = [loop for loop in inner_loops(objects[0]) if re.search("vpdpbusd|vpmaddubsw", loop)]
-    assert len(loops) >= 8  # one for each number of rows of x
-    for loop in loops:
-        assert not re.search(r"%[yz]mm.*\(%r[sb]p|\(%r[sb]p.*%[yz]mm", loop), loop
-
-
-def inner_loops(path: Path) -> list[str]:
-    """The instructions of each loop of an object that holds no other loop, up to the jump back."""
-    found = []
-    lines: list[tuple[int, str]] = []  # of the function so far
-    back: list[tuple[int, int]] = []  # its jumps back: from, to
-    for line in run("objdump", "-d", "--no-show-raw-insn", str(path)).splitlines():
-        if not (match := re.match(r"\s+([0-9a-f]+):\s+(.*)", line)):
-            lines, back = [], []
-            continue
-        here = int(match[1], 16)
-        lines.append((here, match[2]))
-        jump = re.match(r"j\w+\s+([0-9a-f]+) ", match[2])
-        if jump is None or not lines[0][0] <= (start := int(jump[1], 16)) < here:
-            continue
-        if not any(source > start and target >= start for source, target in back):
-            found.append("\n".join(text for at, text in lines if at >= start))
-        back.append((here, start))
-    return found
-
-
 def test_stub_matches_the_binary() -> None:
     pytest.importorskip("mypy")
     # The settings of the project are what lets SciPy, PyTorch and others have no stubs.

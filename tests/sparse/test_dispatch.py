@@ -62,7 +62,10 @@ def test_at_most_so_many_kernels() -> None:
     assert needed_kernels(times, ["bitmask"], most=1) in {("bitmask", "dense"), ("bitmask", "panels")}
 
 
-@given(st.lists(st.lists(st.floats(0.1, 10), min_size=len(KERNELS), max_size=len(KERNELS)), min_size=1, max_size=5))
+TIMES = st.lists(st.floats(0.1, 10), min_size=len(KERNELS), max_size=len(KERNELS))  # of one batch
+
+
+@given(st.lists(TIMES, min_size=1, max_size=5))
 def test_needed_kernels_are_few_and_fast(numbers: list[list[float]]) -> None:
     times = [dict(zip(KERNELS, row, strict=True)) for row in numbers]
 

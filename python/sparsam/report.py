@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -13,11 +12,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sparsam import _core
+from sparsam.inputs.display import as_markdown, html_table, printable
 from sparsam.inputs.dtypes import is_weight_dtype
 
 _COLUMNS = ("tensor", "shape", "dtype", "pattern", "params", "pruned", "sparsity", "dense", "packed")
-_MARKUP = re.compile(r"[\\`*\[\]<>|~&]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])|(?<=:)/(?=/)|(?<=www)\.|@")
-_ENTITIES = {"<": "&lt;", ">": "&gt;", "&": "&amp;"}
 _TEXT_COLUMNS = ("tensor", "shape", "dtype", "pattern", "note")
 
 
@@ -91,16 +89,6 @@ def row_of(
     return LayerStats(name, size, pruned, share, shape, dtype.name, pattern, dense, packed)
 
 
-def printable(text: str) -> str:
-    """Returns the text with escapes for the control characters that a terminal would interpret."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
-
-
-def markdown(text: str) -> str:
-    """Returns the text such that Markdown, and HTML in it, shows it as it is: no link, tag or new cell."""
-    return _MARKUP.sub(lambda found: _ENTITIES.get(found[0], f"\\{found[0]}"), printable(text))
-
-
 @dataclass(frozen=True)
 class Report:
     """The statistics of all tensors, including those left dense. `print(report)` shows an aligned table."""
@@ -164,9 +152,15 @@ class Report:
         rows = [
             self._columns(),
             tuple("---" if _is_text(column) else "---:" for column in self._columns()),
-            *(tuple(map(markdown, row)) for row in self._rows()),
+            *(tuple(map(as_markdown, row)) for row in self._rows()),
         ]
         return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+
+    def _repr_html_(self) -> str:
+        """The table, as notebooks show it."""
+        columns = self._columns()
+        texts = tuple(i for i, column in enumerate(columns) if _is_text(column))
+        return html_table(columns, self._rows(), texts)
 
     def __str__(self) -> str:
         columns = self._columns()

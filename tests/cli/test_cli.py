@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from command_line import fail, run, save_model
 
@@ -108,6 +109,35 @@ def test_an_interrupt_is_no_traceback(
     monkeypatch.setattr(checkpoint, "stream", interrupt)
     assert main(["inspect", str(model)]) == 130
     assert capsys.readouterr().err.strip() == "sparsam: interrupted; kept: nothing new"
+
+
+def test_an_interrupt_stops_the_demo_though_scikit_learn_swallows_it(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    network = pytest.importorskip("sklearn.neural_network")
+    calls = []
+
+    def interrupt(*_: Any, **__: Any) -> None:
+        calls.append(1)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(network.MLPClassifier, "_backprop", interrupt)  # inside the block that catches it
+    assert main(["demo"]) == 130
+    assert calls == [1]
+    captured = capsys.readouterr()
+    assert (captured.out, captured.err) == ("", "sparsam: interrupted; kept: nothing new\n")
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp1252"])
+def test_names_that_the_locale_has_no_letters_for_are_escaped(encoding: str, tmp_path: Path) -> None:
+    checkpoint.save(tmp_path / "m.safetensors", {"caf\u00e9\U0001f600.weight": np.ones((2, 2), np.float32)})
+    environment = {**os.environ, "PYTHONIOENCODING": encoding, "PYTHONUTF8": "0"}
+    shown = "caf\\xe9" if encoding == "ascii" else "caf\u00e9"
+    for arguments in (["inspect"], ["prune", "--exclude", "none", "-o", str(tmp_path / "out")]):
+        command = [sys.executable, "-m", "sparsam", *arguments, str(tmp_path / "m.safetensors")]
+        done = subprocess.run(command, capture_output=True, env=environment, check=False)
+        assert done.returncode == 0, done.stderr
+        assert f"{shown}\\U0001f600.weight" in done.stdout.decode(encoding)
 
 
 def test_info(capsys: pytest.CaptureFixture[str]) -> None:

@@ -15,6 +15,7 @@ import network
 from sparsam import checkpoint
 from sparsam.analysis.search import find_smallest
 from sparsam.analysis.sweep import SensitivityReport, sensitivity
+from sparsam.cli import main
 from sparsam.cli.arguments import parse_groups
 from sparsam.config import PruningConfig
 from sparsam.patterns import Slices
@@ -31,6 +32,14 @@ class Holder:
 
 def fails(weights):
     return weights["nothing"]
+
+calls = []
+
+def interrupts(weights):
+    calls.append(1)
+    if len(calls) > 2:
+        raise KeyboardInterrupt
+    return 1.0
 
 def nan(weights):
     return float("nan")
@@ -215,6 +224,16 @@ def test_where_output_cannot_go_is_found_before_anything_is_evaluated(
         error = fail(capsys, *arguments)
         assert message in error, arguments
         assert "evaluated" not in error, arguments
+
+
+def test_an_interrupt_says_what_was_kept(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["sensitivity", str(model), "--eval", "owned_module:interrupts", "--state", "kept.json"]
+    assert main(command) == 130
+    assert (
+        "interrupted; kept: what was measured, in kept.json; the same command goes on"
+        in capsys.readouterr().err
+    )
+    assert Path("kept.json").is_file()
 
 
 def test_groups() -> None:

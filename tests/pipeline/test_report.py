@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import html
 import json
 
 import ml_dtypes
@@ -59,6 +60,14 @@ def test_markdown() -> None:
 def test_markdown_shows_names_as_they_are(name: str, shown: str) -> None:
     (row,) = Report([LayerStats(name, 0, 0, 0.0)]).to_markdown().splitlines()[2:3]
     assert row.startswith(f"| {shown} | ")
+
+
+@pytest.mark.parametrize("name", ["<img src=x>", '" onload="f()', "[a](b)", "\x9b31m\x1b[2J", "a\nb"])
+def test_notebooks_show_names_as_they_are(name: str) -> None:
+    page = Report([LayerStats(name, 0, 0, 0.0)])._repr_html_()
+    shown = html.escape("".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in name))
+    assert f'<td style="text-align: left">{shown}</td>' in page
+    assert page.count("<tr>") == page.count("</tr>") == 3
 
 
 def test_json_is_the_dict_with_stable_keys() -> None:

@@ -19,9 +19,9 @@ from sparsam.analysis.sensitivity_curve import SensitivityCurve
 from sparsam.checkpoint.atomic import publish
 from sparsam.checkpoint.json_state import read
 from sparsam.inputs.checks import check_sparsity, expected
+from sparsam.inputs.display import as_html, html_table, printable
 from sparsam.orientation import as_weights
 from sparsam.patterns import Block, Slices, Unstructured
-from sparsam.report import printable
 from sparsam.tiles import count_groups
 
 __all__ = ["SensitivityReport"]
@@ -270,8 +270,19 @@ class SensitivityReport:
         publish({Path(file): lambda path: path.write_text(text, encoding="utf-8")})
 
     def __str__(self) -> str:
-        drop, dense = self._max_drop(None), self.dense_score + 0.0  # 0 rather than -0
-        tolerated, means = self.tolerated(drop), self.mean_losses()
+        lines = _aligned(self._rows())
+        before, after = self._around()
+        return "\n".join([*before, "", lines[0], "-" * len(lines[0]), *lines[1:], "", *after])
+
+    def _repr_html_(self) -> str:
+        """The table and what it says, as notebooks show it."""
+        header, *rows = self._rows()
+        before, after = (f"<p>{'<br/>'.join(map(as_html, lines))}</p>" for lines in self._around())
+        return "\n".join([before, html_table(header, rows), after])
+
+    def _rows(self) -> list[tuple[str, ...]]:
+        """The header and a row for each curve."""
+        tolerated, means = self.tolerated(), self.mean_losses()
         curves = {curve.name: curve for curve in self.curves}
         rows = [("pruned alone", "weights", *map(_percent, self.sparsities), "mean loss", "tolerates")]
         for name in self.ranking():
@@ -285,19 +296,16 @@ class SensitivityReport:
                     _percent(tolerated[name]) if tolerated[name] else "nothing",
                 )
             )
-        lines = _aligned(rows)
-        return "\n".join(
-            [
-                f"dense score {dense:.6g}; scores with one tensor or group pruned, all else dense",
-                f"tolerates: the highest sparsity measured that costs at most {drop:.3g} of the score",
-                "",
-                lines[0],
-                "-" * len(lines[0]),
-                *lines[1:],
-                "",
-                *self._verdict(tolerated),
-            ]
-        )
+        return rows
+
+    def _around(self) -> tuple[list[str], list[str]]:
+        """The lines before and after the table."""
+        drop, dense = self._max_drop(None), self.dense_score + 0.0  # 0 rather than -0
+        before = [
+            f"dense score {dense:.6g}; scores with one tensor or group pruned, all else dense",
+            f"tolerates: the highest sparsity measured that costs at most {drop:.3g} of the score",
+        ]
+        return before, self._verdict(self.tolerated(drop))
 
     def _verdict(self, tolerated: Mapping[str, float]) -> list[str]:
         """Two lines: which curves tolerate the middle one of their sparsities, and which do not."""

@@ -13,7 +13,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from sparsam.checkpoint.locks import locked
+from sparsam.checkpoint.locks import locked, real_path
 from sparsam.inputs.checks import expected
 
 __all__ = ["LOCK", "check_target", "flush", "open_folder", "publish", "remove_abandoned", "short"]
@@ -26,10 +26,10 @@ def check_target(path: Path) -> Path:
     """Checks that a file can be written, before its content is computed; follows links.
 
     Raises:
-        ValueError: It exists and is not a regular file.
+        ValueError: It exists and is not a regular file, or is a link to itself.
         OSError: Its folder is missing.
     """
-    target = path.resolve()
+    target = real_path(path)
     if not target.parent.is_dir():
         raise FileNotFoundError(errno.ENOENT, "no such directory", str(target.parent))
     if target.exists() and not target.is_file():

@@ -19,7 +19,7 @@ from sparsam.inputs.names import NamePatterns
 from sparsam.patterns import NM, Unstructured
 from sparsam.tiles import matrix_shape
 
-__all__ = ["Indivisible", "Settled", "heads_tied", "settle", "shapes"]
+__all__ = ["Indivisible", "Settled", "heads_among", "heads_tied", "settle", "shapes"]
 
 Arrays: TypeAlias = Mapping[str, NDArray[Any]]
 Indivisible: TypeAlias = Literal["error", "skip", "unstructured"]
@@ -50,6 +50,7 @@ def settle(
     arrays: Arrays,
     *,
     tied: Iterable[str] = (),
+    constants: Iterable[str] = (),
     vectors: bool = False,
     embeddings: bool = False,
     indivisible: Indivisible = "error",
@@ -59,7 +60,8 @@ def settle(
     Args:
         config: What was asked for.
         arrays: Name -> array, of which the shapes are looked at.
-        tied: Names of heads that are an embedding once more (`heads_tied`).
+        tied: Names of heads that are an embedding once more (`heads_tied`), and of other embeddings.
+        constants: Names of what is no layer's weight.
         vectors: Let patterns of `overrides` prune tensors of one axis too; their exact names always do.
         embeddings: Prune embeddings and tied heads too; an override that names one exactly always does.
         indivisible: What to do with tensors whose rows an N:M pattern does not divide: leave them "skip"ped,
@@ -70,17 +72,16 @@ def settle(
     """
     overridden, excluded = NamePatterns(config.overrides), NamePatterns(config.exclude)
     dense, left = [], []
+    tied, constants = set(tied), set(constants)
     for name, array in arrays.items():
         if name in config.overrides or excluded.matches(name):
             continue
-        if array.ndim < 2:
+        if name in constants:
+            dense.append(name)
+        elif array.ndim < 2:
             if overridden.matches(name) and not vectors:
                 dense.append(name)
-        elif (
-            not embeddings
-            and array.dtype.kind not in "biu"
-            and (_EMBEDDING.search(name) or name in set(tied))
-        ):
+        elif not embeddings and array.dtype.kind not in "biu" and (_EMBEDDING.search(name) or name in tied):
             left.append(name)
     settled = replace(config, exclude=(*config.exclude, *dense, *left))
     return Settled(_divisible(settled, arrays, indivisible), left)
@@ -128,6 +129,23 @@ def heads_tied(path: str | os.PathLike[str]) -> list[str]:
         for file, entry in entries.values()
         if _HEAD.search(entry.name) and any(_same(file, entry, *other) for other in embeddings)
     ]
+
+
+def heads_among(arrays: Arrays) -> list[str]:
+    """`heads_tied` for arrays in memory."""
+    embeddings = [array for name, array in arrays.items() if _EMBEDDING.search(name)]
+    return [
+        name
+        for name, array in arrays.items()
+        if _HEAD.search(name) and any(_equal(array, other) for other in embeddings)
+    ]
+
+
+def _equal(one: NDArray[Any], other: NDArray[Any]) -> bool:
+    """Whether two arrays are one memory or hold the same bytes."""
+    if (one.dtype, one.shape) != (other.dtype, other.shape):
+        return False
+    return one.ctypes.data == other.ctypes.data or one.tobytes() == other.tobytes()
 
 
 def _placed(path: str | os.PathLike[str]) -> list[tuple[Path, Entry]]:

@@ -15,16 +15,16 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path, PurePosixPath, PureWindowsPath
+from pathlib import Path
 from typing import Any, TypeAlias
 
-import msgspec
 from numpy.typing import NDArray
 
 from sparsam.checkpoint import safetensors_format
 from sparsam.checkpoint.atomic import publish
-from sparsam.checkpoint.json_state import decode, read
 from sparsam.checkpoint.layout import read_layout
+from sparsam.checkpoint.locks import real_path
+from sparsam.checkpoint.shard_index import check_placed, find_shard, listed, read_index
 
 __all__ = ["FILE_NAME", "INDEX_NAME", "Checkpoint", "Shards", "load", "overwrites", "save", "stream"]
 
@@ -32,13 +32,6 @@ FILE_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
 
 StrPath: TypeAlias = "str | os.PathLike[str]"
-
-
-class _Index(msgspec.Struct):
-    """The JSON of an index. Other fields, and what the metadata holds, belong to other tools."""
-
-    weight_map: dict[str, str]
-    metadata: dict[str, Any] = {}
 
 
 @dataclass(frozen=True)
@@ -142,7 +135,7 @@ def save(
         return
 
     if odd := sorted(arrays.keys() ^ shards.weight_map.keys()):
-        msg = f"weights: expected exactly the tensors of `like`; got others: {_listed(odd)}; align them"
+        msg = f"weights: expected exactly the tensors of `like`; got others: {listed(odd)}; align them"
         raise ValueError(msg)
     parts: dict[str, dict[str, NDArray[Any]]] = defaultdict(dict)
     for name, array in arrays.items():
@@ -177,7 +170,7 @@ def check_readable(folder: Path, shards: Shards | None) -> None:
     if new in (FILE_NAME, INDEX_NAME) and (folder / other).exists():
         msg = f"{folder}: expected a folder without {other}, since {new} goes there; got both; choose another"
         raise ValueError(msg)
-    places = [(folder / shard).resolve() for shard in (shards.metadata if shards else ())]
+    places = [real_path(folder / shard) for shard in (shards.metadata if shards else ())]
     if len(set(places)) < len(places):
         twice = next(str(place) for place in places if places.count(place) > 1)
         msg = f"{folder}: expected a file for each shard; got links to one, {twice}; unlink them"
@@ -216,42 +209,17 @@ def _tensors(file: Path, shards: Shards | None) -> Iterator[tuple[str, NDArray[A
 
 def _read_index(file: Path) -> Shards:
     """Parses an index and compares it with the header of every shard that it names."""
-    index = decode(read(file, "name the index"), _Index, str(file), "get it again", what="an index of shards")
-    placed: dict[str, set[str]] = defaultdict(set)
-    for name, shard in index.weight_map.items():
-        if {PurePosixPath(shard).name, PureWindowsPath(shard).name} != {shard}:
-            msg = f"{file}: expected shards to be names of files beside it; got {shard!r}; do not trust it"
-            raise ValueError(msg)
-        placed[shard].add(name)
-    texts = {shard: _read_shard(file, shard, placed[shard]) for shard in sorted(placed)}
+    index = read_index(file)
+    texts = {shard: _read_shard(file, shard, names) for shard, names in index.placed().items()}
     return Shards(file.name, index.metadata, index.weight_map, texts)
 
 
 def _read_shard(index: Path, shard: str, placed: set[str]) -> dict[str, str]:
     """The metadata of a shard, which must hold the tensors that the index places in it and no others."""
-    file = index.parent / shard
-    try:
-        found = file.is_file()
-    except OSError:  # no file can have that name
-        found = False
-    if not found:
-        msg = f"{index}: expected the shard {shard!r} beside it; got no such file; get the shard"
-        raise ValueError(msg)
+    file = find_shard(index, shard)
     layout = read_layout(file)
-    held = {entry.name for entry in layout.entries}
-    if held != placed:
-        lacks, extra = sorted(placed - held), sorted(held - placed)
-        came = f"a shard without {_listed(lacks)}" if lacks else f"one that also holds {_listed(extra)}"
-        msg = (
-            f"{file}: expected exactly the tensors that {index.name} places there; got {came}; "
-            "get the index and its shards from one and the same version"
-        )
-        raise ValueError(msg)
+    check_placed(index, file, placed, [entry.name for entry in layout.entries])
     return layout.metadata
-
-
-def _listed(names: list[str]) -> str:
-    return ", ".join(map(repr, names[:3])) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 @contextmanager

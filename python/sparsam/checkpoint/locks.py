@@ -13,10 +13,21 @@ try:
 except ImportError:  # Windows has no such locks
     fcntl = None  # type: ignore[assignment]
 
-__all__ = ["locked"]
+__all__ = ["locked", "real_path"]
 
 _held: set[tuple[int, Path]] = set()
 """The locks of this process, each with the process that took it: a forked child has none of them."""
+
+
+def real_path(path: Path) -> Path:
+    """Returns a path with links followed; ValueError for a link that leads back to itself."""
+    try:
+        path.stat()
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            msg = f"{path}: expected a file or a folder; got links in a circle; remove them"
+            raise ValueError(msg) from error
+    return path.resolve()
 
 
 @contextmanager
@@ -27,13 +38,13 @@ def locked(file: Path) -> Iterator[bool]:
     live on do not keep it.
 
     Raises:
-        ValueError: It is there and no regular file.
+        ValueError: It is there and no regular file, or a link to itself.
         OSError: It cannot be opened.
     """
     if file.exists() and not file.is_file():
         msg = f"{file}: expected a regular file to lock; got a folder, pipe or device; remove it"
         raise ValueError(msg)
-    key = os.getpid(), file.resolve()
+    key = os.getpid(), real_path(file)
     if key in _held:  # a process does not lock itself out
         yield False
         return

@@ -15,7 +15,7 @@ from typing import ClassVar
 
 from sparsam.checkpoint.atomic import LOCK, check_target, flush, publish, short
 from sparsam.checkpoint.json_state import Document, read
-from sparsam.checkpoint.locks import locked
+from sparsam.checkpoint.locks import locked, real_path
 
 __all__ = ["Staging", "open_staging"]
 
@@ -136,7 +136,7 @@ def open_staging(target: Path, *, is_folder: bool, run: str) -> Iterator[Staging
         ValueError: Another run is at work on this target.
         OSError: The folder cannot be made.
     """
-    target = target.resolve()
+    target = real_path(target)
     if not target.parent.is_dir():
         raise FileNotFoundError(errno.ENOENT, "no such directory", str(target.parent))
     name = f".sparsam-{short(target.name)}.partial"

@@ -15,7 +15,9 @@ from sparsam import checkpoint, plot
 from sparsam.analysis.search import find_smallest
 from sparsam.analysis.sweep import SPARSITIES, SensitivityPoint, SensitivityReport
 from sparsam.analysis.sweep import sensitivity as sweep
+from sparsam.checkpoint import foreign
 from sparsam.checkpoint.atomic import check_target
+from sparsam.cli import checkpoints
 from sparsam.cli.arguments import (
     check_output,
     parse_eval,
@@ -25,7 +27,7 @@ from sparsam.cli.arguments import (
     parse_pattern,
     parse_sparsities,
 )
-from sparsam.cli.console import print_json, print_text, progress
+from sparsam.cli.console import kept, print_json, print_text, progress
 from sparsam.cli.options import (
     AllocationOrNone,
     Exclude,
@@ -93,11 +95,16 @@ def sensitivity(
     if output:
         check_target(output)
     function = parse_eval(evaluate)
-    weights = checkpoint.load(source).weights
+    weights = checkpoints.read(foreign.source_of(source)).weights
     config = _config(scope, pattern, method, exclude, override)
     spawn = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(jobs, mp_context=spawn) if jobs > 1 else nullcontext()
-    with pool as executor, progress() as bar:
+    saved = (
+        kept(f"what was measured, in {state}; the same command goes on from there")
+        if state
+        else nullcontext()
+    )
+    with saved, pool as executor, progress() as bar:
         task = bar.add_task("evaluating")
 
         def show(done: int, total: int, point: SensitivityPoint) -> None:
@@ -152,15 +159,15 @@ def search(
         msg = "--report, --allocation: expected one of them; got both; leave one out"
         raise ValueError(msg)
     if output:
-        check_output(output, source, force=force)
+        check_output(output, foreign.source_of(source), force=force)
     function = parse_eval(evaluate)
-    read = checkpoint.load(source)
-    if output and read.shards is None:
+    whole = checkpoints.read(foreign.source_of(source))
+    if output and (whole.like is None or whole.like.shards is None):
         check_target(output / checkpoint.FILE_NAME if output.is_dir() else output)
     with progress() as bar:
         task = bar.add_task("evaluating", total=max_evaluations)
         result = find_smallest(
-            read.weights,
+            whole.weights,
             function,
             min_score,
             config=_config(scope, pattern, method, exclude, override),
@@ -170,7 +177,7 @@ def search(
             callback=lambda _: bar.advance(task),
         )
     if output:
-        checkpoint.save(output, result.weights, like=read)
+        checkpoints.write(source, output, result.weights, whole)
     if picture:
         curve = [(probe.sparsity, probe.score) for probe in result.curve]
         plot.degradation({"pruned": curve}, picture, min_score=min_score)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import sys
 import warnings
 from collections.abc import Sequence
 from typing import Annotated
@@ -12,7 +14,7 @@ from rich.console import Console
 from sparsam import __version__
 from sparsam.cli import analysis, benchmarks, compression, demos, machine, pruning
 from sparsam.cli.console import Interrupted, print_text
-from sparsam.report import printable
+from sparsam.inputs.display import printable
 
 __all__ = ["run"]
 
@@ -54,6 +56,9 @@ def run(arguments: Sequence[str] | None = None) -> int:
     disk, too little memory), 130 for Ctrl-C.
     """
     command = typer.main.get_command(app)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # names that the locale has no letters for come out escaped
+            stream.reconfigure(errors="backslashreplace")
     with warnings.catch_warnings():
         warnings.simplefilter("default", UserWarning)
         warnings.showwarning = _show_warning

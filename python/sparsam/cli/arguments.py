@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from sparsam import checkpoint
-from sparsam.checkpoint import foreign
+from sparsam.checkpoint import foreign, torch_files
 from sparsam.config import MethodLike, OverrideLike
 from sparsam.inputs.checks import expected
 from sparsam.patterns import NM, Block, Pattern, Slices, Unstructured
@@ -139,7 +139,8 @@ class EvalFunction:
 
 
 def check_output(output: Path, source: Path, *, force: bool) -> None:
-    """Raises ValueError if writing `output` replaces `source`, unless `force` allows that."""
+    """Raises ValueError if `output` cannot be written, or replaces `source` and `force` is not given."""
+    torch_files.check_name(output)
     same = output.exists() and source.exists() and output.samefile(source)
     if foreign.kind_of(source) == foreign.kind_of(output) == "safetensors":
         same = same or checkpoint.overwrites(output, source)

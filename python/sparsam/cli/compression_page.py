@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import html
-
 from sparsam import plot
 from sparsam.bench import machine
+from sparsam.inputs.display import as_html
 from sparsam.plot.html_page import document, paragraph, picture, table
 from sparsam.report import Report
 from sparsam.torch.compression.compression_report import CompressionReport
@@ -18,7 +17,7 @@ def render(report: CompressionReport) -> str:
     measure = report.stages[0].quality.measure
     pruned = report.pruned_weights
     parts = [
-        f"<h1>{html.escape(report.model)}</h1>",
+        f"<h1>{as_html(report.model)}</h1>",
         paragraph(f"{report.texts[0].upper()}{report.texts[1:]}. All of it took {report.seconds:.0f} s."),
         "<h2>Quality and size</h2>",
         table(("model", "zeros", measure, "MiB", "seconds"), report.stage_rows(), texts=1),

@@ -14,7 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColum
 from rich.table import Table
 from rich.text import Text
 
-from sparsam.report import printable
+from sparsam.inputs.display import printable
 
 
 class Interrupted(Exception):

@@ -11,7 +11,10 @@ from sparsam.cli.arguments import PATTERNS
 
 Source: TypeAlias = Annotated[
     Path,
-    typer.Argument(metavar="IN", help="A safetensors file, an index of shards, or the directory of either."),
+    typer.Argument(
+        metavar="IN",
+        help="A safetensors file, an index of shards, or the directory of either; .pt, .bin, .npz, .onnx.",
+    ),
 ]
 Scope: TypeAlias = Annotated[
     str,

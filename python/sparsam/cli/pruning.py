@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, cast
 
 import typer
 
 from sparsam import checkpoint
-from sparsam.checkpoint import companions, file_defaults, foreign
+from sparsam.checkpoint import file_defaults, foreign
+from sparsam.checkpoint.foreign_content import Foreign
+from sparsam.cli import checkpoints
 from sparsam.cli.arguments import (
     check_output,
     check_sparsity_option,
@@ -44,10 +47,12 @@ def register(app: typer.Typer) -> None:
 def inspect(source: Source, as_json: Json = False) -> None:
     """Show every tensor of a checkpoint: its shape, its zeros, its size dense and packed."""
     file = foreign.source_of(source)
-    if foreign.kind_of(file) == "safetensors":
-        tensors = [measure(*item) for item in checkpoint.stream(file)]
-    else:
-        tensors = [measure(*item) for item in foreign.read(file).weights.items()]
+    with progress() as bar:
+        task = bar.add_task("reading", total=None)
+        tensors = []
+        for item in checkpoints.tensors(file):
+            tensors.append(measure(*item))
+            bar.advance(task)
     report = Report(sorted(tensors, key=lambda row: row.name))
     print_text(report.to_json() if as_json else str(report))
 
@@ -60,7 +65,7 @@ def prune(
             "--output",
             "-o",
             metavar="OUT",
-            help="A directory, new or not; or a file in .safetensors, .pt, .bin or .npz, which is its kind.",
+            help="A directory, new or not; or a file in .safetensors, .pt, .bin, .npz or .onnx: its kind.",
         ),
     ],
     sparsity: Annotated[
@@ -118,23 +123,25 @@ def prune(
     )
     file = foreign.source_of(source)
     check_output(output, file, force=force)
-    streamed = foreign.kind_of(file) == "safetensors"
-    read = None if streamed else foreign.read(file)
-    arrays = file_defaults.shapes(file) if read is None else read.weights
+    whole = None if foreign.kind_of(file) == "safetensors" else _read(file)
+    content = whole.foreign if whole else None
+    if content is not None:
+        config = replace(config, transposed=(*config.transposed, *content.transposed))
     config, left = file_defaults.settle(
         config,
-        arrays,
-        tied=file_defaults.heads_tied(file) if streamed else (),
+        file_defaults.shapes(file) if content is None else content.weights,
+        tied=file_defaults.heads_tied(file) if content is None else _tied(content),
+        constants=() if content is None else content.constants,
         vectors=vectors,
         embeddings=embeddings,
         indivisible=cast(Any, indivisible),
     )
     if left:
-        note(f"dense stay the embeddings {', '.join(left)}; prune them with --embeddings")
-    if read is None and foreign.kind_of(output) == "safetensors":
+        note(f"dense stay the embeddings {', '.join(sorted(left))}; prune them with --embeddings")
+    if whole is None and foreign.kind_of(output) == "safetensors":
         report = _stream(file, output, config, memory)
     else:
-        report = _prune_whole(source, file, output, config, read)
+        report = _prune_whole(source, output, config, whole or _read(file))
     print_text(report.to_json() if as_json else str(report))
 
 
@@ -148,20 +155,20 @@ def _stream(file: Path, output: Path, config: PruningConfig, memory: str) -> Rep
         return checkpoint.prune_files(file, output, config, memory=memory, progress=show)
 
 
-def _prune_whole(
-    source: Path, file: Path, output: Path, config: PruningConfig, read: foreign.Foreign | None
-) -> Report:
+def _prune_whole(source: Path, output: Path, config: PruningConfig, whole: checkpoints.Whole) -> Report:
     """Prunes a checkpoint that is read or written as another kind, in memory."""
-    weights = checkpoint.load(file).weights if read is None else read.weights
-    result = prune_weights(weights, config)
-    if foreign.kind_of(output) != "safetensors":
-        foreign.write(output, result.weights, read)
-        return result.report
-    folder = output.suffix != ".safetensors" and not output.is_file()
-    if folder:
-        output.mkdir(exist_ok=True)
-        if source.is_dir():
-            companions.copy(source, output, leave=output)
-    target = output / checkpoint.FILE_NAME if folder else output
-    checkpoint.save(target, result.weights, {"format": "pt"})
+    with progress() as bar:
+        bar.add_task("pruning", total=None)
+        result = prune_weights(whole.weights, config)
+        checkpoints.write(source, output, result.weights, whole)
     return result.report
+
+
+def _tied(content: Foreign) -> list[str]:
+    return [*file_defaults.heads_among(content.weights), *content.tables]
+
+
+def _read(file: Path) -> checkpoints.Whole:
+    with progress() as bar:
+        bar.add_task("reading", total=None)
+        return checkpoints.read(file)

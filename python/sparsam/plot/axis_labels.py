@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from sparsam.report import printable
+from sparsam.inputs.display import printable
 
 _NAME = 46
 _DOTS = "\N{HORIZONTAL ELLIPSIS}"

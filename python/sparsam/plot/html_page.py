@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import base64
-import html
 import io
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from sparsam.checkpoint.atomic import publish
+from sparsam.inputs.display import as_html
 
 __all__ = ["document", "paragraph", "picture", "table", "write"]
 
@@ -29,7 +29,7 @@ def document(title: str, parts: Iterable[str]) -> str:
     body = "\n".join(parts)
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        f"<title>{html.escape(title)}</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n{body}\n</body>\n</html>\n"
+        f"<title>{as_html(title)}</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n{body}\n</body>\n</html>\n"
     )
 
 
@@ -40,7 +40,7 @@ def write(text: str, file: Path) -> None:
 
 def paragraph(text: str) -> str:
     """A paragraph of plain text."""
-    return f"<p>{html.escape(text)}</p>"
+    return f"<p>{as_html(text)}</p>"
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[object]], *, texts: int = 0) -> str:
@@ -49,7 +49,7 @@ def table(header: Sequence[str], rows: Iterable[Sequence[object]], *, texts: int
     def line(tag: str, cells: Sequence[object]) -> str:
         opening = (f'<{tag} class="text">' if i < texts else f"<{tag}>" for i in range(len(cells)))
         joined = "".join(
-            f"{start}{html.escape(str(cell))}</{tag}>" for start, cell in zip(opening, cells, strict=True)
+            f"{start}{as_html(str(cell))}</{tag}>" for start, cell in zip(opening, cells, strict=True)
         )
         return f"<tr>{joined}</tr>"
 
@@ -67,4 +67,4 @@ def picture(figure: Any, description: str) -> str:
     data = io.BytesIO()
     figure.savefig(data, format="svg", metadata={"Date": None})
     encoded = base64.b64encode(data.getvalue()).decode("ascii")
-    return f'<img alt="{html.escape(description)}" src="data:image/svg+xml;base64,{encoded}">'
+    return f'<img alt="{as_html(description)}" src="data:image/svg+xml;base64,{encoded}">'

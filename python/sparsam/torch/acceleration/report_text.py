@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import html
 import re
 import textwrap
 from collections.abc import Callable, Iterable, Sequence
 
-from sparsam.report import printable
+from sparsam.inputs.display import as_html, printable
 from sparsam.torch.acceleration.layer_row import LayerRow
 
 __all__ = ["fold", "folded_name", "paragraphs", "table", "to_html"]
@@ -93,12 +92,12 @@ def paragraphs(lines: Iterable[str]) -> list[str]:
 
 def to_html(rows: Iterable[LayerRow], lines: Iterable[str]) -> str:
     """A table with all columns, and lines under it."""
-    head = "".join(f"<th>{html.escape(title)}</th>" for title in _COLUMNS)
+    head = "".join(f"<th>{as_html(title)}</th>" for title in _COLUMNS)
     body = ""
     for group in fold(rows):
-        cells = "".join(f"<td>{html.escape(show(group))}</td>" for show in _COLUMNS.values())
+        cells = "".join(f"<td>{as_html(show(group))}</td>" for show in _COLUMNS.values())
         body += f"<tr>{cells}</tr>\n"
-    text = "<br/>\n".join(html.escape(line) for line in lines)
+    text = "<br/>\n".join(as_html(line) for line in lines)
     return f"<table>\n<thead><tr>{head}</tr></thead>\n<tbody>\n{body}</tbody>\n</table>\n<p>{text}</p>"
 
 

@@ -18,8 +18,8 @@ import torch
 from sparsam.analysis.density_choice import Step, fastest
 from sparsam.config import PruningConfig
 from sparsam.inputs.checks import check_function, check_sparsity, expected, positive
+from sparsam.inputs.display import printable
 from sparsam.reconstruction import obs
-from sparsam.report import printable
 from sparsam.statistics import InputStatistics
 from sparsam.torch.acceleration.model_runner import removed
 from sparsam.torch.layers.packed_weight import from_array, to_array

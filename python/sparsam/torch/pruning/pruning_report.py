@@ -6,7 +6,8 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from sparsam.report import LayerStats, Report, printable
+from sparsam.inputs.display import printable
+from sparsam.report import LayerStats, Report
 from sparsam.torch.pruning.layer_fits import NewLayer
 
 __all__ = ["PrunedWeight", "PruningReport"]

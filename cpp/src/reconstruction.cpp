@@ -17,38 +17,91 @@ static_assert(kSweepColumns == kMaxSweepColumns);
 
 std::size_t round_up(std::size_t n, std::size_t to) { return (n + to - 1) / to * to; }
 
-}  // namespace
+template <class T>
+const SweepKernels<T>& sweep_kernels() {
+  if constexpr (sizeof(T) == sizeof(float))
+    return kernels().reconstruction.f32;
+  else
+    return kernels().reconstruction.f64;
+}
+
+// The block of a matrix, but for what a sweep shall do in it.
+template <class T>
+SweepBlock<T> block_of(const Sweep<T>& matrix, std::size_t first, std::size_t cols) {
+  return {matrix.w + first,
+          matrix.keep + first,
+          matrix.errors + first,
+          matrix.stride,
+          first,
+          cols,
+          nullptr,
+          round_up(cols, kSweepTile),
+          nullptr,
+          0,
+          0,
+          nullptr,
+          0,
+          1,
+          0};
+}
 
 template <class T>
-void Sweep<T>::run(std::size_t first, std::size_t cols, std::size_t n, std::size_t m, bool propagate) const {
-  const std::size_t u_stride = round_up(cols, kSweepTile);
-  std::vector<T> triangle(propagate ? 0 : cols * u_stride), panel(propagate ? first * u_stride : 0);
-  if (propagate) {
-    for (std::size_t tile = 0; tile < cols; tile += kSweepTile)
-      for (std::size_t p = 0; p < first; ++p)
-        std::memcpy(panel.data() + tile * first + p * kSweepTile, u + p * stride + first + tile,
-                    std::min(kSweepTile, cols - tile) * sizeof(T));
-  } else {
-    for (std::size_t j = 0; j < cols; ++j)
-      std::memcpy(triangle.data() + j * u_stride, u + (first + j) * stride + first, cols * sizeof(T));
-  }
-  const SweepBlock<T> block{w + first,       keep + first, errors + first, stride, first, cols,
-                            triangle.data(), u_stride,     panel.data(),   n,      m};
-  const auto& table = [] {
-    if constexpr (sizeof(T) == sizeof(float))
-      return kernels().reconstruction.f32;
-    else
-      return kernels().reconstruction.f64;
-  }();
+void for_each_rows(std::size_t rows, std::size_t row_work,
+                   void (*kernel)(const SweepBlock<T>&, std::size_t, std::size_t),
+                   const SweepBlock<T>& block) {
   // Rows differ little in their work: some tasks more than there are threads even out what disturbs one.
   constexpr std::size_t kRows = 8 * kSweepRows;
   const std::size_t tasks = (rows + kRows - 1) / kRows;
-  const std::size_t work = rows * cols * (propagate ? first : cols);
-  const std::size_t workers = worker_count(tasks, work >= std::size_t{1} << 19);
+  const std::size_t workers = worker_count(tasks, rows * row_work >= std::size_t{1} << 19);
   for_each_task(tasks, workers, [&](std::size_t, std::size_t task) {
-    const std::size_t end = std::min(rows, (task + 1) * kRows);
-    (propagate ? table.propagate_errors : table.sweep)(block, task * kRows, end);
+    kernel(block, task * kRows, std::min(rows, (task + 1) * kRows));
   });
+}
+
+// The triangle of a block, packed.
+template <class T>
+std::vector<T> triangle_of(const Sweep<T>& matrix, const SweepBlock<T>& block) {
+  std::vector<T> triangle(block.cols * block.u_stride);
+  for (std::size_t j = 0; j < block.cols; ++j)
+    std::memcpy(triangle.data() + j * block.u_stride,
+                matrix.u + (block.first + j) * block.stride + block.first, block.cols * sizeof(T));
+  return triangle;
+}
+
+}  // namespace
+
+template <class T>
+void Sweep<T>::propagate_errors(std::size_t first, std::size_t cols) const {
+  SweepBlock<T> block = block_of(*this, first, cols);
+  std::vector<T> panel(first * block.u_stride);
+  for (std::size_t tile = 0; tile < cols; tile += kSweepTile)
+    for (std::size_t p = 0; p < first; ++p)
+      std::memcpy(panel.data() + tile * first + p * kSweepTile, u + p * stride + first + tile,
+                  std::min(kSweepTile, cols - tile) * sizeof(T));
+  block.panel = panel.data();
+  for_each_rows(rows, cols * first, sweep_kernels<T>().propagate_errors, block);
+}
+
+template <class T>
+void Sweep<T>::sweep(std::size_t first, std::size_t cols, std::size_t n, std::size_t m) const {
+  SweepBlock<T> block = block_of(*this, first, cols);
+  const std::vector<T> triangle = triangle_of(*this, block);
+  block.u = triangle.data();
+  block.n = n;
+  block.m = m;
+  for_each_rows(rows, cols * cols, sweep_kernels<T>().sweep, block);
+}
+
+template <class T>
+void Sweep<T>::rounding_sweep(std::size_t first, std::size_t cols, const Grid<T>& grid) const {
+  SweepBlock<T> block = block_of(*this, first, cols);
+  const std::vector<T> triangle = triangle_of(*this, block);
+  block.u = triangle.data();
+  block.scales = grid.scales;
+  block.groups = grid.groups;
+  block.group = grid.group;
+  block.most = grid.most;
+  for_each_rows(rows, cols * cols, sweep_kernels<T>().rounding_sweep, block);
 }
 
 template struct Sweep<float>;

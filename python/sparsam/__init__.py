@@ -18,7 +18,7 @@ from sparsam.config import PruningConfig
 from sparsam.masks import Mask
 from sparsam.patterns import NM, Block, Slices, Tied, Unstructured
 from sparsam.pruner import MagnitudePruner, PruningResult, prune
-from sparsam.reconstruction import admm, obs, refit, sparsegpt
+from sparsam.reconstruction import admm, obs, quantize, refit, sparsegpt
 from sparsam.report import LayerStats
 from sparsam.runtime import available_isas, build_info, isa, num_threads, set_num_threads, use_isa
 from sparsam.scores import Magnitude, Random
@@ -56,6 +56,7 @@ __all__ = [
     "num_threads",
     "obs",
     "prune",
+    "quantize",
     "refit",
     "select",
     "select_many",

@@ -72,6 +72,17 @@ def sweep(
     n: int,
     m: int,
 ) -> None: ...
+def rounding_sweep(
+    w: NDArray[_Real],
+    u: NDArray[_Real],
+    keep: NDArray[np.bool_],
+    errors: NDArray[_Real],
+    first: int,
+    cols: int,
+    scales: NDArray[_Real],
+    group: int,
+    most: int,
+) -> None: ...
 def masked_least_squares(
     h: NDArray[np.float64],
     keep: NDArray[np.bool_],

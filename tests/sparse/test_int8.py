@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 import sparsam
 from matmul_cases import ORACLES, inputs, weights
+from messages import FORM
 from sparsam import Mask, SparseMatrix, checkpoint
 from sparsam._core import Packed
 from sparsam.sparse.stored import to_arrays
@@ -175,6 +176,51 @@ def test_the_error_of_rounding() -> None:
     assert dense.dtype == np.float32
     largest = np.abs(w).max(axis=1, keepdims=True)
     assert (np.abs(dense - w) <= largest / 128 * (1 + 1e-6)).all()
+
+
+def test_rows_on_a_grid_are_not_rounded_again() -> None:
+    """Whatever their largest integer is; the others get max |w| / 64 as ever."""
+    rng = np.random.default_rng(0)
+    most = np.arange(1, 65)
+    q = rng.integers(-most[:, None], most[:, None] + 1, (64, 200)) * (rng.random((64, 200)) < 0.4)
+    q[:, 7] = most
+    steps = np.ldexp(rng.integers(2**17, 2**18, 64).astype(F32), rng.integers(-60, 20, 64)).astype(F32)
+    w = (q * steps[:, None]).astype(F32)
+    w[5], w[20] = inputs(2, 200) * F32(0.01)  # in between
+    w[30] *= F32(2.0**-40)
+    matrix = SparseMatrix.from_dense(w, dtype="int8")
+    on_grid = ~np.isin(np.arange(64), [5, 20])
+    assert np.array_equal(matrix.to_dense()[on_grid], w[on_grid])
+    scales = matrix._state.forms.readable().scales()
+    full = on_grid & (most >= 33)  # below that twice the integers are as good
+    full[30] = False
+    assert np.array_equal(scales[full], steps[full])
+    assert np.array_equal(scales[[5, 20]], np.abs(w[[5, 20]]).max(axis=1) / F32(64))
+
+
+def test_scales_that_are_given() -> None:
+    w = np.array([[32.2, 0, -1.6, 0.4], [0, 0, 0, 0], [0.1, 0, 0, 0]], F32)
+    matrix = SparseMatrix.from_dense(w, dtype="int8", scales=np.array([0.5, 2, 0.25]))
+    assert np.array_equal(matrix.to_dense(), [[32, 0, -1.5, 0.5], [0] * 4, [0] * 4])
+    assert np.array_equal(matrix._state.forms.readable().scales(), np.array([0.5, 2, 0.25], F32))
+    for scales, got in (
+        (np.ones(2), "float64 .2,."),
+        (np.ones((3, 1)), "float64 .3, 1."),
+        (np.ones(3, int), "int64 .3,."),
+        (np.array([0.4, 1, 1]), "0.4.* in row 0, whose largest weight is 32.2"),
+        (np.array([1, 0, 1.0]), "0.0 in row 1"),
+        (np.array([1, 1, 1e-40]), "9.99994.* in row 2"),
+        (np.array([1, np.nan, 1]), "nan in row 1"),
+        (np.array([np.inf, 1, 1]), "inf in row 0"),
+        (np.array([1, 1, 1e60]), "inf in row 2"),
+    ):
+        with pytest.raises(ValueError, match=f"scales: expected .*; got {got}") as caught:
+            SparseMatrix.from_dense(w, dtype="int8", scales=scales)
+        assert FORM.fullmatch(str(caught.value))
+    for dtype in (None, F32):
+        with pytest.raises(ValueError, match=r"scales: expected none for dtype .*; got some; pass") as caught:
+            SparseMatrix.from_dense(w, dtype=dtype, scales=np.ones(3))
+        assert FORM.fullmatch(str(caught.value))
 
 
 def test_what_can_be_asked_of_it() -> None:

@@ -8,6 +8,16 @@ namespace sparsam {
 
 constexpr std::size_t kSweepColumns = 256;
 
+// Integers times a scale: the columns of a matrix are cut into groups of `group`, and a weight becomes
+// scales[row * groups + column / group] times an integer of at most `most` (below 2^22) in magnitude. Such
+// products are exact in T.
+template <class T>
+struct Grid {
+  const T* scales;
+  std::size_t groups, group;
+  T most;
+};
+
 // A rows x stride matrix of weights, in place, one block of columns [first, first + cols) after the other, at
 // most kSweepColumns each; see kernels/reconstruction.hpp. w, keep and errors are whole matrices of that
 // shape, u is upper triangular, stride x stride with zeros below the diagonal and a positive diagonal. With
@@ -20,13 +30,10 @@ struct Sweep {
   const T* u;
   std::size_t rows, stride;
 
-  void propagate_errors(std::size_t first, std::size_t cols) const { run(first, cols, 0, 0, true); }
-  void sweep(std::size_t first, std::size_t cols, std::size_t n, std::size_t m) const {
-    run(first, cols, n, m, false);
-  }
-
- private:
-  void run(std::size_t first, std::size_t cols, std::size_t n, std::size_t m, bool propagate) const;
+  void propagate_errors(std::size_t first, std::size_t cols) const;
+  void sweep(std::size_t first, std::size_t cols, std::size_t n, std::size_t m) const;
+  // Obeys keep, and rounds what is kept to the grid as it is reached.
+  void rounding_sweep(std::size_t first, std::size_t cols, const Grid<T>& grid) const;
 };
 
 // For every row r in `order`, once each: x with H_SS x = b_S, where S are the columns with keep[r] set and b

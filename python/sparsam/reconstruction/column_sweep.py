@@ -97,11 +97,10 @@ def obs(
     layer = to_layer(array, h, name, np.float64 if array.dtype == np.float64 else np.float32)
     inputs = layer.matrix.shape[1]
     middle = None if bias is None else to_mean(h, mean, inputs, name)
-    if positive("block", block) > _MAX_BLOCK_COLUMNS:
-        raise ValueError(expected("block", block, f"1 to {_MAX_BLOCK_COLUMNS} columns", "pass 128, say"))
-    choice = _choose_from(layer, sparsity, pattern, mask, scope)
-    upper, used = _inverse_factor(layer, to_damping(damping))
-    matrix = _sweep(layer, upper.astype(layer.matrix.dtype), choice, block)
+    check_block(block)
+    choice = choose_from(layer, sparsity, pattern, mask, scope)
+    upper, used = inverse_factor(layer, to_damping(damping))
+    matrix = sweep(layer, upper, choice, block)
     weights = layer.finish(matrix)
     corrected = None if bias is None or middle is None else corrected_bias(bias, array, weights, middle)
     return Reconstruction(weights, Mask.from_array(choice.keep.reshape(array.shape)), corrected, used)
@@ -111,8 +110,40 @@ sparsegpt = obs
 """`obs`, under the name of the paper."""
 
 
+@dataclass(frozen=True)
+class Grid:
+    """Where rounded weights lie: integers of at most `most` times the scales of their row and group.
+
+    Attributes:
+        scales: (out, groups), in the dtype that is computed in; their products with such integers are exact.
+        group: Columns of a group, at least 1; the last one may be shorter.
+        most: The largest integer.
+    """
+
+    scales: NDArray[Any]
+    group: int
+    most: int
+
+    def codes(self, w: NDArray[Any]) -> NDArray[np.int8]:
+        """The integers whose products are nearest, ties to even, (out, in)."""
+        scales = np.repeat(self.scales, self.group, axis=1)[:, : w.shape[1]]
+        return np.clip(np.rint(w / scales), -self.most, self.most).astype(np.int8)
+
+    def weights(self, codes: NDArray[np.int8]) -> NDArray[Any]:
+        """The products, (out, in)."""
+        scales = np.repeat(self.scales, self.group, axis=1)[:, : codes.shape[1]]
+        product: NDArray[Any] = scales * codes
+        return product
+
+
+def check_block(block: int) -> None:
+    """ValueError for a number of columns that the kernel does not take."""
+    if positive("block", block) > _MAX_BLOCK_COLUMNS:
+        raise ValueError(expected("block", block, f"1 to {_MAX_BLOCK_COLUMNS} columns", "pass 128, say"))
+
+
 @dataclass
-class _Choice:
+class Choice:
     """Which weights are kept: `keep` (out, in) is filled in by the sweep.
 
     `pruned` is how many weights of live inputs are to be pruned, in the layer or in each row; None if nothing
@@ -125,19 +156,20 @@ class _Choice:
     groups: NM | None = None
 
 
-def _choose_from(
+def choose_from(
     layer: Layer, sparsity: float | None, pattern: Pattern, mask: Mask | None, scope: str
-) -> _Choice:
+) -> Choice:
+    """What `sweep` has to choose, from checked arguments of `obs`."""
     if scope not in ("layer", "row"):
         do = "prune layers with a global scope by sparsam.prune, then call refit"
         raise ValueError(expected("scope", scope, "'layer' or 'row'", do))
     if mask is not None:
         if sparsity is not None or pattern != Unstructured() or scope != "layer":
             raise mask_and_more(layer.name, sparsity, pattern, scope)
-        return _Choice(to_keep(mask, layer))
+        return Choice(to_keep(mask, layer))
     keep = np.ones(layer.matrix.shape, np.bool_)
     if isinstance(pattern, NM):
-        return _Choice(keep, groups=_groups(layer, sparsity, pattern))
+        return Choice(keep, groups=_groups(layer, sparsity, pattern))
     if not isinstance(pattern, Unstructured):
         do = "choose with select(w, sparsity, pattern), and pass mask="
         raise TypeError(
@@ -151,7 +183,7 @@ def _choose_from(
     gone = min(pruned, dead.size)
     dead = np.arange(dead.size).reshape(dead.shape) < dead.size - gone
     keep[:, ~layer.live] = dead
-    return _Choice(keep, pruned - gone, by_row)
+    return Choice(keep, pruned - gone, by_row)
 
 
 def _groups(layer: Layer, sparsity: float | None, pattern: NM) -> NM | None:
@@ -172,10 +204,16 @@ def _groups(layer: Layer, sparsity: float | None, pattern: NM) -> NM | None:
     return pattern
 
 
-def _sweep(layer: Layer, upper: NDArray[Any], choice: _Choice, block: int) -> NDArray[Any]:
-    """Goes through the blocks from left to right and completes `choice.keep`."""
-    w, original = layer.matrix, layer.matrix[:, ~layer.live]
+def sweep(
+    layer: Layer, upper: NDArray[np.float64], choice: Choice, block: int, grid: Grid | None = None
+) -> NDArray[Any]:
+    """Goes through the blocks from left to right and completes `choice.keep`; returns new weights.
+
+    With a grid nothing is left to choose, and what is kept is rounded to it as it is reached.
+    """
+    w, original = layer.matrix.copy(), layer.matrix[:, ~layer.live]
     w[:, ~layer.live] = 0
+    upper = upper.astype(w.dtype, copy=False)
     rows, columns = w.shape
     n, m = (choice.groups.n, choice.groups.m) if choice.groups is not None else (0, 0)
     step = max(block // m, 1) * m if m else block
@@ -185,13 +223,20 @@ def _sweep(layer: Layer, upper: NDArray[Any], choice: _Choice, block: int) -> ND
             stop = min(start + step, columns)
             _core.propagate_errors(w, upper, choice.keep, errors, start, stop - start)
             if choice.pruned is not None:
-                _choose_block(layer, upper.diagonal(), choice, start, stop)
-            _core.sweep(w, upper, choice.keep, errors, start, stop - start, n, m)
+                _choose_block(layer, w, upper.diagonal(), choice, start, stop)
+            if grid is None:
+                _core.sweep(w, upper, choice.keep, errors, start, stop - start, n, m)
+            else:
+                _core.rounding_sweep(
+                    w, upper, choice.keep, errors, start, stop - start, grid.scales, grid.group, grid.most
+                )
     w[:, ~layer.live] = np.where(choice.keep[:, ~layer.live], original, 0)
-    return w
+    return w if grid is None or layer.live.all() else grid.weights(grid.codes(w))
 
 
-def _choose_block(layer: Layer, diagonal: NDArray[Any], choice: _Choice, start: int, stop: int) -> None:
+def _choose_block(
+    layer: Layer, w: NDArray[Any], diagonal: NDArray[Any], choice: Choice, start: int, stop: int
+) -> None:
     assert choice.pruned is not None
     seen = np.cumsum(layer.live)
     live = int(seen[-1])
@@ -204,7 +249,7 @@ def _choose_block(layer: Layer, diagonal: NDArray[Any], choice: _Choice, start: 
     count = counts[1] - counts[0]
     if not count:
         return
-    scores = layer.matrix[:, columns] / diagonal[columns]
+    scores = w[:, columns] / diagonal[columns]
     if not np.isfinite(scores).all():
         layer.finish(scores)
     if choice.by_row:
@@ -216,7 +261,7 @@ def _choose_block(layer: Layer, diagonal: NDArray[Any], choice: _Choice, start: 
     choice.keep[:, columns] = kept.to_array()
 
 
-def _inverse_factor(layer: Layer, damping: float) -> tuple[NDArray[np.float64], float]:
+def inverse_factor(layer: Layer, damping: float) -> tuple[NDArray[np.float64], float]:
     """U, upper triangular with U^T U = (H / c + damping I)^-1, c the mean of H's diagonal; the damping used.
 
     Scaling H changes neither the mask nor the updates.

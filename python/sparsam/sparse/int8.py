@@ -4,6 +4,9 @@
 
 among the weights that are kept. A kept weight that rounds to 0 is pruned: it would multiply nothing. The
 error of the others is at most scale / 2, 1/128 of their row's largest weight.
+
+A row that is integers times a step already, as `sparsam.quantize` makes them, is not rounded again:
+scale[r] = max |w[r]| / n for the largest n, 64 to 1, with which all of q times scale are w to the bit.
 """
 
 from __future__ import annotations
@@ -12,9 +15,10 @@ import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 from sparsam._core import Packed
+from sparsam.inputs.checks import array_of
 from sparsam.sparse.arguments import weights
 
-__all__ = ["MOST_COLUMNS", "is_int8", "pack_int8", "with_slots"]
+__all__ = ["MOST_COLUMNS", "check_no_scales", "is_int8", "pack_int8", "with_slots"]
 
 MOST = 64
 """Two products with bytes fit 16 bits, in which instructions of AVX2 add them up."""
@@ -24,30 +28,44 @@ MOST_COLUMNS = 65536
 
 _TINY = np.finfo(np.float32).tiny
 
+_PROBES = 8  # weights of a row that tell nearly always whether it may be on a grid
+
 
 def is_int8(dtype: DTypeLike | None) -> bool:
     """Whether a dtype that values are asked to be stored as is int8."""
     return dtype is not None and np.dtype(dtype) == np.int8
 
 
-def pack_int8(w: ArrayLike, keep: NDArray[np.bool_] | None = None) -> Packed:
+def check_no_scales(scales: ArrayLike | None, dtype: DTypeLike | None) -> None:
+    """ValueError for scales of values that are floats."""
+    if scales is not None:
+        msg = f"scales: expected none for dtype {dtype!r}; got some; pass dtype='int8', or leave them out"
+        raise ValueError(msg)
+
+
+def pack_int8(w: ArrayLike, keep: NDArray[np.bool_] | None = None, scales: ArrayLike | None = None) -> Packed:
     """Rounds a matrix to int8 and packs it, with the slots that its kernels read.
 
     Args:
         w: (out, in), of floats, finite where it is kept.
         keep: Where a weight is kept; by default where it is not 0.
+        scales: (out,), positive; by default as the top of this module says.
 
     Raises:
-        ValueError: Another number of dimensions, too many columns, or weights that are not finite.
+        ValueError: Another number of dimensions, too many columns, weights that are not finite, or, of given
+            scales, more than 64.5 of them; scales that are not positive, normal numbers of float32.
         TypeError: Another dtype.
     """
     values = weights(w, None)
     if keep is not None:
         values = np.where(keep, values, values.dtype.type(0))
-    return pack_rounded(*rounded(values.astype(np.float32, copy=False)))
+    found = rounded(values.astype(np.float32, copy=False), scales)
+    return pack_rounded(*found)
 
 
-def rounded(values: NDArray[np.float32]) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
+def rounded(
+    values: NDArray[np.float32], scales: ArrayLike | None = None
+) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
     """The integers and the scales of a matrix; see the top of this module."""
     if values.shape[1] > MOST_COLUMNS:
         msg = f"w: expected at most {MOST_COLUMNS} columns for int8; got {values.shape[1]}; use float values"
@@ -57,9 +75,63 @@ def rounded(values: NDArray[np.float32]) -> tuple[NDArray[np.int8], NDArray[np.f
         row = int(np.argmin(np.isfinite(largest)))
         msg = f"w: expected finite weights for int8; got {largest[row]} in row {row}; use float values"
         raise ValueError(msg)
-    scales = np.where(largest > 0, np.maximum(largest / np.float32(MOST), _TINY), np.float32(1))
-    q = np.rint(values / scales[:, None])
-    return np.clip(q, -MOST, MOST, out=q).astype(np.int8), scales
+    steps = _steps(values, largest) if scales is None else _checked(scales, largest)
+    q = np.rint(values / steps[:, None])
+    return np.clip(q, -MOST, MOST, out=q).astype(np.int8), steps
+
+
+def _steps(values: NDArray[np.float32], largest: NDArray[np.float32]) -> NDArray[np.float32]:
+    """The scale of each row of finite weights; 1 for a row of zeros."""
+    steps = np.where(largest > 0, np.maximum(largest / np.float32(MOST), _TINY), np.float32(1))
+    rows = np.flatnonzero(largest >= MOST * _TINY)
+    probes = _first_of_rows(values[rows])
+    for most in range(MOST, 0, -1):
+        tried = largest[rows] / np.float32(most)
+        maybe = np.flatnonzero(_on_grid(probes, tried))
+        found = maybe[_on_grid(values[rows[maybe]], tried[maybe])]
+        steps[rows[found]] = tried[found]
+        rows, probes = np.delete(rows, found), np.delete(probes, found, axis=0)
+    return steps
+
+
+def _first_of_rows(values: NDArray[np.float32]) -> NDArray[np.float32]:
+    """The first nonzero weights of each row, and zeros in rows that have fewer."""
+    nonzero = values != 0
+    places = np.cumsum(nonzero, axis=1, dtype=np.int32)
+    row, column = np.nonzero(nonzero & (places <= _PROBES))
+    first = np.zeros((len(values), _PROBES), np.float32)
+    first[row, places[row, column] - 1] = values[row, column]
+    return first
+
+
+def _on_grid(values: NDArray[np.float32], steps: NDArray[np.float32]) -> NDArray[np.bool_]:
+    """Which rows are integers times their step, each product rounded to float32."""
+    result: NDArray[np.bool_] = (np.rint(values / steps[:, None]) * steps[:, None] == values).all(axis=1)
+    return result
+
+
+def _checked(scales: ArrayLike, largest: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Scales that were given, as float32."""
+    given = array_of("scales", scales)
+    with np.errstate(over="ignore"):
+        steps = given.astype(np.float32) if given.dtype.kind == "f" else np.zeros(0, np.float32)
+    if steps.shape != largest.shape:
+        msg = (
+            f"scales: expected floats of shape {largest.shape}, one for each row of w; got {given.dtype} "
+            f"{given.shape}; pass those that quantize gives without groups"
+        )
+        raise ValueError(msg)
+    good = np.isfinite(steps) & (steps >= _TINY)
+    with np.errstate(over="ignore"):
+        good &= largest <= (MOST + np.float32(0.5)) * np.where(good, steps, np.float32(1))
+    if not good.all():
+        row = int(np.argmin(good))
+        msg = (
+            f"scales: expected positive, normal numbers, and weights of at most {MOST} times those of their "
+            f"rows; got {steps[row]} in row {row}, whose largest weight is {largest[row]}; leave scales out"
+        )
+        raise ValueError(msg)
+    return steps
 
 
 def pack_rounded(q: NDArray[np.int8], scales: NDArray[np.float32]) -> Packed:

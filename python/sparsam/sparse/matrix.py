@@ -32,7 +32,7 @@ from sparsam.sparse.conversions import csr_of, dense_of, keep_of
 from sparsam.sparse.cost_model import Expectation
 from sparsam.sparse.dispatch import Explanation
 from sparsam.sparse.forms import Forms
-from sparsam.sparse.int8 import is_int8, pack_int8
+from sparsam.sparse.int8 import check_no_scales, is_int8, pack_int8
 from sparsam.sparse.matmul import kernels_of, multiply
 from sparsam.sparse.preparation import Preparation, measure_all
 from sparsam.sparse.stored import from_arrays, recognise, to_arrays
@@ -47,12 +47,7 @@ _MARK = {"sparsam": "SparseMatrix 1"}
 
 @dataclass(frozen=True)
 class _State:
-    """What a product reads, published as a whole.
-
-    Attributes:
-        forms: What there is to multiply with.
-        choices: Which of it multiplies which batch.
-    """
+    """What a product reads, published as a whole: what multiplies, and which of it which batch."""
 
     forms: Forms
     choices: Choices
@@ -117,20 +112,27 @@ class SparseMatrix:
         self._state = _State.of(held, expected, preparation)
 
     @classmethod
-    def from_dense(cls, w: ArrayLike, *, dtype: DTypeLike | None = None) -> SparseMatrix:
+    def from_dense(
+        cls, w: ArrayLike, *, dtype: DTypeLike | None = None, scales: ArrayLike | None = None
+    ) -> SparseMatrix:
         """Pack a matrix; pruned is what is exactly 0, -0.0 included.
 
         Args:
             w: Two-dimensional, float16, bfloat16, float32 or float64, of any strides.
             dtype: What to store values as: float32, bfloat16 or float16; sums are float32 in any case. By
                 default the dtype of `w`, and float32 for float64. Or int8, integers with a scale for each row
-                (docs/speed.md): what rounds to 0 is pruned.
+                (docs/quantization.md): what rounds to 0 is pruned.
+            scales: For int8, (out,): the step of each row, as `quantize` gives it. By default max |w| / 64,
+                or that of a row which is integers times a step already.
 
         Raises:
-            ValueError: `w` is not two-dimensional; for int8, not finite, or of more than 65536 columns.
+            ValueError: `w` is not two-dimensional; for int8, not finite, too wide, or too large for `scales`.
             TypeError: Another dtype.
         """
-        return cls(pack_int8(w) if is_int8(dtype) else Packed.pack(weights(w, dtype)))
+        if is_int8(dtype):
+            return cls(pack_int8(w, scales=scales))
+        check_no_scales(scales, dtype)
+        return cls(Packed.pack(weights(w, dtype)))
 
     @classmethod
     def from_mask(
@@ -366,10 +368,7 @@ class SparseMatrix:
         read = checkpoint.load(path)
         try:
             if read.metadata != _MARK:
-                msg = (
-                    f"metadata: expected {_MARK}; got {read.metadata}; name a file that SparseMatrix.save "
-                    "wrote"
-                )
+                msg = f"metadata: expected {_MARK}; got {read.metadata}; name a file of SparseMatrix.save"
                 raise ValueError(msg)
             return cls(from_arrays(read.weights))
         except ValueError as error:

@@ -70,6 +70,9 @@ bool all_finite(const float* x, std::size_t n) {
   return others == 0;
 }
 
+// From so many products on, threads that run already save more time than they take: a microsecond or so.
+constexpr std::size_t kSlotsSerialBelow = kSerialBelow / 20;
+
 void by_slots(const MatmulKernels& m, const Form& form, const Input& x, std::size_t batch, Epilogue epilogue,
               const Output& y) {
   const SlotView w = form.slots();
@@ -87,7 +90,7 @@ void by_slots(const MatmulKernels& m, const Form& form, const Input& x, std::siz
         copy_padded(m, x, t + i, w.cols, x_stride, padded.data() + i * x_stride);
       from = padded.data();
     }
-    const std::size_t workers = worker_count(blocks, here * form.nnz() >= kSerialBelow / 4);
+    const std::size_t workers = worker_count(blocks, here * form.nnz() >= kSlotsSerialBelow);
     const bool finite = w.full && all_finite(from, here * x_stride);
     for_each_in_ranges(blocks, workers, [&](std::size_t block) {
       kernel.slots(w, block, from, x_stride, here, finite, epilogue, rows_from(y, t));

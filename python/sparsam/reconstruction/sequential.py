@@ -20,8 +20,10 @@ from sparsam.masks import Mask
 from sparsam.patterns import NM, Pattern, Unstructured
 from sparsam.reconstruction.alternating import admm_mask
 from sparsam.reconstruction.column_sweep import obs
-from sparsam.reconstruction.layer_problem import quadratic
+from sparsam.reconstruction.layer_problem import corrected_bias
 from sparsam.reconstruction.least_squares import refit
+from sparsam.reconstruction.quantized_sweep import quantize
+from sparsam.reconstruction.seen_moments import Seen
 from sparsam.selection import select
 from sparsam.statistics import InputStatistics
 
@@ -30,9 +32,11 @@ __all__ = [
     "RECONSTRUCTIONS",
     "LayerFit",
     "LayerProblem",
+    "Rounding",
     "check_method",
     "fit_layer",
     "refit_layer",
+    "round_layer",
 ]
 
 RECONSTRUCTIONS = ("obs", "admm")
@@ -44,6 +48,21 @@ DAMPINGS = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0)
 _DAMPING = 1e-2  # of the optimum for which the mask is chosen; and without held-out inputs, of all
 _OF_OBS = (Unstructured, NM)  # the patterns that it knows
 _ROWS = 32  # by which dampings are compared
+
+
+@dataclass(frozen=True)
+class Rounding:
+    """How weights are rounded once they are fitted; the arguments of `quantize`, and a dtype.
+
+    Attributes:
+        bits: 8 or 4.
+        group: Columns that share a scale, or None.
+        dtype: The one that the model keeps its weights in, which is to hold what is rounded exactly.
+    """
+
+    bits: int
+    group: int | None
+    dtype: Any
 
 
 @dataclass(frozen=True)
@@ -64,6 +83,7 @@ class LayerProblem:
         sparsity: In [0, 1].
         pattern: The pattern; "obs" supports `Unstructured` and `NM`.
         scope: "layer", or with "obs" also "row".
+        rounding: How the fitted weights are rounded; None: not at all.
     """
 
     name: str
@@ -76,6 +96,7 @@ class LayerProblem:
     sparsity: float
     pattern: Pattern
     scope: str = "layer"
+    rounding: Rounding | None = None
 
 
 @dataclass(frozen=True)
@@ -119,7 +140,8 @@ def fit_layer(problem: LayerProblem) -> LayerFit:
     2. the mask for it: `obs` or `admm_mask`, with a damping of 0.01;
     3. the least squares on the mask, `refit(W, H, mask, cross=C, damping=d)`, H and C being those of all
        inputs by then, held out or not. For own targets with "obs" its own update;
-    4. the bias: mean of y - W' mean of x.
+    4. the bias: mean of y - W' mean of x;
+    5. with a rounding, `round_layer`.
 
     c and d are those of `DAMPINGS` with which up to 32 rows fit the held-out inputs best; 1e-2 without these.
 
@@ -133,9 +155,9 @@ def fit_layer(problem: LayerProblem) -> LayerFit:
     """
     check_method(problem.name, problem.method, problem.pattern, problem.scope)
     dense, old = problem.weights, problem.bias
-    seen = held = _Seen(problem.inputs, problem.rows, centred=old is not None)
+    seen = held = Seen(problem.inputs, problem.rows, centred=old is not None)
     if problem.held_out is not None:
-        held = _Seen(problem.held_out, problem.rows, centred=seen.centred)
+        held = Seen(problem.held_out, problem.rows, centred=seen.centred)
     trial = _Trial(problem, seen, held)
     aim = dense
     if seen.cross is not None:
@@ -146,12 +168,35 @@ def fit_layer(problem: LayerProblem) -> LayerFit:
     if seen.cross is not None or problem.method != "obs":
         if problem.held_out is not None:
             damping, error = trial.best(lambda tried: trial.mask_error(mask, tried))
-            seen = _Seen(problem.inputs + problem.held_out, problem.rows, centred=seen.centred)
+            seen = Seen(problem.inputs + problem.held_out, problem.rows, centred=seen.centred)
         weights = refit(dense, seen, mask, cross=seen.cross, damping=damping, name=problem.name)
     bias = None if old is None else seen.bias(dense, weights, old)
     if error is None:
         error = held.error(dense, weights, bias, old)
-    return LayerFit(weights, bias, mask, error, damping)
+    return round_layer(problem, LayerFit(weights, bias, mask, error, damping))
+
+
+def round_layer(problem: LayerProblem, fit: LayerFit) -> LayerFit:
+    """Rounds the weights of a fit as its problem says: `quantize` on their mask, and the bias after them.
+
+    The error grows by what rounding adds to it, by all rows.
+    """
+    if problem.rounding is None:
+        return fit
+    how, held_out = problem.rounding, problem.held_out
+    inputs = problem.inputs if held_out is None else problem.inputs + held_out
+    seen = Seen(inputs, None, centred=problem.bias is not None)
+    start = fit.weights.astype(how.dtype)
+    found = quantize(start, seen, fit.mask, bits=how.bits, group=how.group, name=problem.name)
+    weights, bias = found.weights.astype(fit.weights.dtype), fit.bias
+    if bias is not None:
+        bias = corrected_bias(bias, fit.weights, weights, seen.mean)
+    held = Seen(held_out or problem.inputs, problem.rows, centred=seen.centred)
+    before, after = (
+        held.error(problem.weights, w, b, problem.bias) for w, b in ((fit.weights, fit.bias), (weights, bias))
+    )
+    error = fit.error + (after - before if before < after else 0)
+    return replace(fit, weights=weights, bias=bias, mask=found.mask, error=error)
 
 
 def refit_layer(
@@ -169,7 +214,7 @@ def refit_layer(
         The new weights and bias, with the mask, error and damping of `fit`.
     """
     inputs = problem.inputs if problem.held_out is None else problem.inputs + problem.held_out
-    seen = _Seen(inputs, problem.rows, centred=problem.bias is not None)
+    seen = Seen(inputs, problem.rows, centred=problem.bias is not None)
     assert seen.cross is not None
     assert seen.target_mean is not None
     moved = cross - np.outer(total, seen.mean) if seen.centred else cross
@@ -179,87 +224,6 @@ def refit_layer(
         return replace(fit, weights=new)
     seen.target_mean = seen.target_mean + total / seen.moments.weight
     return replace(fit, weights=new, bias=seen.bias(problem.weights, new, fit.bias))
-
-
-class _Seen:
-    """Moments as the fit uses them: centred or not, with the targets of one layer only.
-
-    It has what `obs` and others read of statistics: `gram`, `mean`, `count`, `precision`.
-    """
-
-    def __init__(self, statistics: InputStatistics, rows: slice | None, *, centred: bool) -> None:
-        self.centred = centred
-        self.moments = statistics.centred
-        self.gram = self.moments.gram if centred else statistics.gram
-        self.mean, self.count = self.moments.mean, self.moments.count
-        self.precision = self.moments.precision
-        self.rows = rows
-        self.cross: NDArray[np.float64] | None = None
-        self.target_mean: NDArray[np.float64] | None = None
-        if rows is not None:
-            cross = self.moments.cross if centred else statistics.cross
-            assert cross is not None
-            assert self.moments.target_mean is not None
-            self.cross, self.target_mean = cross[rows], self.moments.target_mean[rows]
-
-    def bias(
-        self,
-        dense: NDArray[Any],
-        weights: NDArray[Any],
-        bias: NDArray[Any],
-        subset: NDArray[np.int64] | None = None,
-    ) -> NDArray[Any]:
-        """The bias that makes the mean output equal to the mean target; for a subset of outputs if given."""
-        new = weights.reshape(len(weights), -1).astype(np.float64)
-        if self.target_mean is not None:
-            wanted = self.target_mean if subset is None else self.target_mean[subset]
-        else:
-            wanted = dense.reshape(len(dense), -1).astype(np.float64) @ self.mean + bias
-        result: NDArray[Any] = (wanted - new @ self.mean).astype(bias.dtype)
-        return result
-
-    def error(
-        self,
-        dense: NDArray[Any],
-        weights: NDArray[Any],
-        bias: NDArray[Any] | None,
-        dense_bias: NDArray[Any] | None,
-        subset: NDArray[np.int64] | None = None,
-    ) -> float:
-        """The squared error of new weights, relative to the squared norm of the target outputs."""
-        new = weights.reshape(len(weights), -1).astype(np.float64)
-        if self.rows is None:
-            return self._own_error(dense.reshape(new.shape).astype(np.float64), new, bias, dense_bias)
-        targets, means = self.moments.target_squares, self.moments.target_mean
-        assert targets is not None
-        assert means is not None
-        at = np.arange(len(targets))[self.rows]
-        at = at if subset is None else at[subset]
-        energy = float(targets[at].sum())
-        if bias is None:
-            energy += self.moments.weight * float(means[at] @ means[at])
-        offset = np.zeros(len(new)) if bias is None else bias.astype(np.float64)
-        error = self.moments.squared_error(new, offset, rows=at)
-        return _share(error, energy)
-
-    def _own_error(
-        self,
-        dense: NDArray[np.float64],
-        new: NDArray[np.float64],
-        bias: NDArray[Any] | None,
-        dense_bias: NDArray[Any] | None,
-    ) -> float:
-        error, energy = quadratic(dense - new, self.gram), quadratic(dense, self.gram)
-        if bias is not None and dense_bias is not None:
-            rest = (dense - new) @ self.mean + (dense_bias.astype(np.float64) - bias.astype(np.float64))
-            error += self.moments.weight * float(rest @ rest)
-        return _share(error, energy)
-
-
-def _share(error: float, energy: float) -> float:
-    if energy > 0:
-        return error / energy
-    return 0.0 if error <= 0 else float("inf")
 
 
 def _ridge(
@@ -276,7 +240,7 @@ def _ridge(
     return np.ascontiguousarray(optimum.reshape(weights.shape), np.float32)
 
 
-def _choose(problem: LayerProblem, aim: NDArray[Any], seen: _Seen) -> tuple[NDArray[Any], Mask]:
+def _choose(problem: LayerProblem, aim: NDArray[Any], seen: Seen) -> tuple[NDArray[Any], Mask]:
     """The mask, and the weights that come with it."""
     name, sparsity, pattern = problem.name, problem.sparsity, problem.pattern
     alive = problem.weights != 0
@@ -291,7 +255,7 @@ def _choose(problem: LayerProblem, aim: NDArray[Any], seen: _Seen) -> tuple[NDAr
 
 
 def _without_zeros(
-    problem: LayerProblem, aim: NDArray[Any], alive: NDArray[np.bool_], seen: _Seen, mask: Mask
+    problem: LayerProblem, aim: NDArray[Any], alive: NDArray[np.bool_], seen: Seen, mask: Mask
 ) -> Mask:
     """The mask, or where it would revive zeros, another of the same count that prunes these first.
 
@@ -315,7 +279,7 @@ def _scope(problem: LayerProblem) -> Literal["layer", "row"]:
 class _Trial:
     """Some rows of a layer, fitted to the inputs and compared on the held-out inputs."""
 
-    def __init__(self, problem: LayerProblem, seen: _Seen, held: _Seen) -> None:
+    def __init__(self, problem: LayerProblem, seen: Seen, held: Seen) -> None:
         count = len(problem.weights)
         self.rows = np.unique(np.linspace(0, count - 1, min(_ROWS, count)).astype(np.int64))
         self.name, self.seen, self.held = problem.name, seen, held

@@ -12,18 +12,30 @@ from numpy.typing import NDArray
 
 import torch
 from sparsam.config import Scorer
+from sparsam.masks import Mask
 from sparsam.patterns import Unstructured
 from sparsam.pools import Pool
 from sparsam.pruner import prune_pools
-from sparsam.reconstruction.sequential import RECONSTRUCTIONS, LayerFit, LayerProblem, fit_layer, split_counts
+from sparsam.reconstruction import quantize
+from sparsam.reconstruction.sequential import (
+    RECONSTRUCTIONS,
+    LayerFit,
+    LayerProblem,
+    Rounding,
+    fit_layer,
+    split_counts,
+)
 from sparsam.statistics import InputStatistics
+from sparsam.torch.layers.packed_weight import to_array as stored
 from sparsam.torch.pruning.group_statistics import GroupStatistics
 from sparsam.torch.pruning.input_scores import InputScores
 from sparsam.torch.pruning.rectified_fits import Shown, fit_to_rectified
 from sparsam.torch.pruning.twins import Rows
 from torch import Tensor
 
-__all__ = ["Method", "NewLayer", "fit_group"]
+__all__ = ["BITS", "Method", "NewLayer", "fit_group"]
+
+BITS = {"int8": 8, "int4": 4}
 
 Array = NDArray[Any]
 Parts = Sequence[tuple[InputStatistics, InputStatistics]]
@@ -52,20 +64,30 @@ class NewLayer:
 
 @dataclass(frozen=True)
 class Method:
-    """How masks are chosen: by a reconstruction, or by scores.
+    """How masks are chosen, by a reconstruction or by scores, and how what stays is rounded.
 
     Attributes:
         name: "obs", "admm", "wanda" or "ria"; "" for a scorer that needs no statistics.
         scorer: The scorer without statistics, if `name` is "".
+        values: "int8" or "int4" for weights that are integers times scales; None for any.
+        group: Columns that share a scale; None for one of each output.
     """
 
     name: str
     scorer: Scorer | None = None
+    values: str | None = None
+    group: int | None = None
 
     @property
     def reconstructs(self) -> bool:
         """Whether the kept weights get new values."""
         return self.name in RECONSTRUCTIONS
+
+    def rounding(self, weight: Tensor) -> Rounding | None:
+        """How the values of a weight are rounded."""
+        if self.values is None:
+            return None
+        return Rounding(BITS[self.values], self.group, stored(weight[:0].detach()).dtype)
 
 
 def fit_group(
@@ -148,21 +170,32 @@ def _problems(
             shares[i],
             pool.pattern,
             pool.scope,
+            method.rounding(rows.matrix()),
         )
 
 
 def _score(name: str, parts: Parts, rows: Rows, pool: Pool, method: Method) -> NewLayer:
-    """Masks by scores; kept weights keep their values."""
+    """Masks by scores; kept weights keep their values, but for rounding."""
     matrix = to_array(rows.matrix())
     scorer = method.scorer or InputScores(method.name, {name: [fitted for fitted, _ in parts]})
     out = np.empty_like(matrix)
     prune_pools({name: matrix}, [replace(pool, transposed=frozenset())], scorer, {name: out})
-    errors = []
+    rounding, errors = method.rounding(rows.matrix()), []
     for (fitted, held_out), old, new in zip(
         parts, np.split(matrix, len(parts)), np.split(out, len(parts)), strict=True
     ):
+        if rounding is not None:
+            new[...] = _rounded(name, new, fitted, rounding)
         errors.append(_own_error(held_out if held_out.count else fitted, old, new))
     return NewLayer(name, out, None, float(np.mean(errors)), None, "own")
+
+
+def _rounded(name: str, kept: Array, fitted: InputStatistics, how: Rounding) -> Array:
+    """The weights of a part that were kept, rounded."""
+    mask = Mask.from_array(kept != 0)
+    return quantize(
+        kept.astype(how.dtype), fitted, mask, bits=how.bits, group=how.group, name=name
+    ).weights.astype(kept.dtype)
 
 
 def _own_error(seen: InputStatistics, old: Array, new: Array) -> float:

@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Executor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from sparsam.config import ConfigFields, PruningConfig
@@ -22,7 +22,7 @@ from sparsam.torch.pruning.layer_fits import NewLayer, fit_group
 from sparsam.torch.pruning.norm_statistics import estimate_norms
 from sparsam.torch.pruning.progress_bar import ProgressBar
 from sparsam.torch.pruning.prunable import named_weights, prunable_weights
-from sparsam.torch.pruning.prune_plan import PrunePlan, check_options, settings_of
+from sparsam.torch.pruning.prune_plan import PrunePlan, check_options, check_values, settings_of
 from sparsam.torch.pruning.pruning_report import PruningReport, described
 from sparsam.torch.pruning.saved_progress import SavedProgress, identify
 from sparsam.torch.pruning.sequence import LayerSequence
@@ -48,6 +48,8 @@ def prune(
     calibration: Iterable[Any] | None = None,
     *,
     targets: str = "dense",
+    values: Literal["int8", "int4"] | None = None,
+    group: int | None = None,
     loss_fn: Callable[[nn.Module, Any], Tensor] | None = None,
     calibration_samples: int = 1024,
     estimate_batch_norm: bool = False,
@@ -80,6 +82,11 @@ def prune(
             SparseGPT, which is safer with little calibration. "own" always applies to weights of recurrent
             layers, weights that a forward pass uses several times, and experts to which the pruned network
             sends other rows.
+        values: "int8": what stays is rounded too, layer by layer, to integers times a scale for each output
+            (`sparsam.quantize` on the mask, after the fit), and later layers see that. The weights are floats
+            that lie on this grid exactly, so that `accelerate(model, inputs, values="int8")` packs them as
+            they are. "int4" is the same with 4 bits, which nothing packs yet: to measure what they cost.
+        group: With "int4": 32, 64 or 128 columns that share a scale; None: all.
         loss_fn: For the methods "saliency", "fisher" and "movement": called with the model and each batch of
             the calibration, labels included, it returns the loss.
         calibration_samples: About how many samples of the calibration to use at most; spread evenly if it has
@@ -90,8 +97,8 @@ def prune(
             For "obs" and "admm".
         state_dir: A folder for progress, from which an interrupted call resumes when it is made again.
         spill_dir: A folder in which activations are kept as files instead of in memory during the call. Like
-            `state_dir` it is for pruning layer by layer: with calibration, in scope "layer" or "row", without
-            ties and gradients.
+            `state_dir` and `values` it is for pruning layer by layer: with calibration, in scope "layer" or
+            "row", without ties and gradients.
         **changes: Fields of `PruningConfig` to set on top of `config`.
 
     Returns:
@@ -112,13 +119,14 @@ def prune(
     given = settings_of(config, changes, calibrated=calibration is not None)
     if targets not in ("dense", "own"):
         raise ValueError(expected("targets", targets, "'dense' or 'own'", "use one of them"))
+    check_values(values, group)
     most = positive("calibration_samples", calibration_samples)
     weights, dense = prunable_weights(model, exclude=given.exclude, named=named_weights(given))
     if not weights:
         msg = f"model: expected weights to prune; got none in {type(model).__name__}; {_why(dense)}"
         raise ValueError(msg)
     calibrated = calibration is not None
-    plan = PrunePlan.of(weights, given, calibrated=calibrated)
+    plan = PrunePlan.of(weights, given, calibrated=calibrated, values=values, group=group)
     check_options(
         model,
         plan,
@@ -144,7 +152,8 @@ def prune(
                     spill_outputs(twin.model, spill_dir)
         saved = None
         if state_dir is not None:
-            saved = SavedProgress(state_dir, identify(model, batches, given, targets))
+            settings = targets if values is None else f"{targets} {values} {group}"
+            saved = SavedProgress(state_dir, identify(model, batches, given, settings))
         known = _in_sequence(pruned, reference, batches, plan, executor, saved, progress, said)
     else:
         _at_once(model, pruned, batches, plan, loss_fn, progress)
@@ -280,7 +289,7 @@ def _report(
         text = f"{sum(batch.samples for batch in batches)} samples in {len(batches)} batches"
         if tokens is not None:
             text += f", {tokens[1]} tokens, {tokens[0]} of them distinct"
-    return PruningReport(rows, text, seconds, said)
+    return PruningReport(rows, text, seconds, said, plan.method.values or "")
 
 
 def _alike(model: nn.Module, batches: Sequence[Batch]) -> str:

@@ -13,15 +13,16 @@ from sparsam.config import ConfigFields, PruningConfig
 from sparsam.inputs.checks import expected
 from sparsam.pools import Pool, check_patterns, make_pools
 from sparsam.pruner import configured
+from sparsam.reconstruction.quantized_sweep import GROUPS
 from sparsam.reconstruction.sequential import RECONSTRUCTIONS, check_method
 from sparsam.torch.layers.packed_weight import to_array
 from sparsam.torch.pruning.gradients import GRADIENT_METHODS
 from sparsam.torch.pruning.input_scores import INPUT_METHODS
-from sparsam.torch.pruning.layer_fits import Method
+from sparsam.torch.pruning.layer_fits import BITS, Method
 from sparsam.torch.pruning.prunable import PrunableWeight
 from torch import nn
 
-__all__ = ["PrunePlan", "check_options", "layer_by_layer", "settings_of"]
+__all__ = ["PrunePlan", "check_options", "check_values", "layer_by_layer", "settings_of"]
 
 
 def settings_of(config: PruningConfig | None, changes: ConfigFields, *, calibrated: bool) -> PruningConfig:
@@ -59,7 +60,15 @@ class PrunePlan:
     by_layer: bool
 
     @classmethod
-    def of(cls, weights: Sequence[PrunableWeight], given: PruningConfig, *, calibrated: bool) -> PrunePlan:
+    def of(
+        cls,
+        weights: Sequence[PrunableWeight],
+        given: PruningConfig,
+        *,
+        calibrated: bool,
+        values: str | None = None,
+        group: int | None = None,
+    ) -> PrunePlan:
         """The plan for these weights; ValueError for a pattern, a scope or ties that the method lacks."""
         named = {weight.name: weight for weight in weights}
         stored = tuple(name for name in named if named[name].transposed)
@@ -79,9 +88,10 @@ class PrunePlan:
                 )
                 raise ValueError(msg)
         if word in (*RECONSTRUCTIONS, *INPUT_METHODS):
-            method = Method(word)
+            method = Method(word, None, values, group)
         else:
-            method = Method("", None if word in GRADIENT_METHODS else scores.resolve(config.method))
+            scorer = None if word in GRADIENT_METHODS else scores.resolve(config.method)
+            method = Method("", scorer, values, group)
         by_layer = layer_by_layer(config, calibrated=calibrated)
         if (by_layer or method.name) and (name := _unseen(weights)):
             msg = (
@@ -90,6 +100,16 @@ class PrunePlan:
             )
             raise ValueError(msg)
         return cls(named, config, pools, pool_of, method, by_layer)
+
+
+def check_values(values: object, group: object) -> None:
+    """Raises ValueError for a kind of values that is none, or groups that it does not have."""
+    if values is not None and values not in BITS:
+        raise ValueError(expected("values", values, "None, 'int8' or 'int4'", "pass one of them"))
+    if group is not None and (values != "int4" or group not in GROUPS):
+        got = f"{group!r} with values={values!r}"
+        msg = f"group: expected None, or with values='int4' also 32, 64 or 128; got {got}; leave it out"
+        raise ValueError(msg)
 
 
 def _unseen(weights: Sequence[PrunableWeight]) -> str:
@@ -123,7 +143,8 @@ def check_options(
     if estimate_batch_norm and not calibrated:
         msg = "estimate_batch_norm: expected calibration to measure on; got none; pass calibration"
         raise ValueError(msg)
-    for what, value in (("state_dir", state_dir), ("spill_dir", spill_dir), ("executor", executor)):
+    folders = (("state_dir", state_dir), ("spill_dir", spill_dir), ("executor", executor))
+    for what, value in (*folders, ("values", plan.method.values)):
         if value is not None and not plan.by_layer:
             got = f"method {word!r} in scope {plan.config.scope!r}" if calibrated else "no calibration"
             got += " and ties" if plan.config.ties else ""

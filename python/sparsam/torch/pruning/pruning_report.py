@@ -14,6 +14,11 @@ __all__ = ["PrunedWeight", "PruningReport"]
 
 _RULE = "embeddings, norms, biases and heads of language models stay dense; exclude= leaves more"
 
+_VALUES = {
+    "int8": 'int8, scaled floats that accelerate(..., values="int8") packs without rounding again',
+    "int4": "int4, scaled floats; there is no packed form of 4 bits",
+}
+
 
 @dataclass(frozen=True)
 class PrunedWeight(LayerStats):
@@ -38,12 +43,14 @@ class PruningReport(Report):
         calibration: A description of the calibration; "" without.
         seconds: The time of the call, in seconds.
         warnings: The texts of the warnings.
+        values: "int8" or "int4" where weights were rounded; "" where not.
     """
 
     layers: tuple[PrunedWeight, ...]
     calibration: str = ""
     seconds: float = 0.0
     warnings: tuple[str, ...] = ()
+    values: str = ""
 
     def __init__(
         self,
@@ -51,11 +58,13 @@ class PruningReport(Report):
         calibration: str = "",
         seconds: float = 0.0,
         warnings: Iterable[str] = (),
+        values: str = "",
     ) -> None:
         super().__init__(layers)
         object.__setattr__(self, "calibration", calibration)
         object.__setattr__(self, "seconds", seconds)
         object.__setattr__(self, "warnings", tuple(warnings))
+        object.__setattr__(self, "values", values)
 
     @property
     def pruned(self) -> tuple[PrunedWeight, ...]:
@@ -72,12 +81,15 @@ class PruningReport(Report):
         lines = [super().__str__(), f"rule: {_RULE}"]
         if self.calibration:
             lines.append(f"calibration: {self.calibration}")
+        if self.values:
+            lines.append(f"values: {_VALUES[self.values]}")
         lines += [f"warning: {text}" for text in self.warnings]
         return "\n".join([*lines, f"{self.seconds:.1f} s"])
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the dict of `Report` with the other attributes, in plain types."""
         more = {"calibration": self.calibration, "seconds": self.seconds, "warnings": list(self.warnings)}
+        more["values"] = self.values
         return super().to_dict() | more
 
     def _columns(self) -> tuple[str, ...]:

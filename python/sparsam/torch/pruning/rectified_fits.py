@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 
 import torch
-from sparsam.reconstruction.sequential import LayerFit, LayerProblem, refit_layer
+from sparsam.reconstruction.sequential import LayerFit, LayerProblem, refit_layer, round_layer
 from sparsam.torch.pruning.group_statistics import Seen, row_weights
 from sparsam.torch.pruning.prunable import PrunableWeight
 from sparsam.torch.pruning.unfolded_rows import input_rows, output_rows
@@ -35,7 +35,7 @@ def fit_to_rectified(problem: LayerProblem, fit: LayerFit, weight: PrunableWeigh
         shown: What the batches show of it, with its `Rectifier`.
 
     Returns:
-        The fit, with the same mask and error.
+        The fit, with the same mask and error but for what rounding changes, where the problem asks for it.
     """
     for _ in range(_ROUNDS):
         matrix = torch.from_numpy(fit.weights.reshape(len(fit.weights), -1))
@@ -54,7 +54,7 @@ def fit_to_rectified(problem: LayerProblem, fit: LayerFit, weight: PrunableWeigh
             cross += moved.T @ x
             total += moved.sum(0, dtype=torch.float64)
         fit = refit_layer(problem, fit, cross.numpy(), total.numpy())
-    return fit
+    return round_layer(problem, fit)
 
 
 def _moved(weight: PrunableWeight, seen: Seen, given: Tensor) -> Tensor:

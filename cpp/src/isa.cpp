@@ -5,6 +5,8 @@
 
 #if defined(__x86_64__)
 #include <cpuid.h>
+#elif defined(__aarch64__) && defined(__linux__)
+#include <sys/auxv.h>
 #endif
 
 #include "rows.hpp"
@@ -32,6 +34,11 @@ std::uint32_t detect() {
       __builtin_cpu_supports("avx512cd"))
     features |= kAvx512;
   if (__builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512vbmi")) features |= kVnni;
+#elif defined(__aarch64__) && defined(__linux__)
+  constexpr unsigned long kDotProducts = 1ul << 20;  // HWCAP_ASIMDDP, which older headers lack
+  if ((getauxval(AT_HWCAP) & kDotProducts) != 0) features |= kDot;
+#elif defined(__aarch64__) && defined(__APPLE__)
+  features |= kDot;  // every Mac with an Apple CPU has them
 #endif
   return features;
 }

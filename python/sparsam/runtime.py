@@ -13,7 +13,7 @@ from sparsam.inputs.checks import expected
 
 
 def isa() -> str:
-    """The active instruction set: "avx512", "avx2" or "generic"."""
+    """The active instruction set: "avx512", "avx2", "neon" or "generic"."""
     return _core.active_isa()
 
 

@@ -46,7 +46,7 @@ SIXTEEN = (  # slots for 16 lanes
     + "0000003f 0000803f 000000c0"
     + 116 * "00"
 )
-LANES = {"generic": 8, "avx2": 8, "avx512": 16}
+LANES = {"generic": 8, "neon": 8, "avx2": 8, "avx512": 16}
 
 
 def slots_of(w: NDArray[Any], lanes: int) -> NDArray[np.uint8]:

@@ -110,7 +110,7 @@ class Key:
 
     Attributes:
         cpu: The processor.
-        library: "avx512", "avx2", "generic" for our kernels; "numpy" or "torch" for dense products.
+        library: "avx512", "avx2", "neon", "generic" for our kernels; "numpy" or "torch" for dense products.
         version: Of the kernels or of the BLAS.
         dtype: Of the packed values, or of x and the weight in a dense product.
         threads: That the library uses.
@@ -303,7 +303,7 @@ def shipped(key: Key) -> Costs:
     known: dict[tuple[str, str], list[Costs]] = {}
     for costs in _defaults().costs:
         known.setdefault((costs.library, costs.dtype), []).append(costs)
-    likest = [(key.library, key.dtype), (key.library, "float32"), ("generic", key.dtype)]
+    likest = [(library, dtype) for library in (key.library, "generic") for dtype in (key.dtype, "float32")]
     found = next(known[name] for name in likest if name in known)
     best = max(
         (costs for costs in found if costs.threads <= key.threads),

@@ -1,0 +1,59 @@
+// Bytes for NEON: 8 rows in two registers, windows of 16 columns, as AVX2 has them. x is taken as signed, its
+// zero being 0 then, so that sums begin at 0 and not at what the form says for unsigned ones.
+#pragma once
+#include <arm_neon.h>
+
+#include <cstddef>
+#include <cstdint>
+
+namespace sparsam::SPARSAM_TARGET {
+namespace {
+
+struct Bytes {
+  static constexpr std::size_t kLanes = 8, kWindow = 16;
+  struct Sums {
+    int32x4_t part[2];
+  };
+
+  static Sums load_sums(const std::int32_t*) { return {{vdupq_n_s32(0), vdupq_n_s32(0)}}; }
+  static Floats::Reg to_floats(const Sums& s) {
+    return {{vcvtq_f32_s32(s.part[0]), vcvtq_f32_s32(s.part[1])}};
+  }
+
+  struct Pair {
+    int8x16_t value0[2], value1[2];
+    uint8x16_t offset0[2], offset1[2];
+    explicit Pair(const std::uint8_t* code) {
+      for (std::size_t i = 0; i < 2; ++i) {
+        value0[i] = vreinterpretq_s8_u8(vld1q_u8(code + 16 * i));
+        value1[i] = vreinterpretq_s8_u8(vld1q_u8(code + 32 + 16 * i));
+        const uint8x16_t both = vld1q_u8(code + 64 + 16 * i);
+        offset0[i] = vandq_u8(both, vdupq_n_u8(15));
+        offset1[i] = vshrq_n_u8(both, 4);
+      }
+    }
+  };
+
+  // Without sdot: |128 * 64| + |128 * 64| fits int16, so neighbours are added up there first.
+  static int32x4_t dot(int32x4_t sum, int8x16_t value, int8x16_t x) {
+#ifdef __ARM_FEATURE_DOTPROD
+    return vdotq_s32(sum, value, x);
+#else
+    const int16x8_t low = vmull_s8(vget_low_s8(value), vget_low_s8(x));
+    return vpadalq_s16(sum, vpaddq_s16(low, vmull_high_s8(value, x)));
+#endif
+  }
+  static Sums add(Sums sum, const Pair& p, const std::uint8_t* x0, const std::uint8_t* x1) {
+    const int8x16_t zero = vdupq_n_s8(-128);
+    const int8x16_t first = veorq_s8(vreinterpretq_s8_u8(vld1q_u8(x0)), zero);
+    const int8x16_t second = veorq_s8(vreinterpretq_s8_u8(vld1q_u8(x1)), zero);
+    for (std::size_t i = 0; i < 2; ++i) {
+      sum.part[i] = dot(sum.part[i], p.value0[i], vqtbl1q_s8(first, p.offset0[i]));
+      sum.part[i] = dot(sum.part[i], p.value1[i], vqtbl1q_s8(second, p.offset1[i]));
+    }
+    return sum;
+  }
+};
+
+}  // namespace
+}  // namespace sparsam::SPARSAM_TARGET

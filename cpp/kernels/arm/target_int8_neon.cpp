@@ -1,0 +1,17 @@
+// The row of int8 kernels for AArch64 machines without dot products. See cpp/README.md for what may be
+// included here.
+#define SPARSAM_TARGET neon
+#include "floats_neon.hpp"
+#include "int8_neon.hpp"
+
+#include "int8_slots-inl.hpp"
+#include "table.hpp"
+
+namespace sparsam::int8_rows {
+
+extern const Int8Kernels neon;
+const Int8Kernels neon = {
+    "neon", kNone, 8, 16, &SPARSAM_TARGET::quantise, &SPARSAM_TARGET::multiply,
+};
+
+}  // namespace sparsam::int8_rows

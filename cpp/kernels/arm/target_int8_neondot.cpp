@@ -1,0 +1,17 @@
+// The row of int8 kernels for AArch64 with dot products (sdot). Built with flags of its own; see
+// cpp/README.md for what may be included here.
+#define SPARSAM_TARGET neondot
+#include "floats_neon.hpp"
+#include "int8_neon.hpp"
+
+#include "int8_slots-inl.hpp"
+#include "table.hpp"
+
+namespace sparsam::int8_rows {
+
+extern const Int8Kernels neondot;
+const Int8Kernels neondot = {
+    "neondot", kDot, 8, 16, &SPARSAM_TARGET::quantise, &SPARSAM_TARGET::multiply,
+};
+
+}  // namespace sparsam::int8_rows

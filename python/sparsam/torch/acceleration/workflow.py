@@ -74,8 +74,9 @@ def accelerate(
             rows, all others are left, activations are fused in `nn.Sequential` only.
         dtype: What to store the weights as: `torch.bfloat16` halves them, and rounds; None keeps them.
         values: "int8" rounds the weights of linear layers and attention, and what they are multiplied with,
-            to integers with a scale for each output and row; sums are exact. The dense weights stay in
-            memory for `restore`; `save` and `load` leave them behind.
+            to integers with a scale for each output and row; sums are exact. Weights that
+            `prune(..., values="int8")` rounded are packed as they are. Other dense weights stay in memory for
+            `restore`; `save` and `load` leave them behind.
         tolerance: How far outputs may be from those of the dense model, relative to the largest. Layers that
             take them further stay dense. By default 0.001, or 0.1 where something is rounded.
         min_gain: How many times faster than the dense layer a packed one must be.

@@ -104,7 +104,7 @@ class PrunePlan:
 
 def check_values(values: object, group: object) -> None:
     """Raises ValueError for a kind of values that is none, or groups that it does not have."""
-    if values is not None and values not in BITS:
+    if values is not None and (not isinstance(values, str) or values not in BITS):
         raise ValueError(expected("values", values, "None, 'int8' or 'int4'", "pass one of them"))
     if group is not None and (values != "int4" or group not in GROUPS):
         got = f"{group!r} with values={values!r}"

@@ -70,8 +70,10 @@ bool all_finite(const float* x, std::size_t n) {
   return others == 0;
 }
 
-// From so many products on, threads that run already save more time than they take: a microsecond or so.
-constexpr std::size_t kSlotsSerialBelow = kSerialBelow / 20;
+// From so many products on, threads save more time than they take: starting and joining two took 1
+// microsecond in some processes and 3 in others, on one machine, so that fewer products gain a fifth or lose
+// a half.
+constexpr std::size_t kSlotsSerialBelow = kSerialBelow / 4;
 
 void by_slots(const MatmulKernels& m, const Form& form, const Input& x, std::size_t batch, Epilogue epilogue,
               const Output& y) {

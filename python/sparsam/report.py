@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass, fields, is_dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from sparsam import _core
-from sparsam.inputs.display import as_markdown, html_table, printable
+from sparsam.inputs.display import as_html, as_markdown, html_table, printable
 from sparsam.inputs.dtypes import is_weight_dtype
 
 _COLUMNS = ("tensor", "shape", "dtype", "pattern", "params", "pruned", "sparsity", "dense", "packed")
@@ -89,8 +89,35 @@ def row_of(
     return LayerStats(name, size, pruned, share, shape, dtype.name, pattern, dense, packed)
 
 
+class Readable:
+    """The base of reports, dataclasses with a text: `print(report)`, and the same in a notebook."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns everything in types of JSON; keys in the order of the attributes."""
+        return {field.name: plain(getattr(self, field.name)) for field in fields(self)}  # type: ignore[arg-type]
+
+    def to_json(self, *, indent: int | None = 2) -> str:
+        """Returns `to_dict` as JSON."""
+        return json.dumps(self.to_dict(), indent=indent)
+
+    def _repr_html_(self) -> str:
+        text = "\n".join(map(as_html, str(self).splitlines()))
+        return f"<pre>{text}</pre>"
+
+
+def plain(value: Any) -> Any:
+    """Tuples as lists, dataclasses and named tuples as dicts, at every depth."""
+    if is_dataclass(value) and not isinstance(value, type):
+        return {field.name: plain(getattr(value, field.name)) for field in fields(value)}
+    if isinstance(value, tuple) and hasattr(value, "_asdict"):
+        return plain(value._asdict())
+    if isinstance(value, Mapping):
+        return {key: plain(one) for key, one in value.items()}
+    return [plain(one) for one in value] if isinstance(value, (list, tuple)) else value
+
+
 @dataclass(frozen=True)
-class Report:
+class Report(Readable):
     """The statistics of all tensors, including those left dense. `print(report)` shows an aligned table."""
 
     layers: tuple[LayerStats, ...]
@@ -142,10 +169,6 @@ class Report:
             "layers": [asdict(layer) | {"shape": list(layer.shape)} for layer in self.layers],
             "total": total,
         }
-
-    def to_json(self, *, indent: int | None = 2) -> str:
-        """Returns `to_dict` as JSON."""
-        return json.dumps(self.to_dict(), indent=indent)
 
     def to_markdown(self) -> str:
         """Returns a Markdown table whose last row is the total."""

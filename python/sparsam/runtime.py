@@ -10,6 +10,7 @@ from types import TracebackType
 
 from sparsam import _core
 from sparsam.inputs.checks import expected
+from sparsam.report import Readable
 
 
 def isa() -> str:
@@ -78,7 +79,7 @@ def set_num_threads(n: int | None) -> None:
 
 
 @dataclass(frozen=True)
-class BuildInfo:
+class BuildInfo(Readable):
     """What was built and what runs: `print(sparsam.build_info())`."""
 
     version: str

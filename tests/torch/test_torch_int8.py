@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import math
+import re
 from pathlib import Path
 
 import numpy as np
@@ -121,5 +123,10 @@ def test_what_is_refused() -> None:
         ValueError, match=r'values: expected None, or "int8" and no dtype; got .*bfloat16; pass'
     ):
         sparsam.torch.accelerate(network(), values="int8", dtype=torch.bfloat16)
-    with pytest.raises(ValueError, match="tolerance: expected a number above 0; got -1; leave it out"):
-        sparsam.torch.accelerate(network(), values="int8", tolerance=-1)
+    x = torch.randn(2, 256)
+    for tolerance in (-1, 0, 0.0, math.nan, math.inf, True, "1e-3"):
+        wanted = f"tolerance: expected a number above 0; got {tolerance!r}; leave it out"
+        with pytest.raises(ValueError, match=re.escape(wanted)):
+            sparsam.torch.accelerate(network(), x, values="int8", tolerance=tolerance)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"example_inputs: expected inputs, .* got none; leave out"):
+        sparsam.torch.accelerate(network(), tolerance=0.1)

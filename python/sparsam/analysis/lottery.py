@@ -22,7 +22,7 @@ from sparsam.masks import Mask
 from sparsam.patterns import NM
 from sparsam.pools import Pool, check_patterns, make_pools
 from sparsam.pruner import configured, describe, prune_pools
-from sparsam.report import Report
+from sparsam.report import Readable, Report
 from sparsam.training.callbacks import Arrays, Masks, evaluate_finite, sparsity_of, validate_returned_weights
 
 __all__ = ["TicketResult", "TicketRound", "find_ticket"]
@@ -47,7 +47,7 @@ class TicketRound(NamedTuple):
 
 
 @dataclass(frozen=True)
-class TicketResult:
+class TicketResult(Readable):
     """The result of `find_ticket`; `print` shows it.
 
     Attributes:

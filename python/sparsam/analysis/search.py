@@ -22,7 +22,7 @@ from sparsam.masks import Mask
 from sparsam.patterns import NM, Unstructured
 from sparsam.pools import make_pools
 from sparsam.pruner import PruningResult, configured, prune
-from sparsam.report import LayerStats, Report, measure
+from sparsam.report import LayerStats, Readable, Report, measure
 from sparsam.training.callbacks import Arrays, Masks, evaluate_finite, sparsity_of, validate_returned_weights
 
 __all__ = ["SearchProbe", "SearchResult", "find_smallest"]
@@ -31,7 +31,7 @@ Allocate = Callable[[float], Mapping[str, float]]
 
 
 @dataclass(frozen=True)
-class SearchResult:
+class SearchResult(Readable):
     """The result of `find_smallest`; `print` shows it.
 
     Attributes:

@@ -22,6 +22,7 @@ from sparsam.inputs.checks import check_sparsity, expected
 from sparsam.inputs.display import as_html, html_table, printable
 from sparsam.orientation import as_weights
 from sparsam.patterns import Block, Slices, Unstructured
+from sparsam.report import Readable
 from sparsam.tiles import count_groups
 
 __all__ = ["SensitivityReport"]
@@ -30,7 +31,7 @@ _TOLERANCE = 0.01
 
 
 @dataclass(frozen=True)
-class SensitivityReport:
+class SensitivityReport(Readable):
     """What pruning each tensor alone costs. `print` it, `plot` it, or `allocate` sparsities by it.
 
     The *loss* of a tensor at a sparsity is the largest drop of the score below that of the dense weights at

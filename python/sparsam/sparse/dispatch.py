@@ -7,6 +7,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from sparsam.report import Readable
 from sparsam.sparse.cost_model import Expectation
 from sparsam.sparse.matmul import KERNELS
 
@@ -49,7 +50,7 @@ class KernelChoice:
 
 
 @dataclass(frozen=True)
-class Explanation:
+class Explanation(Readable):
     """Which kernel multiplies a batch, and why. Prints as text.
 
     Attributes:

@@ -278,6 +278,16 @@ def test_bad_input(changes: dict[str, Any], message: str) -> None:
         distill(student, teacher, arguments.pop("batches"), **arguments)
 
 
+@pytest.mark.parametrize("batch", [torch.randn(2, 13), (torch.randn(2, 20),) * 2, {"y": torch.randn(2, 20)}])
+def test_batches_that_the_models_cannot_be_called_with(batch: Any) -> None:
+    student, teacher = pruned_mlp()
+    before = {name: value.clone() for name, value in student.state_dict().items()}
+    unfit = r"batches: expected what the teacher can be called with; got \w+: .*; pass the arguments of its"
+    with pytest.raises(ValueError, match=unfit):
+        distill(student, teacher, [batch], steps=2)
+    assert all(torch.equal(value, before[name]) for name, value in student.state_dict().items())
+
+
 def test_bad_pairs(tmp_path: Path) -> None:
     student, teacher = pruned_mlp()
     with pytest.raises(ValueError, match=r"teacher: expected a model with Parameters of its own"):

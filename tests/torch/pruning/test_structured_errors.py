@@ -12,7 +12,7 @@ from structured_models import hooks, make, run
 import sparsam.torch
 import torch
 from sparsam import PruningConfig, Slices, Tied
-from sparsam.torch import ShrinkReport, shrink
+from sparsam.torch import ShrinkReport, head_importance, shrink
 from torch import nn
 
 
@@ -138,8 +138,12 @@ def test_wrong_arguments() -> None:
         shrink(model, 0.5, inputs, importance={"5": [1.0]})
     with pytest.raises(ValueError, match=r"importance\['0'\]: expected 20 finite numbers"):
         shrink(model, 0.5, inputs, importance={"0": [1.0]})
-    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
-        shrink(model, 0.5, torch.randn(2, 13))
+    unfit = r"example_inputs: expected what the model can be called with; got \w+: .*; pass the arguments of"
+    for given in (torch.randn(2, 13), (), (inputs, inputs), {"y": inputs}):
+        with pytest.raises(ValueError, match=unfit):
+            shrink(model, 0.5, given)
+        with pytest.raises(ValueError, match=unfit):
+            head_importance(model, lambda _: 1.0, given)
     nn.init.constant_(model[0].bias, float("nan"))  # a bias does not count
     nn.init.constant_(model[0].weight, float("nan"))
     with pytest.raises(ValueError, match=r"tensor '0\.weight': expected scores that are numbers; got NaN"):

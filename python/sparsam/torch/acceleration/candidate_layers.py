@@ -17,6 +17,7 @@ import torch
 from sparsam.torch.acceleration.layer_row import LayerRow
 from sparsam.torch.layers.packed_weight import DTYPES
 from sparsam.torch.layers.packing import PackedLayer, dense_class, packable, packed_together
+from sparsam.torch.layers.unpacked_tensor import UnpackedTensor
 from torch import Tensor, nn
 
 __all__ = ["Candidate", "Place", "candidates", "has_hooks", "places"]
@@ -160,7 +161,7 @@ def _obstacle(places: Sequence[Place]) -> str:
         if isinstance(module, nn.RNNBase) and parametrize.is_parametrized(module, name):
             return "its weights are computed by torch.nn.utils.parametrize"
         weight = _weight((module, name))
-        if type(weight) not in {Tensor, nn.Parameter}:
+        if type(weight) not in {Tensor, nn.Parameter, UnpackedTensor}:
             return f"its weight is a {type(weight).__name__}"
         if weight.device.type != "cpu":
             return f"its weight is on {weight.device}"

@@ -11,6 +11,7 @@ import torch
 from sparsam.torch.layers.packed_parameter import packed_parameters
 from sparsam.torch.layers.packed_tensor import PackedTensor
 from sparsam.torch.layers.packing import PackedLayer
+from sparsam.torch.layers.unpacked_tensor import UnpackedTensor
 from torch import Tensor, nn
 
 __all__ = ["parameter_bytes", "release"]
@@ -31,6 +32,8 @@ def parameter_bytes(model: nn.Module) -> int:
 
 def _memory(parameter: Tensor) -> tuple[int, int]:
     """A key that is equal for Parameters with the same memory."""
+    if isinstance(parameter, PackedTensor):
+        return parameter.packed_data.data_ptr(), parameter.nbytes
     strided = parameter.layout is torch.strided
     return (parameter.data_ptr() if strided else 0) or id(parameter), _nbytes(parameter)
 
@@ -78,7 +81,8 @@ def _is_free(weight: PackedTensor, in_use: Collection[int]) -> bool:
 
 
 def _owns_memory(tensor: Tensor) -> bool:
-    return tensor.untyped_storage().nbytes() == tensor.nbytes
+    shared = isinstance(tensor, UnpackedTensor)  # with the packed weight of another model
+    return not shared and tensor.untyped_storage().nbytes() == tensor.nbytes
 
 
 def _references(content: Any) -> int:

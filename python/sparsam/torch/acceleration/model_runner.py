@@ -16,7 +16,7 @@ from torch.utils import _pytree as pytree
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Example", "ModelRunner", "Seconds", "as_examples", "difference", "removed"]
+__all__ = ["Example", "ModelRunner", "Seconds", "as_examples", "difference", "removed", "unfit"]
 
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
 _PIECE = 1 << 22
@@ -62,6 +62,19 @@ def as_examples(example_inputs: Any) -> list[Example]:
         msg = "example_inputs: expected at least one example; got an empty list; pass None for none"
         raise ValueError(msg)
     return [_as_example(value) for value in several]
+
+
+def unfit(error: Exception, what: str, called: str) -> ValueError:
+    """The error for inputs that a model cannot be called with.
+
+    Args:
+        error: What the model raised.
+        what: The argument that holds the inputs.
+        called: The model.
+    """
+    got = f"{type(error).__name__}: {' '.join(str(error).split())}"
+    wanted = f"what {called} can be called with"
+    return ValueError(f"{what}: expected {wanted}; got {got}; pass the arguments of its forward")
 
 
 def _as_example(value: Any) -> Example:
@@ -129,12 +142,7 @@ class ModelRunner(AbstractContextManager["ModelRunner"]):
         try:
             return self.outputs()
         except Exception as error:
-            got = f"{type(error).__name__}: {' '.join(str(error).split())}"
-            msg = (
-                f"example_inputs: expected what the model can be called with; got {got}; "
-                "pass the arguments of its forward"
-            )
-            raise ValueError(msg) from error
+            raise unfit(error, "example_inputs", "the model") from error
 
     def seconds(self) -> Seconds:
         """The time of all examples."""

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from sparsam.report import readable_size
+from sparsam.report import Readable, readable_size
 from sparsam.torch.acceleration.layer_row import LayerRow
 from sparsam.torch.acceleration.report_text import paragraphs, table, to_html
 
@@ -14,7 +13,7 @@ __all__ = ["AccelerationReport"]
 
 
 @dataclass(frozen=True)
-class AccelerationReport:
+class AccelerationReport(Readable):
     """The report of `accelerate`, layer by layer and in total.
 
     `print(report)` shows an aligned table, a notebook shows one in HTML; like layers are one line there.
@@ -65,10 +64,6 @@ class AccelerationReport:
         ]
         rest = {key: value for key, value in vars(self).items() if key != "layers"}
         return {"layers": layers, "swapped": self.swapped, "speedup": self.speedup, **rest}
-
-    def to_json(self, *, indent: int | None = 2) -> str:
-        """Returns `to_dict` as JSON."""
-        return json.dumps(self.to_dict(), indent=indent)
 
     def __str__(self) -> str:
         lines = table(self.layers) if self.layers else []

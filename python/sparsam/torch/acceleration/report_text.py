@@ -87,7 +87,9 @@ def table(rows: Iterable[LayerRow]) -> list[str]:
 
 def paragraphs(lines: Iterable[str]) -> list[str]:
     """Lines, those that are too long in several."""
-    return [part for line in lines for part in textwrap.wrap(line, WIDTH, subsequent_indent=" " * 9)]
+    return [
+        part for line in lines for part in textwrap.wrap(printable(line), WIDTH, subsequent_indent=" " * 9)
+    ]
 
 
 def to_html(rows: Iterable[LayerRow], lines: Iterable[str]) -> str:

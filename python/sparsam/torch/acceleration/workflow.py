@@ -78,7 +78,8 @@ def accelerate(
             `prune(..., values="int8")` rounded are packed as they are. Other dense weights stay in memory for
             `restore`; `save` and `load` leave them behind.
         tolerance: How far outputs may be from those of the dense model, relative to the largest. Layers that
-            take them further stay dense. By default 0.001, or 0.1 where something is rounded.
+            take them further stay dense. By default 0.001, or 0.1 where something is rounded; above 0, for
+            sums are rounded in another order. Needs `example_inputs`.
         min_gain: How many times faster than the dense layer a packed one must be.
         exclude: The name of a layer that stays dense, or several; shell-style patterns
             (`fnmatch.fnmatchcase`).
@@ -91,15 +92,20 @@ def accelerate(
 
     Raises:
         TypeError: An argument is of the wrong type; the model is a bare layer, compiled or scripted.
-        ValueError: `min_gain`, `seconds` or `dtype` is out of range; there are no examples in a list; a lazy
-            layer has no shape yet.
+        ValueError: `min_gain`, `seconds`, `tolerance` or `dtype` is out of range; `tolerance` without example
+            inputs, or no examples in a list, or the model cannot be called with one; a lazy layer has no
+            shape yet.
 
     Warns:
         UserWarning: A pattern in `exclude` matches no layer.
     """
-    _check(model, dtype, values, min_gain=min_gain, seconds=seconds, tolerance=tolerance or 1)
+    whole = 1 if tolerance is None else tolerance
+    _check(model, dtype, values, min_gain=min_gain, seconds=seconds, tolerance=whole)
     dtype = torch.int8 if values == "int8" else dtype
     examples = None if example_inputs is None else as_examples(example_inputs)
+    if examples is None and tolerance is not None:
+        msg = "example_inputs: expected inputs, for outputs to be compared; got none; leave out tolerance"
+        raise ValueError(msg)
     interruptions = measurement.Interruptions()
     with torch.inference_mode(False), torch.no_grad():
         found, left = candidates(model, _patterns(exclude))
@@ -152,7 +158,8 @@ def _by_examples(
     swap.layers = pack(suitable, dtype, {one.name: seen.calls[one.name] for one in suitable}, seen.to_itself)
     narrow = _is_narrow(swap)
     rounded = narrow or dtype not in {None, torch.float32}
-    tolerance = tolerance or (_WHOLE_NARROW if rounded else _WHOLE)
+    if tolerance is None:
+        tolerance = _WHOLE_NARROW if rounded else _WHOLE
     trial = try_out(runner, swap, seen.outputs, tolerance=tolerance, budget=budget)
     reasons |= trial.reasons
     if not swap.layers:

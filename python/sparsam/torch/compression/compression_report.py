@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
+from sparsam.inputs.display import printable
+from sparsam.report import Readable, plain
 from sparsam.torch.acceleration.report import AccelerationReport
 from sparsam.torch.compression.quality import Quality
 from sparsam.torch.compression.timing import Timing
@@ -33,7 +35,7 @@ class Stage:
 
 
 @dataclass(frozen=True)
-class CompressionReport:
+class CompressionReport(Readable):
     """The result of `compress`; print it.
 
     Attributes:
@@ -64,13 +66,12 @@ class CompressionReport:
         return self.pruning.pruned
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data, in the order of the attributes."""
-        plain = dict(vars(self))
-        plain["stages"] = [asdict(stage) for stage in self.stages]
-        plain["timings"] = [asdict(timing) | {"speedup": timing.speedup} for timing in self.timings]
-        plain["pruning"] = self.pruning.to_dict()
-        plain["acceleration"] = self.acceleration.to_dict()
-        return plain
+        """Returns everything in types of JSON, in the order of the attributes."""
+        return super().to_dict() | {
+            "timings": [plain(timing) | {"speedup": timing.speedup} for timing in self.timings],
+            "pruning": self.pruning.to_dict(),
+            "acceleration": self.acceleration.to_dict(),
+        }
 
     def stage_rows(self) -> list[tuple[str, ...]]:
         """The table of stages as text: name, zeros, quality, MiB, seconds."""
@@ -102,7 +103,7 @@ class CompressionReport:
         measure = self.stages[0].quality.measure
         return "\n".join(
             [
-                f"{self.model}: {self.texts}",
+                f"{printable(self.model)}: {printable(self.texts)}",
                 *_aligned([("model", "zeros", measure, "MiB", "seconds"), *self.stage_rows()], texts=1),
                 "medians in milliseconds, taken in turn",
                 *_aligned(

@@ -21,6 +21,10 @@ __all__ = ["PackedTensor"]
 
 _HANDLERS = {**products.HANDLERS, **recurrent.HANDLERS}
 _aten = torch.ops.aten
+_NO_MEMORY = (
+    "weight: expected a dense tensor, whose memory can be read; got a packed one; use weight.to_dense(), or "
+    "call sparsam.torch.restore(model) first"
+)
 _SAME = frozenset((_aten.detach.default, _aten.alias.default))
 
 
@@ -57,7 +61,9 @@ class PackedTensor(Tensor):
                 dtype=content.layout.dtype,
                 device=content.data.device,
                 requires_grad=False,
+                storage_size=0,  # there is no dense memory
             )
+        torch._C._set_throw_on_mutable_data_ptr(made)  # an error for those that read memory, and no crash
         made._content = content
         made._views = views
         made._start = start
@@ -248,8 +254,13 @@ class PackedTensor(Tensor):
         return self._content.data.nbytes
 
     def data_ptr(self) -> int:
-        """The address of the packed bytes."""
-        return self._content.data.data_ptr()
+        """Raises: the memory of a packed weight is not that of a dense tensor, which readers expect."""
+        raise RuntimeError(_NO_MEMORY)
+
+    def apply_(self, function: Any) -> PackedTensor:
+        """Changes each number; PyTorch's own would read memory."""
+        with torch.no_grad():
+            return self.copy_(self.to_dense().apply_(function))  # type: ignore[return-value]
 
     def share_memory_(self) -> PackedTensor:
         """Moves the bytes into memory that processes can share."""
@@ -277,8 +288,14 @@ class PackedTensor(Tensor):
             return self.to_dense().__reduce_ex__(_)  # type: ignore[no-any-return, no-untyped-call]
         return _rebuild, (self._content, isinstance(self, nn.Parameter))
 
+    def __format__(self, spec: str) -> str:
+        return format(self.to_dense() if self.ndim == 0 else repr(self), spec)
+
     def __repr__(self, **_: Any) -> str:  # type: ignore[override]
-        if type(self._content.data) is not Tensor or self._views:
+        plain = type(self._content.data) is Tensor
+        if plain and self._views:  # somebody looks at some of the numbers
+            return repr(self.to_dense())
+        if not plain:
             return f"PackedTensor({tuple(self.shape)}, dtype={self.dtype})"
         weight, layout = self._content.weight, self._content.layout
         values = "" if weight.dtype == layout.dtype else f", values={weight.dtype}"

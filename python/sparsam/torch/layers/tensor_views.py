@@ -68,17 +68,22 @@ def change(kind: type[Any], func: Any, args: tuple[Any, ...], kwargs: dict[str, 
         raise RuntimeError(msg)
     bases: dict[int, tuple[Content, Tensor]] = {}
     shown: dict[int, Any] = {}
+    shapes: list[tuple[Tensor, Any]] = []
 
     def dense(tensor: Any) -> Tensor:
         content = tensor._content
         _, base = bases.setdefault(id(content), (content, content.unpack()))
         view = follow(base, tensor._views)
         shown[id(view)] = tensor
+        shapes.append((view, (view.shape, view.stride())))
         return view
 
     changed = {id(tensor._content) for tensor in written(kind, func, args, kwargs)}
     plain_args, plain_kwargs = pytree.tree_map_only(kind, dense, (args, kwargs))
     result = func(*plain_args, **plain_kwargs)
+    if any((view.shape, view.stride()) != before for view, before in shapes):
+        msg = f"{func}: expected a change of numbers of a packed weight; got one of its shape; use to_dense()"
+        raise RuntimeError(msg)
     for key, (content, base) in bases.items():
         if key in changed:
             content.pack(base)

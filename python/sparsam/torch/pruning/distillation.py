@@ -12,6 +12,7 @@ from typing import Any, Literal
 import torch
 from sparsam.checkpoint.atomic import open_folder
 from sparsam.inputs.checks import expected, positive
+from sparsam.torch.acceleration.model_runner import unfit
 from sparsam.torch.pruning.calibration import Batch
 from sparsam.torch.pruning.distillation_report import DistillationReport
 from sparsam.torch.pruning.distillation_run import DistillationRun
@@ -281,7 +282,10 @@ def _rate(share: float) -> float:
 def _output(
     model: nn.Module, batch: Batch, output: Callable[[Any, Batch], Tensor] | None, what: str
 ) -> Tensor:
-    result = model(*batch.args, **batch.kwargs)
+    try:
+        result = model(*batch.args, **batch.kwargs)
+    except Exception as error:
+        raise unfit(error, "batches", f"the {what}") from error
     tensor = first_tensor(result) if output is None else output(result, batch)
     if not isinstance(tensor, Tensor) or not tensor.ndim:
         got = (

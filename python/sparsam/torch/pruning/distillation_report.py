@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
+
+from sparsam.report import Readable
 
 __all__ = ["DistillationReport"]
 
 
 @dataclass(frozen=True)
-class DistillationReport:
+class DistillationReport(Readable):
     """The result of `distill`; `print` shows it.
 
     Attributes:
@@ -39,12 +40,7 @@ class DistillationReport:
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the fields, and the two means, in plain types."""
-        plain = asdict(self) | {"first_loss": self.first_loss, "last_loss": self.last_loss}
-        return plain | {"losses": list(self.losses), "sparsity": list(self.sparsity)}
-
-    def to_json(self, *, indent: int | None = 2) -> str:
-        """Returns `to_dict` as JSON."""
-        return json.dumps(self.to_dict(), indent=indent)
+        return super().to_dict() | {"first_loss": self.first_loss, "last_loss": self.last_loss}
 
     def __str__(self) -> str:
         before, after = self.sparsity

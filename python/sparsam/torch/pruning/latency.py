@@ -20,6 +20,7 @@ from sparsam.config import PruningConfig
 from sparsam.inputs.checks import check_function, check_sparsity, expected, positive
 from sparsam.inputs.display import printable
 from sparsam.reconstruction import obs
+from sparsam.report import Readable
 from sparsam.statistics import InputStatistics
 from sparsam.torch.acceleration.model_runner import removed
 from sparsam.torch.layers.packed_weight import from_array, to_array
@@ -35,7 +36,7 @@ _ROUNDS, _SHORT = (5, 200), 0.05  # rounds: least, most, and seconds after which
 
 
 @dataclass(frozen=True)
-class LatencyPlan:
+class LatencyPlan(Readable):
     """The sparsity of each layer, and a uniform one of equal loss to compare with; `print` shows it.
 
     Give it to `prune` as `target_sparsity=plan.sparsity, allocation=plan.sparsities`.
@@ -81,6 +82,11 @@ class LatencyPlan:
     def error(self) -> float:
         """The sum of the errors."""
         return sum(step.error for step in self.chosen.values())
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns everything in types of JSON, and the totals."""
+        totals = {name: getattr(self, name) for name in ("sparsity", "seconds", "uniform_seconds", "error")}
+        return super().to_dict() | totals
 
     def __str__(self) -> str:
         width = max(map(len, self.chosen))
@@ -170,6 +176,10 @@ def latency_plan(
     return LatencyPlan(fastest(steps, budget), uniform, sizes, steps)
 
 
+class _NotFiniteError(ValueError):
+    """What a layer gets is not finite; the model could be called."""
+
+
 class _Seen:
     """The moments of layers' inputs, and how many rows the first batch has for each."""
 
@@ -190,7 +200,7 @@ class _Seen:
                     known.update(kept.float().numpy())
                 except ValueError as error:
                     msg = f"weight {weight.name!r}: expected finite activations; got {error}; leave it out"
-                    raise ValueError(msg) from error
+                    raise _NotFiniteError(msg) from error
 
             return weight.module.register_forward_pre_hook(hook, with_kwargs=True)
 
@@ -198,7 +208,9 @@ class _Seen:
             with removed(watch(weight, batch, first=i == 0) for weight in weights):
                 try:
                     _outputs(model, batch)
-                except (IndexError, RuntimeError, TypeError) as error:
+                except _NotFiniteError:
+                    raise
+                except Exception as error:
                     wanted = "inputs that the model runs with"
                     got = f"{type(error).__name__}: {str(error)[:120]}"
                     msg = f"calibration: batch {i}: expected {wanted}; got {got}; correct them"

@@ -250,7 +250,7 @@ def _install(model: nn.Module, pruned: Twin) -> None:
         try:
             for name, tensor in ours.items():
                 new = theirs.get(name)
-                if new is None or new.data_ptr() == tensor.data_ptr() or torch.equal(new, tensor):
+                if new is None or new is tensor or torch.equal(new, tensor):
                     continue
                 old.append((tensor, tensor.detach().clone()))
                 tensor.copy_(new)

@@ -14,6 +14,7 @@ from torch.nn.utils import parametrize
 import torch
 from sparsam.config import PruningConfig
 from sparsam.torch.layers.packed_parameter import is_packed
+from sparsam.torch.layers.packed_tensor import PackedTensor
 from sparsam.torch.layers.packed_weight import DTYPES
 from sparsam.torch.layers.packing import is_transposed
 from torch import Tensor, nn
@@ -241,7 +242,7 @@ def _memory(tensor: Tensor) -> tuple[Any, ...]:
     if (
         tensor.device.type == "meta"
         or tensor.layout is not torch.strided
-        or isinstance(tensor, nn.UninitializedParameter)
+        or isinstance(tensor, (PackedTensor, nn.UninitializedParameter))
     ):
         return (id(tensor),)
     return (tensor.device, tensor.data_ptr(), tensor.shape)

@@ -80,10 +80,10 @@ class PruningReport(Report):
     def __str__(self) -> str:
         lines = [super().__str__(), f"rule: {_RULE}"]
         if self.calibration:
-            lines.append(f"calibration: {self.calibration}")
+            lines.append(f"calibration: {printable(self.calibration)}")
         if self.values:
             lines.append(f"values: {_VALUES[self.values]}")
-        lines += [f"warning: {text}" for text in self.warnings]
+        lines += [f"warning: {printable(text)}" for text in self.warnings]
         return "\n".join([*lines, f"{self.seconds:.1f} s"])
 
     def to_dict(self) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from sparsam.checkpoint.json_state import Document, read
 from sparsam.config import ConfigFields, PruningConfig
 from sparsam.inputs.checks import check_function, check_sparsity, expected, integer, positive
 from sparsam.patterns import NM
+from sparsam.report import Readable
 from sparsam.torch.pruning.calibration import read_calibration
 from sparsam.torch.pruning.one_shot import prune
 from sparsam.torch.pruning.prunable import check_model
@@ -33,7 +34,7 @@ _REMEDY = "delete it, or use another state_dir"
 
 
 @dataclass(frozen=True)
-class SmallestModel:
+class SmallestModel(Readable):
     """The result of `find_smallest`; `print` shows it.
 
     Attributes:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from numbers import Real
 from typing import Any
 
@@ -12,6 +12,7 @@ import numpy as np
 
 from sparsam.inputs.checks import check_function
 from sparsam.inputs.display import printable
+from sparsam.report import Readable
 from sparsam.torch.acceleration.model_runner import ModelRunner, as_examples
 from sparsam.torch.pruning.structured.search import check_model, find_structures
 from sparsam.torch.pruning.structured.structures import cuts_of
@@ -22,7 +23,7 @@ __all__ = ["HeadImportance", "head_importance"]
 
 
 @dataclass(frozen=True)
-class HeadImportance:
+class HeadImportance(Readable):
     """The scores of a model without each single head. `print` it, or pass it to `shrink`.
 
     Attributes:
@@ -42,10 +43,6 @@ class HeadImportance:
         """(attention, head), the least important first; equal ones in the order of the model."""
         heads = [(name, i) for name, scores in self.scores.items() for i in range(len(scores))]
         return sorted(heads, key=lambda head: -self.scores[head[0]][head[1]])
-
-    def to_dict(self) -> dict[str, Any]:
-        """Returns it in plain types."""
-        return asdict(self)
 
     def __str__(self) -> str:
         width = max(map(len, self.scores), default=0)
@@ -89,7 +86,7 @@ def head_importance(
     check_function("callback", callback, optional=True)
     examples = as_examples(example_inputs)
     with ModelRunner(model, examples) as runner:
-        runner.outputs()
+        runner.first_outputs()
         structures, left = find_structures(model, examples[0], ("heads",))
         if not structures:
             reasons = "; ".join(f"{name}: {why}" for name, why in left.items()) or "no attention ran"

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 import msgspec
 import numpy as np
 
 from sparsam.inputs.display import printable
+from sparsam.report import Readable
 from sparsam.torch.pruning.structured.structures import Cuts
 from sparsam.torch.pruning.structured.surgery import Surgery
 from torch import nn
@@ -42,7 +42,7 @@ class StructureRow:
 
 
 @dataclass(frozen=True)
-class ShrinkReport:
+class ShrinkReport(Readable):
     """What `shrink` removed. `print` it, or `apply` it to the original model, to load a saved small one.
 
     Attributes:
@@ -86,14 +86,6 @@ class ShrinkReport:
         with surgery.undone_by_errors():
             surgery.show("cut")
         change_config(model, self.config)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Returns the report in plain types."""
-        return asdict(self)
-
-    def to_json(self, *, indent: int | None = None) -> str:
-        """Returns `to_dict` as JSON, from which `from_json` makes an equal report."""
-        return json.dumps(self.to_dict(), indent=indent)
 
     @classmethod
     def from_json(cls, text: str | bytes) -> ShrinkReport:

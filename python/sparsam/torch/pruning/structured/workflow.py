@@ -93,7 +93,7 @@ def shrink(
     measured = _measured(importance)
     examples = as_examples(example_inputs)
     with ModelRunner(model, examples) as runner, without_cache(model):
-        runner.outputs()  # errors in the inputs are found here, before anything else
+        runner.first_outputs()  # errors in the inputs are found here, before anything else
         structures, left = find_structures(model, examples[0], kinds)
         excluded = NamePatterns(settings.exclude)
         left |= {s.name: "excluded" for s in structures if excluded.matches(s.name)}

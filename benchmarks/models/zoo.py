@@ -1,6 +1,7 @@
 """Many classes of models, random and pruned to one sparsity by magnitude: what `accelerate` brings each.
 
     python benchmarks/models/zoo.py
+    python benchmarks/models/zoo.py --after T5Model
     python benchmarks/models/zoo.py --untimed
 
 A Markdown table, a row for each specimen of tests/torch/zoo_models.py: layers swapped, the model dense and
@@ -116,6 +117,7 @@ def options_given() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("only", nargs="*", help="parts of names: of the models to take; all if none")
+    parser.add_argument("--after", help="the last model of a run that was interrupted: go on with the next")
     parser.add_argument("--sparsity", type=float, default=0.8)
     parser.add_argument("--untimed", action="store_true", help="what can be packed, without times")
     parser.add_argument("--threads", type=int, default=2)
@@ -129,7 +131,8 @@ def main() -> None:
     warnings.simplefilter("ignore")  # what the libraries say of random models is no concern here
     torch.set_num_threads(options.threads)
     print(describe("torch", "transformers"))
-    wanted = [s for s in ZOO if not options.only or any(part in s.name for part in options.only)]
+    first = 0 if options.after is None else 1 + [s.name for s in ZOO].index(options.after)
+    wanted = [s for s in ZOO[first:] if not options.only or any(part in s.name for part in options.only)]
     size = SMALL if options.untimed else REAL
     inputs = f"{size.batch} x {size.tokens} tokens or {size.batch} images of {size.image}x{size.image}"
     print(

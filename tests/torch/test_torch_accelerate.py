@@ -136,6 +136,31 @@ def test_autocast() -> None:
     assert float(difference(ours, dense) or 0) < 0.02
 
 
+class Halved(nn.Module):
+    """Computes with autocast that it switches on itself."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            y: Tensor = self.model(x)
+        return y
+
+
+def test_autocast_within_the_model() -> None:
+    model = Halved(mlp(nn.GELU)).eval()
+    x = torch.randn(4, 24)
+    with torch.no_grad():
+        dense = model(x)
+        report = accelerate(model, x)
+        ours = model(x)
+    assert report.swapped == 2
+    assert ours.dtype == torch.bfloat16
+    assert float(difference(ours, dense) or 0) < 0.02
+
+
 def test_without_examples(clock: Clock) -> None:
     class Net(nn.Module):
         def __init__(self) -> None:

@@ -9,7 +9,7 @@ from torch.nn.parallel import DistributedDataParallel
 from training_cases import mlp
 
 import torch
-from sparsam.torch import Pruner, prune
+from sparsam.torch import PackedTensor, Pruner, pack, prune
 
 CASES: dict[str, dict[str, Any]] = {
     "magnitude": {},
@@ -43,6 +43,7 @@ def work(rank: int, folder: str) -> None:
             pruner.step()
         torch.save([model.module.state_dict(), pruner.state_dict()], f"{folder}/{case}-{rank}.pt")
     train_pruned(rank, folder)
+    train_after_packed(rank, folder)
     dist.destroy_process_group()
 
 
@@ -61,3 +62,19 @@ def train_pruned(rank: int, folder: str) -> None:
         optimizer.step()
         pruner.step()
     torch.save([plain.state_dict(), pruner.state_dict()], f"{folder}/pruned-{rank}.pt")
+
+
+def train_after_packed(rank: int, folder: str) -> None:
+    """What follows a frozen packed layer is trained; the layer of process 0 is in both."""
+    plain = mlp(rank)
+    prune(plain, None, None, target_sparsity=0.8)
+    first: Any = pack(plain[0].requires_grad_(requires_grad=False))
+    model = DistributedDataParallel(plain)
+    optimizer = torch.optim.SGD([p for p in plain.parameters() if p.requires_grad], lr=0.1)
+    for step in range(3):
+        optimizer.zero_grad()
+        inputs = torch.randn(8, 20, generator=torch.Generator().manual_seed(10 * step + rank))
+        model(inputs).square().mean().backward()
+        optimizer.step()
+    assert isinstance(first.weight, PackedTensor)
+    torch.save([plain.state_dict(), model(torch.ones(2, 20)).detach()], f"{folder}/packed-{rank}.pt")

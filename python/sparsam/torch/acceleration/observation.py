@@ -36,12 +36,14 @@ class Observation:
             shape is None for a call with anything but one plain tensor, named `input` if at all.
         to_itself: Names of the attention whose query is always the key and the value too.
         followers: Activations that could be fused into layers.
+        autocast: Whether some layer was called under autocast.
     """
 
     outputs: Sequence[Any]
     calls: Mapping[str, Counter[Any]]
     to_itself: frozenset[str]
     followers: tuple[Follower, ...]
+    autocast: bool
 
 
 def observe(
@@ -66,7 +68,7 @@ def observe(
     for module, layers in trace.followers():
         if id(module) in where and not has_hooks(module) and (activation := recognise_activation(module)):
             followers.append(Follower(module, activation, layers))
-    return Observation(outputs, trace.calls, trace.to_itself(), tuple(followers))
+    return Observation(outputs, trace.calls, trace.to_itself(), tuple(followers), trace.autocast)
 
 
 def observe_sequences(
@@ -98,6 +100,7 @@ class _Trace:
         self._readers: dict[tuple[int, int], list[int]] = defaultdict(list)  # of a (layer, call)
         self._sole: Counter[int] = Counter()  # calls with an output and no other argument
         self._to_itself: Counter[int] = Counter()  # calls of attention with one tensor
+        self.autocast = False
         self._depth = 0  # how many of the modules run
 
     def watch(self, model: nn.Module) -> Iterator[Any]:
@@ -151,6 +154,7 @@ class _Trace:
             x = inputs[0] if inputs else None
             shape = tuple(x.shape) if type(x) is Tensor and not x.is_nested else None
             self.calls[self._layers[key]][shape] += 1
+            self.autocast |= torch.is_autocast_enabled("cpu")
             if isinstance(module, nn.MultiheadAttention) and all(one is x for one in inputs):
                 self._to_itself[key] += 1
         for value in (*args, *kwargs.values()):

@@ -156,7 +156,7 @@ def _by_examples(
     reasons = {name: why for name, calls in seen.calls.items() if (why := _unsuitable(calls))}
     suitable = [one for one in found if one.name not in reasons]
     swap.layers = pack(suitable, dtype, {one.name: seen.calls[one.name] for one in suitable}, seen.to_itself)
-    narrow = _is_narrow(swap)
+    narrow = seen.autocast or any(layer.weight.dtype != torch.float32 for layer in swap.layers.values())
     rounded = narrow or dtype not in {None, torch.float32}
     if tolerance is None:
         tolerance = _WHOLE_NARROW if rounded else _WHOLE
@@ -227,12 +227,6 @@ def _unsuitable(calls: Counter[Any]) -> str:
     if not calls:
         return "not called with the example inputs"
     return "called with something else than one plain tensor" if None in calls else ""
-
-
-def _is_narrow(swap: LayerSwap) -> bool:
-    """Whether some layer computes with less than float32."""
-    autocast = torch.is_autocast_enabled("cpu")
-    return autocast or any(layer.weight.dtype != torch.float32 for layer in swap.layers.values())
 
 
 def _draw(rows: int, width: int, dtype: torch.dtype) -> Tensor:

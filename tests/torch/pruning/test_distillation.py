@@ -278,7 +278,7 @@ def test_bad_input(changes: dict[str, Any], message: str) -> None:
         distill(student, teacher, arguments.pop("batches"), **arguments)
 
 
-@pytest.mark.parametrize("batch", [torch.randn(2, 13), (torch.randn(2, 20),) * 2, {"y": torch.randn(2, 20)}])
+@pytest.mark.parametrize("batch", [torch.randn(2, 13), (torch.randn(2, 13),), {"input": torch.randn(2, 13)}])
 def test_batches_that_the_models_cannot_be_called_with(batch: Any) -> None:
     student, teacher = pruned_mlp()
     before = {name: value.clone() for name, value in student.state_dict().items()}

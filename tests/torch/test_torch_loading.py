@@ -390,6 +390,12 @@ def test_into_other_models(saved: Path) -> None:
         load(saved, accelerated)
 
 
+def test_into_a_model_that_never_ran(saved: Path) -> None:
+    model = nn.Sequential(nn.LazyLinear(32), nn.ReLU(), nn.LazyLinear(16), nn.ReLU())
+    with pytest.raises(ValueError, match=r"0.weight: expected a model that ran before; .* call it once"):
+        load(saved, model)
+
+
 def test_no_file(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         load(tmp_path, mlp())

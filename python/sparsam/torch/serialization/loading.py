@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize, prune
 
 import torch
@@ -159,6 +160,9 @@ def _check_tensor(name: str, own: Any, manifest: Manifest, rest: Mapping[str, Te
         shape, dtype = weight.shape, weight.dtype
     else:
         shape, dtype = tuple(rest[stored].shape), dtype_name(rest[stored].dtype)
+    if is_lazy(own):
+        msg = f"{name}: expected a model that ran before; got one without a shape; call it once before"
+        raise ValueError(msg)
     if not isinstance(own, Tensor) or (tuple(own.shape), dtype_name(own.dtype)) != (shape, dtype):
         came = f"{tuple(own.shape)} {dtype_name(own.dtype)}" if isinstance(own, Tensor) else "no tensor"
         msg = f"tensor {name!r}: expected {shape} {dtype} in the model; got {came}; {_DO}"

@@ -30,7 +30,7 @@ class NM:
     The rows of a convolution (out, in, kh, kw) thus run over inputs and kernel positions together, and groups
     may straddle input channels. Sparse tensor cores want groups of neighbouring input channels at one kernel
     position: `axis="channels"`, for which `m` must divide the number of input channels. For a tensor of one
-        or two axes both mean the same.
+    or two axes both mean the same.
 
     Attributes:
         n: How many weights of a group are kept, at least 1.

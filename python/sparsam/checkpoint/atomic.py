@@ -39,7 +39,7 @@ def check_target(path: Path) -> Path:
 
 
 def open_folder(what: str, path: str | os.PathLike[str]) -> Path:
-    """Returns a folder that is there from now on, with those around it.
+    """Makes a folder, with its parents, if it is missing; returns its path.
 
     Args:
         what: What errors call it: the argument.

@@ -1,4 +1,4 @@
-"""What lies beside the weights in a model's directory: its configuration, its tokenizer, and so on."""
+"""The other files of a model's directory: its configuration, its tokenizer, and so on."""
 
 from __future__ import annotations
 

@@ -55,7 +55,7 @@ def settle(
     embeddings: bool = False,
     indivisible: Indivisible = "error",
 ) -> Settled:
-    """Returns a configuration that leaves dense what a pattern of names was hardly meant to prune.
+    """Returns a configuration that leaves dense what is rarely meant to be pruned.
 
     Args:
         config: What was asked for.

@@ -1,6 +1,6 @@
 """Checkpoints of other kinds, read whole and written whole: of torch.save, NumPy and ONNX.
 
-What a file is, its name says: `.pt`, `.pth` and `.bin` are PyTorch's, as is an index `.bin.index.json`;
+The ending of the name decides: `.pt`, `.pth` and `.bin` are PyTorch's, as is an index `.bin.index.json`;
 `.npz` is NumPy's, `.onnx` is a graph with its weights.
 """
 

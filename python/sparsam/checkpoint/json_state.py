@@ -139,7 +139,7 @@ def read(file: Path, remedy: str) -> bytes:
 
 
 def to_number(value: float) -> Number:
-    """A float as JSON can hold it."""
+    """Returns a float as JSON can hold it: infinities and NaN as text."""
     if math.isnan(value):
         return "nan"
     return value if math.isfinite(value) else "inf" if value > 0 else "-inf"

@@ -20,6 +20,7 @@ from sparsam.config import PruningConfig, Scorer
 from sparsam.inputs.checks import expected
 from sparsam.inputs.dtypes import DTYPES
 from sparsam.inputs.names import NamePatterns
+from sparsam.orientation import outputs_first
 from sparsam.patterns import NM, Block, Slices, Unstructured
 from sparsam.pools import Pool, check_patterns, make_pools
 from sparsam.tiles import count_groups
@@ -28,6 +29,9 @@ __all__ = ["Plan", "Pooling", "parse_size", "shapes_of"]
 
 _UNITS = {"": 1, "B": 1, **{f"{u}iB": 1024**i for i, u in enumerate("KMGT", 1)}}
 _UNITS |= {f"{u}B": 1000**i for i, u in enumerate("KMGT", 1)}
+
+# Bytes for each weight that a scorer which computes takes: LAMP takes 56, by tracemalloc.
+_SCORE_BYTES = 64
 
 
 def parse_size(what: str, value: int | str) -> int:
@@ -92,8 +96,8 @@ class Pooling:
         transposed: frozenset[str],
     ) -> Pooling:
         """The pooling of arrays of which the shapes are known."""
-        turned = {n: np.moveaxis(a, (-1, -2), (0, 1)) if n in transposed else a for n, a in arrays.items()}
-        sizes = {name: count_groups(name, array.shape, pattern) for name, array in turned.items()}
+        viewed = {name: outputs_first(a) if name in transposed else a for name, a in arrays.items()}
+        sizes = {name: count_groups(name, array.shape, pattern) for name, array in viewed.items()}
         return cls(tuple(arrays), sizes, sparsity, Ranking(method, pattern, len(arrays) > 1, transposed))
 
 
@@ -128,7 +132,7 @@ class Plan:
             )
             raise ValueError(msg)
         if config.ties:
-            msg = "ties: expected none, since tied tensors are decided together; got some; use sparsam.prune"
+            msg = "ties: expected none, since tied tensors are selected together; got some; use sparsam.prune"
             raise ValueError(msg)
         entries = [entry for layout in layouts for entry in layout.entries]
         arrays = shapes_of(entries)
@@ -147,20 +151,31 @@ class Plan:
 
     def allocation_pooling(self) -> Pooling | None:
         """The threshold that an allocation needs to share the total out; None where it needs no weights."""
-        if self.config.allocation == "uniform" or not isinstance(
-            allocation := resolve(self.config.allocation), Global
-        ):
+        scorer = self._allocation_scorer
+        if scorer is None:
             return None
         overridden = NamePatterns(self.config.overrides)
-        uniform = make_pools(self.arrays, self.config.with_changes(allocation="uniform"))
-        names = [name for pool in uniform for name in pool.names if overridden.last(name) is None]
+        names = [name for pool in self._uniform_pools for name in pool.names if overridden.last(name) is None]
         pattern = self.config.pattern
         assert not isinstance(pattern, NM)  # which PruningConfig refuses
         stored = NamePatterns(self.config.transposed)
         transposed = frozenset(name for name in names if stored.matches(name))
         arrays = {name: self.arrays[name] for name in names}
         target = self.config.target_sparsity
-        return Pooling.of(arrays, target, scores.resolve(allocation.scorer), pattern, transposed)
+        return Pooling.of(arrays, target, scorer, pattern, transposed)
+
+    @property
+    def _allocation_scorer(self) -> Scorer | None:
+        """The scorer of an allocation that compares weights of all tensors; None for another allocation."""
+        allocation = self.config.allocation
+        if allocation == "uniform" or not isinstance(chosen := resolve(allocation), Global):
+            return None
+        return scores.resolve(chosen.scorer)
+
+    @property
+    def _uniform_pools(self) -> list[Pool]:
+        """The pools before an allocation has shared the total out: which tensors are pruned, and how."""
+        return make_pools(self.arrays, self.config.with_changes(allocation="uniform"))
 
     def pools(self, shares: Mapping[str, float] | None) -> list[Pool]:
         """The pools of the configuration, an allocation's threshold having given these shares."""
@@ -168,7 +183,7 @@ class Plan:
         return [one for pool in make_pools(self.arrays, config) for one in pool.split()]
 
     def pooling(self, pool: Pool) -> Pooling | None:
-        """The threshold of a pool; None where each tensor, or group, is decided by itself."""
+        """The threshold of a pool; None where tensors are selected one by one, or groups as in NM."""
         if pool.scope != "global" or isinstance(pool.pattern, NM):
             return None
         arrays = {name: self.arrays[name] for name in pool.names}
@@ -176,8 +191,7 @@ class Plan:
 
     def check_memory(self, memory: int) -> None:
         """Raises ValueError if the buffers of a tensor do not fit."""
-        uniform = make_pools(self.arrays, self.config.with_changes(allocation="uniform"))
-        pool_of = {name: pool for pool in uniform for name in pool.names}
+        pool_of = {name: pool for pool in self._uniform_pools for name in pool.names}
         most, which = 0, ""
         for layout in self.layouts:
             for entry in layout.entries:
@@ -194,11 +208,8 @@ class Plan:
     def _beside(self, entry: Entry, pool: Pool) -> int:
         """Bytes that scores, groups and turned masks take beside a tensor."""
         each = 0
-        allocation = self.config.allocation
-        scorers = [self.method]
-        if allocation != "uniform" and isinstance(chosen := resolve(allocation), Global):
-            scorers.append(scores.resolve(chosen.scorer))
-        if not all(scores.traits(scorer).ranks_by_magnitude for scorer in scorers):
+        scorers = (self.method, self._allocation_scorer)
+        if not all(scorer is None or scores.traits(scorer).ranks_by_magnitude for scorer in scorers):
             each += _SCORE_BYTES
         if entry.name in pool.transposed or (
             isinstance(pool.pattern, NM) and pool.pattern.axis == "channels"
@@ -209,10 +220,6 @@ class Plan:
             each_group = 24 * count_groups(entry.name, self.arrays[entry.name].shape, pool.pattern)
             return each * size + each_group + size // 8
         return each * size
-
-
-_SCORE_BYTES = 64
-"""Bytes for each weight that a scorer which computes takes: LAMP takes 56, by tracemalloc."""
 
 
 @dataclass(frozen=True)

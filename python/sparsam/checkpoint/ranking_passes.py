@@ -37,7 +37,7 @@ _GUESSES = 4
 
 
 class Counts(NamedTuple):
-    """How the scores of one tensor lie to two values.
+    """How many scores of one tensor lie below, at and between two values.
 
     Attributes:
         below: How many are smaller than the lower one.

@@ -50,7 +50,7 @@ Advance: TypeAlias = Callable[[int], object]
 
 
 def _nothing(size: int) -> None:
-    """Shows nothing."""
+    """The default progress function."""
 
 
 class Part(NamedTuple):
@@ -175,7 +175,7 @@ def _take_over(task: PruneTask, part: Path) -> _Progress:
         if not other.is_file():
             continue
         with locked(other) as free:
-            if not free:  # a worker that survived its run: it ends with the same bytes
+            if not free:  # a worker that outlived its run still writes it; it will end with the same bytes
                 continue
             begun = decode(mark.read_bytes(), _Progress, str(mark), "delete it")
             if begun.written <= other.stat().st_size:

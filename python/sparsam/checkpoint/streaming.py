@@ -122,7 +122,7 @@ def prune_files(
 
 
 def _silent(what: str, done: int, total: int) -> None:
-    """Shows nothing."""
+    """The default progress function."""
 
 
 def _parts(file: Path, shards: Shards | None) -> list[Path]:

@@ -1,8 +1,8 @@
 """Pictures, drawn with matplotlib (the extra `plot`), of anything that has the fields they show.
 
-Every function returns its `matplotlib.figure.Figure` and, if told a file, also writes it; the ending says as
-what: .png, .svg, .pdf. Imports the pipeline and `checkpoint`, and no other folder: reports and benchmarks
-import this one.
+Every function returns its `matplotlib.figure.Figure` and, if given a file, also writes it, in the format
+of its ending: .png, .svg, .pdf. Imports the pipeline and `checkpoint`, and no other folder: reports and
+benchmarks import this one.
 """
 
 from __future__ import annotations

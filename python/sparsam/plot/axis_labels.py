@@ -1,4 +1,4 @@
-"""Names of tensors as they stand beside an axis: short, printable, and still told apart."""
+"""Names of tensors as labels of an axis: short, printable and distinct."""
 
 from __future__ import annotations
 

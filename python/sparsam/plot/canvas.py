@@ -89,7 +89,7 @@ def reference(axes: Any, dense_score: float | None, min_score: float | None) -> 
 
 
 def percent_axis(axes: Any) -> None:
-    """The horizontal axis of sparsity in percent."""
+    """Sets up the horizontal axis: sparsity in percent."""
     axes.set_xlim(0, 100)
     axes.set_xlabel("weights pruned, %")
     axes.grid(visible=True, alpha=0.3)
@@ -115,5 +115,5 @@ def legend(axes: Any, *, outside: bool = False) -> None:
 
 
 def finite(value: float) -> float:
-    """What is infinite is left out of a picture."""
+    """Returns the value, or NaN for an infinite one, which matplotlib then leaves out."""
     return value if math.isfinite(value) else math.nan

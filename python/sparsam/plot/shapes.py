@@ -1,4 +1,4 @@
-"""The fields that the pictures show: whatever has them can be drawn."""
+"""Protocols of what can be drawn: any object with these fields."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Point(Protocol):
 
     @property
     def score(self) -> float:
-        """What the network scores then."""
+        """The score of the network at that sparsity."""
 
 
 class Curve(Protocol):

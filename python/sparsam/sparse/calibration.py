@@ -69,9 +69,9 @@ class Measured:
 def calibrate(dtype: str = "float32") -> list[Measured]:
     """Measure the costs of products on this machine, half a minute, and keep them in the cache directory.
 
-    Measured are our kernels, with the active instruction set and number of threads, and NumPy's BLAS.
-    `sparsam.torch.layers.dense_costs` has PyTorch's dense products. Not measured are convolutions. What was
-    disturbed by other work is not kept, and a cache that cannot be written is passed over.
+    Our kernels are measured, with the active instruction set and number of threads, and NumPy's BLAS.
+    `sparsam.torch.layers.dense_costs` measures PyTorch's dense products. Convolutions are not measured. A fit
+    that other work on the machine disturbed is not kept; if the cache cannot be written, nothing is stored.
 
     Args:
         dtype: Of the packed values: "float32", "bfloat16" or "float16".
@@ -93,7 +93,7 @@ def calibrate(dtype: str = "float32") -> list[Measured]:
 
 
 def store(measured: Measured) -> bool:
-    """Write costs into the cache directory, beside their target and renamed into place; whether it worked."""
+    """Writes costs to the cache directory, completely or not at all; returns whether that worked."""
     if not measured.is_trusted:
         return False
     with suppress(OSError, ValueError, RuntimeError):

@@ -11,7 +11,7 @@ from sparsam.sparse.preparation import Preparation
 
 __all__ = ["Choices", "expect"]
 
-MOST_BATCHES = 256  # that are remembered
+MOST_BATCHES = 256  # whose kernels are remembered
 
 
 class Choices:
@@ -78,5 +78,5 @@ class Choices:
 
 
 def expect(weight: Weight, dense: Callable[[], Key] = dense_key) -> Expectation:
-    """What products with a weight are expected to take now."""
+    """Returns the expected times of products with a weight under the current settings."""
     return current_costs(weight.dtype, dense()).expect(weight)

@@ -106,7 +106,7 @@ class Weight:
 
 @dataclass(frozen=True)
 class Key:
-    """What measured costs depend on.
+    """What measured costs depend on: a calibration is used only where all of it is the same.
 
     Attributes:
         cpu: The processor.
@@ -290,7 +290,7 @@ _known: dict[Key, tuple[Costs, str]] = {}
 
 
 def forget() -> None:
-    """Look for calibrations anew: one was just made."""
+    """Forgets the calibrations that were read, since a new one was just written."""
     _known.clear()
 
 
@@ -325,7 +325,7 @@ def _defaults() -> Defaults:
 
 
 def calibrated(key: Key) -> Costs | None:
-    """What was measured on this machine for the key; None where there is nothing that could be it."""
+    """The calibration of this machine for the key; None if there is none, or a damaged one."""
     with suppress(OSError, ValueError, RuntimeError):
         file = cache_file(key)
         costs = Costs.from_json(read(file, _REMEDY), str(file), _REMEDY)

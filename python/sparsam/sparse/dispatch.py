@@ -14,7 +14,7 @@ from sparsam.sparse.matmul import KERNELS
 __all__ = ["Candidate", "Explanation", "KernelChoice", "choose", "needed_kernels"]
 
 SECOND_FORM = 1.25
-"""A second form of a weight is held where a batch would take so much longer with the first alone."""
+"""A weight gets a second form if some batch would take this many times longer with the first alone."""
 
 
 @dataclass(frozen=True)
@@ -103,12 +103,12 @@ def needed_kernels(
     Args:
         times: For each batch, the seconds that each kernel takes; one that is missing cannot be used.
         required: Kernels that are needed in any case.
-        tolerance: See there.
-        most: How many kernels there can be beside those that are required.
+        tolerance: How much slower than its best kernel a batch may be.
+        most: How many kernels there may be in addition to the required ones.
 
     Returns:
-        `required` and what is needed beside. Among as many kernels those whose times, relative to the best
-        of each batch, sum up to the least; the best `most` where more would be needed.
+        `required` and the kernels to add. Of several sets of one size, the one with the least sum of times
+        relative to the best of each batch; the best set of `most` if more would be needed.
     """
 
     def slowdowns(kernels: tuple[str, ...]) -> list[float]:

@@ -59,7 +59,7 @@ class Forms:
         return packed if self.dense is None else packed + self.dense.nbytes
 
     def readable(self) -> Packed:
-        """Packed forms to read the weight from, made for the occasion if only the dense copy is held."""
+        """Packed forms to read the weight from; made now if only the dense copy is held."""
         if self.packed is not None:
             return self.packed
         assert self.dense is not None
@@ -82,7 +82,7 @@ class Forms:
     def keeping(self, kernels: Collection[str]) -> Forms:
         """What these kernels need, built where it is missing; a packed form too if dense loses something.
 
-        The dense copy loses which weights were kept although they are 0.
+        The dense copy alone cannot tell which zeros were kept on purpose.
         """
         forms = self
         for kernel in kernels:

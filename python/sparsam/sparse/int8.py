@@ -140,7 +140,7 @@ def pack_rounded(q: NDArray[np.int8], scales: NDArray[np.float32]) -> Packed:
 
 
 def with_slots(packed: Packed) -> Packed:
-    """With the form that kernels read, and no other."""
+    """Returns the matrix in the one form that kernels read."""
     packed.add("slots")
     packed.keep(("slots",))
     return packed

@@ -1,4 +1,4 @@
-"""What a matrix was prepared for: kernels that the user told, and times that were measured on it."""
+"""What a matrix was prepared for: kernels that the user chose, and times that were measured on it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from sparsam.sparse.matmul import KERNELS
 
 __all__ = ["Preparation", "measure", "measure_all"]
 
-_ROUNDS = 2  # in turn, so that what disturbs one kernel disturbs the others too
+_ROUNDS = 2  # rounds; kernels take turns, so that a disturbance does not hit only one of them
 _PLAUSIBLE = 2.5  # times the least expected cost: beyond it a kernel is not tried
 
 
@@ -44,7 +44,7 @@ class Preparation:
         return Preparation(told, {**self.under(settings).times, **times}, settings)
 
     def under(self, settings: tuple[str, int]) -> Preparation:
-        """What of it holds under these settings."""
+        """Returns the part that is valid under these settings."""
         return self if self.settings in {None, settings} else Preparation(self.told)
 
     @property

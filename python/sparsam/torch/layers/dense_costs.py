@@ -23,8 +23,8 @@ DTYPES = ("float32", "bfloat16")  # of x and the weight; float16 is taken to cos
 def calibrate() -> list[Measured]:
     """Measure `torch.nn.functional.linear` on this machine, and keep that in the cache directory.
 
-    Packed layers say by it what the dense layer would take (`PackedTensor.explain`). What was disturbed by
-    other work is not kept.
+    `PackedTensor.explain` shows with it how long the dense layer would take. A fit that other work on the
+    machine disturbed is not kept.
 
     Returns:
         The costs for each of DTYPES, with PyTorch's threads as they are now.

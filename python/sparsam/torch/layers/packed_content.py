@@ -1,4 +1,4 @@
-"""What a packed tensor, its aliases and its views have in common: the bytes, and what they stand for."""
+"""What a packed tensor, its aliases and its views share: the bytes, and how they are to be read."""
 
 from __future__ import annotations
 
@@ -26,7 +26,8 @@ class Layout:
     Attributes:
         shape: The shape of the dense tensor.
         dtype: Its dtype; the values may be stored as another.
-        groups: The groups of its output channels.
+        groups: How many matrices of as many outputs are packed one by one: the groups of a convolution, or
+            the projections of an attention layer.
         transposed: Whether it is (in, out), as in the Conv1D of Hugging Face's GPT-2.
     """
 
@@ -43,22 +44,23 @@ class Layout:
 
     @property
     def is_matrix(self) -> bool:
-        """Whether it is the weight of a linear layer, and not of a convolution."""
+        """Whether it is one matrix: neither a convolution nor several matrices, one below the other."""
         return len(self.shape) == 2 and self.groups == 1
 
 
 class Content:
-    """What a packed tensor, its aliases and its views have in common.
+    """What a packed tensor, its aliases and its views share.
 
     Attributes:
         data: The bytes (uint8).
-        layout: What they stand for.
-        outs: The outputs of the matrix; 0 where it is no matrix but a convolution.
+        layout: How they are to be read.
+        outs: The number of outputs of a linear layer; 0 for a convolution.
         original: The Parameter that was packed, or None.
-        released: Whether that is empty for now, for its memory.
+        released: Whether `original` is empty, which saves its memory, until the weight is unpacked again.
         changed: Whether the weight was changed after it was packed.
-        place: The module where it was put last, and the name there; None if it was put nowhere.
-        learns: Whether it would be trained if it were dense: then going backward must not lose it silently.
+        place: The module that it was last installed in, and its name there; None if in none.
+        trainable: Whether the dense weight required a gradient: a backward pass must then raise an error
+            instead of leaving the weight out.
     """
 
     def __init__(self, data: Tensor, layout: Layout, original: nn.Parameter | None = None) -> None:
@@ -69,13 +71,13 @@ class Content:
         self.place: tuple[weakref.ref[nn.Module], str] | None = None
         self.released = False
         self.changed = False
-        self.learns = original is not None and original.requires_grad
+        self.trainable = original is not None and original.requires_grad
         self.read: PackedWeight | None = None  # what `data` holds, once it was asked for
         self._remember()
 
     @classmethod
     def find(cls, original: Tensor, layout: Layout, values: torch.dtype) -> Content | None:
-        """What a Parameter was packed as before, by the layer that it is tied to, if it would be the same.
+        """Returns the content that a tied layer made of a Parameter, if packing it now would give the same.
 
         Args:
             original: The Parameter, as it is now.
@@ -100,7 +102,7 @@ class Content:
     def __deepcopy__(self, memo: dict[int, Any]) -> Content:
         made = memo[id(self)] = Content(self.data, self.layout)  # bytes never change
         made.original = copy.deepcopy(self.original, memo)
-        made.released, made.changed, made.learns = self.released, self.changed, self.learns
+        made.released, made.changed, made.trainable = self.released, self.changed, self.trainable
         made._remember()
         return made
 
@@ -132,24 +134,24 @@ class Content:
         return matrix.T.contiguous() if layout.transposed else matrix.reshape(layout.shape)
 
     def pack(self, dense: Tensor) -> None:
-        """Takes new values, in the forms that the old ones had."""
+        """Replaces the values, in the same forms."""
         weight = self.weight
         self.data = pack_dense(dense, self.layout, weight.dtype, weight.forms)
         self.changed = True
 
     def cast(self, dtype: torch.dtype) -> Content:
-        """The content for a layer that computes in another dtype."""
+        """Returns the content for a layer that computes in another dtype."""
         weight, old = self.weight, self.layout
         layout = replace(old, dtype=dtype)
         values = dtype if weight.dtype == old.dtype else weight.dtype
         data = pack_dense(self.unpack().to(dtype), layout, values, weight.forms)
         cast = Content(data, layout, self.original)
-        cast.released, cast.changed, cast.learns = self.released, True, self.learns
+        cast.released, cast.changed, cast.trainable = self.released, True, self.trainable
         return cast
 
 
 def pack_dense(dense: Tensor, layout: Layout, values: torch.dtype, forms: Sequence[str]) -> Tensor:
-    """The bytes of a dense tensor.
+    """Returns the bytes of a dense tensor.
 
     Raises:
         TypeError: int8 values for a convolution.

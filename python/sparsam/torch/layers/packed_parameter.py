@@ -1,4 +1,4 @@
-"""A weight of a module and the packed one in its place: how that gets there, and the way back."""
+"""Replacing a weight of a module by its packed form, and putting the dense weight back."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _SCRIPT = "__prepare_scriptable__"  # what torch.jit.script calls
 
 
 class PackedParameter:
-    """A packed weight for a module, which can be put in and taken out.
+    """A packed weight of a module, which can be installed and removed.
 
     Attributes:
         module: The module.
@@ -34,7 +34,7 @@ class PackedParameter:
         self.tensor = tensor
 
     def install(self) -> None:
-        """Puts the packed weight in."""
+        """Replaces the dense weight by the packed one."""
         own, module, name = vars(self.module), self.module, self.name
         if _packed(module, name) is not None:
             return
@@ -54,7 +54,7 @@ class PackedParameter:
             own[_SCRIPT] = _TorchScript(module._parameters)
 
     def remove(self) -> None:
-        """Takes it out: the module is what it was, but for the memory that was released."""
+        """Puts the original weight back; if its memory was released, it stays empty."""
         module, name = self.module, self.name
         if _packed(module, name) is None:
             return
@@ -74,7 +74,7 @@ class PackedParameter:
             clean(module)
 
     def release(self) -> bool:
-        """Frees the dense weight if it can be unpacked again exactly; returns whether it is free."""
+        """Frees the memory of the dense weight if unpacking gives it back exactly; returns whether it is."""
         content = self.tensor._content
         dense = content.original
         if dense is None or content.released:
@@ -86,7 +86,7 @@ class PackedParameter:
         return True
 
     def restore(self) -> None:
-        """Takes it out, and gives the dense weight the numbers that the packed one has now."""
+        """Puts the original weight back, with the values that the packed one has now."""
         content = self.tensor._content
         self.remove()
         dense = content.original
@@ -95,7 +95,7 @@ class PackedParameter:
         if content.released or content.changed:
             dense.data = self.tensor.to_dense()
             content.released = content.changed = False
-        if dense.requires_grad and not content.learns:
+        if dense.requires_grad and not content.trainable:
             dense.requires_grad_(requires_grad=False)  # type: ignore[call-arg]
 
 
@@ -110,7 +110,7 @@ def is_packed(module: nn.Module) -> bool:
 
 
 def clean(module: nn.Module) -> None:
-    """Takes from a module what `PackedParameter.install` gave it, but for the weight."""
+    """Removes from a module all that `PackedParameter.install` added, except the weight."""
     for key, hook in list(module._state_dict_hooks.items()):
         if hook is _dense_state:
             del module._state_dict_hooks[key]
@@ -135,7 +135,7 @@ def _assign(module: nn.Module, name: str, weight: Any) -> None:
 
 
 def _list_weight(module: nn.Module, name: str, weight: Tensor) -> None:
-    """Tells recurrent layers, which read their weights from a list."""
+    """Updates the list from which recurrent layers read their weights."""
     if isinstance(module, nn.RNNBase):
         module._flat_weights[module._flat_weights_names.index(name)] = weight
 
@@ -145,7 +145,7 @@ def _packed(module: nn.Module, name: str) -> PackedTensor | None:
 
 
 class _Computed(nn.Module):
-    """In the place of the parametrization that computes a weight: has its state, and returns the packed one.
+    """Replaces the parametrization that computes a weight: keeps its state, returns the packed weight.
 
     Attributes:
         original: The parametrization.
@@ -182,7 +182,7 @@ def _compute_again(module: Any, _: Any) -> None:
 
 
 class _Pruned:
-    """In the place of a hook of torch.nn.utils.prune, which computes the weight before each call.
+    """Replaces a hook of torch.nn.utils.prune, which computes the weight before each call.
 
     Attributes:
         original: The hook.
@@ -232,9 +232,9 @@ def _packed_hooks(module: nn.Module, name: str) -> dict[int, _Pruned]:
 
 
 def _dense_state(module: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:
-    """State dicts have dense weights, for all who read them; with `keep_vars` what the module has.
+    """Puts dense weights into state dicts, for all readers; with `keep_vars` the Parameters themselves.
 
-    In both, what is changed in place is changed in the module.
+    Either way, a change in place changes the module.
     """
     for name, packed in _every_packed(module):
         key = prefix + name
@@ -244,7 +244,7 @@ def _dense_state(module: nn.Module, state: dict[str, Any], prefix: str, _: Any) 
 
 
 class _TorchScript:
-    """What TorchScript gets from packed weights: torch.jit.script an error, torch.jit.trace memory.
+    """Prepares packed weights for TorchScript: an error in torch.jit.script, dense memory in torch.jit.trace.
 
     A trace has the Parameters of the model, and their memory is read when it is saved. Before it takes them
     it asks every callable of a module for `_torchscript_modifier`; nobody else does.

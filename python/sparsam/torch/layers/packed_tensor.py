@@ -1,4 +1,4 @@
-"""PackedTensor: a dense weight to all who ask, and packed bytes in memory."""
+"""PackedTensor: behaves as the dense weight, and holds packed bytes."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _SAME = frozenset((_aten.detach.default, _aten.alias.default))
 
 
 class PackedTensor(Tensor):
-    """A pruned weight of a layer on the CPU: shape, dtype and so on of the dense tensor, and packed bytes.
+    """A pruned weight of a layer on the CPU, packed; it has the shape, dtype and so on of the dense tensor.
 
     Put in the place of a layer's weight (`sparsam.torch.pack(layer)` does that), it lets the layer run as it
     is: linear layers and convolutions multiply with the packed weight; what else is computed with it gets
@@ -132,7 +132,7 @@ class PackedTensor(Tensor):
 
     @property
     def original(self) -> nn.Parameter | None:
-        """The Parameter that was packed, which may be empty for now; None if there was none."""
+        """The Parameter that was packed, whose memory may be released; None if there was none."""
         return self._content.original
 
     @property
@@ -198,7 +198,7 @@ class PackedTensor(Tensor):
                 self.copy_(new)
 
     def requires_grad_(self, requires_grad: bool = True) -> PackedTensor:
-        """Freezes the weight: going backward through its products raises no more for its sake.
+        """Freezes the weight: it no longer makes a backward pass through its products raise.
 
         Raises:
             RuntimeError: `requires_grad` is True, which a packed weight cannot have.
@@ -208,7 +208,7 @@ class PackedTensor(Tensor):
             msg += "; call sparsam.torch.restore(model) first"
             raise RuntimeError(msg)
         if isinstance(self, nn.Parameter):  # and not an alias that becomes one
-            self._content.learns = False
+            self._content.trainable = False
         return self
 
     @property
@@ -221,13 +221,13 @@ class PackedTensor(Tensor):
         self.requires_grad_(value)
 
     def numpy(self, *, force: bool = False) -> Any:
-        """The dense numbers as an array that cannot be written to, for this would change nothing here."""
+        """The dense weight as a read-only array, since writing to it would not change this tensor."""
         array = self.detach().to_dense().numpy(force=force)
         array.setflags(write=False)
         return array
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> Any:
-        """For NumPy: as `numpy`; what can be written to where a copy is asked for."""
+        """For NumPy: as `numpy`; writeable if a copy is asked for."""
         array = self.numpy()
         return array.astype(dtype or array.dtype, copy=bool(copy))
 
@@ -236,7 +236,7 @@ class PackedTensor(Tensor):
         return self.to_dense().__dlpack__(**options)
 
     def hold_dense(self) -> None:
-        """Gives the tensor memory with its dense numbers of now, for those that read memory and ask nothing.
+        """Gives the tensor real memory with its present dense values, for code that reads memory directly.
 
         That is TorchScript, which saves the Parameters of what it traced.
         """
@@ -268,7 +268,7 @@ class PackedTensor(Tensor):
         return self
 
     def is_shared(self) -> bool:
-        """Whether they are there."""
+        """Whether the bytes are in shared memory."""
         return self._content.data.is_shared()  # type: ignore[no-any-return, no-untyped-call]
 
     def _alias(self) -> PackedTensor:
@@ -356,13 +356,13 @@ def _rebuild(content: Content, parameter: bool) -> PackedTensor:
 
 
 def _as_parameter(made: PackedTensor) -> PackedTensor:
-    """The tensor, for which isinstance(made, nn.Parameter) is true from now on."""
+    """Marks the tensor as a Parameter for isinstance, and returns it."""
     made._is_param = True
     return made
 
 
 def _in_place_of(content: Content) -> PackedTensor | None:
-    """The tensor with that content where it was put last, if it is there still."""
+    """Returns the tensor with that content that a module still has, if there is one."""
     if content.place is None:
         return None
     owner, name = content.place[0](), content.place[1]

@@ -24,7 +24,7 @@ from torch import Tensor
 __all__ = ["DTYPES", "VALUES", "PackedWeight", "from_array", "join", "pack_matrix", "to_array", "torch_dense"]
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-VALUES = (*DTYPES, torch.int8)  # of packed values
+VALUES = (*DTYPES, torch.int8)  # in which values can be stored
 
 _ALIGN = 64
 _HEADER, _KIND, _BYTES = 128, 12, 112  # of a form: the size of its header; where that has its kind and size
@@ -62,7 +62,7 @@ class PackedWeight:
 
     @classmethod
     def read(cls, data: Tensor) -> PackedWeight:
-        """The weight that these bytes hold, checked the first time.
+        """Returns the weight that these bytes hold; they are checked the first time.
 
         Raises:
             ValueError: They hold none, or one that is damaged.
@@ -168,12 +168,12 @@ def join(parts: Sequence[Packed], forms: Sequence[str]) -> Tensor:
 
 
 def _aligned(size: int) -> Tensor:
-    """Bytes at an address that torch aligns, as NumPy does not."""
+    """Returns uninitialised bytes at an aligned address, which NumPy does not promise."""
     return torch.empty(size, dtype=torch.uint8, device="cpu")
 
 
 def _adopt(data: Tensor, *, trusted: bool) -> PackedWeight:
-    """Makes the bytes known."""
+    """Checks the bytes and remembers their PackedWeight."""
     if data.device.type != "cpu" or data.dtype != torch.uint8 or data.ndim != 1:
         msg = (
             f"packed weight: expected a vector of uint8 on the CPU; got {data.dtype} of shape "
@@ -183,7 +183,7 @@ def _adopt(data: Tensor, *, trusted: bool) -> PackedWeight:
     whole = data.detach().contiguous()  # not `data`: what is known of it must not keep it alive
     if whole.data_ptr() % _ALIGN:
         copied = _aligned(len(whole))
-        copied.numpy()[:] = whole.numpy()  # not by torch, whose threads a forked child has not
+        copied.numpy()[:] = whole.numpy()  # not by torch, whose threads a forked child lacks
         whole = copied
     buffers = _split(whole.numpy())
     kinds = [int(buffer[_KIND]) for buffer in buffers]
@@ -198,7 +198,7 @@ def _adopt(data: Tensor, *, trusted: bool) -> PackedWeight:
 
 
 class _Memory:
-    """Memory of the core as torch takes it, which warns of arrays that nobody may write. Nobody does."""
+    """Memory of the core, declared writeable since torch warns of read-only arrays; nobody writes to it."""
 
     def __init__(self, buffer: NDArray[np.uint8]) -> None:
         self._owner = buffer

@@ -83,7 +83,7 @@ def pack(
 
 
 class PackedLayer:
-    """A layer and its packed weights, which can be put in and taken out.
+    """A layer and its packed weights, which can be installed and removed.
 
     Attributes:
         layer: The layer.
@@ -91,7 +91,7 @@ class PackedLayer:
     """
 
     def __init__(self, layer: nn.Module, weights: Sequence[PackedParameter]) -> None:
-        """With weights that are there already; `of` packs them."""
+        """Takes weights that are packed already; `of` packs them."""
         self.layer = layer
         self.weights = tuple(weights)
         self._activation = ""
@@ -119,7 +119,7 @@ class PackedLayer:
 
     @classmethod
     def find(cls, layer: nn.Module) -> PackedLayer | None:
-        """The layer as it is, if a weight of it is packed."""
+        """Returns the packed layer if a weight of it is packed."""
         weights = packed_parameters(layer)
         if isinstance(layer, nn.MultiheadAttention):
             weights += packed_parameters(layer.out_proj)
@@ -184,14 +184,14 @@ class PackedLayer:
             own["forward"] = partial(_forward_and_activate, self.layer, self._activation)
 
     def remove(self) -> None:
-        """Takes them out: the layer is what it was, but for the memory that was released."""
+        """Puts the original weights back; those whose memory was released stay empty."""
         for weight in self.weights:
             weight.remove()
         if not is_packed(self.layer):
             clean(self.layer)
 
     def restore(self) -> None:
-        """Takes them out, and gives the dense weights the numbers that the packed ones have now."""
+        """Puts the original weights back, with the values that the packed ones have now."""
         for weight in self.weights:
             weight.restore()
         clean(self.layer)
@@ -238,7 +238,7 @@ def groups(layer: nn.Module, attribute: str) -> int:
 
 
 def clean(layer: nn.Module) -> None:
-    """Takes from a layer what `PackedLayer.install` gave it, but for the weight."""
+    """Removes from a layer all that `PackedLayer.install` added, except the weight."""
     packed_parameter.clean(layer)
     if _installed_activation(layer):
         del vars(layer)["forward"]
@@ -258,7 +258,7 @@ def dense_class(layer: nn.Module) -> type[Any]:
 
 
 def can_activate(layer: nn.Module) -> bool:
-    """Whether its forward is the product and nothing else, so that an activation can be part of that."""
+    """Whether its forward is only the product, so that the kernel can apply an activation too."""
     forward = type(layer).forward
     known = forward is nn.Linear.forward or forward in _CONVOLUTIONS or _is_conv1d_of_transformers(forward)
     return known and "forward" not in vars(layer)

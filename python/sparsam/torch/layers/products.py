@@ -180,7 +180,7 @@ def _shown(weight: Any, content: Content, *, turned: bool) -> tuple[int, int] | 
     layout = content.layout
     if len(layout.shape) != 2 or weight.ndim != 2:
         return None
-    # What a view shows is all in its shape, strides and start.
+    # Shape, strides and start say all about a view.
     width, (height, breadth), strides = layout.shape[1], weight.shape, weight.stride()
     if turned is not layout.transposed:  # the view is transposed
         height, breadth, strides = breadth, height, strides[::-1]
@@ -207,7 +207,7 @@ def _conv2d(x: Tensor, weight: Any, bias: Tensor | None, geometry: Any, activati
 
 
 def frozen(y: Tensor, *sources: Tensor | None) -> Tensor:
-    """Returns y, with a derivative that raises, by those of its sources that require gradients."""
+    """Returns y such that a backward pass to any of its sources that require gradients raises."""
     inputs = [y.requires_grad_(), *(x for x in sources if x is not None and x.requires_grad)]
     found = _FROZEN(NO_DERIVATIVE, len(inputs))(*inputs)
     result: Tensor = found if isinstance(found, Tensor) else found[0]
@@ -215,12 +215,12 @@ def frozen(y: Tensor, *sources: Tensor | None) -> Tensor:
 
 
 def needs_gradient(x: Tensor, content: Content, bias: Tensor | None = None) -> bool:
-    """Whether a derivative would be expected of a product with x."""
-    return x.requires_grad or content.learns or (bias is not None and bias.requires_grad)
+    """Whether a product with x should have a gradient."""
+    return x.requires_grad or content.trainable or (bias is not None and bias.requires_grad)
 
 
 def is_plain(x: Tensor) -> bool:
-    """Whether a function of memory may be called for x: nobody traces, differentiates or watches."""
+    """Whether a function that reads the memory of x may be called: x is neither traced nor transformed."""
     return (
         type(x) is Tensor
         and not is_compiling()
@@ -233,7 +233,7 @@ def is_plain(x: Tensor) -> bool:
 
 
 def refuse(x: Tensor) -> None:
-    """Raises for an x that is no plain tensor and that an operator would answer wrongly, or with a riddle.
+    """Raises for an x that is no plain tensor, if the operator would give a wrong result or a cryptic error.
 
     Forward-mode AD and the transforms of torch.func would take the product for a constant. Going backward is
     an error of its own.

@@ -55,7 +55,7 @@ def _frozen(value: Any) -> Any:
 
 
 def change(kind: type[Any], func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Runs what changes its arguments on dense ones, and packs those again that were packed.
+    """Runs a function that changes its arguments on dense tensors, and packs the packed ones again.
 
     Args:
         kind: The class of packed tensors.

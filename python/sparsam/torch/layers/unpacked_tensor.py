@@ -1,4 +1,4 @@
-"""UnpackedTensor: the dense numbers of a packed weight, which follow it and which it follows."""
+"""UnpackedTensor: the dense values of a packed weight; changes of either show in the other."""
 
 from __future__ import annotations
 
@@ -75,13 +75,13 @@ class UnpackedTensor(Tensor):
             self.copy_(new)
 
     def numpy(self, *, force: bool = False) -> Any:
-        """The numbers as an array that cannot be written to, for this would change nothing in the weight."""
+        """The values as a read-only array, since writing to it would not change the weight."""
         array = self._current().numpy(force=force)
         array.setflags(write=False)
         return array
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> Any:
-        """For NumPy: as `numpy`; what can be written to where a copy is asked for."""
+        """For NumPy: as `numpy`; writeable if a copy is asked for."""
         array = self.numpy()
         return array.astype(dtype or array.dtype, copy=bool(copy))
 

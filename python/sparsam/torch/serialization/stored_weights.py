@@ -159,7 +159,7 @@ class StoredWeights:
         layout = Layout(tuple(weight.shape), dense.dtype, groups, weight.transposed)
         one = len(claims[id(dense)]) == 1  # else restoring must not give one Parameter two values
         content = Content(join(self._parts[use], forms), layout, dense if one else None)
-        content.learns = dense.requires_grad
+        content.trainable = dense.requires_grad
         return PackedTensor.of_content(content)
 
     def _dense(self, stored: str) -> Tensor:

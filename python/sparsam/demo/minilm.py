@@ -169,7 +169,10 @@ def _time(dense: nn.Module, model: nn.Module, size: tuple[int, int], inputs: Map
         cosine = float((_embed(dense, inputs) * _embed(model, inputs)).sum(1).min())
         if not cosine >= COSINE:
             tokens = f"{size[0]} x {size[1]} tokens"
-            msg = f"embeddings of {tokens} differ: cosine {cosine}, expected {COSINE} or more"
+            msg = (
+                f"embeddings of {tokens}: expected a cosine of {COSINE} or more with the dense ones; got "
+                f"{cosine}; please report this"
+            )
             raise RuntimeError(msg)
         calls = [partial(_embed, one, inputs) for one in (dense, model)]
         before, after = median_milliseconds(calls, SECONDS)

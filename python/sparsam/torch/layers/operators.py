@@ -29,8 +29,8 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 NO_DERIVATIVE = (
-    "backward or forward-mode differentiation through a packed layer: its weights are fixed and have no "
-    "gradient; call sparsam.torch.restore(model) before training, or run it under torch.no_grad()"
+    "backward or forward-mode differentiation: expected dense layers; got a packed one, whose weights have "
+    "no gradient; call sparsam.torch.restore(model) before training, or run it under torch.no_grad()"
 )
 
 _READ = frozenset(DTYPES)

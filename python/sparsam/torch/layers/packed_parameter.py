@@ -254,8 +254,10 @@ class _TorchScript:
         self._parameters = parameters  # and not the module, which would never be freed by itself then
 
     def __call__(self) -> None:
-        msg = "torch.jit.script: expected dense layers; got a packed one; "
-        msg = f"{msg}call sparsam.torch.restore(model) first"
+        msg = (
+            "torch.jit.script: expected dense layers; got a packed one; call sparsam.torch.restore(model) "
+            "first"
+        )
         raise RuntimeError(msg)
 
     @property

@@ -204,8 +204,10 @@ class PackedTensor(Tensor):
             RuntimeError: `requires_grad` is True, which a packed weight cannot have.
         """
         if requires_grad:
-            msg = "weight: expected requires_grad=False; got True, and a packed weight has no gradient"
-            msg += "; call sparsam.torch.restore(model) first"
+            msg = (
+                "weight: expected requires_grad=False, as packed weights have no gradient; got True; call "
+                "sparsam.torch.restore(model) first"
+            )
             raise RuntimeError(msg)
         if isinstance(self, nn.Parameter):  # and not an alias that becomes one
             self._content.trainable = False
@@ -376,8 +378,8 @@ def _to_copy(tensor: PackedTensor, *, dtype: Any = None, device: Any = None, **o
         return _aten._to_copy.default(tensor.to_dense(), dtype=dtype, device=device, **others)
     if place.type != "cpu" or wanted not in DTYPES:
         msg = (
-            f"a packed layer is for the CPU and {', '.join(map(str, DTYPES))}: it cannot go to {place} in "
-            f"{wanted}; call sparsam.torch.restore(model) first, or use weight.to_dense()"
+            f"packed weight: expected the CPU and {', '.join(map(str, DTYPES))}; got {place} and {wanted}; "
+            "call sparsam.torch.restore(model) first, or use weight.to_dense()"
         )
         raise RuntimeError(msg)
     return PackedTensor(tensor._content.cast(wanted))

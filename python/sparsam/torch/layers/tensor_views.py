@@ -64,7 +64,7 @@ def change(kind: type[Any], func: Any, args: tuple[Any, ...], kwargs: dict[str, 
         kwargs: Of it.
     """
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
-        msg = f"{func}: expected no change of a packed weight in a graph; change it outside of it"
+        msg = f"{func}: expected products with a packed weight in a graph; got a change; make it outside"
         raise RuntimeError(msg)
     bases: dict[int, tuple[Content, Tensor]] = {}
     shown: dict[int, Any] = {}

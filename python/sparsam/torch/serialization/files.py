@@ -51,7 +51,10 @@ def save(model: nn.Module, directory: StrPath) -> None:
         try:
             save_file(contents.tensors, file, contents.manifest.to_metadata())
         except SafetensorError as error:
-            msg = f"{folder}: expected to write {len(contents.tensors)} tensors there; got: {error}"
+            msg = (
+                f"{folder}: expected to write {len(contents.tensors)} tensors there; got {error}; make room "
+                "there, or take another folder"
+            )
             raise OSError(msg) from error
 
     publish({folder / NAME: write})

@@ -214,7 +214,10 @@ def _library() -> tuple[Any, Any]:
         import torch_pruning  # noqa: PLC0415 - an extra
         from torch_pruning.pruner.function import BasePruningFunc  # noqa: PLC0415
     except ImportError as error:
-        msg = "sparsam.torch.shrink needs Torch-Pruning: pip install 'sparsam[structured]'"
+        msg = (
+            "sparsam.torch.shrink: expected Torch-Pruning to be installed; got an import error; run pip "
+            "install 'sparsam[structured]'"
+        )
         raise ImportError(msg) from error
     return torch_pruning, BasePruningFunc
 

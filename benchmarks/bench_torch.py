@@ -4,7 +4,8 @@
 the registered operator (what torch.compile and autograd see), and by `torch.nn.Linear`. *Turns*: dense torch
 and sparse products in turn, beside both alone, in processes that import torch before sparsam and after it;
 extra_info has the milliseconds of each and `turns_over_alone`, 1.0 where taking turns costs nothing.
-*Convolutions*: beside torch's.
+*Convolutions*: beside torch's. *First calls*: with a batch size that a matrix or layer has not met, beside
+the second call with it; the first should take at most 3 times as long.
 Every benchmark asserts its result. SPARSAM_BENCH_MAX caps the number of weights, for CI.
 """
 
@@ -159,6 +160,44 @@ def test_turns(benchmark: BenchmarkFixture, batch: int, torch_is_imported: str) 
         turns_over_alone=round(found["turns"] / (found["dense"] + found["sparse"]), 3),
         least_turns_over_alone=round(least["turns"] / (least["dense"] + least["sparse"]), 3),
     )
+
+
+@pytest.mark.parametrize("call", ["first", "second"])
+@pytest.mark.parametrize("what", ["SparseMatrix", "Linear"])
+@pytest.mark.parametrize("batch", [1, 128])
+@pytest.mark.parametrize("shape", [(384, 384), (3072, 768)], ids=lambda shape: "x".join(map(str, shape)))
+def test_first_call(
+    benchmark: BenchmarkFixture, shape: tuple[int, int], batch: int, what: str, call: str
+) -> None:
+    """A new batch size in every round, from `batch` on, with the forms that float32 weights are packed in."""
+    outs, ins = (side(size, 2) for size in shape)
+    linear = pruned(torch.nn.Linear(ins, outs, bias=False), 0.8)
+    weight = linear.weight.detach().numpy()
+    x, rounds = torch.randn(batch + 60, ins), 50
+
+    def made() -> Callable[[Any], Any]:
+        if what == "Linear":
+            return pack(copy.deepcopy(linear), batches=[1, 512])
+        matrix = sparsam.SparseMatrix.from_dense(weight)
+        matrix.prepare([1, 512])
+        return lambda rows: torch.from_numpy(matrix.linear(rows.numpy()))
+
+    product, batches = made(), iter(range(batch, batch + 60))
+
+    def setup() -> tuple[tuple[Any], dict[str, Any]]:
+        rows = x[: next(batches)]
+        if call == "second":
+            product(rows)
+        return (rows,), {}
+
+    benchmark.group = f"{what} {outs}x{ins} s=0.8, batches from {batch} on: first and second call"
+    benchmark.extra_info.update(machine=bench.machine(), torch_threads=torch.get_num_threads())
+    pedantic: Callable[..., Any] = benchmark.pedantic
+    with torch.inference_mode():
+        product(x)  # threads start with the first product of all
+        result = pedantic(product, setup=setup, rounds=rounds)
+        expected = linear(x[: len(result)])
+    assert torch.allclose(result, expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("what", ["packed", "torch", "torch channels_last"])

@@ -64,7 +64,7 @@ py::tuple bind_threshold_mask(const std::vector<py::array>& arrays, double value
   Masks masks(views);
   {
     const Released released;
-    threshold_mask(views, value, ties_kept, masks.pointers, to, masks.kept.data());
+    threshold_mask(views, value, ties_kept, masks.pointers.data(), to, masks.kept.data());
   }
   return masks.parts();
 }
@@ -84,7 +84,7 @@ py::object bind_threshold_masks(const std::vector<py::array>& arrays, const std:
   bool numbers = false;
   {
     const Released released;
-    numbers = threshold_masks(views, counts, masks.pointers, to, masks.kept.data());
+    numbers = threshold_masks(views, counts, masks.pointers.data(), to, masks.kept.data());
   }
   return numbers ? py::object(masks.parts()) : py::none();
 }

@@ -219,6 +219,7 @@ Kept threshold_mask(const Bits* src, std::size_t n, Bits t, std::size_t ties_kep
                     Bits* out) {
   using V = Vec<Bits>;
   Kept kept;
+  const std::size_t ties_wanted = ties_kept;
   const auto pivot = V::set1(t), above = V::set1(static_cast<Bits>(t + 1));
   for_each_word(src, n, Bits{0}, [&](const Bits* p, std::size_t count, std::size_t index) {
     std::uint64_t upto = 0, below = 0;
@@ -240,10 +241,10 @@ Kept threshold_mask(const Bits* src, std::size_t n, Bits t, std::size_t ties_kep
       }
     }
     kept.all += popcount(keep);
-    kept.nonzero += popcount(t == 0 ? ~upto & valid : keep);  // what ties with 0 is zero
     words[index] = keep;
     if (out != nullptr) store_kept(p, count, keep, out + index * kWord);
   });
+  kept.nonzero = t == 0 ? kept.all - (ties_wanted - ties_kept) : kept.all;  // what ties with 0 is zero
   return kept;
 }
 

@@ -18,7 +18,7 @@ struct Chunk {
 };
 
 // `step` is a multiple of 64, so that no two chunks share a mask word.
-inline std::vector<Chunk> cut(const std::vector<View>& arrays, std::size_t step) {
+inline std::vector<Chunk> cut(Views arrays, std::size_t step) {
   std::vector<Chunk> chunks;
   for (std::size_t a = 0; a < arrays.size(); ++a)
     for (std::size_t start = 0; start < arrays[a].size(); start += step)

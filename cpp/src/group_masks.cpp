@@ -9,7 +9,7 @@ namespace sparsam {
 
 bool nm_mask(const View& array, std::size_t keep, std::size_t m, std::uint64_t* words) {
   const std::size_t step = 64 * m * std::max<std::size_t>(1, kStep / (64 * m));
-  const std::vector<Chunk> chunks = cut({array}, step);
+  const std::vector<Chunk> chunks = cut(array, step);
   const std::size_t workers = worker_count(chunks.size(), array.size() >= kSerialBelow);
   return with_bits(item_size(array.dtype()), [&](auto width) {
     using Bits = decltype(width);
@@ -50,7 +50,7 @@ void store_bits(const std::uint64_t* bits, std::size_t n, std::uint64_t* words, 
 bool row_topk_mask(const View& array, std::size_t cols, std::size_t pruned, std::uint64_t* words) {
   // Tasks of whole rows that share no mask word, as large as chunks are elsewhere.
   const std::size_t unit = cols * (64 / std::gcd(cols, std::size_t{64}));
-  const std::vector<Chunk> chunks = cut({array}, unit * std::max<std::size_t>(1, kStep / unit));
+  const std::vector<Chunk> chunks = cut(array, unit * std::max<std::size_t>(1, kStep / unit));
   const std::size_t workers = worker_count(chunks.size(), array.size() >= kSerialBelow);
   const std::size_t row_words = (cols + 63) / 64;
   return with_bits(item_size(array.dtype()), [&](auto width) {

@@ -18,7 +18,7 @@ std::size_t count_bits(const std::uint64_t* words, std::size_t n_words) {
 }
 
 std::size_t apply_mask(const View& array, const std::uint64_t* words, const View& out) {
-  const std::vector<Chunk> chunks = cut({array}, kStep);
+  const std::vector<Chunk> chunks = cut(array, kStep);
   const std::size_t workers = worker_count(chunks.size(), array.size() >= kSerialBelow);
   std::atomic<std::size_t> nonzero{0};
   with_bits(item_size(array.dtype()), [&](auto width) {

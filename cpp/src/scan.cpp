@@ -13,7 +13,7 @@ Position find_nan(const std::vector<View>& arrays) {
   constexpr std::size_t kNowhere = std::numeric_limits<std::size_t>::max();
   for (std::size_t a = 0; a < arrays.size(); ++a) {
     const View& v = arrays[a];
-    const std::vector<Chunk> chunks = cut({v}, kStep);
+    const std::vector<Chunk> chunks = cut(v, kStep);
     const std::size_t workers = worker_count(chunks.size(), v.size() >= kSerialBelow);
     std::atomic<std::size_t> first{kNowhere};
     with_bits(item_size(v.dtype()), [&](auto width) {
@@ -39,7 +39,7 @@ Position find_nan(const std::vector<View>& arrays) {
 
 std::size_t count_nonzero(const View& array) {
   const View v = array.in_memory_order();
-  const std::vector<Chunk> chunks = cut({v}, kStep);
+  const std::vector<Chunk> chunks = cut(v, kStep);
   const std::size_t workers = worker_count(chunks.size(), v.size() >= kSerialBelow);
   std::atomic<std::size_t> zeros{0};
   with_bits(item_size(v.dtype()), [&](auto width) {

@@ -214,16 +214,16 @@ struct Job {
 
   void work() {
     const std::uint64_t own = float_mode();
-    set_float_mode(mode);
+    change_float_mode(own, mode);
     try {
       run(entered.fetch_add(1, std::memory_order_relaxed),
-          check != nullptr && std::this_thread::get_id() == caller);
+          tasks > 1 && check != nullptr && std::this_thread::get_id() == caller);
     } catch (...) {
       const std::lock_guard<std::mutex> lock(mutex);
       if (failure == nullptr) failure = std::current_exception();
       stopped.store(true);
     }
-    set_float_mode(own);
+    change_float_mode(mode, own);
   }
 };
 

@@ -7,9 +7,20 @@
 namespace sparsam {
 namespace {
 
+template <class Bits>
+Threshold to_threshold(const Ranked<Bits>& r, DType type) {
+  if (r.nan) return {std::numeric_limits<double>::quiet_NaN(), 0, 0};
+  return {key_to_double(r.key, type), r.below, r.equal};
+}
+
+std::size_t scratch_elements(std::size_t bytes, std::size_t width) {
+  return std::max(kScratchFloor, static_cast<std::size_t>(kScratchShare * static_cast<double>(bytes))) /
+         width;
+}
+
 // The type in which keys of all arrays can be compared: their own, or the wider one where they differ.
-DType common_dtype(const std::vector<View>& arrays) {
-  DType common = arrays.front().dtype();
+DType common_dtype(Views arrays) {
+  DType common = arrays[0].dtype();
   for (const View& v : arrays) {
     if (v.dtype() == common) continue;
     common = item_size(v.dtype()) == 8 || item_size(common) == 8 ? DType::f64 : DType::f32;
@@ -17,28 +28,35 @@ DType common_dtype(const std::vector<View>& arrays) {
   return common;
 }
 
+Threshold threshold_in_memory(const View& array, std::size_t k) {
+  return with_bits(item_size(array.dtype()), [&](auto width) -> Threshold {
+    using Bits = decltype(width);
+    const auto infinity = static_cast<Bits>(infinity_key(array.dtype()));
+    const ContiguousSource<Bits> source{array.direct<Bits>(0), array.size()};
+    const std::size_t budget = scratch_elements(array.size() * sizeof(Bits), sizeof(Bits));
+    return to_threshold(select(source, k, Bits{0}, infinity, infinity, budget), array.dtype());
+  });
+}
+
 }  // namespace
 
-Threshold threshold(const std::vector<View>& arrays, std::size_t k) {
-  const DType common = common_dtype(arrays);
+Threshold threshold(Views arrays, std::size_t k) {
+  if (arrays.size() == 1 && arrays[0].contiguous()) return threshold_in_memory(arrays[0], k);
+  std::vector<View> by_memory;
+  by_memory.reserve(arrays.size());
   std::size_t bytes = 0;
-  for (const View& v : arrays) bytes += v.size() * item_size(v.dtype());
-  const std::size_t scratch =
-      std::max(kScratchFloor, static_cast<std::size_t>(kScratchShare * static_cast<double>(bytes)));
+  for (const View& v : arrays) {
+    bytes += v.size() * item_size(v.dtype());
+    by_memory.push_back(v.in_memory_order());
+  }
+  if (by_memory.size() == 1 && by_memory[0].contiguous()) return threshold_in_memory(by_memory[0], k);
+  const DType common = common_dtype(arrays);
   return with_bits(item_size(common), [&](auto width) -> Threshold {
     using Bits = decltype(width);
-    const std::size_t budget = scratch / sizeof(Bits);
     const auto infinity = static_cast<Bits>(infinity_key(common));
-    std::vector<View> by_memory;
-    for (const View& v : arrays) by_memory.push_back(v.in_memory_order());
-    const View& only = by_memory.front();
-    const Ranked<Bits> r =
-        by_memory.size() == 1 && only.contiguous()
-            ? select(ContiguousSource<Bits>{only.direct<Bits>(0), only.size()}, k, Bits{0}, infinity,
-                     infinity, budget)
-            : select(PooledSource<Bits>(by_memory), k, Bits{0}, infinity, infinity, budget);
-    if (r.nan) return {std::numeric_limits<double>::quiet_NaN(), 0, 0};
-    return {key_to_double(r.key, common), r.below, r.equal};
+    const std::size_t budget = scratch_elements(bytes, sizeof(Bits));
+    return to_threshold(select(PooledSource<Bits>(by_memory), k, Bits{0}, infinity, infinity, budget),
+                        common);
   });
 }
 

@@ -66,8 +66,8 @@ Kept mask_chunk(const View& array, const Chunk& c, std::size_t chunk, double val
 
 }  // namespace
 
-void threshold_mask(const std::vector<View>& arrays, double value, std::size_t ties_kept,
-                    const std::vector<std::uint64_t*>& words, const std::vector<View>& outs, Kept* kept) {
+void threshold_mask(Views arrays, double value, std::size_t ties_kept, std::uint64_t* const* words,
+                    Views outs, Kept* kept) {
   const std::vector<Chunk> chunks = cut(arrays, kStep);
   std::size_t size = 0, longest = 0;
   bool gathers = false;
@@ -112,7 +112,7 @@ constexpr std::size_t kPerArray = 1024;
 // Calls body(i) for each array: small ones shared out over threads, large ones one by one, since those share
 // themselves out.
 template <class Body>
-void for_each_array(const std::vector<View>& arrays, Body&& body) {
+void for_each_array(Views arrays, Body&& body) {
   std::vector<std::size_t> small, large, starts{0};
   std::size_t work = 0, all = 0;
   for (std::size_t i = 0; i < arrays.size(); ++i) {
@@ -138,20 +138,20 @@ void for_each_array(const std::vector<View>& arrays, Body&& body) {
 
 }  // namespace
 
-bool threshold_masks(const std::vector<View>& arrays, const std::vector<std::size_t>& counts,
-                     const std::vector<std::uint64_t*>& words, const std::vector<View>& outs, Kept* kept) {
+bool threshold_masks(Views arrays, const std::vector<std::size_t>& counts, std::uint64_t* const* words,
+                     Views outs, Kept* kept) {
   std::atomic<bool> numbers{true};
   for_each_array(arrays, [&](std::size_t i) {
     if (!numbers.load(std::memory_order_relaxed)) return;
     const bool none = counts[i] == 0;
     Threshold t{};
-    if (arrays[i].size() > 0) t = threshold({arrays[i]}, none ? 1 : counts[i]);
+    if (arrays[i].size() > 0) t = threshold(arrays[i], none ? 1 : counts[i]);
     if (std::isnan(t.value)) {
       numbers.store(false);
       return;
     }
-    threshold_mask({arrays[i]}, none ? 0.0 : t.value, none ? arrays[i].size() : t.ties_kept(counts[i]),
-                   {words[i]}, outs.empty() ? std::vector<View>{} : std::vector<View>{outs[i]}, kept + i);
+    threshold_mask(arrays[i], none ? 0.0 : t.value, none ? arrays[i].size() : t.ties_kept(counts[i]),
+                   words + i, outs.empty() ? outs : Views(outs[i]), kept + i);
   });
   return numbers.load();
 }

@@ -41,7 +41,7 @@ class Pool:
     """
 
     names: tuple[str, ...]
-    sparsity: float | Mapping[str, float]
+    sparsity: float | dict[str, float]
     pattern: Pattern
     ties: tuple[Tied, ...] = ()
     scope: Scope = "global"
@@ -49,7 +49,7 @@ class Pool:
 
     def sparsity_of(self, name: str) -> float:
         """The sparsity of a tensor, or that which it shares with all others."""
-        return self.sparsity[name] if isinstance(self.sparsity, Mapping) else self.sparsity
+        return self.sparsity[name] if isinstance(self.sparsity, dict) else self.sparsity
 
     def split(self) -> list[Pool]:
         """Returns the pools that each have one exact count: in scope "global" itself, else one per tensor."""
@@ -179,7 +179,7 @@ def batched(pools: Iterable[Pool], arrays: Mapping[str, NDArray[Any]]) -> Iterat
 
 def _shares(
     weights: Weights, config: PruningConfig, previous: Mapping[str, Mask] | None
-) -> float | Mapping[str, float]:
+) -> float | dict[str, float]:
     """The sparsity of each tensor: for "uniform" the target itself, since each tensor rounds by itself."""
     if config.allocation == "uniform":
         return config.target_sparsity

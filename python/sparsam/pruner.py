@@ -272,13 +272,14 @@ def _prune_pool(
     if fused and not checked:
         check_outputs(ranked, outs)
 
-    def select(scored: Mapping[str, NDArray[Any]]) -> Pruned:
-        viewed = {name: outputs_first(array) if name in turned else array for name, array in scored.items()}
+    def select(scored: dict[str, NDArray[Any]]) -> Pruned:
+        viewed = scored | {name: outputs_first(scored[name]) for name in turned}
         found = select_into(
             viewed, pool.sparsity, pattern, scope=scope, norm=norm, out=outs if fused else None
         )
-        masks = {name: mask_as_stored(mask) if name in turned else mask for name, mask in found.masks.items()}
-        return Pruned(masks, found.nonzero)
+        return Pruned(
+            found.masks | {name: mask_as_stored(found.masks[name]) for name in turned}, found.nonzero
+        )
 
     chosen, nonzero = select(ranked)
     if previous is not None and any((mask & ~previous[name]).count for name, mask in chosen.items()):

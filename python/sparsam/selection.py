@@ -111,11 +111,11 @@ def select(
             )
         )
     array = np.asarray(scores)
+    check_dtype(name, array)
     if transposed:
-        check_dtype(name, array)
         _refuse_nan([array], [name])  # With its place in the array as it is stored.
-    viewed = outputs_first(array) if transposed else array
-    mask = select_many({name: viewed}, sparsity, pattern, scope=scope, norm=norm)[name]
+        array = outputs_first(array)
+    mask = select_into({name: array}, sparsity, pattern, scope=scope, norm=norm, out=None).masks[name]
     return mask_as_stored(mask) if transposed else mask
 
 
@@ -167,10 +167,9 @@ class Pruned(NamedTuple):
     nonzero: dict[str, int]
 
 
-@standard_floats
 def select_into(
     arrays: Mapping[str, NDArray[Any]],
-    sparsity: float | Mapping[str, float],
+    sparsity: float | dict[str, float],
     pattern: Pattern,
     *,
     scope: Scope,
@@ -179,7 +178,7 @@ def select_into(
 ) -> Pruned:
     """`select_many` of arrays and outputs that are checked already, which also counts the nonzero weights.
 
-    Unless the scope is global, `sparsity` may map each name to its own.
+    Unless the scope is global, `sparsity` may map each name to its own, all of them checked.
     """
     if norm not in (1, 2):
         raise ValueError(
@@ -188,11 +187,11 @@ def select_into(
     if scope not in ("layer", "row", "global"):
         raise ValueError(expected("scope", scope, "'layer', 'row' or 'global'", "pass one of them"))
     if scope == "global" and isinstance(pattern, (Unstructured, Block, Slices)):
-        assert not isinstance(sparsity, Mapping)  # one threshold has one
+        assert not isinstance(sparsity, dict)  # one threshold has one
         if isinstance(pattern, Unstructured):
             return _select_entries(arrays, sparsity, out)
         return _written(_select_tiles(arrays, sparsity, pattern, norm), arrays, out)
-    if not isinstance(sparsity, Mapping):
+    if not isinstance(sparsity, dict):
         sparsity = dict.fromkeys(arrays, check_sparsity("sparsity", sparsity))
     if isinstance(pattern, Unstructured):
         if scope == "layer":
@@ -296,14 +295,12 @@ def _select_entries(
 
 def _select_each(
     scores: Mapping[str, NDArray[Any]],
-    sparsities: Mapping[str, float],
+    sparsities: dict[str, float],
     out: Mapping[str, NDArray[Any]] | None,
 ) -> Pruned:
     """`_select_entries` of each array by itself, in one call of the kernels."""
     names, pool = list(scores), list(scores.values())
     outs = [] if out is None else [out[name] for name in names]
-    for share in set(sparsities.values()):
-        check_sparsity("sparsity", share)
     ranks = [round(sparsities[name] * array.size) for name, array in scores.items()]
     found = _core.threshold_masks(pool, ranks, outs)
     if found is None:
@@ -372,6 +369,7 @@ def _select_tiles(
     }
 
 
+@standard_floats
 def _select_groups(
     scores: Mapping[str, NDArray[Any]], sparsity: float, pattern: Unstructured | Block | Slices, norm: int
 ) -> dict[str, Mask]:

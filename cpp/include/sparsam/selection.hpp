@@ -25,7 +25,7 @@ struct Threshold {
 // The k-th smallest magnitude over all arrays, 1 <= k <= total size. Reads the data once as a rule, and
 // copies little of it: scratch is at most 5 % of the data, or 128 KiB where that is more. The answer depends
 // on the values alone.
-Threshold threshold(const std::vector<View>& arrays, std::size_t k);
+Threshold threshold(Views arrays, std::size_t k);
 
 // How the magnitudes of one array lie to two values, low <= high.
 struct Bracketed {
@@ -44,14 +44,14 @@ Bracketed bracket(const View& array, double low, double high, std::size_t room, 
 // as +0. Pruned are the magnitudes below `value` and, of those equal to it, all but the first `ties_kept` in
 // the order of the arrays and their C order. outs[i] has the type and shape of arrays[i] and may be the same
 // memory. kept[i]: what is kept of arrays[i].
-void threshold_mask(const std::vector<View>& arrays, double value, std::size_t ties_kept,
-                    const std::vector<std::uint64_t*>& words, const std::vector<View>& outs, Kept* kept);
+void threshold_mask(Views arrays, double value, std::size_t ties_kept, std::uint64_t* const* words,
+                    Views outs, Kept* kept);
 
 // The same for each array by itself, with the threshold that prunes counts[i] of its elements: many small
 // arrays in one call. Returns false where a NaN was seen. An array of outs is written as a whole or not at
 // all.
-bool threshold_masks(const std::vector<View>& arrays, const std::vector<std::size_t>& counts,
-                     const std::vector<std::uint64_t*>& words, const std::vector<View>& outs, Kept* kept);
+bool threshold_masks(Views arrays, const std::vector<std::size_t>& counts, std::uint64_t* const* words,
+                     Views outs, Kept* kept);
 
 // Keeps the `keep` largest of every m consecutive elements in C order (m divides the size, m <= 256), ties to
 // the lower index. Returns false where a NaN was seen; words are then meaningless.

@@ -56,4 +56,21 @@ class View {
   std::vector<Dim> dims_;
 };
 
+// Some views as an argument: a vector of them, or a single one, neither of which is copied.
+class Views {
+ public:
+  Views(const std::vector<View>& views) : first_(views.data()), size_(views.size()) {}
+  Views(const View& view) : first_(&view), size_(1) {}
+
+  const View* begin() const { return first_; }
+  const View* end() const { return first_ + size_; }
+  std::size_t size() const { return size_; }
+  bool empty() const { return size_ == 0; }
+  const View& operator[](std::size_t i) const { return first_[i]; }
+
+ private:
+  const View* first_;
+  std::size_t size_;
+};
+
 }  // namespace sparsam

@@ -205,7 +205,7 @@ class PackedTensor(Tensor):
         """
         if requires_grad:
             msg = (
-                "weight: expected requires_grad=False, as packed weights have no gradient; got True; call "
+                "weight: expected requires_grad=False; got True, but a packed weight has no gradient; call "
                 "sparsam.torch.restore(model) first"
             )
             raise RuntimeError(msg)

@@ -4,6 +4,7 @@
 #include <pthread.h>
 #include <sched.h>
 #ifdef __linux__
+#include <link.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
@@ -126,18 +127,48 @@ bool adopt_runtime(const std::string& library) {
   if (!find(handle, "_ZN2at15get_num_threadsEv", &found.max_threads) &&
       !find(handle, "omp_get_max_threads", &found.max_threads))
     return false;
-  if (runtime().parallel == g_own.parallel) {
+  static std::mutex one_at_a_time;
+  const std::lock_guard<std::mutex> lock(one_at_a_time);
+  if (&runtime() == &g_own) {
     g_foreign = found;
     g_runtime.store(&g_foreign, std::memory_order_release);
   }
   return true;
 }
 
+namespace {
+
+// Adopts PyTorch's runtime as soon as PyTorch is loaded, whatever was imported when. Libraries are looked
+// through only where some were loaded since they were last.
+void adopt_pytorch() {
+#ifdef __linux__
+  if (&runtime() != &g_own || g_forked.load()) return;
+  static std::atomic<unsigned long long> looked_through{0};
+  unsigned long long loaded = 0;
+  const auto count = [](dl_phdr_info* first, std::size_t, void* out) {
+    *static_cast<unsigned long long*>(out) = first->dlpi_adds;
+    return 1;
+  };
+  dl_iterate_phdr(count, &loaded);
+  if (looked_through.exchange(loaded) == loaded) return;
+  std::string library;
+  const auto look = [](dl_phdr_info* one, std::size_t, void* out) {
+    const std::string name = one->dlpi_name == nullptr ? "" : one->dlpi_name;
+    if (name.find("/libtorch_cpu.so") == std::string::npos) return 0;
+    *static_cast<std::string*>(out) = name;
+    return 1;
+  };
+  dl_iterate_phdr(look, &library);
+  if (!library.empty()) adopt_runtime(library);
+#endif
+}
+
+}  // namespace
+
 int default_num_threads() {
   static const int cpus = std::min(affinity_cpus(), cgroup_cpus());
-  static const int own = g_own.max_threads();
-  const Runtime& now = runtime();
-  return std::max(1, std::min(&now == &g_own ? own : now.max_threads(), cpus));
+  adopt_pytorch();
+  return std::max(1, std::min(runtime().max_threads(), cpus));
 }
 
 int num_threads() {
@@ -149,6 +180,7 @@ int num_threads() {
 void set_num_threads(int n) { g_wanted.store(n); }
 
 std::string threading_runtime() {
+  adopt_pytorch();
   const Runtime& now = runtime();
 #ifdef _OPENMP
   std::string name = "OpenMP " + std::to_string(_OPENMP);
@@ -167,7 +199,9 @@ std::string threading_runtime() {
 }
 
 std::size_t worker_count(std::size_t tasks, bool parallel) {
-  if (!parallel || tasks <= 1 || runtime().in_parallel() != 0) return 1;
+  if (!parallel || tasks <= 1) return 1;
+  adopt_pytorch();
+  if (runtime().in_parallel() != 0) return 1;
   return std::min(tasks, static_cast<std::size_t>(num_threads()));
 }
 

@@ -15,6 +15,7 @@ from command_line import fail, run, save_model
 
 import sparsam
 from sparsam import checkpoint
+from sparsam.checkpoint import files
 from sparsam.cli import main
 from sparsam.runtime import build_info
 
@@ -75,7 +76,7 @@ def test_what_fails_in_spite_of_the_command_is_exit_code_1(
         def full(_: Any, error: BaseException = error) -> None:
             raise error
 
-        monkeypatch.setattr(checkpoint, "stream", full)
+        monkeypatch.setattr(files, "stream", full)
         assert main(["inspect", str(model)]) == 1
         assert capsys.readouterr().err.startswith("sparsam: ")
 
@@ -106,7 +107,7 @@ def test_an_interrupt_is_no_traceback(
     def interrupt(_: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(checkpoint, "stream", interrupt)
+    monkeypatch.setattr(files, "stream", interrupt)
     assert main(["inspect", str(model)]) == 130
     assert capsys.readouterr().err.strip() == "sparsam: interrupted; kept: nothing new"
 

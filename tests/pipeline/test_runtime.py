@@ -85,6 +85,22 @@ def test_default_threads_respect_the_affinity_mask() -> None:
     assert run(f"{pin}; import sparsam; print(sparsam.num_threads())").stdout.strip() == "1"
 
 
+@pytest.mark.parametrize("first", ["sparsam.num_threads()", ""])
+def test_limits_of_threadpoolctl_hold_while_they_last(first: str) -> None:
+    pytest.importorskip("threadpoolctl")
+    script = f"""
+import numpy, sparsam
+from threadpoolctl import threadpool_limits
+{first}
+with threadpool_limits(1):
+    inside = sparsam.num_threads()
+with threadpool_limits(1, user_api="blas"):
+    blas = sparsam.num_threads()
+print(inside, blas == sparsam.num_threads() == min(2, len(__import__("os").sched_getaffinity(0))))
+"""
+    assert run(script, OMP_NUM_THREADS="2").stdout.split() == ["1", "True"]
+
+
 def test_set_num_threads() -> None:
     sparsam.set_num_threads(np.int64(2))
     assert sparsam.num_threads() == 2

@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,15 @@ def run(*command: str, **environment: str) -> str:
     )
     assert result.returncode == 0, f"{' '.join(command)}\n{result.stdout}\n{result.stderr}"
     return result.stdout
+
+
+def test_the_version_has_one_place() -> None:
+    version = re.search(r'^version = "(.*)"$', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
+    cited = re.search(r"^version: (.*)$", (ROOT / "CITATION.cff").read_text(), re.MULTILINE)
+    assert version
+    assert cited
+    assert version[1] == cited[1] == sparsam.__version__ == sparsam.build_info().version
+    assert metadata.version("sparsam") == version[1]
 
 
 def test_isa_objects_export_their_row_and_nothing_else(build: Path) -> None:

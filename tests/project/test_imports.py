@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from graphlib import TopologicalSorter
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -159,3 +163,32 @@ def test_no_modules_import_each_other() -> None:
 )
 def test_the_reading_itself(source: str, found: list[str]) -> None:
     assert [name for _, name in imported(source)] == found
+
+
+@pytest.mark.parametrize("package", ["sparsam", "sparsam.checkpoint", "sparsam.torch"])
+def test_names_on_demand_are_those_for_type_checkers(package: str) -> None:
+    """What is imported late is found, listed, and comes from where a type checker thinks that it does."""
+    module = importlib.import_module(package)
+    source = Path(str(module.__file__)).read_text()
+    typed = {
+        alias.name: str(node.module)
+        for branch in ast.walk(ast.parse(source))
+        if isinstance(branch, ast.If) and ast.unparse(branch.test) == "TYPE_CHECKING"
+        for node in branch.body
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+    }
+    assert set(module.__all__) <= {*vars(module), *typed}
+    for name, home in typed.items():
+        found = getattr(module, name)
+        if not isinstance(found, ModuleType):
+            assert found is getattr(importlib.import_module(home), name)
+    with pytest.raises(AttributeError, match=f"module '{package}' has no attribute 'nothing'"):
+        module.nothing  # noqa: B018
+
+
+def test_importing_the_package_imports_no_more_than_the_pipeline() -> None:
+    script = "import sys, sparsam; print([name.split('.')[1] for name in sys.modules if 'sparsam.' in name])"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    others = {"analysis", "training", "reconstruction", "plot", "cli", "torch"}
+    assert not others & set(ast.literal_eval(done.stdout))

@@ -7,15 +7,16 @@
 namespace sparsam {
 
 // Threads that a call may use: the caller's wish, else SPARSAM_NUM_THREADS as set by Python, else the
-// smallest of OpenMP's maximum, the CPUs in the affinity mask and the cgroup's quota (with an adopted
-// runtime, its maximum at the time of the call). 1 in a forked child.
+// smallest of OpenMP's maximum at the time of the call, the CPUs in the affinity mask and the cgroup's quota.
+// 1 in a forked child.
 int num_threads();
 int default_num_threads();
 void set_num_threads(int n);  // n >= 1
 std::string threading_runtime();
 
 // From now on runs parallel work on the OpenMP runtime that an already loaded library uses: two runtimes in
-// one process spin on the same cores. The first one adopted stays. False, and nothing changes, where the
+// one process spin on the same cores. The first one adopted stays; PyTorch's is adopted by itself, at the
+// first parallel work after it was loaded. False, and nothing changes, where the
 // library is not loaded or has no such runtime.
 bool adopt_runtime(const std::string& library);
 

@@ -1,7 +1,7 @@
 """The measurements of `sparsam bench`: an operation and its peers on the same data, with results compared.
 
 Every time is the median of repeated runs after one warm-up. Functions return rows and print nothing.
-Imports the pipeline and `sparse`.
+Imports the pipeline, `checkpoint` and `sparse`.
 """
 
 from __future__ import annotations

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sparsam.bench.timing import median_seconds
+from sparsam.checkpoint.exchange.compressed_rows import pattern_head, read_pattern
 from sparsam.inputs.checks import expected
 from sparsam.runtime import isa, num_threads
 from sparsam.selection import select
@@ -271,42 +272,13 @@ def _agree(peer: str, result: Any, reference: NDArray[np.float32], bound: NDArra
 
 
 def _dlmc_problem(file: Path, name: str) -> Problem:
-    with file.open(encoding="ascii", errors="replace") as lines:
-        head = lines.readline()
-    try:
-        rows, cols, nnz = map(int, head.split(","))
-    except ValueError:
-        raise ValueError(
-            expected(
-                str(file), head[:80], "a first line `rows, columns, nonzeros`", "download the file again"
-            )
-        ) from None
+    (rows, cols), nnz = pattern_head(file)
 
     def make() -> NDArray[np.float32]:
-        return _read_smtx(file, (rows, cols), nnz)
+        pattern = read_pattern(file)
+        values = np.random.default_rng(0).standard_normal(nnz, dtype=np.float32)
+        weights = np.zeros(pattern.shape, np.float32)
+        weights[pattern] = np.where(values == 0, np.float32(1), values)
+        return weights
 
     return Problem(name, (rows, cols), 1 - nnz / max(rows * cols, 1), make)
-
-
-def _read_smtx(file: Path, shape: tuple[int, int], nnz: int) -> NDArray[np.float32]:
-    lines = file.read_text(encoding="ascii", errors="replace").splitlines()
-    try:
-        pointers, columns = (np.array(line.split(), np.int64) for line in (*lines[1:], "")[:2])
-    except ValueError as error:
-        msg = (
-            f"{file}: expected integers in the second and third line; got others ({error}); download the "
-            "file again"
-        )
-        raise ValueError(msg) from None
-    weights = np.zeros(shape, np.float32)
-    counts = np.diff(pointers)
-    fits = len(counts) == shape[0] and (counts >= 0).all() and counts.sum() == len(columns) == nnz
-    if not fits or ((columns < 0) | (columns >= shape[1])).any():
-        msg = (
-            f"{file}: expected {nnz} column numbers in {shape[0]} rows of {shape[1]}; got others; download "
-            "the file again"
-        )
-        raise ValueError(msg)
-    values = np.random.default_rng(0).standard_normal(nnz, dtype=np.float32)
-    weights[np.repeat(np.arange(shape[0]), counts), columns] = np.where(values == 0, np.float32(1), values)
-    return weights

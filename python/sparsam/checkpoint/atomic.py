@@ -15,6 +15,7 @@ from typing import Any
 
 from sparsam.checkpoint.locks import locked, real_path
 from sparsam.inputs.checks import expected
+from sparsam.inputs.messages import LOGGER
 
 __all__ = ["LOCK", "check_target", "flush", "open_folder", "publish", "remove_abandoned", "short"]
 
@@ -122,6 +123,7 @@ def remove_abandoned(folder: Path) -> None:
         return
     with suppress(OSError), locked(folder / LOCK) as free:
         if free:
+            LOGGER.info("removing %r, which a process that ended left", str(folder))
             shutil.rmtree(folder, ignore_errors=True)
 
 

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeAlias
 
+import numpy as np
 from numpy.typing import NDArray
 
 from sparsam.checkpoint.files import resolve
@@ -72,16 +73,16 @@ def settle(
     """
     overridden, excluded = NamePatterns(config.overrides), NamePatterns(config.exclude)
     dense, left = [], []
-    tied, constants = set(tied), set(constants)
+    heads, plain = set(tied), set(constants)
     for name, array in arrays.items():
         if name in config.overrides or excluded.matches(name):
             continue
-        if name in constants:
+        if name in plain:
             dense.append(name)
         elif array.ndim < 2:
             if overridden.matches(name) and not vectors:
                 dense.append(name)
-        elif not embeddings and array.dtype.kind not in "biu" and (_EMBEDDING.search(name) or name in tied):
+        elif not embeddings and array.dtype.kind not in "biu" and (_EMBEDDING.search(name) or name in heads):
             left.append(name)
     settled = replace(config, exclude=(*config.exclude, *dense, *left))
     return Settled(_divisible(settled, arrays, indivisible), left)
@@ -145,7 +146,10 @@ def _equal(one: NDArray[Any], other: NDArray[Any]) -> bool:
     """Whether two arrays are one memory or hold the same bytes."""
     if (one.dtype, one.shape) != (other.dtype, other.shape):
         return False
-    return one.ctypes.data == other.ctypes.data or one.tobytes() == other.tobytes()
+    if one.ctypes.data == other.ctypes.data:
+        return True
+    left, right = (memoryview(np.ascontiguousarray(a).reshape(-1).view(np.uint8)) for a in (one, other))
+    return left == right
 
 
 def _placed(path: str | os.PathLike[str]) -> list[tuple[Path, Entry]]:

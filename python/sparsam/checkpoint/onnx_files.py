@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import errno
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any, NamedTuple
@@ -26,7 +26,7 @@ _LARGEST = (1 << 31) - (1 << 20)
 _ALIGNED = 4096
 
 # Operator -> which of its inputs are weights of a layer, and whether those are stored as (in, out).
-_LAYERS = {
+_LAYERS: dict[str, tuple[set[int], bool]] = {
     "MatMul": ({0, 1}, True),
     "FusedMatMul": ({1}, True),
     "Gemm": ({0, 1}, True),
@@ -137,7 +137,9 @@ def write(path: Path, weights: Mapping[str, NDArray[Any]], like: Foreign | None)
                 new.external_data.add(key=key, value=str(value))
             at += array.nbytes
         tensor.CopyFrom(new)
-    writers = {path: lambda file: file.write_bytes(model.SerializeToString())}
+    writers: dict[Path, Callable[[Path], Any]] = {
+        path: lambda file: file.write_bytes(model.SerializeToString())
+    }
     if external:
         arrays = [weights[tensor.name] for tensor in external]
         writers = {place: partial(_write_data, arrays=arrays), **writers}

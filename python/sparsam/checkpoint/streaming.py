@@ -32,6 +32,7 @@ from sparsam.checkpoint.shard_passes import (
 )
 from sparsam.checkpoint.staging import open_staging
 from sparsam.config import PruningConfig
+from sparsam.inputs.messages import LOGGER
 from sparsam.pools import Pool
 from sparsam.report import LayerStats, Report
 
@@ -106,7 +107,9 @@ def prune_files(
         if staging.finished:
             return Report(msgspec.json.decode(staging.finished, type=tuple[LayerStats, ...]))
         run = _Run(plan, staging.files, executor, limit, progress or _silent)
-        if not staging.notes:
+        if staging.notes:
+            LOGGER.info("%r: going on with a run that was interrupted", str(target))
+        else:
             staging.note(msgspec.json.encode(run.find_thresholds()).decode())
         report = run.prune(decode(staging.notes, _Thresholds, str(target), "delete what the run left"))
         for extra in staging.files.glob("*.done"):

@@ -15,9 +15,8 @@ from sparsam import checkpoint, plot
 from sparsam.analysis.search import find_smallest
 from sparsam.analysis.sweep import SPARSITIES, SensitivityPoint, SensitivityReport
 from sparsam.analysis.sweep import sensitivity as sweep
-from sparsam.checkpoint import foreign
+from sparsam.checkpoint import foreign, whole_files
 from sparsam.checkpoint.atomic import check_target
-from sparsam.cli import checkpoints
 from sparsam.cli.arguments import (
     check_output,
     parse_eval,
@@ -95,7 +94,7 @@ def sensitivity(
     if output:
         check_target(output)
     function = parse_eval(evaluate)
-    weights = checkpoints.read(foreign.source_of(source)).weights
+    weights = whole_files.read(foreign.source_of(source)).weights
     config = _config(scope, pattern, method, exclude, override)
     spawn = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(jobs, mp_context=spawn) if jobs > 1 else nullcontext()
@@ -161,7 +160,7 @@ def search(
     if output:
         check_output(output, foreign.source_of(source), force=force)
     function = parse_eval(evaluate)
-    whole = checkpoints.read(foreign.source_of(source))
+    whole = whole_files.read(foreign.source_of(source))
     if output and (whole.like is None or whole.like.shards is None):
         check_target(output / checkpoint.FILE_NAME if output.is_dir() else output)
     with progress() as bar:
@@ -177,7 +176,7 @@ def search(
             callback=lambda _: bar.advance(task),
         )
     if output:
-        checkpoints.write(source, output, result.weights, whole)
+        whole_files.write(source, output, result.weights, whole)
     if picture:
         curve = [(probe.sparsity, probe.score) for probe in result.curve]
         plot.degradation({"pruned": curve}, picture, min_score=min_score)

@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 
 from sparsam import __version__
-from sparsam.cli import analysis, benchmarks, compression, demos, machine, pruning
+from sparsam.cli import analysis, benchmarks, compression, conversion, demos, machine, pruning
 from sparsam.cli.console import Interrupted, print_text
 from sparsam.inputs.display import printable
 
@@ -45,7 +45,7 @@ def start(
         print_text(context.get_help())
 
 
-for group in (demos, pruning, compression, analysis, benchmarks, machine):
+for group in (demos, pruning, conversion, compression, analysis, benchmarks, machine):
     group.register(app)
 
 

@@ -37,14 +37,18 @@ class _Description(ProgressColumn):
         return Text(printable(task.description))
 
 
-def progress() -> Progress:
-    """A progress bar on stderr, if that is a terminal; it is removed at the end."""
+def progress(*, alive: bool = True) -> Progress:
+    """A progress bar on stderr, if that is a terminal; it is removed at the end.
+
+    Args:
+        alive: Whether it shows by itself how time goes by; otherwise it is drawn when `refresh` is called.
+    """
     columns = (_Description(), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     silent = not sys.stderr.isatty()
     console = Console(
         stderr=True, quiet=silent
     )  # rich before 14.3 ends even a disabled bar with an empty line
-    return Progress(*columns, console=console, transient=True, disable=silent)
+    return Progress(*columns, console=console, transient=True, disable=silent, auto_refresh=alive)
 
 
 def note(text: str) -> None:

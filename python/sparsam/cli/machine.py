@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from sparsam.cli.console import print_text
+from sparsam.cli.console import print_text, progress
 from sparsam.runtime import build_info
 from sparsam.sparse import calibration, cost_model
 
@@ -28,11 +28,17 @@ def calibrate(
     Kernels for values of one dtype, NumPy's dense product, and, if it is installed, PyTorch's dense linear
     layer in float32 and bfloat16. Convolutions are not measured: `accelerate` times those of a model.
     """
-    found = calibration.calibrate(dtype)
-    if find_spec("torch") is not None:
-        from sparsam.torch.layers import dense_costs  # noqa: PLC0415 - slow to import, and not before the rest
+    with_torch = find_spec("torch") is not None
+    with progress(alive=False) as bar:  # a bar that moves by itself would disturb what is measured
+        task = bar.add_task("kernels and NumPy", total=2 if with_torch else 1)
+        bar.refresh()
+        found = calibration.calibrate(dtype)
+        if with_torch:
+            from sparsam.torch.layers import dense_costs  # noqa: PLC0415 - slow to import, not before the rest
 
-        found += dense_costs.calibrate()
+            bar.update(task, description="PyTorch", advance=1)
+            bar.refresh()
+            found += dense_costs.calibrate()
     for measured in found:
         key = measured.costs.key
         file = cost_model.cache_file(key)

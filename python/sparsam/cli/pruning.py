@@ -9,9 +9,8 @@ from typing import Annotated, Any, cast
 import typer
 
 from sparsam import checkpoint
-from sparsam.checkpoint import file_defaults, foreign
+from sparsam.checkpoint import file_defaults, foreign, whole_files
 from sparsam.checkpoint.foreign_content import Foreign
-from sparsam.cli import checkpoints
 from sparsam.cli.arguments import (
     check_output,
     check_sparsity_option,
@@ -50,7 +49,7 @@ def inspect(source: Source, as_json: Json = False) -> None:
     with progress() as bar:
         task = bar.add_task("reading", total=None)
         tensors = []
-        for item in checkpoints.tensors(file):
+        for item in whole_files.tensors(file):
             tensors.append(measure(*item))
             bar.advance(task)
     report = Report(sorted(tensors, key=lambda row: row.name))
@@ -155,12 +154,12 @@ def _stream(file: Path, output: Path, config: PruningConfig, memory: str) -> Rep
         return checkpoint.prune_files(file, output, config, memory=memory, progress=show)
 
 
-def _prune_whole(source: Path, output: Path, config: PruningConfig, whole: checkpoints.Whole) -> Report:
+def _prune_whole(source: Path, output: Path, config: PruningConfig, whole: whole_files.Whole) -> Report:
     """Prunes a checkpoint that is read or written as another kind, in memory."""
     with progress() as bar:
         bar.add_task("pruning", total=None)
         result = prune_weights(whole.weights, config)
-        checkpoints.write(source, output, result.weights, whole)
+        whole_files.write(source, output, result.weights, whole)
     return result.report
 
 
@@ -168,7 +167,7 @@ def _tied(content: Foreign) -> list[str]:
     return [*file_defaults.heads_among(content.weights), *content.tables]
 
 
-def _read(file: Path) -> checkpoints.Whole:
+def _read(file: Path) -> whole_files.Whole:
     with progress() as bar:
         bar.add_task("reading", total=None)
-        return checkpoints.read(file)
+        return whole_files.read(file)

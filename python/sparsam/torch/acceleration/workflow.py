@@ -11,6 +11,7 @@ from typing import Any, Literal
 from torch.nn.parameter import is_lazy
 
 import torch
+from sparsam.inputs.messages import say
 from sparsam.torch.acceleration import measurement
 from sparsam.torch.acceleration.candidate_layers import Candidate, candidates
 from sparsam.torch.acceleration.decision import Decision, decide
@@ -137,7 +138,7 @@ def accelerate(
             swap.undo()
             raise
     if verbose:
-        print(report)  # noqa: T201 - what it was asked to do
+        say(str(report))
     return report
 
 

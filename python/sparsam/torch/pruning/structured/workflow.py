@@ -14,6 +14,7 @@ from numpy.typing import ArrayLike, NDArray
 import torch
 from sparsam.config import PruningConfig
 from sparsam.inputs.checks import expected
+from sparsam.inputs.messages import say
 from sparsam.inputs.names import NamePatterns
 from sparsam.torch.acceleration.model_runner import ModelRunner, as_examples, difference
 from sparsam.torch.pruning.structured.choice import check_config, choose
@@ -124,7 +125,7 @@ def shrink(
             )
     change_config(model, report.config)
     if verbose:
-        print(report)  # noqa: T201 - asked for
+        say(str(report))
     return report
 
 

@@ -1,4 +1,4 @@
-"""Checkpoints of any kind that a command reads or writes whole."""
+"""Checkpoints of any kind, read and written whole."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 
 from numpy.typing import NDArray
 
-from sparsam import checkpoint
-from sparsam.checkpoint import companions, foreign
+from sparsam.checkpoint import companions, files, foreign
+from sparsam.checkpoint.files import Checkpoint
 from sparsam.checkpoint.foreign_content import Foreign
 
 __all__ = ["Whole", "read", "tensors", "write"]
@@ -19,14 +19,14 @@ class Whole(NamedTuple):
     """A checkpoint in memory, and what is told of it beside its weights."""
 
     weights: Mapping[str, NDArray[Any]]
-    like: checkpoint.Checkpoint | None
+    like: Checkpoint | None
     foreign: Foreign | None
 
 
 def read(file: Path) -> Whole:
     """Reads a file of any kind; raises as `checkpoint.load` and `foreign.read`."""
     if foreign.kind_of(file) == "safetensors":
-        like = checkpoint.load(file)
+        like = files.load(file)
         return Whole(like.weights, like, None)
     content = foreign.read(file)
     return Whole(content.weights, content.cut, content)
@@ -35,7 +35,7 @@ def read(file: Path) -> Whole:
 def tensors(file: Path) -> Iterator[tuple[str, NDArray[Any]]]:
     """Yields the tensors of a file of any kind, one in memory at a time where the kind allows it."""
     if foreign.kind_of(file) == "safetensors":
-        yield from checkpoint.stream(file)
+        yield from files.stream(file)
     else:
         yield from foreign.read(file).weights.items()
 
@@ -54,9 +54,9 @@ def write(source: Path, output: Path, weights: Mapping[str, NDArray[Any]], whole
         return
     metadata = None if whole.foreign is None else {"format": "pt"}
     if output.suffix in (".safetensors", ".json") or output.is_file():
-        checkpoint.save(output, weights, metadata, like=None if whole.foreign else whole.like)
+        files.save(output, weights, metadata, like=None if whole.foreign else whole.like)
         return
     output.mkdir(exist_ok=True)
     if source.is_dir():
         companions.copy(source, output, leave=output)
-    checkpoint.save(output, weights, metadata, like=whole.like)
+    files.save(output, weights, metadata, like=whole.like)

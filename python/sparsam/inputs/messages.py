@@ -1,0 +1,20 @@
+"""What calls say with `verbose=True`: to the logger `sparsam` where a program listens, else on stdout."""
+
+from __future__ import annotations
+
+import logging
+import sys
+
+__all__ = ["LOGGER", "say"]
+
+LOGGER = logging.getLogger("sparsam")
+LOGGER.addHandler(logging.NullHandler())
+
+
+def say(text: str) -> None:
+    """Logs a text as INFO; writes it to stdout where logging is not set up for that, as in a notebook."""
+    heard = LOGGER.isEnabledFor(logging.INFO) and (len(LOGGER.handlers) > 1 or logging.root.handlers)
+    if heard:
+        LOGGER.info("%s", text)
+    else:
+        sys.stdout.write(f"{text}\n")

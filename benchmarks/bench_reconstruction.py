@@ -49,7 +49,8 @@ def magnitude_error() -> float:
 @cache
 def factor() -> Matrix:
     w, h = layer()
-    return column_sweep._inverse_factor(to_layer(w, h, "w"), 0.01)[0].astype(np.float32)
+    found: Matrix = column_sweep.inverse_factor(to_layer(w, h, "w"), 0.01)[0].astype(np.float32)
+    return found
 
 
 def run(

@@ -98,7 +98,8 @@ def weights_of(path: Path) -> dict[str, Any]:
 
 def run_model(path: Path) -> list[Any]:
     inputs = {"ids": np.array([3, 7]), "image": np.ones((1, 3, 3, 3), np.float32), "choice": np.array(True)}
-    return reference.ReferenceEvaluator(onnx.load(path)).run(None, inputs)
+    outputs: list[Any] = reference.ReferenceEvaluator(onnx.load(path)).run(None, inputs)
+    return outputs
 
 
 def test_what_the_graph_tells_of_its_weights(tmp_path: Path) -> None:

@@ -127,7 +127,8 @@ class Grid:
     def codes(self, w: NDArray[Any]) -> NDArray[np.int8]:
         """The integers whose products are nearest, ties to even, (out, in)."""
         scales = np.repeat(self.scales, self.group, axis=1)[:, : w.shape[1]]
-        return np.clip(np.rint(w / scales), -self.most, self.most).astype(np.int8)
+        codes: NDArray[np.int8] = np.clip(np.rint(w / scales), -self.most, self.most).astype(np.int8)
+        return codes
 
     def weights(self, codes: NDArray[np.int8]) -> NDArray[Any]:
         """The products, (out, in)."""

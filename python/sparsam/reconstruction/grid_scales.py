@@ -62,10 +62,11 @@ def grid_for(
 
 def _rounded_up(scales: NDArray[np.float64], most: int, dtype: Any) -> NDArray[np.float64]:
     """The next numbers of so few digits that all products with integers up to `most` are exact."""
-    info = ml_dtypes.finfo(np.float32 if dtype == np.float64 else dtype)
+    info = ml_dtypes.finfo(np.float32 if dtype == np.float64 else dtype)  # type: ignore[no-untyped-call]
     digits = info.nmant + 1 - (most - 1).bit_length()
     scales = np.maximum(scales, _TINY)
     _, exponents = np.frexp(scales)
     least = int(np.log2(float(info.smallest_subnormal)))
     exponents = np.maximum(exponents - digits, least)
-    return np.ldexp(np.ceil(np.ldexp(scales, -exponents)), exponents)
+    rounded: NDArray[np.float64] = np.ldexp(np.ceil(np.ldexp(scales, -exponents)), exponents)
+    return rounded

@@ -82,7 +82,9 @@ def rounded(
 
 def _steps(values: NDArray[np.float32], largest: NDArray[np.float32]) -> NDArray[np.float32]:
     """The scale of each row of finite weights; 1 for a row of zeros."""
-    steps = np.where(largest > 0, np.maximum(largest / np.float32(MOST), _TINY), np.float32(1))
+    steps: NDArray[np.float32] = np.where(
+        largest > 0, np.maximum(largest / np.float32(MOST), _TINY), np.float32(1)
+    )
     rows = np.flatnonzero(largest >= MOST * _TINY)
     probes = _first_of_rows(values[rows])
     for most in range(MOST, 0, -1):

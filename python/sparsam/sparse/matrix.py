@@ -225,7 +225,7 @@ class SparseMatrix:
             ValueError: Shapes do not match, `out` overlaps an argument, or the activation is unknown.
             TypeError: An argument is not of floats.
         """
-        if bias is activation is out is None and type(x) is np.ndarray and x.ndim == 2:
+        if bias is None and activation is None and out is None and type(x) is np.ndarray and x.ndim == 2:
             packed, kernel = (state := self._state).forms.packed, state.choices.kernel(len(x))
             if packed is not None and kernel != "dense" and (fast := packed.product(kernel, x)) is not None:
                 return fast  # a small product takes no longer than the checks below

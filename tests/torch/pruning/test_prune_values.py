@@ -17,7 +17,7 @@ from sparsam.torch import PackedTensor, prune
 from torch import Tensor, nn
 
 
-def network(dtype: torch.dtype = torch.float32) -> nn.Sequential:
+def network(dtype: torch.dtype = torch.float32) -> Any:  # whose layers have attributes of their kind
     torch.manual_seed(0)
     layers = (nn.Linear(24, 40), nn.GELU(), nn.Linear(40, 32, bias=False), nn.Tanh(), nn.Linear(32, 6))
     return nn.Sequential(*layers).eval().to(dtype)
@@ -49,7 +49,7 @@ def codes_of(packed: PackedTensor) -> tuple[Any, Any]:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 @pytest.mark.parametrize("method", ["obs", "admm", "wanda"])
-def test_weights_lie_on_a_grid_and_are_packed_as_they_are(dtype: torch.dtype, method: str) -> None:
+def test_weights_lie_on_a_grid_and_are_packed_as_they_are(dtype: torch.dtype, method: Any) -> None:
     model = network(dtype)
     report = prune(model, calibration=batches(dtype), target_sparsity=0.5, method=method, values="int8")
     assert report.values == "int8"
@@ -148,7 +148,8 @@ def test_layers_of_other_kinds() -> None:
         def forward(self, x: Tensor) -> Tensor:
             tokens = torch.relu(self.conv(x)).flatten(2).transpose(1, 2)
             mixed, _ = self.attention(tokens, tokens, tokens, need_weights=False)
-            return self.out(tokens + mixed)
+            y: Tensor = self.out(tokens + mixed)
+            return y
 
     torch.manual_seed(0)
     model = Net().eval()
@@ -178,7 +179,7 @@ def test_an_accelerated_model_frees_what_it_rounded(tmp_path: Path) -> None:
         pytest.skip("nothing is faster packed on this machine")
     for row in report.layers:
         if row.swapped:
-            weight = model.get_submodule(row.name).weight
+            weight: Any = model.get_submodule(row.name).weight
             assert torch.equal(weight.to_dense(), dense[f"{row.name}.weight"])
             assert weight.original.numel() == 0
     sparsam.torch.save(model, tmp_path)

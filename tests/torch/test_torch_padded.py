@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 pytestmark = pytest.mark.usefixtures("clock", "one_thread")
 
-logging.disable_progress_bar()
+logging.disable_progress_bar()  # type: ignore[no-untyped-call]
 WORDS, WIDTH, LENGTHS = 50, 32, (3, 7, 5)
 
 
@@ -72,7 +72,7 @@ def sentences() -> tuple[Tensor, Tensor]:
 @torch.no_grad()
 def hidden(model: nn.Module, inputs: Any) -> Tensor:
     found = model(**inputs) if isinstance(inputs, dict) else model(*inputs)
-    return found if isinstance(found, Tensor) else found.last_hidden_state  # type: ignore[no-any-return]
+    return found if isinstance(found, Tensor) else found.last_hidden_state
 
 
 @pytest.mark.parametrize("call", CALLS)
@@ -98,11 +98,12 @@ def test_pruned_whatever_is_in_the_padding(kind: str) -> None:
     ids, mask = sentences()
     junk = ids.where(mask != 0, 9)
     weights = {}
-    for what, calibration in {
+    calibrations: dict[str, list[Any]] = {
         "a dict": [{"input_ids": ids, "attention_mask": mask}],
         "by position": [(ids, mask)],
         "other padding": [(junk, mask)],
-    }.items():
+    }
+    for what, calibration in calibrations.items():
         torch.manual_seed(0)
         model = MODELS[kind]()
         prune(model, None, calibration, target_sparsity=0.5, method="wanda", exclude="*embed*")

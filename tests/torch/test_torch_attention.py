@@ -224,7 +224,9 @@ def test_a_graph_owns_the_projections(tmp_path: Any) -> None:
 def test_gradients_are_refused() -> None:
     layer = pack(attention())
     query, key, value = inputs(layer)[0]
-    with pytest.raises(RuntimeError, match=r"through a packed layer: .*restore\(model\) before training"):
+    with pytest.raises(
+        RuntimeError, match=r"forward-mode differentiation: .*restore\(model\) before training"
+    ):
         layer(query, key, value)[0].sum().backward()
 
 

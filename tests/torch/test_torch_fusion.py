@@ -201,3 +201,36 @@ def test_an_accelerated_model_can_be_compiled_whole() -> None:
     with torch.no_grad():
         compiled: Any = torch.compile(model, backend="eager", fullgraph=True)
         torch.testing.assert_close(compiled(x), model(x))
+
+
+class Adapted(nn.Module):
+    """What LoRA puts in the place of a layer."""
+
+    def __init__(self, layer: nn.Linear, in_place: bool) -> None:
+        super().__init__()
+        self.layer, self.in_place = layer, in_place
+        self.low = nn.Linear(layer.in_features, layer.out_features)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.layer(x)
+        return y.add_(self.low(x)) if self.in_place else y + self.low(x)
+
+
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("in_place", [False, True])
+def test_what_comes_between_a_layer_and_its_fused_activation_is_noticed(in_place: bool, grad: bool) -> None:
+    model: Any = mlp(nn.ReLU)
+    x = torch.randn(5, 24)
+    accelerate(model, x)
+    dense = model[0]
+    model[0] = Adapted(dense, in_place)
+    between = pytest.raises(RuntimeError, match=r"ReLU: expected the very output of 0,")
+    with torch.set_grad_enabled(grad), between:
+        model(x)
+    model[0] = dense
+    restore(model)
+    model[0] = Adapted(dense, in_place)
+    with torch.no_grad():
+        wanted = model(x)
+        accelerate(model, x)
+        torch.testing.assert_close(model(x), wanted)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 pytestmark = pytest.mark.usefixtures("clock", "one_thread")
 
-REFUSED = r"through a packed layer: .*restore\(model\) before training"
+REFUSED = r"forward-mode differentiation: .*restore\(model\) before training"
 SHAPES = ((3, 8), (2, 8, 5, 5))
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from sparsam.torch.acceleration.candidate_layers import Place
+from sparsam.torch.layers.activated import is_activated
 from sparsam.torch.layers.operators import ACTIVATIONS
 from sparsam.torch.layers.packing import PackedLayer, can_activate
 from torch import Tensor, nn
@@ -64,7 +65,19 @@ class Fused(nn.Module):
         return self.original.train(self.training)
 
     def forward(self, x: Tensor) -> Tensor:
-        """X itself."""
+        """X itself, if it is what one of the layers gave.
+
+        Raises:
+            RuntimeError: It is another tensor, or was changed since: something came between them.
+        """
+        if not is_activated(x):
+            name = type(self.original).__name__
+            msg = (
+                f"{name}: expected the very output of {', '.join(self.into)}, which computes it too since "
+                "accelerate; got another tensor; put adapters and what else comes between them in before "
+                "accelerate, or call sparsam.torch.restore first"
+            )
+            raise RuntimeError(msg)
         return x
 
     def extra_repr(self) -> str:

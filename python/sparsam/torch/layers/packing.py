@@ -13,6 +13,7 @@ from torch.nn.utils import parametrize
 
 import torch
 from sparsam.torch.layers import packed_parameter, products
+from sparsam.torch.layers.activated import mark_activated
 from sparsam.torch.layers.operators import ACTIVATIONS
 from sparsam.torch.layers.packed_parameter import PackedParameter, is_packed, packed_parameters
 from sparsam.torch.layers.packed_tensor import PackedTensor
@@ -291,6 +292,6 @@ def _forward_and_activate(layer: Any, activation: str, *args: Any, **kwargs: Any
         found = products.convolve(x, weight, layer.bias, *geometry, activation)
     elif _is_conv1d_of_transformers(forward):
         found = products.addmm(layer.bias, x, weight, activation=activation)
-    if found is not NotImplemented:
-        return found
-    return ACTIVATIONS[activation](forward(layer, *args, **kwargs))
+    if found is NotImplemented:
+        found = ACTIVATIONS[activation](forward(layer, *args, **kwargs))
+    return mark_activated(found)

@@ -36,7 +36,7 @@ def test_with_logging_it_is_logged_if_that_is_wanted(
 ) -> None:
     seen: list[logging.LogRecord] = []
     handler = logging.Handler()
-    handler.emit = seen.append  # type: ignore[method-assign]
+    handler.emit = seen.append  # type: ignore[method-assign, assignment]
     logging.root.addHandler(handler)
     logging.root.setLevel(level)
     say("100 %")

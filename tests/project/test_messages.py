@@ -21,6 +21,7 @@ EXCEPTIONS = {
     "in the worker:": "what came from another process, with its traceback",
     "{type(error).__name__}": "an error of another process that cannot be pickled",
     "{type(self).__name__} object has no attribute": "Python's own words",
+    "module {package} has no attribute": "Python's own words",
     "environment variable SPARSAM_ISA: {error}": "the core's message, which has the form",
 }
 # What only a fault of this package can cause.

@@ -148,8 +148,8 @@ def _equal(one: NDArray[Any], other: NDArray[Any]) -> bool:
         return False
     if one.ctypes.data == other.ctypes.data:
         return True
-    left, right = (memoryview(np.ascontiguousarray(a).reshape(-1).view(np.uint8)) for a in (one, other))
-    return left == right
+    left, right = (np.ascontiguousarray(a).reshape(-1).view(np.uint8) for a in (one, other))
+    return left.data == right.data  # no array of comparisons: these are the largest of a model
 
 
 def _placed(path: str | os.PathLike[str]) -> list[tuple[Path, Entry]]:

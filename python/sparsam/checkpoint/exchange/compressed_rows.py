@@ -39,7 +39,7 @@ def read_scipy(name: str, content: Mapping[str, NDArray[Any]]) -> NDArray[Any]:
         msg = f"{name}: expected a matrix of real numbers; got {data.dtype} {list(shape)}; {_AGAIN}"
         raise ValueError(msg)
     try:
-        return _READERS[kind](shape, data, content)  # type: ignore[arg-type]
+        return _READERS[kind](shape, data, content)
     except (KeyError, IndexError, TypeError, ValueError, OverflowError) as error:
         msg = f"{name}: expected the parts of a {kind} matrix; got others ({error}); {_AGAIN}"
         raise ValueError(msg) from error
@@ -166,7 +166,8 @@ _READERS: dict[str, Reader] = {"csr": _csr, "csc": _csc, "coo": _coo, "bsr": _bs
 
 def _owners(content: Mapping[str, NDArray[Any]], lines: int) -> NDArray[np.int64]:
     """Of each entry, the row (csr) or column (csc) that holds it."""
-    counts = np.diff(content["indptr"].astype(np.int64))
+    starts: NDArray[np.int64] = content["indptr"].astype(np.int64)
+    counts: NDArray[np.int64] = starts[1:] - starts[:-1]
     if len(counts) != lines or (counts < 0).any() or counts.sum() != len(content["indices"]):
         msg = f"indptr: expected {lines + 1} rising numbers up to that of the entries; got others; {_AGAIN}"
         raise ValueError(msg)

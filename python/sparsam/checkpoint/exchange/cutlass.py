@@ -59,7 +59,7 @@ def parts(array: NDArray[Any]) -> dict[str, NDArray[Any]]:
     words = (codes << (4 * np.arange(quads, dtype=np.uint64))).sum(-1, dtype=np.uint64)
     unsigned = np.dtype(word).str.replace("i", "u")
     meta = np.empty(words.size, unsigned)
-    meta[_places(*words.shape, word)] = words.astype(unsigned).ravel()
+    meta[_places(words.shape[0], words.shape[1], word)] = words.astype(unsigned).ravel()
     return {"packed": packed.reshape(rows, cols // 2), "meta": meta.reshape(words.shape).view(word)}
 
 
@@ -98,4 +98,5 @@ def _places(rows: int, cols: int, word: type[np.signedinteger[Any]]) -> NDArray[
     left = (row % 2 == 1) & (col % 2 == 0)
     move = right.astype(np.int64) - left
     row, col = row + move, col - move
-    return (col // 2 * rows * 2 + row * 2 + col % 2).ravel()
+    places: NDArray[np.int64] = (col // 2 * rows * 2 + row * 2 + col % 2).ravel()
+    return places

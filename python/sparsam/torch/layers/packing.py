@@ -278,7 +278,8 @@ def _installed_activation(layer: nn.Module) -> str:
 
 def _forward_and_activate(layer: Any, activation: str, *args: Any, **kwargs: Any) -> Tensor:
     """The forward of a layer and the activation after it; in one where the weight is packed."""
-    weight, found = layer.weight, NotImplemented
+    weight = layer.weight
+    found: Any = NotImplemented
     x = args[0] if args else next(iter(kwargs.values()))
     forward = type(layer).forward
     if forward is nn.Linear.forward:

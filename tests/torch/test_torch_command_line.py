@@ -185,7 +185,7 @@ def test_files_are_named_for_what_they_are(
     for name, message in [
         ("model.pt", "got what weights_only=True refuses"),
         ("archive", "got a NumPy archive (.npz)"),
-        ("model.onnx", "got an ONNX model by its name"),
+        ("model.onnx", "expected an ONNX model; got one without a graph"),
         ("bad.npz", "expected a NumPy archive without objects"),
     ]:
         assert message in fail(capsys, "prune", tmp_path / name, "-o", tmp_path / "out")

@@ -59,8 +59,8 @@ def obs(
     Unstructured: for each block of columns, weights are chosen before its sweep, from the values updated so
     far, over all rows. `round(sparsity * n)` weights of the layer are pruned in all; after each block the
     number so far is the total times the share of live columns so far, rounded half up. NM: each group is
-    chosen when the sweep reaches it, from the current values. Ties keep the lower index (in a block: lower row, then
-    lower column).
+    chosen when the sweep reaches it, from the current values. Ties keep the lower index (in a block: lower
+    row, then lower column).
 
     Weights of dead inputs (H_jj = 0) have no cost: they are pruned first (if only some are, the lower indices
     are kept), and kept ones do not change.

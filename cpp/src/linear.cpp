@@ -31,6 +31,13 @@ void copy_padded(const MatmulKernels& m, const Input& x, std::size_t row, std::s
   std::fill(to + n, to + stride, 0.0f);
 }
 
+// `count` rows of x from row t on, each padded, to `to`, which is returned.
+const float* copy_padded_rows(const MatmulKernels& m, const Input& x, std::size_t t, std::size_t count,
+                              std::size_t cols, std::size_t stride, float* to) {
+  for (std::size_t i = 0; i < count; ++i) copy_padded(m, x, t + i, cols, stride, to + i * stride);
+  return to;
+}
+
 void by_bitmask(const MatmulKernels& m, const Form& form, const Input& x, std::size_t batch,
                 Epilogue epilogue, const Output& y) {
   constexpr std::size_t kRows = 4;  // of x at a time
@@ -46,11 +53,7 @@ void by_bitmask(const MatmulKernels& m, const Form& form, const Input& x, std::s
   for (std::size_t t = 0; t < batch; t += kRows) {
     const std::size_t here = std::min(kRows, batch - t);
     const float* from = static_cast<const float*>(x.data) + t * x.stride;
-    if (!as_it_came) {
-      for (std::size_t i = 0; i < here; ++i)
-        copy_padded(m, x, t + i, w.cols, x_stride, padded.data() + i * x_stride);
-      from = padded.data();
-    }
+    if (!as_it_came) from = copy_padded_rows(m, x, t, here, w.cols, x_stride, padded.data());
     for_each_task(tasks, worker_count(tasks, w.rows * w.cols >= kSerialBelow),
                   [&](std::size_t, std::size_t task) {
                     kernel.bitmask(w, task * step, std::min(w.rows, (task + 1) * step), from, x_stride, here,
@@ -87,11 +90,7 @@ void by_slots(const MatmulKernels& m, const Form& form, const Input& x, std::siz
   for (std::size_t t = 0; t < batch; t += kSlotBatch) {
     const std::size_t here = std::min(kSlotBatch, batch - t);
     const float* from = static_cast<const float*>(x.data) + t * x.stride;
-    if (!as_it_came) {
-      for (std::size_t i = 0; i < here; ++i)
-        copy_padded(m, x, t + i, w.cols, x_stride, padded.data() + i * x_stride);
-      from = padded.data();
-    }
+    if (!as_it_came) from = copy_padded_rows(m, x, t, here, w.cols, x_stride, padded.data());
     const std::size_t workers = worker_count(blocks, here * form.nnz() >= kSlotsSerialBelow);
     const bool finite = w.full && all_finite(from, here * x_stride);
     for_each_in_ranges(blocks, workers, [&](std::size_t block) {

@@ -119,6 +119,7 @@ void eliminate(const SweepBlock<T>& block, std::size_t j, T* rows,
                const std::uint8_t (*keep)[kMaxSweepColumns], T* errors,
                [[maybe_unused]] const T* const* scales) {
   using Lanes = typename LanesOf<T>::type;
+  const std::size_t cols = block.cols;  // a store to the rows might alias it
   const T* u = block.u + j * block.u_stride;
   typename Lanes::Reg factor[kSweepRows];
   [[maybe_unused]] T rounded[kSweepRows];
@@ -134,7 +135,7 @@ void eliminate(const SweepBlock<T>& block, std::size_t j, T* rows,
     errors[r * kMaxSweepColumns + j] = !kRounding && keep[r][j] != 0 ? T{0} : error;
     factor[r] = Lanes::set1(-errors[r * kMaxSweepColumns + j]);
   }
-  for (std::size_t i = j / Lanes::kLanes * Lanes::kLanes; i < block.cols; i += Lanes::kLanes) {
+  for (std::size_t i = j / Lanes::kLanes * Lanes::kLanes; i < cols; i += Lanes::kLanes) {
     const auto column = Lanes::load(u + i);
 #pragma GCC unroll 8
     for (std::size_t r = 0; r < kSweepRows; ++r) {
@@ -144,6 +145,13 @@ void eliminate(const SweepBlock<T>& block, std::size_t j, T* rows,
   }
   if constexpr (kRounding)
     for (std::size_t r = 0; r < kSweepRows; ++r) rows[r * kMaxSweepColumns + j] = rounded[r];
+}
+
+// `row` and `keep` are buffers of the sweep's own: without this promise a store would stand between any two
+// loads, and the loop has a branch per weight, which is mispredicted every other time.
+template <class T>
+void zero_pruned(T* __restrict row, const std::uint8_t* __restrict keep, std::size_t cols) {
+  for (std::size_t j = 0; j < cols; ++j) row[j] = keep[j] != 0 ? row[j] : T{0};
 }
 
 template <class T, bool kRounding>
@@ -172,8 +180,9 @@ void sweep(const SweepBlock<T>& block, std::size_t begin, std::size_t end) {
     }
     for (std::size_t r = 0; r < count; ++r) {
       const std::size_t place = (first + r) * block.stride;
-      for (std::size_t j = 0; j < block.cols; ++j)
-        block.w[place + j] = keep[r][j] != 0 ? rows[r * kMaxSweepColumns + j] : T{0};
+      T* row = rows + r * kMaxSweepColumns;
+      zero_pruned(row, keep[r], block.cols);
+      __builtin_memcpy(block.w + place, row, block.cols * sizeof(T));
       __builtin_memcpy(block.keep + place, keep[r], block.cols);
       __builtin_memcpy(block.errors + place, errors + r * kMaxSweepColumns, block.cols * sizeof(T));
     }

@@ -5,8 +5,11 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+import subprocess
+import sys
 from collections.abc import Callable
 from multiprocessing.reduction import ForkingPickler
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -55,6 +58,11 @@ COPIES: dict[str, Callable[[Any], Any]] = {
     "out": lambda w: torch.add(w, 0, out=torch.empty(w.shape)),
     "foreach": lambda w: torch._foreach_add([w], 0)[0],
     "apply_": lambda w: w.detach().apply_(lambda x: x).to_dense(),
+    "as_subclass": lambda w: w.as_subclass(Tensor).clone(),
+    "_make_subclass": lambda w: Tensor._make_subclass(Tensor, w.detach()).clone(),
+    "flattened": lambda w: torch._utils._flatten_dense_tensors([w]).view(w.shape),
+    "nested": lambda w: torch.nested.nested_tensor([w.detach()])[0],
+    "mkldnn": lambda w: w.to_mkldnn().to_dense(),
 }
 
 REFUSED: dict[str, Callable[[Any], Any]] = {
@@ -67,10 +75,14 @@ REFUSED: dict[str, Callable[[Any], Any]] = {
     "safetensors": lambda w: safetensors.save({"weight": w}),
     "a buffer": memoryview,
     "another shape": lambda w: w.detach().resize_(2, 2),
+    "data of a dense tensor": lambda w: setattr(torch.zeros(w.shape), "data", w),
+    "data of a Parameter": lambda w: setattr(nn.Parameter(torch.zeros(w.shape)), "data", w),
+    "set_data": lambda w: Tensor.data.__set__(torch.zeros(w.shape), w),  # type: ignore[attr-defined]
     "an axis more": lambda w: w.detach().unsqueeze_(0),
 }
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype:UserWarning")
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("how", COPIES)
 def test_copies_have_the_dense_numbers(how: str, shape: str) -> None:
@@ -124,6 +136,60 @@ def test_changes_by_apply() -> None:
     weight.detach()[3:].apply_(lambda x: 2 * x)
     dense.mul_(2)[3:].mul_(2)
     assert torch.equal(weight.to_dense(), dense)
+
+
+COLLECTIVES = """
+import sys, warnings
+import torch
+import torch.distributed as dist
+from torch import nn
+from sparsam.torch import pack
+
+warnings.simplefilter("ignore")
+dist.init_process_group("gloo", init_method=f"file://{sys.argv[1]}", rank=0, world_size=1)
+torch.manual_seed(0)
+layer = nn.Linear(8, 6)
+with torch.no_grad():
+    layer.weight[:, ::2] = 0
+dense = layer.weight.detach().clone()
+weight, out = pack(layer).weight, torch.zeros(6, 8)
+with torch.no_grad():
+    dist.broadcast(weight, 0)
+    dist.all_reduce(weight.data)
+    dist.reduce(weight, 0)
+    dist.all_reduce_coalesced([weight])
+    dist._broadcast_coalesced(dist.group.WORLD, [weight, weight.detach()], 1000, 0)
+    dist.scatter(weight, [dense])
+    for gather in (
+        lambda: dist.all_gather([out], weight),
+        lambda: dist.all_gather_into_tensor(out, weight),
+        lambda: dist.gather(weight, [out]),
+        lambda: dist.reduce_scatter_tensor(out, weight),
+        lambda: dist.all_to_all_single(out, weight),
+    ):
+        gather()
+        assert torch.equal(out.clone(), dense)
+        out.zero_()
+    dist.all_gather([weight], 2 * dense)
+    assert torch.equal(weight.to_dense(), 2 * dense)
+    model = nn.parallel.DistributedDataParallel(nn.Sequential(nn.Linear(8, 8), layer))
+    x = torch.randn(3, 8)
+    torch.testing.assert_close(model(x), nn.functional.linear(model.module[0](x), 2 * dense, layer.bias))
+try:
+    dist.scatter(out, [weight])
+except RuntimeError as error:
+    assert "data pointer" in str(error)
+else:
+    raise AssertionError("numbers from nowhere")
+dist.destroy_process_group()
+"""
+
+
+def test_collectives(tmp_path: Path) -> None:
+    """In a process of their own, which they would have ended."""
+    command = [sys.executable, "-c", COLLECTIVES, str(tmp_path / "rendezvous")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("shape", SHAPES)

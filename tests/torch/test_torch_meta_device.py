@@ -11,6 +11,7 @@ from typing import Any
 import accelerate as hugging_face_accelerate
 import pytest
 import safetensors.torch
+from torch.nn import utils
 from torch.nn.utils import prune
 from torch.nn.utils.parametrizations import weight_norm
 from torch_cases import conv_net, count_packed, mlp, pruned
@@ -65,12 +66,21 @@ def computed() -> tuple[nn.Module, Tensor]:
     return model.eval(), torch.randn(2, 4, 10)
 
 
+def hooked() -> tuple[nn.Module, Tensor]:
+    """Weights that hooks compute before each call, as weight norm and spectral norm were before PyTorch 2."""
+    spectral = utils.spectral_norm(nn.Linear(8, 8))
+    masked = prune.random_unstructured(nn.Linear(8, 8), "weight", 0.5)  # type: ignore[no-untyped-call]
+    model = nn.Sequential(utils.weight_norm(nn.Conv1d(4, 8, 3)), spectral, masked, nn.Linear(8, 8))
+    return pruned(model), torch.randn(2, 4, 10)
+
+
 MODELS: dict[str, Callable[[], tuple[nn.Module, Tensor]]] = {
     "mlp": lambda: (mlp(), torch.randn(3, 24)),
     "conv net": lambda: (conv_net(), torch.randn(2, 3, 8, 8)),
     "everything": everything,
     "gpt2": gpt2,
     "computed": computed,
+    "hooked": hooked,
 }
 
 
@@ -81,6 +91,7 @@ def outputs(model: nn.Module, x: Tensor) -> Tensor:
     return logits
 
 
+@pytest.mark.filterwarnings("ignore:`torch.nn.utils.weight_norm` is deprecated:FutureWarning")
 @pytest.mark.parametrize("build", MODELS.values(), ids=MODELS.keys())
 @pytest.mark.parametrize("place", ["meta", "empty weights"])
 @pytest.mark.parametrize("packed", [True, False])
@@ -98,6 +109,7 @@ def test_a_model_on_the_meta_device_gets_everything_from_the_file(
     with torch.device("meta") if place == "meta" else hugging_face_accelerate.init_empty_weights():
         fresh = build()[0]
     assert load(tmp_path, fresh) == count_packed(model)
+    assert not any(isinstance(t, Tensor) and t.is_meta for m in fresh.modules() for t in vars(m).values())
     assert torch.equal(outputs(fresh, x), outputs(model, x))
     assert {type(p) for p in fresh.parameters()} == {type(p) for p in model.parameters()}
     flags = {name: parameter.requires_grad for name, parameter in model.named_parameters()}

@@ -26,6 +26,17 @@ _NO_MEMORY = (
     "call sparsam.torch.restore(model) first"
 )
 _SAME = frozenset((_aten.detach.default, _aten.alias.default))
+# Where PyTorch takes the memory to be: then no dense tensor takes it over (`dense.data = packed` raises).
+_NOWHERE = torch.device("meta")
+
+
+class _Empty(Tensor):
+    """A tensor without memory, or of which PyTorch is to believe that."""
+
+    @classmethod
+    def __torch_dispatch__(cls, *_: Any, **__: Any) -> Any:  # type: ignore[override]
+        """Computes nothing."""
+        return NotImplemented
 
 
 class PackedTensor(Tensor):
@@ -54,8 +65,8 @@ class PackedTensor(Tensor):
         """For this package; use `pack`."""
         shape = content.layout.shape if like is None else like.shape
         with torch.inference_mode(False):  # a view is none of inference if its base is not
-            made: PackedTensor = Tensor._make_wrapper_subclass(
-                cls,
+            empty = Tensor._make_wrapper_subclass(
+                _Empty,
                 shape,
                 strides=None if like is None else like.stride(),
                 dtype=content.layout.dtype,
@@ -63,11 +74,13 @@ class PackedTensor(Tensor):
                 requires_grad=False,
                 storage_size=0,  # there is no dense memory
             )
+            with torch._C._DisableTorchDispatch():
+                made: Any = Tensor._make_subclass(cls, empty, False, device_for_backend_keys=_NOWHERE)
         torch._C._set_throw_on_mutable_data_ptr(made)  # an error for those that read memory, and no crash
         made._content = content
         made._views = views
         made._start = start
-        return made
+        return made  # type: ignore[no-any-return]
 
     def __init__(self, *_: Any, **__: Any) -> None:
         """Everything is done in `__new__`."""
@@ -243,8 +256,9 @@ class PackedTensor(Tensor):
         That is TorchScript, which saves the Parameters of what it traced.
         """
         dense = self.to_dense()
-        with torch.no_grad(), torch._C.DisableTorchFunctionSubclass(), torch._C._DisableTorchDispatch():
-            self.set_(dense.untyped_storage(), 0, dense.shape, dense.stride())
+        with torch.no_grad(), torch._C._DisableTorchDispatch():
+            held = Tensor._make_subclass(_Empty, dense, False, device_for_backend_keys=_NOWHERE)
+            Tensor.data.__set__(self, held)  # type: ignore[attr-defined]
 
     def tolist(self) -> Any:
         """The dense numbers."""

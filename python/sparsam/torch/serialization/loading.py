@@ -15,7 +15,7 @@ from sparsam.torch.layers.packed_weight import DTYPES
 from sparsam.torch.layers.packing import PROJECTIONS, groups, is_transposed, packable
 from sparsam.torch.serialization.encoding import Encoded
 from sparsam.torch.serialization.manifest import BITS, Manifest, dtype_name, place
-from sparsam.torch.serialization.meta_device import materialize, tie, unsaved_tensors
+from sparsam.torch.serialization.meta_device import compute, materialize, tie, unsaved_tensors
 from sparsam.torch.serialization.stored_weights import StoredWeights
 from torch import Tensor, nn
 
@@ -80,7 +80,9 @@ class Loaded:
             for name, value in self.buffers.items():
                 buffers[name].copy_(value)
             self.weights.unpack(model)
-            return self.weights.install(model)
+            installed = self.weights.install(model)
+            compute(model)
+            return installed
 
 
 def check_layers(manifest: Manifest, modules: Mapping[str, nn.Module]) -> None:

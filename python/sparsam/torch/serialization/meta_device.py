@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 from torch.nn.utils import prune
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 
 import torch
 from sparsam.torch.layers.packed_parameter import packed_parameters
 from torch import Tensor, nn
 
-__all__ = ["materialize", "tie", "unsaved_tensors"]
+__all__ = ["compute", "materialize", "tie", "unsaved_tensors"]
 
 
 def unsaved_tensors(model: nn.Module) -> Iterator[str]:
     """The names of the tensors on the meta device that are no Parameters: buffers and plain attributes."""
     for prefix, module in model.named_modules():
-        hooks = [
-            one for one in module._forward_pre_hooks.values() if isinstance(one, prune.BasePruningMethod)
-        ]
-        computed = {hook._tensor_name for hook in hooks}
+        computed = _computed(module)
         for own in (module._buffers, vars(module)):
             for name, value in own.items():
                 if isinstance(value, Tensor) and value.is_meta and name not in computed:
@@ -71,6 +71,32 @@ def materialize(model: nn.Module) -> None:
             else:
                 empty = _like(dense, torch.empty(0, dtype=dense.dtype, device="cpu"))
                 content.original, content.released = empty, True  # type: ignore[assignment]
+
+
+def compute(model: nn.Module) -> None:
+    """Computes the weights on the meta device that hooks of torch.nn.utils would compute in the next call."""
+    for module in model.modules():
+        for name, hook in _computed(module).items():
+            if not getattr(module, name).is_meta:
+                continue
+            if isinstance(hook, SpectralNorm):
+                value = hook.compute_weight(module, do_power_iteration=False)  # as it was when it was saved
+            elif isinstance(hook, WeightNorm):
+                value = hook.compute_weight(module)
+            else:
+                value = hook.apply_mask(module)
+            setattr(module, name, value)
+
+
+def _computed(module: nn.Module) -> dict[str, Any]:
+    """The hooks of torch.nn.utils that compute a weight before each call, by its name."""
+    found: dict[str, Any] = {}
+    for hook in module._forward_pre_hooks.values():
+        if isinstance(hook, prune.BasePruningMethod):
+            found[hook._tensor_name] = hook
+        elif isinstance(hook, (SpectralNorm, WeightNorm)):
+            found[hook.name] = hook
+    return found
 
 
 def _like(old: Tensor, new: Tensor) -> Tensor:

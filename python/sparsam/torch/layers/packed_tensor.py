@@ -14,7 +14,8 @@ from sparsam.sparse.dispatch import Explanation
 from sparsam.torch.layers import products, recurrent
 from sparsam.torch.layers.packed_content import Content, Layout, pack_dense
 from sparsam.torch.layers.packed_weight import DTYPES, VALUES, PackedWeight
-from sparsam.torch.layers.tensor_views import change, follow, meta, view
+from sparsam.torch.layers.tensor_views import change, follow, give_memory, meta, view, without_memory
+from sparsam.torch.layers.unpacked_tensor import is_foreign
 from torch import Tensor, nn
 
 __all__ = ["PackedTensor"]
@@ -26,17 +27,6 @@ _NO_MEMORY = (
     "call sparsam.torch.restore(model) first"
 )
 _SAME = frozenset((_aten.detach.default, _aten.alias.default))
-# Where PyTorch takes the memory to be: then no dense tensor takes it over (`dense.data = packed` raises).
-_NOWHERE = torch.device("meta")
-
-
-class _Empty(Tensor):
-    """A tensor without memory, or of which PyTorch is to believe that."""
-
-    @classmethod
-    def __torch_dispatch__(cls, *_: Any, **__: Any) -> Any:  # type: ignore[override]
-        """Computes nothing."""
-        return NotImplemented
 
 
 class PackedTensor(Tensor):
@@ -64,23 +54,15 @@ class PackedTensor(Tensor):
     ) -> PackedTensor:
         """For this package; use `pack`."""
         shape = content.layout.shape if like is None else like.shape
+        strides = None if like is None else like.stride()
         with torch.inference_mode(False):  # a view is none of inference if its base is not
-            empty = Tensor._make_wrapper_subclass(
-                _Empty,
-                shape,
-                strides=None if like is None else like.stride(),
-                dtype=content.layout.dtype,
-                device=content.data.device,
-                requires_grad=False,
-                storage_size=0,  # there is no dense memory
+            made: PackedTensor = without_memory(
+                cls, shape, strides, content.layout.dtype, content.data.device
             )
-            with torch._C._DisableTorchDispatch():
-                made: Any = Tensor._make_subclass(cls, empty, False, device_for_backend_keys=_NOWHERE)
-        torch._C._set_throw_on_mutable_data_ptr(made)  # an error for those that read memory, and no crash
         made._content = content
         made._views = views
         made._start = start
-        return made  # type: ignore[no-any-return]
+        return made
 
     def __init__(self, *_: Any, **__: Any) -> None:
         """Everything is done in `__new__`."""
@@ -122,6 +104,10 @@ class PackedTensor(Tensor):
             raise ValueError(msg)
         if weight.layout is not torch.strided:
             msg = f"weight: expected a dense tensor; got {weight.layout}; use weight.to_dense()"
+            raise TypeError(msg)
+        if is_foreign(weight):
+            kind = type(weight).__name__
+            msg = f"weight: expected a dense tensor; got one of class {kind}; leave it as it is"
             raise TypeError(msg)
         layout = Layout(tuple(weight.shape), weight.dtype, groups, transposed)
         is_parameter = isinstance(weight, nn.Parameter)
@@ -255,10 +241,8 @@ class PackedTensor(Tensor):
 
         That is TorchScript, which saves the Parameters of what it traced.
         """
-        dense = self.to_dense()
-        with torch.no_grad(), torch._C._DisableTorchDispatch():
-            held = Tensor._make_subclass(_Empty, dense, False, device_for_backend_keys=_NOWHERE)
-            Tensor.data.__set__(self, held)  # type: ignore[attr-defined]
+        with torch.no_grad():
+            give_memory(self, self.to_dense())
 
     def tolist(self) -> Any:
         """The dense numbers."""

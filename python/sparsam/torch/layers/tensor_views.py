@@ -1,7 +1,8 @@
-"""Views of packed tensors, and changes of packed tensors and views in place."""
+"""Tensors without memory, views of packed tensors, and changes of packed tensors and views in place."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch.utils import _pytree as pytree
@@ -10,7 +11,43 @@ import torch
 from sparsam.torch.layers.packed_content import Content
 from torch import Tensor
 
-__all__ = ["change", "follow", "meta", "view", "written"]
+__all__ = ["change", "follow", "give_memory", "meta", "view", "without_memory", "written"]
+
+# Where PyTorch takes the memory to be: then no dense tensor takes it over (`dense.data = packed` raises).
+_NOWHERE = torch.device("meta")
+
+
+class _Empty(Tensor):
+    """A tensor without memory, or of which PyTorch is to believe that."""
+
+    @classmethod
+    def __torch_dispatch__(cls, *_: Any, **__: Any) -> Any:  # type: ignore[override]
+        """Computes nothing."""
+        return NotImplemented
+
+
+def without_memory(
+    kind: type[Any],
+    shape: Sequence[int],
+    strides: Sequence[int] | None,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Any:
+    """A tensor of a class with functions of its own; whoever reads its memory gets an error."""
+    empty = Tensor._make_wrapper_subclass(
+        _Empty, shape, strides=strides, dtype=dtype, device=device, requires_grad=False, storage_size=0
+    )
+    with torch._C._DisableTorchDispatch():
+        made: Any = Tensor._make_subclass(kind, empty, False, device_for_backend_keys=_NOWHERE)
+    torch._C._set_throw_on_mutable_data_ptr(made)
+    return made
+
+
+def give_memory(made: Tensor, dense: Tensor) -> None:
+    """Gives a tensor of `without_memory` the memory of a dense one."""
+    with torch._C._DisableTorchDispatch():
+        held = Tensor._make_subclass(_Empty, dense, False, device_for_backend_keys=_NOWHERE)
+        Tensor.data.__set__(made, held)  # type: ignore[attr-defined]
 
 
 def meta(tensor: Tensor) -> Tensor:

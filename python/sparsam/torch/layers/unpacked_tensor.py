@@ -12,7 +12,13 @@ from sparsam.torch.layers.packed_content import Content
 from sparsam.torch.layers.tensor_views import written
 from torch import Tensor, nn
 
-__all__ = ["UnpackedTensor"]
+__all__ = ["UnpackedTensor", "is_foreign"]
+
+
+def is_foreign(tensor: Tensor) -> bool:
+    """Whether a class of another library computes with it, as torchao's do: it is no dense memory then."""
+    own = type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__
+    return own and not isinstance(tensor, UnpackedTensor) and not hasattr(tensor, "_content")
 
 
 class _Whole:

@@ -15,6 +15,7 @@ from sparsam.inputs.checks import expected, positive
 from sparsam.pruner import prune_pools
 from sparsam.report import measure
 from sparsam.torch.layers.packed_weight import from_array, to_array
+from sparsam.torch.layers.unpacked_tensor import is_foreign
 from sparsam.torch.pruning.calibration import Batch, distinct_tokens, read_calibration
 from sparsam.torch.pruning.gradients import GRADIENT_METHODS, gradient_scorer
 from sparsam.torch.pruning.input_scores import dense_input_scores
@@ -250,7 +251,7 @@ def _install(model: nn.Module, pruned: Twin) -> None:
         try:
             for name, tensor in ours.items():
                 new = theirs.get(name)
-                if new is None or new is tensor or torch.equal(new, tensor):
+                if new is None or new is tensor or is_foreign(tensor) or torch.equal(new, tensor):
                     continue
                 old.append((tensor, tensor.detach().clone()))
                 tensor.copy_(new)
@@ -275,9 +276,9 @@ def _report(
             continue
         if name in dense and dense[name].startswith("the same as"):
             continue
-        array = to_array(parameter.detach()) if parameter.layout is torch.strided else None
-        if array is None:
+        if parameter.layout is not torch.strided or is_foreign(parameter):
             continue
+        array = to_array(parameter.detach())
         pool = plan.pool_of.get(name)
         stats = measure(
             name, array, pruned=None if pool else 0, pattern="dense" if pool is None else str(pool.pattern)

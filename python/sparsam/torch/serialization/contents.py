@@ -12,6 +12,7 @@ from sparsam.torch.layers.packed_parameter import packed_parameters
 from sparsam.torch.layers.packed_tensor import PackedTensor
 from sparsam.torch.layers.packed_weight import DTYPES
 from sparsam.torch.layers.packing import PackedLayer
+from sparsam.torch.layers.unpacked_tensor import is_foreign
 from sparsam.torch.serialization.encoding import Encoded, encode, encode_packed
 from sparsam.torch.serialization.manifest import BITS, Layer, Manifest, Weight, dtype_name
 from torch import Tensor, nn
@@ -119,8 +120,9 @@ def _state(model: nn.Module, ignored: Collection[str]) -> dict[str, Tensor]:
     """The state dict, packed weights as they are."""
     state = {name: value for name, value in model.state_dict(keep_vars=True).items() if name not in ignored}
     for name, value in state.items():
-        if not isinstance(value, Tensor) or value.layout is not torch.strided or value.is_quantized:
-            got = type(value).__name__ if not isinstance(value, Tensor) else f"one that is {value.layout}"
+        foreign = not isinstance(value, Tensor) or is_foreign(value)
+        if foreign or value.layout is not torch.strided or value.is_quantized:
+            got = type(value).__name__ if foreign else f"one that is {value.layout}"
             msg = f"{name}: expected a dense tensor in the state dict; got {got}; save it apart"
             raise TypeError(msg)
         if value.is_meta:

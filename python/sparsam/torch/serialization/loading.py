@@ -13,6 +13,7 @@ import torch
 from sparsam.torch.acceleration.fusion import recognise_activation
 from sparsam.torch.layers.packed_weight import DTYPES
 from sparsam.torch.layers.packing import PROJECTIONS, groups, is_transposed, packable
+from sparsam.torch.layers.unpacked_tensor import is_foreign
 from sparsam.torch.serialization.encoding import Encoded
 from sparsam.torch.serialization.manifest import BITS, Manifest, dtype_name, place
 from sparsam.torch.serialization.meta_device import compute, materialize, tie, unsaved_tensors
@@ -168,6 +169,9 @@ def _check_tensor(name: str, own: Any, manifest: Manifest, rest: Mapping[str, Te
     if not isinstance(own, Tensor) or (tuple(own.shape), dtype_name(own.dtype)) != (shape, dtype):
         came = f"{tuple(own.shape)} {dtype_name(own.dtype)}" if isinstance(own, Tensor) else "no tensor"
         msg = f"tensor {name!r}: expected {shape} {dtype} in the model; got {came}; {_DO}"
+        raise ValueError(msg)
+    if is_foreign(own):
+        msg = f"tensor {name!r}: expected a dense one in the model; got a {type(own).__name__}; {_DO}"
         raise ValueError(msg)
     if weight is not None and own.device.type not in {"cpu", "meta"}:
         msg = f"tensor {name!r}: expected it on the CPU; got it on {own.device}; move the model with .cpu()"

@@ -9,7 +9,7 @@ import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, TypeAlias
 
@@ -35,6 +35,7 @@ __all__ = [
     "count_shard",
     "needed",
     "prune_shard",
+    "read_tensor",
     "sample_shard",
 ]
 
@@ -95,6 +96,7 @@ class PruneTask:
         shown: Tensor -> its pattern in words.
         memory: Bytes for the buffers.
         run: A word that no other run has: the part of a name.
+        values: Tensor -> what gives its new values, in its shape and dtype, for those that are fitted.
     """
 
     layout: Layout
@@ -105,6 +107,7 @@ class PruneTask:
     shown: Mapping[str, str]
     memory: int
     run: str
+    values: Mapping[str, Callable[[], NDArray[Any]]] = field(default_factory=dict)
 
 
 def sample_shard(task: SampleTask, advance: Advance = _nothing) -> NDArray[np.float64]:
@@ -117,7 +120,7 @@ def sample_shard(task: SampleTask, advance: Advance = _nothing) -> NDArray[np.fl
             if task.ranking.reads_weights:
                 runs = _read_runs(source, entry, wanted, seed)
             else:
-                values = task.ranking.values(entry.name, _read(source, entry)).reshape(-1)
+                values = task.ranking.values(entry.name, read_tensor(source, entry)).reshape(-1)
                 starts = run_starts(values.size, wanted, seed)
                 runs = values[np.minimum(starts[:, None] + np.arange(RUN), values.size - 1)].reshape(-1)
             drawn.append(np.abs(runs.astype(np.float64)))
@@ -133,7 +136,7 @@ def count_shard(task: CountTask, advance: Advance = _nothing) -> dict[str, Count
     buffer = np.empty(max((entry.nbytes for entry in entries), default=0), np.uint8)
     with task.layout.file.open("rb", buffering=0) as source:
         for entry in entries:
-            array = _read(source, entry, buffer)
+            array = read_tensor(source, entry, buffer)
             counts[entry.name] = task.ranking.count(
                 entry.name, array, task.low, task.high, task.room[entry.name]
             )
@@ -239,7 +242,7 @@ def _pieces(task: PruneTask, done: int) -> Iterator[list[Part]]:
     limit = min(PIECE, max(task.memory // 4, 1 << 16))
     piece: list[Part] = []
     for entry in task.layout.entries[done:]:
-        chosen = entry.name in task.pools or entry.name in task.cuts
+        chosen = any(entry.name in those for those in (task.pools, task.cuts, task.values))
         step = max(entry.nbytes if chosen else limit, 1)
         for begin in range(entry.begin, max(entry.end, entry.begin + 1), step):
             part = Part(entry, begin, min(begin + step, entry.end))
@@ -267,6 +270,10 @@ def _prune_piece(
         if name in task.cuts:
             cut, ranking = task.cuts[name]
             pruned[name], nonzero[name] = ranking.apply(name, array, cut)
+        elif name in task.values:
+            array[...] = task.values[name]()
+            nonzero[name] = count_nonzero(array)
+            pruned[name] = array.size - nonzero[name] if name in task.shown else 0
     layers = []
     for entry, begin, end in piece:
         name, kind = entry.name, entry.numpy_dtype
@@ -295,7 +302,7 @@ def _view(data: NDArray[np.uint8], part: Part) -> NDArray[Any]:
     return data.view(kind).reshape(part.entry.shape if whole else -1)
 
 
-def _read(source: BinaryIO, entry: Entry, buffer: NDArray[np.uint8] | None = None) -> NDArray[Any]:
+def read_tensor(source: BinaryIO, entry: Entry, buffer: NDArray[np.uint8] | None = None) -> NDArray[Any]:
     """A tensor of a file; it lies in the buffer, if one is given."""
     data = np.empty(entry.nbytes, np.uint8) if buffer is None else buffer[: entry.nbytes]
     _read_into(source, entry.begin, data)

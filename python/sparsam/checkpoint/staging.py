@@ -34,7 +34,7 @@ class _State(Document, frozen=True):
 
 
 class Staging:
-    """The folder of one run: `files` is where its results grow."""
+    """The folder of one run: its results grow in `files`, and `work` has what it needs for them."""
 
     def __init__(self, folder: Path, target: Path, *, is_folder: bool, run: str) -> None:
         """Takes the folder; `open_staging` makes it."""
@@ -42,7 +42,7 @@ class Staging:
         self._target = target
         self._is_folder = is_folder
         self._run = run
-        self.files = folder / "files"
+        self.files, self.work = folder / "files", folder / "work"
         self.finished = ""
 
     @property
@@ -69,6 +69,7 @@ class Staging:
                     shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
             self._write(notes="", moving=False)
         self.files.mkdir(exist_ok=True)
+        self.work.mkdir(exist_ok=True)
 
     def finish(self, notes: str) -> None:
         """Moves all files to their places."""

@@ -36,7 +36,7 @@ from sparsam.inputs.messages import LOGGER
 from sparsam.pools import Pool
 from sparsam.report import LayerStats, Report
 
-__all__ = ["Progress", "prune_files"]
+__all__ = ["Progress", "name_files", "parts_of", "prune_files", "target_of"]
 
 StrPath: TypeAlias = "str | os.PathLike[str]"
 Progress: TypeAlias = Callable[[str, int, int], object]
@@ -97,10 +97,8 @@ def prune_files(
         raise TypeError(msg)
     limit = parse_size("memory", memory)
     file, shards = resolve(src)
-    layouts = [read_layout(part) for part in _parts(file, shards)]
-    target, is_folder = _target(dst, shards)
-    if is_folder:
-        check_readable(target, shards)
+    layouts = [read_layout(part) for part in parts_of(file, shards)]
+    target, is_folder = target_of(dst, shards)
     plan = Plan.of(layouts, settings, stacklevel=2)
     plan.check_memory(limit)
     with open_staging(target, is_folder=is_folder, run=_identity(plan, src)) as staging:
@@ -112,32 +110,39 @@ def prune_files(
         else:
             staging.note(msgspec.json.encode(run.find_thresholds()).decode())
         report = run.prune(decode(staging.notes, _Thresholds, str(target), "delete what the run left"))
-        for extra in staging.files.glob("*.done"):
-            extra.unlink()
-        if shards is not None:
-            (staging.files / shards.index_name).write_bytes(file.read_bytes())
-        elif is_folder:
-            (staging.files / file.name).rename(staging.files / FILE_NAME)
+        name_files(staging.files, file, shards, is_folder=is_folder)
         if is_folder and Path(src).is_dir():
             companions.copy(Path(src), staging.files, leave=target)
         staging.finish(msgspec.json.encode(report.layers).decode())
         return report
 
 
+def name_files(files: Path, file: Path, shards: Shards | None, *, is_folder: bool) -> None:
+    """Gives the shards in a folder, all of them complete, the names and the index of a checkpoint."""
+    for extra in files.glob("*.done"):
+        extra.unlink()
+    if shards is not None:
+        (files / shards.index_name).write_bytes(file.read_bytes())
+    elif is_folder:
+        (files / file.name).rename(files / FILE_NAME)
+
+
 def _silent(what: str, done: int, total: int) -> None:
     """The default progress function."""
 
 
-def _parts(file: Path, shards: Shards | None) -> list[Path]:
+def parts_of(file: Path, shards: Shards | None) -> list[Path]:
+    """The files with tensors."""
     return [file] if shards is None else [file.parent / shard for shard in shards.metadata]
 
 
-def _target(dst: StrPath, shards: Shards | None) -> tuple[Path, bool]:
-    """The file or folder to make, and whether it is a folder."""
+def target_of(dst: StrPath, shards: Shards | None) -> tuple[Path, bool]:
+    """The file or folder to make, and whether it is a folder; ValueError if it would not be readable."""
     target = Path(dst)
     if shards is None and target.is_file():
         return target, False
     if target.is_dir() or target.suffix not in {".safetensors", ".json"}:
+        check_readable(target, shards)
         return target, True
     if shards is not None or target.suffix != ".safetensors":
         wanted = "a directory, for several shards" if shards else "a directory, or a name in .safetensors"

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from sparsam.torch.compression.workflow import compress
     from sparsam.torch.pruning.distillation import distill
     from sparsam.torch.pruning.distillation_report import DistillationReport
+    from sparsam.torch.pruning.from_files.workflow import prune_files
     from sparsam.torch.pruning.latency import LatencyPlan, latency_plan
     from sparsam.torch.pruning.one_shot import prune
     from sparsam.torch.pruning.pruning_report import PruningReport
@@ -68,6 +69,7 @@ else:
             "latency_plan": "sparsam.torch.pruning.latency",
             "lightning_callback": "sparsam.torch.pruning.training_callbacks",
             "prune": "sparsam.torch.pruning.one_shot",
+            "prune_files": "sparsam.torch.pruning.from_files.workflow",
             "pruning": "sparsam.torch.pruning",
             "compression": "sparsam.torch.compression",
             "shrink": "sparsam.torch.pruning.structured.workflow",
@@ -99,6 +101,7 @@ __all__ = [
     "load",
     "pack",
     "prune",
+    "prune_files",
     "restore",
     "save",
     "shrink",

@@ -18,7 +18,7 @@ from sparsam import Unstructured
 from sparsam.reconstruction.sequential import LayerProblem, fit_layer
 from sparsam.statistics import InputStatistics
 from sparsam.torch import prune
-from sparsam.torch.pruning import one_shot
+from sparsam.torch.pruning import sequence_run
 from sparsam.torch.pruning.prunable import prunable_weights
 from sparsam.torch.pruning.twins import Twin
 from torch import Tensor, nn
@@ -88,7 +88,7 @@ def reference(model: Net, batches: list[Tensor], sparsity: float) -> Net:
 def test_each_layer_sees_the_pruned_network_and_aims_at_the_dense_one(
     sparsity: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(one_shot, "_ROWS_PER_INPUT", 1)
+    monkeypatch.setattr(sequence_run, "_ROWS_PER_INPUT", 1)
     model, batches = net()
     want = reference(model, batches, sparsity)
     prune(model, None, batches, target_sparsity=sparsity)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import itertools
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sized
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Batch", "distinct_tokens", "read_calibration", "to_batch"]
+__all__ = ["Batch", "describe", "distinct_tokens", "read_calibration", "to_batch"]
 
 _FORMS = "tensors, tuples of inputs or mappings of keyword inputs"
 
@@ -189,3 +189,10 @@ def distinct_tokens(batches: Iterable[Batch]) -> tuple[int, int] | None:
         found.append(flat if mask is None else flat[mask])
     tokens = torch.cat(found)
     return int(torch.unique(tokens).numel()), int(tokens.numel())
+
+
+def describe(batches: Sequence[Batch]) -> str:
+    """How much there is, for a report."""
+    text = f"{sum(batch.samples for batch in batches)} samples in {len(batches)} batches"
+    tokens = distinct_tokens(batches)
+    return text if tokens is None else f"{text}, {tokens[1]} tokens, {tokens[0]} of them distinct"

@@ -3,12 +3,23 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from weakref import ref
 
 import torch
 from sparsam.torch.pruning.calibration import Batch
-from sparsam.torch.pruning.forward_passes import Pass, Rectifier, Residual, Slots, Tracked, advance, end
+from sparsam.torch.pruning.forward_passes import (
+    Ended,
+    Gate,
+    Pass,
+    Rectifier,
+    Residual,
+    Slots,
+    Tracked,
+    advance,
+    end,
+)
 from sparsam.torch.pruning.layer_inputs import Inputs
 from sparsam.torch.pruning.prunable import PrunableWeight
 from sparsam.torch.pruning.unfolded_rows import unfolding
@@ -53,9 +64,18 @@ class CallPlan:
 
 
 def plan_calls(
-    network: nn.Module, batches: Sequence[Batch], weights: Mapping[str, PrunableWeight]
+    network: nn.Module,
+    batches: Sequence[Batch],
+    weights: Mapping[str, PrunableWeight],
+    move: Callable[[Collection[Pass]], None] = advance,
 ) -> CallPlan:
     """Runs batches through the dense network until every weight has been called.
+
+    Args:
+        network: The network.
+        batches: The calibration.
+        weights: What is watched.
+        move: Lets passes continue.
 
     Raises:
         ValueError: No batch reaches a weight.
@@ -64,7 +84,7 @@ def plan_calls(
     for index, batch in enumerate(batches):
         trace = _Trace(network, batch, index, plan, weights)
         try:
-            advance([trace])
+            move([trace])
         finally:
             end([trace])
         trace.settle()
@@ -95,7 +115,7 @@ class _Trace(Pass):
         self.calls: Counter[str] = Counter()
         self._plan = plan
         self._known = {name for group in plan.groups for name in group.names}
-        self._inputs: list[tuple[Inputs, int, Group]] = []  # alive, so that no other tensor has their ids
+        self._inputs: list[tuple[ref[Tensor], int, Group]] = []
         self._sums: set[str] = set()
         self._norms: dict[str, Tensor] = {}
         self._rectified: dict[str, Rectifier | None] = {}
@@ -113,15 +133,21 @@ class _Trace(Pass):
         if len(given) == 1:
             for known, version, group in self._inputs:
                 same = unfolding(self._weights[group.names[0]]) == unfolding(self._weights[name])
-                if same and known[0] is given[0] and _version(known[0]) == version:
+                if same and known() is given[0] and _version(given[0]) == version:
                     group.names.append(name)
                     return
         group = Group([name])
         self._plan.groups.append(group)
         if len(given) == 1:
-            self._inputs.append((given, _version(given[0]), group))
+            self._inputs.append((ref(given[0]), _version(given[0]), group))
         # A later call: sums of earlier outputs are no longer expected.
         self._pending.clear()
+        self._given = {name: self._given[name]}
+
+    def enter(self, gate: Gate) -> None:
+        if gate.head and self.calls.keys() >= self._weights.keys():
+            raise Ended  # a vocabulary long, and there is nothing to see
+        super().enter(gate)
 
     def after(self, name: str, output: Callable[[], Tensor | None]) -> None:
         if self.calls[name] == 1 and name not in self._known and (given := output()) is not None:

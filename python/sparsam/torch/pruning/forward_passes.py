@@ -20,7 +20,7 @@ from sparsam.torch.pruning.calibration import Batch
 from sparsam.torch.pruning.layer_inputs import Inputs
 from torch import Tensor, nn
 
-__all__ = ["Pass", "Rectifier", "Residual", "Slots", "Tracked", "advance", "current_pass", "end"]
+__all__ = ["Gate", "Pass", "Rectifier", "Residual", "Slots", "Tracked", "advance", "current_pass", "end"]
 
 _SUMS = ("add", "add_", "__add__", "__iadd__", "__radd__")
 _SAME = ("dropout", "contiguous")
@@ -34,8 +34,22 @@ def current_pass() -> Pass | None:
     return found
 
 
-class _Ended(BaseException):
+class Ended(BaseException):
     """Raised in a pass that is not needed any more."""
+
+
+class Gate:
+    """The entry of a part of a network, at which passes wait while the part is not in memory.
+
+    Attributes:
+        open: Whether it is in memory.
+        head: Whether it is the output layer of a language model, of which nothing is pruned.
+        inside: The passes that are in it.
+    """
+
+    def __init__(self, *, head: bool) -> None:
+        self.open, self.head = False, head
+        self.inside: set[Pass] = set()
 
 
 class Tracked:
@@ -120,11 +134,13 @@ class Pass:
     Attributes:
         batch: The batch.
         finished: Whether the pass has ended.
+        gate: The gate at which it waits, if it waits at one.
     """
 
     def __init__(self, network: nn.Module, batch: Batch, index: int, slots: Slots) -> None:
         self.batch = batch
         self.finished = False
+        self.gate: Gate | None = None
         self._network, self._index, self._slots = network, index, slots
         self._go, self._stopped = threading.Semaphore(0), threading.Semaphore(0)
         self._ended = False
@@ -161,6 +177,18 @@ class Pass:
         """Starts to track an output."""
         self._tracked[id(output)] = Tracked(name, output)
 
+    def enter(self, gate: Gate) -> None:
+        """Waits until a gate is open, and goes in."""
+        if not gate.open:
+            self.gate = gate
+            self.wait()
+            self.gate = None
+        gate.inside.add(self)
+
+    def leave(self, gate: Gate) -> None:
+        """Comes out of a gate, if it is inside."""
+        gate.inside.discard(self)
+
     def wait(self) -> None:
         """Waits in the thread of the pass until it is resumed."""
         _active.current = None
@@ -169,10 +197,15 @@ class Pass:
         self._go.acquire()
         self._slots.__enter__()
         if self._ended:
-            raise _Ended
+            raise Ended
         _active.current = self
 
     # The methods below are called by the thread that prunes.
+
+    @property
+    def begun(self) -> bool:
+        """Whether the pass has been resumed once."""
+        return self._thread is not None
 
     def resume(self) -> None:
         """Lets the pass continue."""
@@ -208,7 +241,7 @@ class Pass:
                 _active.current = self
                 with _Watch(self):
                     self._network(*self.batch.args, **self.batch.kwargs)
-        except _Ended:
+        except Ended:
             pass
         except ValueError as error:
             self._error = error

@@ -61,6 +61,15 @@ class NewLayer:
     damping: float | None
     targets: str
 
+    def put(self, rows: Rows) -> None:
+        """Gives them to the weight."""
+        bias = None if self.bias is None else torch.from_numpy(self.bias)
+        rows.put(torch.from_numpy(self.weights), bias)
+
+    def without_values(self) -> NewLayer:
+        """What a report says of it."""
+        return replace(self, weights=np.empty(0), bias=None)
+
 
 @dataclass(frozen=True)
 class Method:

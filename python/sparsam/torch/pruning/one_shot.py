@@ -16,10 +16,10 @@ from sparsam.pruner import prune_pools
 from sparsam.report import measure
 from sparsam.torch.layers.packed_weight import from_array, to_array
 from sparsam.torch.layers.unpacked_tensor import is_foreign
-from sparsam.torch.pruning.calibration import Batch, distinct_tokens, read_calibration
+from sparsam.torch.pruning.calibration import Batch, describe, read_calibration
 from sparsam.torch.pruning.gradients import GRADIENT_METHODS, gradient_scorer
 from sparsam.torch.pruning.input_scores import dense_input_scores
-from sparsam.torch.pruning.layer_fits import NewLayer, fit_group
+from sparsam.torch.pruning.layer_fits import NewLayer
 from sparsam.torch.pruning.norm_statistics import estimate_norms
 from sparsam.torch.pruning.progress_bar import ProgressBar
 from sparsam.torch.pruning.prunable import named_weights, prunable_weights
@@ -27,6 +27,7 @@ from sparsam.torch.pruning.prune_plan import PrunePlan, check_options, check_val
 from sparsam.torch.pruning.pruning_report import PruningReport, described
 from sparsam.torch.pruning.saved_progress import SavedProgress, identify
 from sparsam.torch.pruning.sequence import LayerSequence
+from sparsam.torch.pruning.sequence_run import alike, prune_in_sequence
 from sparsam.torch.pruning.spilling import spill_outputs
 from sparsam.torch.pruning.twins import Twin
 from torch import Tensor, nn
@@ -35,12 +36,6 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 __all__ = ["prune"]
-
-_ROWS_PER_INPUT = 2  # rows of calibration per input of a layer, below which its own targets are safer
-_DISTINCT, _VOCABULARY = (
-    0.08,
-    0.25,
-)  # shares of all tokens, and of the vocabulary, below which texts are alike
 
 
 def prune(
@@ -143,7 +138,7 @@ def prune(
     pruned = Twin(model, weights)
     known: dict[str, NewLayer] = {}
     if plan.by_layer and batches is not None:
-        if targets == "dense" and plan.method.reconstructs and (text := _alike(model, batches)):
+        if targets == "dense" and plan.method.reconstructs and (text := alike(model, batches)):
             said.append(text)
             targets = "own"
         reference = Twin(model, weights) if targets == "dense" and plan.method.reconstructs else None
@@ -155,7 +150,9 @@ def prune(
         if state_dir is not None:
             settings = targets if values is None else f"{targets} {values} {group}"
             saved = SavedProgress(state_dir, identify(model, batches, given, settings))
-        known = _in_sequence(pruned, reference, batches, plan, executor, saved, progress, said)
+        bar = ProgressBar(len(plan.weights), show=progress)
+        with LayerSequence(pruned, reference, batches) as sequence:
+            known = prune_in_sequence(sequence, plan, executor, saved, bar.step, said)
     else:
         _at_once(model, pruned, batches, plan, loss_fn, progress)
     if estimate_batch_norm and batches is not None:
@@ -167,47 +164,6 @@ def prune(
 
 
 _NORM_BUFFERS = ("running_mean", "running_var", "num_batches_tracked")  # pruning may change these
-
-
-def _in_sequence(
-    pruned: Twin,
-    reference: Twin | None,
-    batches: Sequence[Batch],
-    plan: PrunePlan,
-    executor: Executor | None,
-    saved: SavedProgress | None,
-    progress: bool,
-    said: list[str],
-) -> dict[str, NewLayer]:
-    """Prunes layer after layer in the twin."""
-    bar = ProgressBar(len(plan.weights), show=progress)
-    known: dict[str, NewLayer] = {}
-    short: list[tuple[str, int, int]] = []
-    with LayerSequence(pruned, reference, batches) as sequence:
-        for place, group in enumerate(sequence.groups):
-            layers = {name: sequence.layers[name] for name in group.names}
-            found = None if saved is None else saved.load(place, group.names)
-            skipped = found is not None
-            if found is None:
-                statistics = sequence.gather(group)
-                fitted = statistics.parts[0][0]
-                if statistics.targets and fitted.count < _ROWS_PER_INPUT * fitted.in_features:
-                    statistics.targets.clear()
-                    short.append((group.names[0], fitted.count, fitted.in_features))
-                found = fit_group(
-                    statistics, layers, plan.pool_of, plan.method, executor, sequence.rectified(group)
-                )
-                if saved is not None:
-                    saved.save(place, found)
-            for new in found:
-                bias = None if new.bias is None else torch.from_numpy(new.bias)
-                layers[new.name].put(torch.from_numpy(new.weights), bias)
-                known[new.name] = new
-            sequence.settle(group)
-            bar.step(group.names[-1], len(group.names), skipped=skipped)
-    if short:
-        said.append(_short(*short[0], others=len(short) - 1))
-    return known
 
 
 def _at_once(
@@ -284,37 +240,8 @@ def _report(
             name, array, pruned=None if pool else 0, pattern="dense" if pool is None else str(pool.pattern)
         )
         rows.append(described(stats, known.get(name), dense.get(name, "")))
-    text = ""
-    if batches is not None:
-        tokens = distinct_tokens(batches)
-        text = f"{sum(batch.samples for batch in batches)} samples in {len(batches)} batches"
-        if tokens is not None:
-            text += f", {tokens[1]} tokens, {tokens[0]} of them distinct"
+    text = "" if batches is None else describe(batches)
     return PruningReport(rows, text, seconds, said, plan.method.values or "")
-
-
-def _alike(model: nn.Module, batches: Sequence[Batch]) -> str:
-    """The warning if the texts of the calibration are too similar."""
-    tokens = distinct_tokens(batches)
-    if tokens is None:
-        return ""
-    distinct, total = tokens
-    tables = [module.num_embeddings for module in model.modules() if isinstance(module, nn.Embedding)]
-    if distinct < min(_DISTINCT * total, _VOCABULARY * max(tables, default=0)) and distinct < 500:
-        return (
-            f"calibration: expected text of many kinds; got {distinct} distinct tokens of {total}; layers "
-            "are fitted to their own outputs, which is better there; calibrate with more varied text"
-        )
-    return ""
-
-
-def _short(name: str, rows: int, inputs: int, others: int) -> str:
-    more = f" (and of {others} others, in their way)" if others else ""
-    return (
-        f"calibration: expected at least {_ROWS_PER_INPUT * inputs} rows for the {inputs} inputs of "
-        f"{name!r}{more}; got {rows}; they are fitted to their own outputs, which is better there; give more "
-        "samples"
-    )
 
 
 def _why(dense: Mapping[str, str]) -> str:

@@ -19,7 +19,7 @@ from sparsam.torch.layers.packed_weight import DTYPES
 from sparsam.torch.layers.packing import is_transposed
 from torch import Tensor, nn
 
-__all__ = ["Kind", "PrunableWeight", "check_model", "named_weights", "prunable_weights"]
+__all__ = ["Kind", "PrunableWeight", "check_model", "heads_of", "named_weights", "prunable_weights"]
 
 Kind: TypeAlias = Literal["linear", "convolution", "attention", "recurrent", "unseen"]
 
@@ -67,7 +67,7 @@ def named_weights(config: PruningConfig) -> set[str]:
 
 
 def prunable_weights(
-    model: nn.Module, *, exclude: Sequence[str] = (), named: Collection[str] = ()
+    model: nn.Module, *, exclude: Sequence[str] = (), named: Collection[str] = (), loaded: bool = True
 ) -> tuple[list[PrunableWeight], dict[str, str]]:
     """Finds the weights that can be pruned, in the order of the model's state_dict.
 
@@ -81,6 +81,7 @@ def prunable_weights(
         model: The model.
         exclude: Names of weights or of modules that contain them, or shell-style patterns, to leave out.
         named: Names of parameters to prune even if they would stay dense; `exclude` takes precedence.
+        loaded: Whether weights must have values; else they may be on the meta device.
 
     Returns:
         The weights, and for each parameter of two or more axes that stays dense, name -> reason.
@@ -94,7 +95,7 @@ def prunable_weights(
         UserWarning: A pattern of `exclude` matches no weight.
     """
     check_model(model)
-    heads = _heads(model)
+    heads = heads_of(model)
     tables = {
         _memory(table.weight): name for name, table in model.named_modules() if isinstance(table, _TABLES)
     }
@@ -111,7 +112,7 @@ def prunable_weights(
         if hits or (reason and not chosen):
             dense[weight.name] = "excluded" if hits else reason
             continue
-        _check(weight)
+        _check(weight, loaded=loaded)
         tensor = weight.parameter
         if tensor.numel() == 0:
             dense[weight.name] = "no weights"
@@ -212,7 +213,7 @@ def _why_dense(module: nn.Module, attribute: str, parameter: Tensor) -> str:
     return f"parameter of {kind}, which is no linear layer or convolution"
 
 
-def _heads(model: nn.Module) -> set[int]:
+def heads_of(model: nn.Module) -> set[int]:
     """The output layers of language models, by id."""
     heads: set[int] = set()
     getter = getattr(model, "get_output_embeddings", None)
@@ -255,7 +256,7 @@ def _norm_by_hook(module: nn.Module, attribute: str) -> str:
     return "spectral_norm" if f"{attribute}_orig" in module._parameters else ""
 
 
-def _check(weight: PrunableWeight) -> None:
+def _check(weight: PrunableWeight, *, loaded: bool) -> None:
     """Raises ValueError if a weight cannot be pruned as it is, with the reason."""
     module, attribute = weight.module, weight.attribute
     parameter = module._parameters.get(attribute)
@@ -280,7 +281,7 @@ def _check(weight: PrunableWeight) -> None:
         got, do = f"one of the layout {layout}", "make it dense with .to_dense()"
     elif type(parameter) is not nn.Parameter and type(parameter.data) is not Tensor:
         got, do = f"a {type(parameter).__name__}", "exclude it, or make it a plain Parameter"
-    elif parameter.device.type == "meta":
+    elif parameter.device.type == "meta" and loaded:
         got, do = "one on the meta device, which has no values", "load the weights first"
     elif parameter.dtype not in {*DTYPES, torch.float64}:
         got, do = f"one of {str(parameter.dtype).removeprefix('torch.')}", "convert it, or exclude it"

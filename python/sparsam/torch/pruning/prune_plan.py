@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
+import torch
 from sparsam import scores
 from sparsam.config import ConfigFields, PruningConfig
 from sparsam.inputs.checks import expected
@@ -20,9 +25,9 @@ from sparsam.torch.pruning.gradients import GRADIENT_METHODS
 from sparsam.torch.pruning.input_scores import INPUT_METHODS
 from sparsam.torch.pruning.layer_fits import BITS, Method
 from sparsam.torch.pruning.prunable import PrunableWeight
-from torch import nn
+from torch import Tensor, nn
 
-__all__ = ["PrunePlan", "check_options", "check_values", "layer_by_layer", "settings_of"]
+__all__ = ["PrunePlan", "check_executor", "check_options", "check_values", "layer_by_layer", "settings_of"]
 
 
 def settings_of(config: PruningConfig | None, changes: ConfigFields, *, calibrated: bool) -> PruningConfig:
@@ -73,7 +78,7 @@ class PrunePlan:
         named = {weight.name: weight for weight in weights}
         stored = tuple(name for name in named if named[name].transposed)
         config = given.with_changes(transposed=stored, exclude=())
-        arrays = {name: to_array(weight.parameter.detach()) for name, weight in named.items()}
+        arrays = {name: _array(weight.parameter.detach()) for name, weight in named.items()}
         check_patterns(config, arrays, stacklevel=3)
         pools = make_pools(arrays, config)
         pool_of = {name: part for pool in pools for part in pool.split() for name in part.names}
@@ -100,6 +105,13 @@ class PrunePlan:
             )
             raise ValueError(msg)
         return cls(named, config, pools, pool_of, method, by_layer)
+
+
+def _array(tensor: Tensor) -> NDArray[Any]:
+    """A weight; of one that has no values its shape and dtype, and NaN."""
+    if not tensor.is_meta:
+        return to_array(tensor)
+    return np.broadcast_to(to_array(torch.full((), math.nan, dtype=tensor.dtype)), tuple(tensor.shape))
 
 
 def check_values(values: object, group: object) -> None:
@@ -150,18 +162,23 @@ def check_options(
             got += " and ties" if plan.config.ties else ""
             msg = f"{what}: expected pruning layer after layer; got {got}, which is at once; leave it out"
             raise ValueError(msg)
-    if executor is not None and not callable(getattr(executor, "submit", None)):
-        do = "pass ProcessPoolExecutor(), say"
-        raise TypeError(expected("executor", executor, "a concurrent.futures.Executor", do))
-    if executor is not None and not plan.method.reconstructs:
-        msg = (
-            f"executor: expected method 'obs' or 'admm', whose fits are spread over workers; got {word!r}, "
-            "whose scores take no time; leave it out"
-        )
-        raise ValueError(msg)
+    check_executor(plan, executor)
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if tensor.device.type != "cpu" and (calibrated or name in plan.weights):
             msg = (
                 f"tensor {name!r}: expected a model on the CPU; got one on {tensor.device}; call model.cpu()"
             )
             raise ValueError(msg)
+
+
+def check_executor(plan: PrunePlan, executor: Executor | None) -> None:
+    """Raises TypeError for what is no executor, and ValueError for one that would have nothing to do."""
+    if executor is not None and not callable(getattr(executor, "submit", None)):
+        do = "pass ProcessPoolExecutor(), say"
+        raise TypeError(expected("executor", executor, "a concurrent.futures.Executor", do))
+    if executor is not None and not plan.method.reconstructs:
+        msg = (
+            f"executor: expected method 'obs' or 'admm', whose fits are spread over workers; got "
+            f"{plan.config.method!r}, whose scores take no time; leave it out"
+        )
+        raise ValueError(msg)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from sparsam.torch.pruning.calibration import Batch
@@ -24,6 +25,10 @@ from sparsam.torch.pruning.rectified_fits import Shown
 from sparsam.torch.pruning.twins import Rows, Twin
 from torch import Tensor, nn
 
+if TYPE_CHECKING:
+    from sparsam.torch.pruning.from_files.parts_in_turn import PartsInTurn
+    from sparsam.torch.pruning.layer_fits import NewLayer
+
 __all__ = ["LayerSequence"]
 
 
@@ -37,21 +42,30 @@ class LayerSequence:
         layers: Name -> the weight in the pruned network, with outputs first.
     """
 
-    def __init__(self, pruned: Twin, dense: Twin | None, batches: Sequence[Batch]) -> None:
+    def __init__(
+        self,
+        pruned: Twin,
+        dense: Twin | None,
+        batches: Sequence[Batch],
+        parts: PartsInTurn | None = None,
+    ) -> None:
         """Plans the calls by running the dense network.
 
         Args:
             pruned: The network to prune, still dense.
             dense: The network whose outputs are the targets; None: each layer's own outputs.
             batches: The calibration.
+            parts: What brings the weights of both into memory; None: they are there.
         """
         self._batches = batches
+        self._parts = parts
+        self._move = advance if parts is None else parts.advance
         self._threads = torch.get_num_threads()
         self._pruned, self._dense = pruned, dense
         for twin in (pruned, dense):
             if twin is not None:
                 watch(twin.model, twin.weights, current_pass)
-        plan = plan_calls(pruned.model, batches, pruned.weights)
+        plan = plan_calls(pruned.model, batches, pruned.weights, self._move)
         self.groups = plan.groups
         owners = {
             id(module._buffers["running_mean"]): module
@@ -68,15 +82,16 @@ class LayerSequence:
         slots = Slots(len(batches))
         self._slots = slots
         self._ahead: list[_DensePass] = []
+        self._wanted = set[str]()
         if dense is not None:
-            wanted = {
+            self._wanted.update(
                 name
                 for group in plan.groups
                 for name in group.names
                 if not group.repeated and pruned.weights[name].kind != "recurrent"
-            }
+            )
             self._ahead = [
-                _DensePass(dense.model, batch, i, slots, wanted, self._residual)
+                _DensePass(dense.model, batch, i, slots, self._wanted, self._residual)
                 for i, batch in enumerate(batches)
             ]
         self._passes = [
@@ -101,8 +116,12 @@ class LayerSequence:
         Raises:
             ValueError: No batch reaches it, its inputs are not finite, or the model raised an error.
         """
+        if self._parts is not None:
+            self._reach_part(group, self._parts)
         targets = self._targets(group)
-        advance([one for one in self._passes if one.waits_at is None or one.waits_at in self._fitted])
+        self._move([one for one in self._passes if one.waits_at is None or one.waits_at in self._fitted])
+        if self._parts is not None:
+            self._parts.lend(group.names)
         if group.repeated:
             found = self._statistics(group)
             self._gather_all_calls(group, found)
@@ -121,6 +140,16 @@ class LayerSequence:
             )
             raise ValueError(msg)
         return found
+
+    def _reach_part(self, group: Group, parts: PartsInTurn) -> None:
+        """Lets all passes leave the parts before that of a group, so that memory need not hold those."""
+        waiting = [one for one in self._passes if one.waits_at is None or one.waits_at in self._fitted]
+        if parts.holds(group.names[0]):
+            advance([one for one in waiting if one.begun and one.gate is None])
+            return
+        for one in self._ahead:
+            one.goal = set()
+        parts.reach(group.names[0], [*waiting, *self._ahead])
 
     def _statistics(self, group: Group) -> GroupStatistics:
         return GroupStatistics([self._pruned.weights[name] for name in group.names], len(self._batches))
@@ -162,9 +191,17 @@ class LayerSequence:
             name: lambda: self._waiting(group, targets) for name in group.names if name in self._rectified
         }
 
+    def put(self, new: NewLayer) -> None:
+        """Gives a weight its new values, if it is in memory; else it gets them when it is."""
+        if self._parts is None or self._parts.holds(new.name, lent=True):
+            new.put(self.layers[new.name])
+
     def settle(self, group: Group) -> None:
         """Notes that a group has its new weights."""
         self._fitted.update(group.names)
+        if self._parts is not None:
+            self._parts.take_back(group.names, used=self._wanted.issuperset(group.names))
+        self._wanted.difference_update(group.names)
         for one in self._ahead:
             for name in group.names:
                 one.captured.pop(name, None)
@@ -176,7 +213,7 @@ class LayerSequence:
             return []
         for one in self._ahead:
             one.goal = set(group.names)
-        advance([one for one in self._ahead if not one.goal <= one.captured.keys()])
+        self._move([one for one in self._ahead if not one.goal <= one.captured.keys()])
         return [one.captured for one in self._ahead]
 
     def _gather_all_calls(self, group: Group, found: GroupStatistics) -> None:
@@ -187,7 +224,7 @@ class LayerSequence:
                 _Collector(self._pruned.model, self._batches[i], i, self._slots, group.names[0]) for i in part
             ]
             try:
-                advance(passes)
+                self._move(passes)
             finally:
                 end(passes)
             for i, one in zip(part, passes, strict=True):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,18 +16,19 @@ __all__ = ["spill_outputs"]
 _LEAST = 1 << 16  # bytes; smaller outputs stay in memory
 
 
-def spill_outputs(model: nn.Module, folder: str | Path) -> None:
-    """Registers hooks that put the outputs of a twin's innermost modules into files.
+def spill_outputs(model: nn.Module, folder: str | Path, blocks: Collection[str] = ()) -> None:
+    """Registers hooks that put the outputs of a twin's innermost modules, and of blocks, into files.
 
     Each file is unlinked as soon as it is open, so its space is freed with the tensor, whatever happens.
 
     Args:
         model: The twin.
         folder: The folder; made if needed.
+        blocks: Names of other modules.
     """
     place = open_folder("spill_dir", folder)
-    for module in model.modules():
-        if not any(True for _ in module.children()):
+    for name, module in model.named_modules():
+        if name in blocks or not any(True for _ in module.children()):
             module.register_forward_hook(lambda _, args, output: _spilled(args, output, place))
 
 

@@ -102,18 +102,33 @@ class Rows:
             assert mean is not None
             mean -= bias.to(mean.dtype)
 
-    def _bias_place(self) -> tuple[nn.Parameter, slice] | None:
-        """The Parameter that holds the bias, and its rows for this weight."""
+    def places(self) -> list[tuple[nn.Module, str]]:
+        """The module and the attribute of each tensor that `put` may change."""
+        found = [(self.weight.module, self.weight.attribute)]
+        if (name := self._bias_name()) is not None:
+            found.append((self.weight.module, name))
+        elif self.mean_of is not None:
+            found.append((self.mean_of, "running_mean"))
+        return found
+
+    def _bias_name(self) -> str | None:
         module, attribute = self.weight.module, self.weight.attribute
-        rows = slice(None)
         name = "bias"
         if self.weight.kind == "recurrent":
             name = attribute.replace("weight", "bias")
         elif attribute.endswith("proj_weight"):
             name = "in_proj_bias"
-            if attribute != "in_proj_weight":
-                size = len(self.weight.parameter)
-                start = ("q_proj_weight", "k_proj_weight", "v_proj_weight").index(attribute) * size
-                rows = slice(start, start + size)
-        found = module._parameters.get(name)
-        return None if found is None else (found, rows)
+        return None if module._parameters.get(name) is None else name
+
+    def _bias_place(self) -> tuple[nn.Parameter, slice] | None:
+        """The Parameter that holds the bias, and its rows for this weight."""
+        name, attribute = self._bias_name(), self.weight.attribute
+        if name is None:
+            return None
+        rows = slice(None)
+        if attribute.endswith("proj_weight") and attribute != "in_proj_weight":
+            size = len(self.weight.parameter)
+            start = ("q_proj_weight", "k_proj_weight", "v_proj_weight").index(attribute) * size
+            rows = slice(start, start + size)
+        found: nn.Parameter = self.weight.module._parameters[name]  # type: ignore[assignment]
+        return found, rows

@@ -1,0 +1,68 @@
+"""How much memory pruning a model part by part takes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Mapping, Sequence
+
+from sparsam.torch.pruning.from_files.model_parts import Part
+from sparsam.torch.pruning.prunable import PrunableWeight
+from torch import nn
+
+__all__ = ["check_memory"]
+
+
+def check_memory(
+    memory: int,
+    model: nn.Module,
+    parts: Sequence[Part],
+    weights: Mapping[str, PrunableWeight],
+    *,
+    reconstructs: bool,
+    targets: bool,
+    skip: Collection[str] = (),
+) -> None:
+    """Raises ValueError if a part, and the work on its widest weight, do not fit.
+
+    The moments of a layer with n inputs, of the calibration and of what is held out of it, take 4 n^2 bytes
+    each, since they are symmetric, and 8 n more for each target output. Scores are computed with the whole
+    second moments, 8 n^2; fits with six such matrices and three copies of the weight in float64.
+
+    Args:
+        memory: How many bytes there are.
+        model: The model.
+        parts: Its parts.
+        weights: What is pruned.
+        reconstructs: Whether the method fits weights.
+        targets: Whether it fits them to the dense network's outputs.
+        skip: Names of parts of which no weight comes into memory.
+    """
+    most, which = 0, ""
+    for part in parts:
+        if part.name in skip:
+            continue
+        module = model.get_submodule(part.name)
+        size = sum(one.nbytes for one in module.parameters() if one.is_meta)
+        works = [
+            _work(weight, reconstructs=reconstructs, targets=targets)
+            for name, weight in weights.items()
+            if name.startswith(f"{part.name}.")
+        ]
+        most, which = max((most, which), (size + max(works, default=0), part.name))
+    if most > memory:
+        msg = (
+            f"memory: expected at least {math.ceil(most / 2**20)}MiB, for {which!r} and the work on it, and "
+            f"more for activations; got {memory / 2**20:g}MiB; raise it"
+        )
+        raise ValueError(msg)
+
+
+def _work(weight: PrunableWeight, *, reconstructs: bool, targets: bool) -> int:
+    """Bytes for fitting a weight by itself."""
+    shape = weight.parameter.shape
+    rows, inputs = (shape[-1], shape[0]) if weight.transposed else (shape[0], math.prod(shape[1:]))
+    size = 2 * 4 * inputs**2 + 8 * inputs**2
+    if reconstructs:
+        size += 5 * 8 * inputs**2 + 3 * 8 * rows * inputs
+        size += 2 * 8 * rows * inputs if targets else 0
+    return size

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import pytest
@@ -39,14 +39,19 @@ def uncalibrated(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempP
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
-    """Every layer of a torch model is in panels and wins by 2, unless a test says otherwise."""
+    """Every layer of a torch model is in panels (int8: slots) and wins by 2, unless a test says otherwise."""
     from torch_cases import Clock  # noqa: PLC0415 - imports torch
 
     from sparsam.torch.acceleration import measurement  # noqa: PLC0415
     from sparsam.torch.layers.packed_weight import PackedWeight  # noqa: PLC0415
 
     clock = Clock()
-    monkeypatch.setattr(PackedWeight, "needed_forms", lambda *_: ("panels",))
+    forms = PackedWeight.needed_forms
+
+    def needed(weight: PackedWeight, batches: Sequence[int]) -> tuple[str, ...]:
+        return forms(weight, batches) if weight.parts[0].dtype == "int8" else ("panels",)
+
+    monkeypatch.setattr(PackedWeight, "needed_forms", needed)
     for name in ("layer_times", "model_times", "compare"):
         monkeypatch.setattr(measurement, name, getattr(clock, name))
     return clock

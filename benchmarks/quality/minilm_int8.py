@@ -4,7 +4,8 @@
 
 Model, data and halves as in minilm_sts.py: sentences of one half calibrate, the other is evaluated. "int8
 products" are those of packed layers, which round their inputs too; every encoder matrix is packed, whatever
-it gains. Sizes are of what `sparsam.torch.save` writes.
+it gains. "int8 embeddings" have their rows rounded. MB are what `sparsam.torch.save` writes; MB in memory,
+all parameters of the model that it loads again.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import argparse
 import copy
 import os
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,16 +26,28 @@ import sparsam.torch
 import torch
 from minilm_sts import Encoder, calibration, load
 from minilm_table import megabytes
+from sparsam.torch.acceleration.memory import parameter_bytes
 from torch import nn
 
 
-def packed(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
-    """A copy with every matrix of the encoder packed."""
+def packed(model: nn.Module, dtype: torch.dtype | None = None, *, embeddings: bool = False) -> nn.Module:
+    """A copy with every matrix of the encoder packed, and embeddings if they are to be."""
     result = copy.deepcopy(model)
     for name, layer in result.named_modules():
-        if isinstance(layer, nn.Linear) and name.startswith("encoder"):
+        matrix = isinstance(layer, nn.Linear) and name.startswith("encoder")
+        if matrix or (embeddings and isinstance(layer, nn.Embedding)):
             sparsam.torch.pack(layer, dtype=dtype)
     return result
+
+
+def resident(model: nn.Module) -> float:
+    """MB of the parameters of what a file gives back."""
+    loaded = copy.deepcopy(model)
+    sparsam.torch.restore(loaded)
+    with tempfile.TemporaryDirectory() as folder:
+        sparsam.torch.save(model, folder)
+        sparsam.torch.load(folder, loaded)
+    return parameter_bytes(loaded) / 1e6
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -56,8 +70,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     source, evaluated = load(Path(options.data))
     batches = calibration(encoder, source, evaluated, options.samples, options.seed)
     top = encoder.spearman(encoder.model, evaluated)
-    print("| zeros | model | Spearman x 100 | MB |\n|---|---|---|---|")
-    print(f"| 0 % | dense | {top:.2f} | {megabytes(encoder.model):.1f} |", flush=True)
+    print("| zeros | model | Spearman x 100 | MB | MB in memory |\n|---|---|---|---|---|")
+    sizes = f"{megabytes(encoder.model):.1f} | {resident(encoder.model):.1f}"
+    print(f"| 0 % | dense | {top:.2f} | {sizes} |", flush=True)
     for sparsity in options.sparsities:
         models = {}
         for values in (None, "int8"):
@@ -82,12 +97,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
         rows = {
             "pruned, float32": models[None],
             "then int8 products": packed(models[None], torch.int8),
+            "and int8 embeddings too": packed(models[None], torch.int8, embeddings=True),
             "pruned and rounded together": models["int8"],
-            "and int8 products": fast,
+            "with int8 products": fast,
+            "with int8 products and embeddings": packed(models["int8"], torch.int8, embeddings=True),
         }
         for name, model in rows.items():
             score = encoder.spearman(model, evaluated)
-            print(f"| {sparsity:.0%} | {name} | {score:.2f} | {megabytes(model):.1f} |", flush=True)
+            sizes = f"{megabytes(model):.1f} | {resident(model):.1f}"
+            print(f"| {sparsity:.0%} | {name} | {score:.2f} | {sizes} |", flush=True)
 
 
 if __name__ == "__main__":

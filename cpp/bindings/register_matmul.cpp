@@ -40,7 +40,7 @@ const char* name_of(DType t) {
 FormKind kind_of(const std::string& what, const std::string& name) {
   for (const FormKind kind : kFormKinds)
     if (name == name_of(kind)) return kind;
-  throw py::value_error(expected(what, quoted(name), "bitmask, panels or slots", "pass one of them"));
+  throw py::value_error(expected(what, quoted(name), "bitmask, panels, slots or rows", "pass one of them"));
 }
 
 std::vector<std::string> forms(const PackedMatrix& w) {
@@ -297,6 +297,16 @@ void multiply_at(const PackedMatrix& w, const std::string& kernel, std::uintptr_
     linear(*form, reinterpret_cast<const float*>(x), batch, add, activation, reinterpret_cast<float*>(out));
 }
 
+// Rows of a weight in the form rows, float32; addresses as for linear_at, indices int64.
+void look_up_at(const PackedMatrix& w, std::uintptr_t indices, std::size_t n, std::uintptr_t out) {
+  const FormPtr form = w.find(FormKind::rows);
+  if (form == nullptr)
+    throw py::value_error(expected("form 'rows'", "only " + forms(w).front(), "a form that the weight has",
+                                   "build it with add('rows')"));
+  const py::gil_scoped_release release;
+  look_up(*form, reinterpret_cast<const std::int64_t*>(indices), n, reinterpret_cast<float*>(out));
+}
+
 using Pair = std::pair<std::size_t, std::size_t>;
 
 Conv2d conv2d_of(std::size_t cols, Pair image, Pair kernel, Pair stride, Pair padding, Pair dilation) {
@@ -354,6 +364,9 @@ FormPtr form_for(const PackedMatrix& w, const std::string& kernel) {
     throw py::value_error(expected("kernel " + quoted(kernel), "only " + forms(w).front(),
                                    "a form that the weight has",
                                    "build it with add(" + quoted(kernel) + ")"));
+  if (form->dtype() == DType::i8 && form->kind() != FormKind::slots)
+    throw py::value_error(
+        expected("kernel", quoted(kernel), "slots, the kernel of int8 values", "build it with add('slots')"));
   return form;
 }
 
@@ -387,6 +400,7 @@ void register_matmul(py::module_& m) {
       .def("product", &product, py::arg("kernel"), py::arg("x"))
       .def("linear_at", &multiply_at, py::arg("kernel"), py::arg("x"), py::arg("bfloat16"), py::arg("batch"),
            py::arg("bias"), py::arg("activation"), py::arg("out"))
+      .def("look_up_at", &look_up_at, py::arg("indices"), py::arg("n"), py::arg("out"))
       .def("conv2d_at", &conv2d_at, py::arg("x"), py::arg("x_stride"), py::arg("images"), py::arg("image"),
            py::arg("kernel"), py::arg("stride"), py::arg("padding"), py::arg("dilation"), py::arg("bias"),
            py::arg("activation"), py::arg("out"), py::arg("out_stride"));

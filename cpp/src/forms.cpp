@@ -27,11 +27,12 @@ void check_header(const FormHeader& h, std::size_t bytes) {
   if (h.version != FormHeader::kVersion) refuse(h.version, "version " + std::to_string(FormHeader::kVersion));
   const bool panels = h.kind == FormKind::panels, slots = h.kind == FormKind::slots;
   const bool int8 = h.dtype == static_cast<std::uint8_t>(DType::i8);
-  if (!panels && !slots && h.kind != FormKind::bitmask)
-    refuse(static_cast<int>(h.kind), "form 1 (bitmask), 2 (panels) or 3 (slots)");
+  if (!panels && !slots && h.kind != FormKind::bitmask && h.kind != FormKind::rows)
+    refuse(static_cast<int>(h.kind), "form 1 (bitmask), 2 (panels), 3 (slots) or 4 (rows)");
   if (h.dtype > static_cast<std::uint8_t>(DType::f32) && !int8)
     refuse(h.dtype, "values of dtype 0, 1, 2 or 4");
   if (int8 && panels) refuse("panels of int8 values", "panels of float values");
+  if (!int8 && h.kind == FormKind::rows) refuse("rows of float values", "rows of int8 values");
   if (h.shared_rows != 0 && (h.shared_rows != 4 || h.rows == 0 || h.rows % 4 != 0))
     refuse(h.shared_rows, "0, or 4 for rows in fours, as the number of rows that share columns");
   if (h.rows > kLargest || h.cols > kLargest || (h.cols > 0 && h.rows > kLargest / h.cols) ||
@@ -65,9 +66,14 @@ FormHeader laid_out(FormHeader h) {
   std::size_t sizes[kMost] = {8 * h.rows * words_for(h.cols), 8 * (h.rows + 1), h.nnz * item};
   const bool int8 = h.dtype == static_cast<std::uint8_t>(DType::i8);
   const bool bitmask = h.kind == FormKind::bitmask, slots = h.kind == FormKind::slots;
-  const std::size_t n = bitmask && !int8 ? 3 : slots && !int8 ? 6 : 4;
+  const bool rows = h.kind == FormKind::rows;
+  const std::size_t n = rows ? 2 : bitmask && !int8 ? 3 : slots && !int8 ? 6 : 4;
   if (int8) sizes[3] = 4 * h.rows;
-  if (slots && int8) {
+  if (rows) {
+    sizes[0] = h.rows * h.cols;
+    sizes[1] = 4 * h.rows;
+    sizes[2] = sizes[3] = 0;
+  } else if (slots && int8) {
     const std::size_t groups = (h.rows + h.units - 1) / h.units;
     sizes[0] = 8 * (groups + 1);
     sizes[1] = 12 * groups * h.units;
@@ -141,6 +147,8 @@ FormPtr Form::adopt(const void* data, std::size_t bytes, std::shared_ptr<const v
     if (fault.empty() && int8)
       fault = fault_of_int8(static_cast<const std::int8_t*>(form->bitmask().values), form->nnz(),
                             form->scales(), form->rows());
+  } else if (header.kind == FormKind::rows) {
+    fault = fault_of(form->int8_rows(), header);
   } else if (header.kind == FormKind::panels) {
     fault = fault_of(form->panels(), header);
   } else {
@@ -180,6 +188,12 @@ PanelView Form::panels() const {
 
 const float* Form::scales() const { return reinterpret_cast<const float*>(data_ + header().sections[3]); }
 
+Int8RowsView Form::int8_rows() const {
+  const FormHeader& h = header();
+  return {h.rows, h.cols, reinterpret_cast<const std::int8_t*>(data_ + h.sections[0]),
+          reinterpret_cast<const float*>(data_ + h.sections[1])};
+}
+
 Int8View Form::int8_slots() const {
   const FormHeader& h = header();
   const std::size_t lanes = (h.rows + h.units - 1) / h.units * h.units;
@@ -212,6 +226,7 @@ SlotView Form::slots() const {
 
 FormPtr bitmask_of(const Form& other) {
   if (other.kind() == FormKind::panels) return bitmask_of_panels(other);
+  if (other.kind() == FormKind::rows) return bitmask_of_int8_rows(other);
   return other.dtype() == DType::i8 ? bitmask_of_int8_slots(other) : bitmask_of_slots(other);
 }
 
@@ -250,8 +265,12 @@ FormPtr PackedMatrix::get(FormKind kind) const {
   if (kind == FormKind::bitmask) return bitmask;
   const bool int8 = any().dtype() == DType::i8;
   if (int8 && kind == FormKind::panels)
-    throw std::invalid_argument(
-        expected("form", quoted(name_of(kind)), "bitmask or slots, for int8 values", "build one of them"));
+    throw std::invalid_argument(expected("form", quoted(name_of(kind)),
+                                         "bitmask, slots or rows, for int8 values", "build one of them"));
+  if (!int8 && kind == FormKind::rows)
+    throw std::invalid_argument(expected("form", quoted(name_of(kind)),
+                                         "bitmask, panels or slots, for float values", "build one of them"));
+  if (kind == FormKind::rows) return int8_rows_of(*bitmask);
   if (kind == FormKind::panels) return panels_of(*bitmask);
   return int8 ? int8_slots_of(*bitmask) : slots_of(*bitmask);
 }
@@ -276,6 +295,8 @@ void PackedMatrix::scales(float* to) const {
 }
 
 void PackedMatrix::unpack(void* to) const {
+  if (const FormPtr& rows = find(FormKind::rows); rows != nullptr)
+    return unpack_rows(*rows, static_cast<float*>(to));
   const FormPtr form = get(FormKind::bitmask);
   const BitmaskView w = form->bitmask();
   if (form->dtype() == DType::i8) {

@@ -25,6 +25,15 @@ constexpr std::size_t slot_groups(std::size_t rows, std::size_t depth) { return 
 
 FormPtr bitmask_of_panels(const Form& panels);
 FormPtr bitmask_of_slots(const Form& slots);
+FormPtr bitmask_of_int8_rows(const Form& rows);
+
+// Of the rows form of int8 values.
+struct Int8RowsView {
+  std::size_t rows, cols;
+  const std::int8_t* values;  // rows * cols, zeros too
+  const float* scales;        // one a row
+};
+void unpack_rows(const Form& rows, float* to);
 
 // A header with its sections laid out: kind, dtype, shared_rows and the counts are given.
 FormHeader laid_out(FormHeader counts);
@@ -87,6 +96,7 @@ bool rows_share(const std::uint64_t* words, std::size_t rows, std::size_t cols);
 std::string fault_of(const BitmaskView& w, const FormHeader& header);
 std::string fault_of(const PanelView& w, const FormHeader& header);
 std::string fault_of(const SlotView& w, const FormHeader& header);  // but for shared_rows
+std::string fault_of(const Int8RowsView& w, const FormHeader& header);
 std::string fault_of(const Int8View& w, const FormHeader& header, const Form& form);
 
 // int8 values: slots of a given geometry, and back; what is wrong with values and scales.

@@ -148,6 +148,7 @@ class Packed:
     def linear_at(
         self, kernel: str, x: int, bfloat16: bool, batch: int, bias: int, activation: str, out: int
     ) -> None: ...
+    def look_up_at(self, indices: int, n: int, out: int) -> None: ...
     def conv2d_at(
         self,
         x: int,

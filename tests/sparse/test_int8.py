@@ -156,6 +156,8 @@ def test_out_dtypes_and_shapes(isa: str) -> None:
     assert np.array_equal(out, exact)
     assert np.array_equal(matrix @ x[0].T, exact[0].T)
     assert np.array_equal(matrix.linear(x.astype(np.float64)), exact)
+    for turned in (np.asfortranarray(w), np.repeat(w, 2, axis=1)[:, ::2]):  # in any memory layout
+        assert np.array_equal(SparseMatrix.from_dense(turned, dtype="int8").linear(x), exact)
 
 
 def test_a_weight_that_rounds_to_zero_is_pruned() -> None:
@@ -340,7 +342,7 @@ def test_what_is_refused() -> None:
     with pytest.raises(TypeError, match=r"dtype: expected one of float32, .*int8; got 'int16'; pass"):
         SparseMatrix.from_dense(np.zeros((1, 5), F32), dtype="int16")
     packed = Packed.pack_int8(np.ones((2, 3), np.int8), np.ones(2, F32))
-    with pytest.raises(ValueError, match="expected bitmask or slots, for int8 values"):
+    with pytest.raises(ValueError, match="expected bitmask, slots or rows, for int8 values"):
         packed.add("panels")
     with pytest.raises(ValueError, match="scales: expected 2, one for each row"):
         Packed.pack_int8(np.ones((2, 3), np.int8), np.ones(3, F32))

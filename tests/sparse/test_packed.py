@@ -116,9 +116,9 @@ def test_forms_come_and_go() -> None:
     for forms in (["bitmask"], []):
         with pytest.raises(ValueError, match="forms: expected at least one that the weight has"):
             packed.keep(forms)
-    with pytest.raises(ValueError, match="form: expected bitmask, panels or slots; got 'blas'"):
+    with pytest.raises(ValueError, match="form: expected bitmask, panels, slots or rows; got 'blas'"):
         packed.add("blas")
-    with pytest.raises(ValueError, match="form: expected bitmask, panels or slots; got 'blas'"):
+    with pytest.raises(ValueError, match="form: expected bitmask, panels, slots or rows; got 'blas'"):
         packed.keep(["panels", "blas"])
     with pytest.raises(ValueError, match="form 'bitmask': expected a form that the weight has"):
         packed.buffer("bitmask")

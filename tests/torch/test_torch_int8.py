@@ -71,6 +71,22 @@ def test_conversions_and_changes() -> None:
     assert type(again.weight) is nn.Parameter
 
 
+def test_transposed_weights() -> None:
+    """The Conv1D of GPT-2 has (in, out)."""
+    from transformers.pytorch_utils import Conv1D  # noqa: PLC0415 - takes seconds
+
+    layer = Conv1D(48, 40)
+    with torch.no_grad():
+        layer.weight[torch.rand(40, 48, generator=torch.Generator().manual_seed(1)) < 0.7] = 0
+    matrix = SparseMatrix.from_dense(layer.weight.detach().numpy().T, dtype="int8")
+    x = torch.randn(3, 40, generator=torch.Generator().manual_seed(2))
+    expected = matrix.linear(x.numpy(), layer.bias.detach().numpy())
+    sparsam.torch.pack(layer, dtype=torch.int8)
+    with torch.no_grad():
+        assert torch.equal(layer(x), torch.from_numpy(expected))
+    assert np.array_equal(layer.weight.to_dense().numpy(), matrix.to_dense().T)
+
+
 def test_convolutions_have_float_values() -> None:
     with pytest.raises(
         TypeError, match=r"dtype: expected float values for a convolution; got torch.int8; use"

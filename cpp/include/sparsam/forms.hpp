@@ -15,13 +15,15 @@
 namespace sparsam {
 
 struct BitmaskView;
+struct Int8RowsView;
 struct Int8View;
 struct PanelView;
 struct SlotView;
 
-enum class FormKind : std::uint8_t { bitmask = 1, panels = 2, slots = 3 };
-constexpr std::array<FormKind, 3> kFormKinds = {FormKind::bitmask, FormKind::panels, FormKind::slots};
-constexpr std::array<const char*, kFormKinds.size()> kFormNames = {"bitmask", "panels", "slots"};
+enum class FormKind : std::uint8_t { bitmask = 1, panels = 2, slots = 3, rows = 4 };
+constexpr std::array<FormKind, 4> kFormKinds = {FormKind::bitmask, FormKind::panels, FormKind::slots,
+                                                FormKind::rows};
+constexpr std::array<const char*, kFormKinds.size()> kFormNames = {"bitmask", "panels", "slots", "rows"};
 
 inline const char* name_of(FormKind kind) { return kFormNames[static_cast<std::size_t>(kind) - 1]; }
 
@@ -44,7 +46,7 @@ struct FormHeader {
   std::uint64_t steps;        // of panels and slots (int8: pairs of steps); 0 in a bitmask
   std::uint64_t sections[6];  // bitmask: words, row_start, values and, of int8, scales; panels: blocks,
                               // headers, offsets, values; slots: groups, order, words, used, starts, values;
-                              // of int8: begin, lanes, starts, codes
+                              // of int8: begin, lanes, starts, codes; rows: values, scales
   std::uint64_t bytes;        // of the whole buffer
   std::uint64_t reserved;     // 0
 };
@@ -71,6 +73,7 @@ class Form {
   BitmaskView bitmask() const;
   const float* scales() const;  // one a row, of a bitmask of int8 values
   PanelView panels() const;
+  Int8RowsView int8_rows() const;
   Int8View int8_slots() const;
   SlotView slots() const;  // of float values
 
@@ -106,6 +109,11 @@ FormPtr bitmask_of(const Form& other);
 FormPtr panels_of(const Form& bitmask);
 FormPtr slots_of(const Form& bitmask);
 FormPtr int8_slots_of(const Form& bitmask);
+FormPtr int8_rows_of(const Form& bitmask);
+
+// Rows of a weight in the form rows, as float32: n times its columns. Throws std::out_of_range for a number
+// that none of its rows has.
+void look_up(const Form& rows, const std::int64_t* ids, std::size_t n, float* to);
 
 // rows x cols weights (out x in): up to one form of each kind, which say the same. A value: copies share the
 // forms, and nothing in it changes while a copy is in use.

@@ -43,13 +43,20 @@ def check_no_scales(scales: ArrayLike | None, dtype: DTypeLike | None) -> None:
         raise ValueError(msg)
 
 
-def pack_int8(w: ArrayLike, keep: NDArray[np.bool_] | None = None, scales: ArrayLike | None = None) -> Packed:
-    """Rounds a matrix to int8 and packs it, with the slots that its kernels read.
+def pack_int8(
+    w: ArrayLike,
+    keep: NDArray[np.bool_] | None = None,
+    scales: ArrayLike | None = None,
+    *,
+    form: str = "slots",
+) -> Packed:
+    """Rounds a matrix to int8 and packs it in one form.
 
     Args:
         w: (out, in), of floats, finite where it is kept.
         keep: Where a weight is kept; by default where it is not 0.
         scales: (out,), positive; by default as the top of this module says.
+        form: "slots", which kernels multiply with, or "rows", in which rows are looked up.
 
     Raises:
         ValueError: Another number of dimensions, too many columns, weights that are not finite, or, of given
@@ -59,8 +66,8 @@ def pack_int8(w: ArrayLike, keep: NDArray[np.bool_] | None = None, scales: Array
     values = weights(w, None)
     if keep is not None:
         values = np.where(keep, values, values.dtype.type(0))
-    found = rounded(values.astype(np.float32, copy=False), scales)
-    return pack_rounded(*found)
+    q, steps = rounded(values.astype(np.float32, copy=False), scales)
+    return _in_form(Packed.pack_int8(np.ascontiguousarray(q), steps), form)
 
 
 def rounded(
@@ -136,13 +143,12 @@ def _checked(scales: ArrayLike, largest: NDArray[np.float32]) -> NDArray[np.floa
     return steps
 
 
-def pack_rounded(q: NDArray[np.int8], scales: NDArray[np.float32]) -> Packed:
-    """Packs integers from -64 to 64, of which 0 is pruned, and a scale for each row."""
-    return with_slots(Packed.pack_int8(q, scales))
-
-
 def with_slots(packed: Packed) -> Packed:
     """Returns the matrix in the one form that kernels read."""
-    packed.add("slots")
-    packed.keep(("slots",))
+    return _in_form(packed, "slots")
+
+
+def _in_form(packed: Packed, form: str) -> Packed:
+    packed.add(form)
+    packed.keep((form,))
     return packed

@@ -16,13 +16,21 @@ from torch.nn.utils.weight_norm import WeightNorm
 import torch
 from sparsam.torch.acceleration.layer_row import LayerRow
 from sparsam.torch.layers.packed_weight import DTYPES
-from sparsam.torch.layers.packing import PackedLayer, dense_class, packable, packed_together
+from sparsam.torch.layers.packing import (
+    PackedLayer,
+    dense_class,
+    is_embedding,
+    is_packed,
+    packable,
+    packed_together,
+)
 from sparsam.torch.layers.unpacked_tensor import UnpackedTensor
 from torch import Tensor, nn
 
 __all__ = ["Candidate", "Place", "candidates", "has_hooks", "places"]
 
 _MOST = 0.9  # the density up to which a layer is tried
+_SCALE, _HEADER = 4, 320  # bytes of the scale of a row of int8, and at most of what is around rows
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _WEIGHTY = (
     nn.Linear,
@@ -67,14 +75,17 @@ class Candidate:
         )
 
 
-def candidates(model: nn.Module, exclude: Sequence[str] = ()) -> tuple[list[Candidate], dict[str, LayerRow]]:
+def candidates(
+    model: nn.Module, exclude: Sequence[str] = (), *, embeddings: bool = False
+) -> tuple[list[Candidate], dict[str, LayerRow]]:
     """The layers that could be packed, and rows by name for those that could not; in the model's order.
 
     Args:
         model: The model.
         exclude: Patterns of names that are not.
+        embeddings: Whether embeddings are layers that could be.
     """
-    found, left = _every_candidate(model)
+    found, left = _every_candidate(model, embeddings=embeddings)
     names = {one.name for one in found} | left.keys()
     for pattern in exclude:
         if not fnmatch.filter(names, pattern):
@@ -85,13 +96,14 @@ def candidates(model: nn.Module, exclude: Sequence[str] = ()) -> tuple[list[Cand
     return [one for one in found if one not in excluded], left
 
 
-def _every_candidate(model: nn.Module) -> tuple[list[Candidate], dict[str, LayerRow]]:
+def _every_candidate(model: nn.Module, *, embeddings: bool) -> tuple[list[Candidate], dict[str, LayerRow]]:
     found: list[Candidate] = []
     left: dict[str, LayerRow] = {}
     within: set[int] = set()  # layers that belong to others
+    users = _users(model)
     for name, layer in model.named_modules():
         kind = dense_class(layer).__name__
-        if id(layer) in within:
+        if id(layer) in within or (is_embedding(layer) and not embeddings and not is_packed(layer)):
             continue
         own = packable(layer)
         within.update(id(module) for module, _ in own)
@@ -102,6 +114,13 @@ def _every_candidate(model: nn.Module) -> tuple[list[Candidate], dict[str, Layer
         elif own:
             if reason := _obstacle(own):
                 left[name] = LayerRow(name, kind, _shape(own), reason=reason)
+                continue
+            if is_embedding(layer):
+                candidate = Candidate(name, layer, own, _density(own))
+                if reason := _obstacle_of_embedding(layer, users):
+                    left[name] = candidate.row(reason)
+                else:
+                    found.append(candidate)
                 continue
             parts = [own] if packed_together(layer) else [(place,) for place in own]
             pruned = tuple(itertools.chain(*(part for part in parts if _density(part) <= _MOST)))
@@ -171,6 +190,29 @@ def _obstacle(places: Sequence[Place]) -> str:
             return f"its weight is {str(weight.dtype).removeprefix('torch.')}"
         if not weight.numel():
             return "it has no weights"
+    return ""
+
+
+def _users(model: nn.Module) -> Mapping[int, list[tuple[str, nn.Module]]]:
+    """The modules that have a Parameter, by its id, with their names in the model."""
+    found: dict[int, list[tuple[str, nn.Module]]] = defaultdict(list)
+    for name, module in model.named_modules():
+        for parameter in module._parameters.values():
+            if parameter is not None:
+                found[id(parameter)].append((name, module))
+    return found
+
+
+def _obstacle_of_embedding(layer: nn.Module, users: Mapping[int, list[tuple[str, nn.Module]]]) -> str:
+    """Why rows of int8 would be no gain for an embedding, or wrong."""
+    if layer.max_norm is not None:
+        return "max_norm changes its weight as it is used"
+    weight = _weight((layer, "weight"))
+    if weight.numel() + _SCALE * len(weight) + _HEADER >= weight.numel() * weight.itemsize:
+        return "rows of int8 would take no less memory"
+    for name, user in users.get(id(layer._parameters.get("weight")), ()):
+        if not is_embedding(user):
+            return f"its weight is also that of {name}"
     return ""
 
 

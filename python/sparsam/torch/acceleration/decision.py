@@ -31,6 +31,7 @@ def decide(
     *,
     fused: Iterable[Collection[str]],
     min_gain: float,
+    lookups: Collection[str] = (),
 ) -> Decision:
     """Keeps the layers that win with the activations fused into them, and by more than a lost fast path.
 
@@ -38,13 +39,18 @@ def decide(
         times: The measured times.
         fused: For each activation that can be fused the layers that it follows: all of them, or it is not.
         min_gain: How many times faster a packed layer must be.
+        lookups: Those that stay whatever they take: embeddings, which are packed for their memory.
     """
     found = dict(times.layers)
     reasons: dict[str, str] = {}
 
     def drop_slow(names: Iterable[str]) -> None:
         for name in names:
-            if name not in reasons and found[name].dense < min_gain * found[name].packed:
+            if (
+                name not in reasons
+                and name not in lookups
+                and found[name].dense < min_gain * found[name].packed
+            ):
                 reasons[name] = f"gain under {min_gain:g}"
 
     drop_slow(found)
@@ -53,7 +59,8 @@ def decide(
             found |= {name: found[name].alone() for name in group}
             drop_slow(group)
     for owner, lost in times.fast_paths.items():
-        inside = [name for name in found if _within(name, owner) and name not in reasons]
+        packed = [name for name in found if name not in reasons and name not in lookups]
+        inside = [name for name in packed if _within(name, owner)]
         if sum(found[name].saved for name in inside) <= lost:
             where = f"of {owner}" if owner else "of the model"
             reasons |= dict.fromkeys(inside, f"saves less than the fast path {where}, which it would lose")

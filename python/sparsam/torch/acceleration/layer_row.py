@@ -22,7 +22,7 @@ class LayerRow:
         packed_bytes: That of the packed one with what kernels derived from it; None where there is none.
             Layers whose weights are tied share it.
         kernel: What multiplies now: "panels", "bitmask", "slots", "dense", or several where that depends
-            on the input.
+            on the input; "rows" of an embedding, which are looked up.
         dense_ms: Milliseconds that the dense layer takes for all example inputs, with the activation after it
             where that is fused, or, where there were none, the geometric mean over `inputs`; None where not
             timed.

@@ -48,8 +48,17 @@ def _nbytes(parameter: Tensor) -> int:
     return parameter.numel() * parameter.itemsize
 
 
-def release(model: nn.Module, layers: Sequence[PackedLayer]) -> None:
-    """Frees the dense weights behind packed layers that unpack to them and that nothing else holds."""
+def release(model: nn.Module, layers: Sequence[PackedLayer], *, rounded: bool = False) -> None:
+    """Frees the dense weights behind packed layers that unpack to them and that nothing else holds.
+
+    Args:
+        model: The model.
+        layers: Its packed layers.
+        rounded: Whether to free those too that packing rounded.
+    """
+    if rounded:
+        discard(model, [weight.tensor for layer in layers for weight in layer.weights])
+        return
     in_use = {id(parameter) for parameter in model.parameters()}
     for weight in (weight for layer in layers for weight in layer.weights):
         if _is_free(weight.tensor, in_use):

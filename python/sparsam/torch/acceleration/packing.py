@@ -9,7 +9,7 @@ import torch
 from sparsam.torch.acceleration.candidate_layers import Candidate
 from sparsam.torch.layers.packed_parameter import PackedParameter
 from sparsam.torch.layers.packed_tensor import PackedTensor
-from sparsam.torch.layers.packing import PackedLayer, groups, is_transposed
+from sparsam.torch.layers.packing import PackedLayer, groups, is_embedding, is_transposed
 from torch import nn
 
 __all__ = ["needs_examples", "pack"]
@@ -25,7 +25,7 @@ def pack(
 
     Args:
         found: The layers.
-        dtype: What to store values as; int8 in linear layers and attention alone.
+        dtype: What to store values as; int8 in linear layers, attention and embeddings alone.
         shapes: The shapes of the inputs that layers are called with, by name.
         to_itself: The layers that are attention of something to itself, and nothing else: then the product
             with the three projections is one.
@@ -43,7 +43,11 @@ def pack(
             key = (*computed, turned, pieces)
             if key not in made:
                 made[key] = PackedTensor.pack(
-                    getattr(module, name), dtype=_values(layer, dtype), groups=pieces, transposed=turned
+                    getattr(module, name),
+                    dtype=_values(layer, dtype),
+                    groups=pieces,
+                    transposed=turned,
+                    looked_up=is_embedding(layer),
                 )
             weights.append(PackedParameter(module, name, made[key]))
             rows.setdefault(id(made[key]), set()).update(
@@ -57,7 +61,8 @@ def pack(
 
 
 def _values(layer: nn.Module, dtype: torch.dtype | None) -> torch.dtype | None:
-    linear = isinstance(layer, (nn.Linear, nn.MultiheadAttention)) or is_transposed(layer)
+    kinds = (nn.Linear, nn.MultiheadAttention, nn.Embedding)
+    linear = isinstance(layer, kinds) or is_transposed(layer)
     return None if dtype is torch.int8 and not linear else dtype
 
 
@@ -70,4 +75,5 @@ def _rows(layer: nn.Module, name: str, shape: Sequence[int]) -> int:
 
 def needs_examples(layer: nn.Module) -> bool:
     """Whether it is no linear layer, whose inputs are known but for the number of rows."""
-    return isinstance(layer, (nn.Conv1d, nn.Conv2d, nn.MultiheadAttention, nn.RNNBase, nn.RNNCellBase))
+    kinds = (nn.Conv1d, nn.Conv2d, nn.Embedding, nn.MultiheadAttention, nn.RNNBase, nn.RNNCellBase)
+    return isinstance(layer, kinds)

@@ -19,7 +19,8 @@ class AccelerationReport(Readable):
     `print(report)` shows an aligned table, a notebook shows one in HTML; like layers are one line there.
 
     Attributes:
-        layers: The layers with weights that multiply, in the order of the model, those left dense included.
+        layers: The layers with weights that multiply, and with int8 values embeddings, in the order of the
+            model, those left dense included.
         before_ms: Median milliseconds of the model for all example inputs before; None where not timed.
         after_ms: The same with what is in the model now; equal to before_ms where nothing was swapped.
         weights_before: Bytes of the model's parameters before.

@@ -112,7 +112,9 @@ def fuse(
             swap.unfuse(fusion)
 
 
-def settle(runner: ModelRunner, swap: LayerSwap, decision: Decision, budget: Budget) -> Gain:
+def settle(
+    runner: ModelRunner, swap: LayerSwap, decision: Decision, budget: Budget, lookups: Collection[str] = ()
+) -> Gain:
     """Times the whole model; if it gains nothing, without the family of layers that saves least, and so on.
 
     Args:
@@ -120,21 +122,27 @@ def settle(runner: ModelRunner, swap: LayerSwap, decision: Decision, budget: Bud
         swap: The layers.
         decision: Which of them win by themselves.
         budget: When it is spent, no further family is tried.
+        lookups: Those of them that stay whatever the model takes.
     """
     before, after = measurement.model_times(runner, swap, decision.swap, budget)
-    if after < before:
+    if after < before or (lookups and set(decision.swap) <= set(lookups)):
         return Gain(decision.swap, before, after)
     saved = {
         family: sum(decision.times[name].saved for name in family)
-        for family in families({name: swap.layers[name].weight.shape for name in decision.swap})
+        for family in families(
+            {name: swap.layers[name].weight.shape for name in decision.swap if name not in lookups}
+        )
     }
     rest = sorted(saved, key=lambda family: saved[family])
     while len(rest) > 1 and budget.left():
         rest = rest[1:]
-        names = tuple(name for name in decision.swap if any(name in family for family in rest))
+        names = tuple(n for n in decision.swap if n in lookups or any(n in family for family in rest))
         dense, fewer = measurement.model_times(runner, swap, names, budget, again=True)
         if fewer < dense:
             return Gain(names, dense, fewer, after)
+    if lookups:
+        dense, fewer = measurement.model_times(runner, swap, lookups, budget, again=True)
+        return Gain(tuple(lookups), dense, fewer, after)
     return Gain((), before, before, after)
 
 

@@ -26,6 +26,7 @@ from sparsam.torch.acceleration.packing import needs_examples, pack
 from sparsam.torch.acceleration.report import AccelerationReport
 from sparsam.torch.acceleration.verification import Gain, fuse, settle, try_out
 from sparsam.torch.layers.packed_weight import DTYPES
+from sparsam.torch.layers.packing import is_embedding
 from sparsam.torch.transformers_models import announce
 from torch import Tensor, nn
 
@@ -48,6 +49,7 @@ def accelerate(
     tolerance: float | None = None,
     min_gain: float = 1.05,
     exclude: str | Collection[str] = (),
+    keep_dense: bool = True,
     seconds: float = 20.0,
     verbose: bool = True,
 ) -> AccelerationReport:
@@ -76,14 +78,17 @@ def accelerate(
         dtype: What to store the weights as: `torch.bfloat16` halves them, and rounds; None keeps them.
         values: "int8" rounds the weights of linear layers and attention, and what they are multiplied with,
             to integers with a scale for each output and row; sums are exact. Weights that
-            `prune(..., values="int8")` rounded are packed as they are. Other dense weights stay in memory for
-            `restore`; `save` and `load` leave them behind.
+            `prune(..., values="int8")` rounded are packed as they are. Embeddings are rounded too, to
+            integers with a scale for each of their rows, for their memory and whatever a look-up takes,
+            unless another layer has the same Parameter.
         tolerance: How far outputs may be from those of the dense model, relative to the largest. Layers that
             take them further stay dense. By default 0.001, or 0.1 where something is rounded; above 0, for
             sums are rounded in another order. Needs `example_inputs`.
         min_gain: How many times faster than the dense layer a packed one must be.
         exclude: The name of a layer that stays dense, or several; shell-style patterns
             (`fnmatch.fnmatchcase`).
+        keep_dense: Whether dense weights that packing rounded stay in memory for `restore`. False frees
+            them, as `save` and `load` do: `restore` then gives what the packed ones hold.
         seconds: About how long measuring may take in all; once they are over, each measurement is made with
             as few runs as it can be.
         verbose: Whether to print the report.
@@ -109,7 +114,7 @@ def accelerate(
         raise ValueError(msg)
     interruptions = measurement.Interruptions()
     with torch.inference_mode(False), torch.no_grad():
-        found, left = candidates(model, _patterns(exclude))
+        found, left = candidates(model, _patterns(exclude), embeddings=values == "int8")
         bytes_before = parameter_bytes(model)
         swap = LayerSwap(model)
         try:
@@ -122,7 +127,7 @@ def accelerate(
                     )
             _install(swap, outcome)
             rows = left | rows_of(found, swap, outcome)
-            release(model, [swap.layers[name] for name in outcome.swapped])
+            release(model, [swap.layers[name] for name in outcome.swapped], rounded=not keep_dense)
             announce(model)
             report = AccelerationReport(
                 in_order(model, rows),
@@ -173,10 +178,11 @@ def _by_examples(
         tolerance=_FUSED_NARROW if narrow or dtype is torch.int8 else _FUSED,
     )
     times = measurement.layer_times(model, runner, swap, budget)
-    decision = _decide(swap, times, min_gain)
+    lookups = [name for name, layer in swap.layers.items() if is_embedding(layer.layer)]
+    decision = _decide(swap, times, min_gain, lookups)
     if not decision.swap:
         return Outcome(seen.calls, decision, reasons, _dense(runner))
-    gain = settle(runner, swap, decision, budget)
+    gain = settle(runner, swap, decision, budget, lookups)
     swap.show(gain.swap)
     apart = difference(runner.outputs(), seen.outputs) if gain.swap else None
     return Outcome(seen.calls, decision, reasons, gain, apart)
@@ -209,11 +215,12 @@ def _by_rows(
     return Outcome(calls, _decide(swap, Times(times, {}), min_gain), reasons)
 
 
-def _decide(swap: LayerSwap, times: Times, min_gain: float) -> Decision:
+def _decide(swap: LayerSwap, times: Times, min_gain: float, lookups: Collection[str] = ()) -> Decision:
     return decide(
         times,
         fused=[fusion.replacement.into for fusion in swap.fusions],
         min_gain=min_gain,
+        lookups=lookups,
     )
 
 

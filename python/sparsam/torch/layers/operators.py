@@ -1,8 +1,8 @@
 """The products as functions of tensors, and as operators that torch.compile, export and autograd know.
 
-`sparsam::linear`, `sparsam::conv2d` and `sparsam::unpack` take the bytes of a packed weight as a tensor, so
-that a graph owns its weights. In eager mode packed tensors call the functions themselves: the dispatcher
-would cost more than a small product.
+`sparsam::linear`, `sparsam::conv2d`, `sparsam::embedding` and `sparsam::unpack` take the bytes of a packed
+weight as a tensor, so that a graph owns its weights. In eager mode packed tensors call the functions
+themselves: the dispatcher would cost more than a small product.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from sparsam._core import Packed
 from sparsam.torch.layers.packed_weight import DTYPES, PackedWeight
 from torch import Tensor
 
-__all__ = ["ACTIVATIONS", "NO_DERIVATIVE", "check", "conv2d", "linear", "unpack"]
+__all__ = ["ACTIVATIONS", "NO_DERIVATIVE", "check", "conv2d", "embedding", "linear", "unpack"]
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "": lambda x: x,
@@ -143,6 +143,25 @@ def conv2d(
     return out
 
 
+def embedding(indices: Tensor, weight: PackedWeight, dtype: torch.dtype) -> Tensor:
+    """Rows of a weight in a dtype, indices.shape + (cols,).
+
+    Raises:
+        TypeError: `indices` are no int32 or int64.
+        IndexError: One of them is the number of no row.
+    """
+    if indices.dtype not in {torch.int64, torch.int32} or not indices.is_cpu:
+        got = f"{indices.dtype} on {indices.device}"
+        msg = (
+            f"indices: expected int64 or int32 on the CPU; got {got}; convert them with indices.long().cpu()"
+        )
+        raise TypeError(msg)
+    wanted = indices.long().contiguous()
+    out = torch.empty(*indices.shape, weight.cols, device="cpu")
+    weight.parts[0].look_up_at(wanted.data_ptr(), wanted.numel(), out.data_ptr())
+    return out.to(dtype)
+
+
 def unpack(data: Tensor, rows: int, cols: int, dtype: torch.dtype) -> Tensor:
     """The dense weight (rows, cols), in a dtype, of the bytes of a packed one."""
     return PackedWeight.read(data).unpack().to(dtype).reshape(rows, cols)
@@ -206,6 +225,7 @@ def _register() -> None:
     schemas = (
         "linear(Tensor x, Tensor weight, Tensor? bias, int out, str activation, int first=0)",
         f"conv2d(Tensor x, Tensor weight, Tensor? bias, int out, {geometry}, str activation)",
+        "embedding(Tensor indices, Tensor weight, int cols, ScalarType dtype)",
         "unpack(Tensor weight, int rows, int cols, ScalarType dtype)",
         "refuse(Tensor gradient, Tensor like)",
     )
@@ -215,12 +235,14 @@ def _register() -> None:
     eager: dict[str, Callable[..., Tensor]] = {
         "linear": lambda x, w, b, out, activation, first=0: linear(x, read(w), b, activation, first, out),
         "conv2d": lambda x, w, b, _, *rest: conv2d(x, read(w), b, *rest),
+        "embedding": lambda indices, w, _, dtype: embedding(indices, read(w), dtype),
         "unpack": unpack,
         "refuse": _refuse,
     }
     fakes: dict[str, Callable[..., Tensor]] = {
         "linear": lambda x, _, b, out, *rest: x.new_empty((*x.shape[:-1], out)),  # noqa: ARG005
         "conv2d": lambda x, _, b, out, *rest: x.new_empty(_conv2d_shape(x, x.shape[1], out, *rest[:4])),  # noqa: ARG005
+        "embedding": lambda i, w, cols, dtype: w.new_empty((*i.shape, cols), dtype=dtype),
         "unpack": lambda w, rows, cols, dtype: w.new_empty((rows, cols), dtype=dtype),
         "refuse": lambda _, like: torch.empty_like(like),
     }

@@ -29,12 +29,14 @@ class Layout:
         groups: How many matrices of as many outputs are packed one by one: the groups of a convolution, or
             the projections of an attention layer.
         transposed: Whether it is (in, out), as in the Conv1D of Hugging Face's GPT-2.
+        looked_up: Whether rows of it are looked up, as in an embedding; nothing is multiplied with it then.
     """
 
     shape: tuple[int, ...]
     dtype: torch.dtype
     groups: int = 1
     transposed: bool = False
+    looked_up: bool = False
 
     @property
     def matrix(self) -> tuple[int, int]:
@@ -44,8 +46,8 @@ class Layout:
 
     @property
     def is_matrix(self) -> bool:
-        """Whether it is one matrix: neither a convolution nor several matrices, one below the other."""
-        return len(self.shape) == 2 and self.groups == 1
+        """Whether one matrix is multiplied: no convolution, nor several matrices, one below the other."""
+        return len(self.shape) == 2 and self.groups == 1 and not self.looked_up
 
 
 class Content:
@@ -54,7 +56,7 @@ class Content:
     Attributes:
         data: The bytes (uint8).
         layout: How they are to be read.
-        outs: The number of outputs of a linear layer; 0 for a convolution.
+        outs: The number of outputs of a linear layer; 0 for a convolution and for an embedding.
         original: The Parameter that was packed, or None.
         released: Whether `original` is empty, which saves its memory, until the weight is unpacked again.
         changed: Whether the weight was changed after it was packed.
@@ -66,7 +68,7 @@ class Content:
     def __init__(self, data: Tensor, layout: Layout, original: nn.Parameter | None = None) -> None:
         self.data = data
         self.layout = layout
-        self.outs = layout.matrix[0] if len(layout.shape) == 2 else 0
+        self.outs = layout.matrix[0] if len(layout.shape) == 2 and not layout.looked_up else 0
         self.original = original
         self.place: tuple[weakref.ref[nn.Module], str] | None = None
         self.released = False

@@ -75,6 +75,7 @@ class PackedTensor(Tensor):
         dtype: torch.dtype | None = None,
         groups: int = 1,
         transposed: bool = False,
+        looked_up: bool = False,
     ) -> PackedTensor:
         """Packs a tensor (out, in / groups, ...); pruned is what is exactly 0.
 
@@ -85,6 +86,7 @@ class PackedTensor(Tensor):
                 with a scale for each output, rounds them, and what the product is computed with as well.
             groups: Output channels split into so many groups, each a matrix of its own.
             transposed: `weight` is (in, out), as in the Conv1D of Hugging Face's GPT-2.
+            looked_up: Rows of `weight` are looked up, as those of an embedding; values are int8 then.
 
         Raises:
             TypeError: Another dtype or layout; a tensor that is packed already.
@@ -109,12 +111,15 @@ class PackedTensor(Tensor):
             kind = type(weight).__name__
             msg = f"weight: expected a dense tensor; got one of class {kind}; leave it as it is"
             raise TypeError(msg)
-        layout = Layout(tuple(weight.shape), weight.dtype, groups, transposed)
+        if looked_up and values is not torch.int8:
+            msg = f"dtype: expected torch.int8 for an embedding; got {values}; pass that, or leave it dense"
+            raise TypeError(msg)
+        layout = Layout(tuple(weight.shape), weight.dtype, groups, transposed, looked_up)
         is_parameter = isinstance(weight, nn.Parameter)
         if is_parameter and (content := Content.find(weight, layout, values)) is not None:
             found = _in_place_of(content)
             return cls.of_content(content) if found is None else found
-        data = pack_dense(weight.detach(), layout, values, ("panels",))
+        data = pack_dense(weight.detach(), layout, values, ("rows",) if looked_up else ("panels",))
         if is_parameter:
             return cls.of_content(Content(data, layout, weight))  # type: ignore[arg-type]
         return cls(Content(data, layout))
@@ -170,6 +175,8 @@ class PackedTensor(Tensor):
             ValueError: `batch` is below 0.
         """
         (batch,) = numbers("batch", [batch], at_least=0)
+        if self._content.layout.looked_up:
+            return Explanation(repr(self), batch, "rows", "which are looked up", ())
         if not self._content.layout.is_matrix:
             return Explanation(repr(self), batch, "panels", "the kernel of convolutions", ())
         choice = self.packed.choices.choice(batch)

@@ -143,10 +143,11 @@ def pack_matrix(
 ) -> Tensor:
     """The bytes of an array (groups x rows, cols) of floats; pruned is what is exactly 0.
 
-    With `int8` values are rounded to that, and the form is the one that there is for it.
+    With `int8` values are rounded to that, and the form is "rows", if that is asked for, or "slots".
     """
     if int8:
-        return join([pack_int8(part) for part in np.split(matrix, groups)], ("slots",))
+        form = "rows" if "rows" in forms else "slots"
+        return join([pack_int8(part, form=form) for part in np.split(matrix, groups)], (form,))
     return join([Packed.pack(part) for part in np.split(matrix, groups)], forms)
 
 

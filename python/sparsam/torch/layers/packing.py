@@ -27,6 +27,7 @@ __all__ = [
     "clean",
     "dense_class",
     "groups",
+    "is_embedding",
     "is_one_of_several",
     "is_packed",
     "is_transposed",
@@ -56,12 +57,13 @@ def pack(
     `RNN` or a cell of these all matrices.
 
     Args:
-        layer: A `torch.nn.Linear` (or the Conv1D of Hugging Face's GPT-2), `Conv1d`, `Conv2d`,
+        layer: A `torch.nn.Linear` (or the Conv1D of Hugging Face's GPT-2), `Conv1d`, `Conv2d`, `Embedding`,
             `MultiheadAttention`, `LSTM`, `GRU`, `RNN` or a cell of these, or one of a subclass; on the CPU,
             float32, bfloat16 or float16. Its zeros are what is skipped.
         dtype: What to store the values as, `torch.bfloat16` say; by default as they are. Sums are float32.
             `torch.int8`, for linear layers and attention, rounds weights and inputs to integers, whose sums
-            are exact (`SparseMatrix.from_dense`).
+            are exact (`SparseMatrix.from_dense`). In a `torch.nn.Embedding`, which takes no other, it rounds
+            the rows that are looked up.
         activation: Applied to the layer's result: None, "relu", "gelu", "gelu_tanh" or "silu".
         batches: The numbers of rows that a linear layer will be called with, see `PackedTensor.prepare`.
 
@@ -106,15 +108,18 @@ class PackedLayer:
             raise TypeError(msg)
         if not (places := packable(layer)):
             msg = (
-                "layer: expected a torch.nn.Linear, Conv1d, Conv2d, MultiheadAttention or recurrent layer; "
-                f"got a {name}; leave it dense"
+                "layer: expected a torch.nn.Linear, Conv1d, Conv2d, Embedding, MultiheadAttention or "
+                f"recurrent layer; got a {name}; leave it dense"
             )
             raise TypeError(msg)
         weights = []
         for module, attribute in places:
             dense: Any = getattr(module, attribute)
             pieces, turned = groups(layer, attribute), is_transposed(layer)
-            packed = PackedTensor.pack(dense, dtype=dtype, groups=pieces, transposed=turned)
+            looked_up = is_embedding(layer)
+            packed = PackedTensor.pack(
+                dense, dtype=dtype, groups=pieces, transposed=turned, looked_up=looked_up
+            )
             weights.append(PackedParameter(module, attribute, packed))
         return cls(layer, weights)
 
@@ -141,7 +146,7 @@ class PackedLayer:
             known = ", ".join(repr(known) for known in ACTIVATIONS if known)
             msg = f"activation: expected None or one of {known}; got {name!r}; pass one of them"
             raise ValueError(msg)
-        if name is not None and isinstance(self.layer, (nn.MultiheadAttention, *_RECURRENT)):
+        if name is not None and isinstance(self.layer, (nn.MultiheadAttention, nn.Embedding, *_RECURRENT)):
             kind = dense_class(self.layer).__name__
             msg = f"activation: expected None for a layer of class {kind}; got {name!r}; leave it out"
             raise ValueError(msg)
@@ -215,8 +220,13 @@ def packable(layer: nn.Module) -> tuple[tuple[nn.Module, str], ...]:
         return tuple((layer, name) for name in names if name.startswith("weight"))
     if isinstance(layer, nn.RNNCellBase):
         return (layer, "weight_ih"), (layer, "weight_hh")
-    known = isinstance(layer, (nn.Linear, nn.Conv1d, nn.Conv2d)) or is_transposed(layer)
+    known = isinstance(layer, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Embedding)) or is_transposed(layer)
     return ((layer, "weight"),) if known else ()
+
+
+def is_embedding(layer: nn.Module) -> bool:
+    """Whether rows of its weight are looked up: packed, they are int8, and all of them are kept."""
+    return isinstance(layer, nn.Embedding)
 
 
 def is_one_of_several(attribute: str) -> bool:

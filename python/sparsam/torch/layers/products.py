@@ -1,4 +1,4 @@
-"""Which functions of PyTorch multiply with a packed tensor, and how their arguments are read."""
+"""Which functions of PyTorch multiply with a packed tensor or look up its rows; how arguments are read."""
 
 from __future__ import annotations
 
@@ -20,7 +20,17 @@ from torch import Tensor, is_autocast_enabled, is_grad_enabled, nn
 if TYPE_CHECKING:
     from sparsam.torch.layers.packed_content import Content
 
-__all__ = ["HANDLERS", "addmm", "convolve", "frozen", "is_plain", "linear", "needs_gradient", "refuse"]
+__all__ = [
+    "HANDLERS",
+    "addmm",
+    "convolve",
+    "embed",
+    "frozen",
+    "is_plain",
+    "linear",
+    "needs_gradient",
+    "refuse",
+]
 
 _aten = torch.ops.aten
 _BIASES = frozenset((nn.Parameter, Tensor, type(None)))
@@ -129,6 +139,26 @@ def convolve(
     return y if x.ndim == rank + 1 else y[0]
 
 
+def embed(
+    input: Tensor,
+    weight: Any,
+    padding_idx: int | None = None,  # noqa: ARG001 - it is about gradients, which there are none of
+    max_norm: float | None = None,
+    *_: Any,
+    **__: Any,
+) -> Any:
+    """The rows of a packed weight that an embedding looks up; else NotImplemented."""
+    content = getattr(weight, "_content", None)
+    if content is None or not content.layout.looked_up or weight._views or max_norm is not None:
+        return NotImplemented
+    layout = content.layout
+    if not is_plain(input):
+        refuse(input)
+        return torch.ops.sparsam.embedding(input, content.data, layout.shape[1], layout.dtype)
+    y = operators.embedding(input, content.weight, layout.dtype)
+    return frozen(y) if is_grad_enabled() and content.trainable else y
+
+
 def _conv1d(*args: Any, **kwargs: Any) -> Any:
     return convolve(*args, **kwargs) if _dimensions(args, kwargs) == 3 else NotImplemented
 
@@ -153,6 +183,7 @@ _ATTENTION = FunctionType(
 
 HANDLERS: Mapping[Any, Callable[..., Any]] = {
     functional.linear: linear,
+    functional.embedding: embed,
     functional.multi_head_attention_forward: _attend,
     functional.conv1d: _conv1d,
     functional.conv2d: _conv2d_of_images,
@@ -178,7 +209,7 @@ def _shown(weight: Any, content: Content, *, turned: bool) -> tuple[int, int] | 
         None for what is no whole rows of the matrix, in another orientation, or begins within a group.
     """
     layout = content.layout
-    if len(layout.shape) != 2 or weight.ndim != 2:
+    if not content.outs or weight.ndim != 2:
         return None
     # Shape, strides and start say all about a view.
     width, (height, breadth), strides = layout.shape[1], weight.shape, weight.stride()
@@ -243,7 +274,7 @@ def refuse(x: Tensor) -> None:
         raise RuntimeError(msg)
     if is_compiling():
         return
-    if type(x) is Tensor:
+    if type(x) is Tensor and x.is_floating_point():
         operators.check(x)
     kinds = {str(level.key()) for level in torch._C._functorch.get_interpreter_stack() or ()}
     dual = forward_ad._current_level >= 0 and forward_ad.unpack_dual(x).tangent is not None  # type: ignore[no-untyped-call]

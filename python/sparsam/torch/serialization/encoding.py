@@ -24,7 +24,7 @@ class Encoded:
     Attributes:
         values: Row by row, those whose bit is set; a single 0 where none is.
         bits: uint8 (rows, ceil(columns / 8)), the first column in the lowest bit; of int8 values each row
-            ends with its scale, four bytes more.
+            ends with its scale, four bytes more, and these alone are there where values are all of a weight.
     """
 
     values: Tensor
@@ -44,6 +44,8 @@ class Encoded:
         """
         bits, values = self.bits, self.values
         int8 = values.dtype is torch.int8
+        if int8 and cols and bits.shape == (rows, 4) and values.shape == (rows * cols,):
+            return self._whole_parts(name, rows, cols, groups)
         wanted = (rows, (cols + 7) // 8 + 4 * int8)
         if bits.dtype != torch.uint8 or tuple(bits.shape) != wanted:
             msg = (
@@ -85,6 +87,17 @@ class Encoded:
             )
             raise ValueError(msg) from error
 
+    def _whole_parts(self, name: str, rows: int, cols: int, groups: int) -> list[Packed]:
+        """What `parts` gives of int8 values that are all of a weight."""
+        q, scales = self.values.numpy().reshape(rows, cols), self.bits.numpy().view(np.float32).reshape(-1)
+        try:
+            pieces = zip(np.split(q, groups), np.split(scales, groups), strict=True)
+            return [Packed.pack_int8(part, scale) for part, scale in pieces]
+        except ValueError as error:
+            wanted = "int8 values with scales"
+            msg = f"weight {name!r}: expected {wanted}; got others: {error}; save the model again"
+            raise ValueError(msg) from error
+
     @classmethod
     def unpacked(cls, parts: Sequence[Packed], shape: Sequence[int]) -> Tensor:
         """The dense tensor of what `parts` gave, to the last bit what was encoded."""
@@ -109,7 +122,17 @@ def encode(dense: Tensor) -> Encoded | None:
 
 
 def encode_packed(weight: PackedWeight) -> Encoded:
-    """A packed weight, group after group."""
+    """A packed weight, group after group; int8 values whole where bits would take more than zeros."""
+    size = weight.groups * weight.rows * weight.cols
+    if weight.dtype is torch.int8 and size < weight.nnz + weight.groups * weight.rows * (
+        (weight.cols + 7) // 8
+    ):
+        found = [part.scales() for part in weight.parts]
+        dense = [
+            np.rint(part.unpack() / scale[:, None]) for part, scale in zip(weight.parts, found, strict=True)
+        ]
+        q = np.concatenate(dense).astype(np.int8).reshape(-1)
+        return Encoded(torch.from_numpy(q), torch.from_numpy(np.concatenate(found)[:, None].view(np.uint8)))
     values = torch.cat([from_array(part.values()) for part in weight.parts])
     bits = np.concatenate([_lines(part) for part in weight.parts])
     return Encoded(values if len(values) else values.new_zeros(1), torch.from_numpy(bits))

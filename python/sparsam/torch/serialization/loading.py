@@ -12,7 +12,7 @@ from torch.nn.utils import parametrize, prune
 import torch
 from sparsam.torch.acceleration.fusion import recognise_activation
 from sparsam.torch.layers.packed_weight import DTYPES
-from sparsam.torch.layers.packing import PROJECTIONS, groups, is_transposed, packable
+from sparsam.torch.layers.packing import PROJECTIONS, groups, is_embedding, is_transposed, packable
 from sparsam.torch.layers.unpacked_tensor import is_foreign
 from sparsam.torch.serialization.encoding import Encoded
 from sparsam.torch.serialization.manifest import BITS, Manifest, dtype_name, place
@@ -93,7 +93,12 @@ def check_layers(manifest: Manifest, modules: Mapping[str, nn.Module]) -> None:
         module = modules.get(path)
         if module is None or (module, attribute) not in packable(module):
             came = "none" if module is None else f"a {type(module).__name__}"
-            msg = f"layer {name!r}: expected a linear layer or a convolution in the model; got {came}; {_DO}"
+            kinds = "a linear layer, an embedding or a convolution"
+            msg = f"layer {name!r}: expected {kinds} in the model; got {came}; {_DO}"
+            raise ValueError(msg)
+        if (layer.forms == ("rows",)) != is_embedding(module):
+            wanted_forms = "['rows'] for an embedding, and for nothing else"
+            msg = f"layer {name!r}: field forms: expected {wanted_forms}; got {[*layer.forms]}; {_DO}"
             raise ValueError(msg)
         computed = attribute not in module._parameters
         if computed != (layer.computed is not None) or (computed and not _can_compute(module, attribute)):

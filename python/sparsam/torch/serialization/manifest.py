@@ -25,6 +25,7 @@ MARK = "accelerated 3"
 BITS = "_bits"  # what follows a weight's name in the name of its bits
 
 _FORMS = tuple(forms for n in (1, 2) for forms in itertools.combinations(("bitmask", "panels", "slots"), n))
+_FORMS += (("rows",),)  # of an embedding
 _ACTIVATIONS = tuple(filter(None, ACTIVATIONS))
 _DTYPES = tuple(str(dtype).removeprefix("torch.") for dtype in DTYPES)
 _VALUES = tuple(str(dtype).removeprefix("torch.") for dtype in VALUES)

@@ -15,7 +15,7 @@ from sparsam.torch.layers.packed_content import Content, Layout
 from sparsam.torch.layers.packed_parameter import PackedParameter
 from sparsam.torch.layers.packed_tensor import PackedTensor
 from sparsam.torch.layers.packed_weight import join
-from sparsam.torch.layers.packing import PackedLayer, is_transposed, packed_layers
+from sparsam.torch.layers.packing import PackedLayer, is_embedding, is_transposed, packed_layers
 from sparsam.torch.serialization.encoding import Encoded, matrix_shape
 from sparsam.torch.serialization.manifest import Layer, Manifest, place
 from sparsam.torch.transformers_models import announce
@@ -54,11 +54,10 @@ class StoredWeights:
         layers = self.manifest.layers.items()
         uses = {self._use(n, layer) for n, layer in layers if self._uses(n, layer, name)}
         for use in uses or {(name, 1, ())}:
-            if "panels" in use[2] and encoded.values.dtype is torch.int8:
-                msg = (
-                    f"weight {name!r}: field forms: expected others than 'panels' for int8 values; "
-                    f"got {[*use[2]]}; save the model again"
-                )
+            int8 = encoded.values.dtype is torch.int8
+            if ("panels" in use[2] and int8) or ("rows" in use[2] and not int8):
+                kinds = "others than 'panels' for int8 values, and than 'rows' for floats"
+                msg = f"weight {name!r}: field forms: expected {kinds}; got {[*use[2]]}; save the model again"
                 raise ValueError(msg)
             self._parts[use] = encoded.parts(name, rows, cols, use[1])
 
@@ -156,7 +155,8 @@ class StoredWeights:
     def _packed_tensor(self, use: _Use, dense: Any, claims: dict[int, set[str]]) -> PackedTensor:
         stored, groups, forms = use
         weight = self.manifest.weights[stored]
-        layout = Layout(tuple(weight.shape), dense.dtype, groups, weight.transposed)
+        looked_up = forms == ("rows",)
+        layout = Layout(tuple(weight.shape), dense.dtype, groups, weight.transposed, looked_up)
         one = len(claims[id(dense)]) == 1  # else restoring must not give one Parameter two values
         content = Content(join(self._parts[use], forms), layout, dense if one else None)
         content.trainable = dense.requires_grad
@@ -175,8 +175,9 @@ def _pack_computed(module: nn.Module, attribute: str, layer: Layer) -> PackedLay
         if isinstance(hook, prune.BasePruningMethod):
             hook(module, ())
     dtype, turned = getattr(torch, layer.computed or ""), is_transposed(module)
+    dense = getattr(module, attribute)
     weight = PackedTensor.pack(
-        getattr(module, attribute), dtype=dtype, groups=layer.groups, transposed=turned
+        dense, dtype=dtype, groups=layer.groups, transposed=turned, looked_up=is_embedding(module)
     )
     packed = PackedLayer(module, [PackedParameter(module, attribute, weight)])
     packed.activation = layer.activation

@@ -97,5 +97,6 @@ void register_reconstruction(py::module_& m);
 void register_recurrent(py::module_& m);
 void register_runtime(py::module_& m);
 void register_selection(py::module_& m);
+void register_tensors(py::module_& m);
 
 }  // namespace sparsam

@@ -1,6 +1,6 @@
 """The C++ core. Arrays are float16, bfloat16, float32 or float64 of any strides unless said otherwise."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
@@ -164,6 +164,13 @@ class Packed:
         out: int,
         out_stride: int,
     ) -> None: ...
+
+# Tensors of PyTorch, read without Python: whether its table (`__dlpack_c_exchange_api__`) is understood; a
+# product, None unless all are plain float32 (x: or bfloat16) of fitting shapes.
+def use_tensors(table: object) -> bool: ...
+def linear_of_tensors(
+    weight: Packed, kernel_for: Callable[[int], str], x: object, bias: object, activation: str
+) -> Any | None: ...
 
 # One direction of one recurrent layer, see cpp/include/sparsam/recurrent.hpp; addresses as above.
 def recur_at(

@@ -14,7 +14,7 @@ from typing import Any
 from torch.nn import functional
 
 import torch
-from sparsam._core import Packed
+from sparsam._core import Packed, linear_of_tensors, use_tensors
 from sparsam.torch.layers.packed_weight import DTYPES, PackedWeight
 from torch import Tensor
 
@@ -57,6 +57,11 @@ def linear(
         first: The first of the rows of W to multiply with.
         outs: How many; all that follow if None. Both must be whole groups.
     """
+    parts = weight.parts
+    if len(parts) == 1:
+        plain: Tensor | None = linear_of_tensors(parts[0], weight.kernel, x, bias, activation)
+        if plain is not None:
+            return plain
     check(x)
     shape = x.shape
     if not shape or shape[-1] != weight.cols:
@@ -66,7 +71,7 @@ def linear(
     if x.dtype is torch.float16:
         return linear(x.float(), weight, bias, activation, first, outs).half()
     x = x.contiguous()
-    rows, parts = weight.rows, weight.parts
+    rows = weight.rows
     if len(parts) == 1:
         return _multiply(x, weight, parts[0], _plain_bias(bias, rows), activation)
     parts = parts[first // rows :][: None if outs is None else outs // rows]
@@ -272,3 +277,5 @@ def _backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
 
 
 _register()
+if (_table := getattr(Tensor, "__dlpack_c_exchange_api__", None)) is not None:  # PyTorch 2.10 and later
+    use_tensors(_table)

@@ -10,7 +10,7 @@ import typer
 from sparsam import bench, plot
 from sparsam.checkpoint.atomic import check_target
 from sparsam.cli.arguments import parse_override, parse_pattern
-from sparsam.cli.console import print_json, print_table, print_text, progress
+from sparsam.cli.console import kept, note, print_json, print_table, print_text, progress
 from sparsam.cli.options import Exclude, Json, Overrides, PatternText
 from sparsam.config import PruningConfig
 from sparsam.plot import html_page
@@ -51,19 +51,33 @@ def compress(
     html: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Also write all results, with pictures, as one page.")
     ] = None,
+    memory: Annotated[
+        str | None,
+        typer.Option(metavar="SIZE", help="Take at most so much, as 8GiB: prune block by block from disk."),
+    ] = None,
     as_json: Json = False,
 ) -> None:
-    """Prune a Hugging Face model with calibration, accelerate it, save it, and measure the result."""
+    """Prune a Hugging Face model with calibration, accelerate it, save it, and measure the result.
+
+    With --memory, and without it where three copies of the model do not fit into memory, it is only pruned,
+    block by block from its files, and such a run goes on when it is called again.
+    """
     try:
         import transformers  # noqa: F401, PLC0415 - an extra
 
-        from sparsam.torch.compression import workflow  # noqa: PLC0415
+        from sparsam.torch.compression import block_by_block, workflow  # noqa: PLC0415
     except ImportError as error:
         msg = (
             f"compress: expected PyTorch and transformers; got not both of them ({error}); "
             "install them with: pip install 'sparsam[cli,huggingface]'"
         )
         raise ValueError(msg) from error
+    apart = memory is not None or block_by_block.outgrows_memory(model)
+    if apart and (distill or html):
+        option = "--distill" if distill else "--html"
+        why = "with --memory" if memory is not None else f"for {model}, which outgrows memory"
+        msg = f"{option}: expected none {why}, since it needs the whole model; got one; leave it out"
+        raise ValueError(msg)
     if html:
         plot.new_figure()
         check_target(html)
@@ -77,6 +91,9 @@ def compress(
         exclude=exclude or (),
         overrides=dict(map(parse_override, override or ())),
     )
+    if apart:
+        _from_disk(model, calibration, output, config, memory, as_json=as_json)
+        return
     with progress() as bar:
         task = bar.add_task("reading")
 
@@ -92,6 +109,24 @@ def compress(
         print_json(report.to_dict())
     else:
         _print(report, output)
+
+
+def _from_disk(
+    model: Path, calibration: Path, output: Path, config: PruningConfig, memory: str | None, *, as_json: bool
+) -> None:
+    from sparsam.torch.compression.block_by_block import compress_files  # noqa: PLC0415 - it needs PyTorch
+
+    note("block by block from disk: only pruned; packing and the table of quality need the whole model")
+    with kept("what is done so far; the same command goes on from there"), progress() as bar:
+        task = bar.add_task("reading")
+
+        def show(what: str, done: int, total: int) -> None:
+            bar.update(task, description=what, completed=done, total=total)
+
+        report = compress_files(model, calibration, output, config, memory=memory, progress=show)
+    print_text(report.to_json() if as_json else str(report))
+    if not as_json:
+        print_text(f"The model is in {output}.")
 
 
 def _print(report: CompressionReport, output: Path) -> None:

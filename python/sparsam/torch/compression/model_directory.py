@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from sparsam.inputs.checks import expected
+from sparsam.torch.serialization.meta_device import without_values
 from torch import nn
 
 __all__ = ["ModelDirectory", "copy_companions", "read_directory", "weight_bytes", "without_bars"]
@@ -44,8 +45,12 @@ class ModelDirectory:
         return weight_bytes(self.path / self.part)
 
 
-def read_directory(path: Path) -> ModelDirectory:
+def read_directory(path: Path, *, loaded: bool = True) -> ModelDirectory:
     """Reads the model of the class that its configuration names, from local files only.
+
+    Args:
+        path: The directory.
+        loaded: Whether the model gets its weights; else its Parameters are on the meta device.
 
     Raises:
         ValueError: The directory holds no model for transformers, or one whose forward takes no plain text
@@ -75,7 +80,11 @@ def read_directory(path: Path) -> ModelDirectory:
     kind: Any = getattr(transformers, names[0], transformers.AutoModel) if names else transformers.AutoModel
     try:
         with without_bars():
-            model = kind.from_pretrained(inner, local_files_only=True).float().eval()
+            if loaded:
+                model = kind.from_pretrained(inner, local_files_only=True)
+            else:
+                make = kind.from_config if kind is transformers.AutoModel else kind
+                model = without_values(lambda: make(config))
         tokenizer: Any = transformers.AutoTokenizer.from_pretrained(inner, local_files_only=True)
     except (OSError, ValueError) as error:
         wanted = "a model and a tokenizer that transformers reads"
@@ -87,7 +96,7 @@ def read_directory(path: Path) -> ModelDirectory:
         for number in (getattr(config, "max_position_embeddings", None), tokenizer.model_max_length, 1 << 20)
         if number
     )
-    return ModelDirectory(path, part, model, tokenizer, causal, longest)
+    return ModelDirectory(path, part, model.float().eval(), tokenizer, causal, longest)
 
 
 @contextmanager

@@ -34,9 +34,9 @@ from sparsam.torch.pruning.gradients import GRADIENT_METHODS
 from sparsam.torch.pruning.one_shot import prune
 from torch import Tensor, nn
 
-__all__ = ["compress"]
+__all__ = ["SAMPLES", "compress", "settle", "texts_of"]
 
-_SAMPLES = {"sentences": 1024, "windows": 64}  # of calibration, at most
+SAMPLES = {"sentences": 1024, "windows": 64}  # of calibration, at most
 _CURVE = (0.5, 0.6, 0.7, 0.8, 0.9)
 _SHAPES = {False: ((1, 16), (8, 64), (32, 128)), True: ((1, 1), (1, 64), (8, 128))}  # by whether it is causal
 _SECONDS = 2.0  # of timing for each shape
@@ -79,29 +79,13 @@ def compress(
         ImportError: transformers is not installed.
     """
     start = time.perf_counter()
-    for what, value in (("model", model), ("output", output)):
-        if not isinstance(value, (str, os.PathLike)):
-            raise TypeError(expected(what, value, "the path of a directory", "pass text or a Path"))
-    target = Path(output)
-    if target.exists() or target.is_symlink():
-        raise ValueError(expected("output", str(target), "a directory that does not exist yet", "remove it"))
+    target, given = settle(model, output, config)
     if not (isinstance(distill_minutes, Real) and math.isfinite(distill_minutes) and distill_minutes >= 0):
         raise ValueError(expected("distill_minutes", distill_minutes, "a number from 0", "leave it out"))
-    given = PruningConfig(target_sparsity=0.8, method="admm") if config is None else configured(config)
-    if given.method in GRADIENT_METHODS:
-        wanted = "one that needs no labels: 'admm', 'obs', 'wanda', 'ria', 'magnitude' or 'random'"
-        raise ValueError(expected("method", given.method, wanted, "use sparsam.torch.prune with a loss_fn"))
-    if isinstance(calibration, (str, os.PathLike)):
-        texts = read_texts(Path(calibration))
-    elif isinstance(calibration, Iterable):
-        texts = distinct_texts(calibration)
-    else:
-        raise TypeError(expected("calibration", calibration, "a file or texts", "pass a list of texts"))
+    texts = texts_of(calibration)
     parts = 6 if distill_minutes else 5
     progress("reading", 0, parts)
     source = read_directory(Path(model))
-    if Path(model).resolve() in target.resolve().parents:  # its folders are copied
-        raise ValueError(expected("output", str(target), "a directory outside of the model's", "move it"))
     batches = batches_of(texts, source.tokenizer, running=source.causal, longest=source.longest)
     check_outputs(source.model, batches.held_out[0])
     chosen = _shapes(source, shapes)
@@ -111,7 +95,7 @@ def compress(
     work.reach("dense", source.nbytes)
 
     progress("pruning", 1, parts)
-    pruned = prune(work.model, given, batches.calibration, calibration_samples=_SAMPLES[batches.unit])
+    pruned = prune(work.model, given, batches.calibration, calibration_samples=SAMPLES[batches.unit])
     work.sparsity = pruned.pruned_sparsity
     work.reach("pruned")
     if distill_minutes:
@@ -143,6 +127,32 @@ def compress(
         accelerated,
         time.perf_counter() - start,
     )
+
+
+def settle(model: str | Path, output: str | Path, config: PruningConfig | None) -> tuple[Path, PruningConfig]:
+    """Returns the directory to write and what to prune; raises as `compress` for either."""
+    for what, value in (("model", model), ("output", output)):
+        if not isinstance(value, (str, os.PathLike)):
+            raise TypeError(expected(what, value, "the path of a directory", "pass text or a Path"))
+    target = Path(output)
+    if target.exists() or target.is_symlink():
+        raise ValueError(expected("output", str(target), "a directory that does not exist yet", "remove it"))
+    if Path(model).resolve() in target.resolve().parents:  # its folders are copied
+        raise ValueError(expected("output", str(target), "a directory outside of the model's", "move it"))
+    given = PruningConfig(target_sparsity=0.8, method="admm") if config is None else configured(config)
+    if given.method in GRADIENT_METHODS:
+        wanted = "one that needs no labels: 'admm', 'obs', 'wanda', 'ria', 'magnitude' or 'random'"
+        raise ValueError(expected("method", given.method, wanted, "use sparsam.torch.prune with a loss_fn"))
+    return target, given
+
+
+def texts_of(calibration: str | Path | Sequence[str]) -> list[str]:
+    """Returns the texts of a file or a list; raises as `compress`."""
+    if isinstance(calibration, (str, os.PathLike)):
+        return read_texts(Path(calibration))
+    if isinstance(calibration, Iterable):
+        return distinct_texts(calibration)
+    raise TypeError(expected("calibration", calibration, "a file or texts", "pass a list of texts"))
 
 
 def _shapes(source: ModelDirectory, shapes: Sequence[tuple[int, int]] | None) -> tuple[tuple[int, int], ...]:

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from torch.nn.utils import prune
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
+from torch.overrides import TorchFunctionMode
 
 import torch
 from sparsam.torch.layers.packed_parameter import packed_parameters
 from torch import Tensor, nn
 
-__all__ = ["compute", "materialize", "tie", "unsaved_tensors"]
+__all__ = ["compute", "materialize", "tie", "unsaved_tensors", "without_values"]
+
+_LARGE = 1 << 12  # elements; smaller tensors are made, and moved afterwards
 
 
 def unsaved_tensors(model: nn.Module) -> Iterator[str]:
@@ -24,6 +28,39 @@ def unsaved_tensors(model: nn.Module) -> Iterator[str]:
             for name, value in own.items():
                 if isinstance(value, Tensor) and value.is_meta and name not in computed:
                     yield f"{prefix}.{name}".removeprefix(".")
+
+
+def without_values(build: Callable[[], nn.Module]) -> nn.Module:
+    """Makes a model whose Parameters are on the meta device, and whose buffers have their values.
+
+    Args:
+        build: Makes it. What it makes with `torch.empty`, as layers make their weights, takes no memory.
+    """
+    with _Unfilled(), torch.no_grad():
+        model = build()
+    moved: dict[int, tuple[nn.Parameter, nn.Parameter]] = {}
+    for module in model.modules():
+        for name, parameter in list(module._parameters.items()):
+            if parameter is not None and not parameter.is_meta:
+                made = nn.Parameter(parameter.detach().to("meta"), requires_grad=parameter.requires_grad)
+                setattr(module, name, moved.setdefault(id(parameter), (parameter, made))[1])
+    return model
+
+
+class _Unfilled(TorchFunctionMode):
+    """Makes large tensors without values on the meta device."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if func is torch.empty and kwargs.get("device") is None and _count(args) >= _LARGE:
+            kwargs["device"] = "meta"
+        return func(*args, **kwargs)
+
+
+def _count(sizes: Any) -> int:
+    """The elements of a tensor of these sizes, given one by one or together."""
+    flat = sizes[0] if len(sizes) == 1 and not isinstance(sizes[0], int) else sizes
+    return math.prod(flat)
 
 
 def tie(model: nn.Module, tied: Mapping[str, str]) -> None:

@@ -24,9 +24,9 @@ def check_memory(
 ) -> None:
     """Raises ValueError if a part, and the work on its widest weight, do not fit.
 
-    The moments of a layer with n inputs, of the calibration and of what is held out of it, take 4 n^2 bytes
-    each, since they are symmetric, and 8 n more for each target output. Scores are computed with the whole
-    second moments, 8 n^2; fits with six such matrices and three copies of the weight in float64.
+    Counted are matrices in float64, as many as were measured and rounded up: for a layer with n inputs two of
+    n^2 numbers, its second moments; for a fit six more, the inverse among them, and four of the weight's
+    size; for targets five more of that.
 
     Args:
         memory: How many bytes there are.
@@ -61,8 +61,5 @@ def _work(weight: PrunableWeight, *, reconstructs: bool, targets: bool) -> int:
     """Bytes for fitting a weight by itself."""
     shape = weight.parameter.shape
     rows, inputs = (shape[-1], shape[0]) if weight.transposed else (shape[0], math.prod(shape[1:]))
-    size = 2 * 4 * inputs**2 + 8 * inputs**2
-    if reconstructs:
-        size += 5 * 8 * inputs**2 + 3 * 8 * rows * inputs
-        size += 2 * 8 * rows * inputs if targets else 0
-    return size
+    moments, copies = (8, 4) if reconstructs else (2, 0)
+    return 8 * inputs * (moments * inputs + (copies + 5 * targets) * rows)

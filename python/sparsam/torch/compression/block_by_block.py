@@ -1,0 +1,100 @@
+"""compress for a model that memory does not hold: pruned block by block, from directory to directory."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+from sparsam.checkpoint import files, streaming
+from sparsam.checkpoint.layout import read_layout
+from sparsam.config import PruningConfig
+from sparsam.inputs.checks import expected
+from sparsam.inputs.dtypes import is_weight_dtype
+from sparsam.inputs.machine_memory import available_memory
+from sparsam.torch.compression.model_directory import copy_companions, read_directory
+from sparsam.torch.compression.texts import batches_of
+from sparsam.torch.compression.workflow import SAMPLES, settle, texts_of
+from sparsam.torch.pruning.from_files.workflow import prune_files
+from sparsam.torch.pruning.pruning_report import PruningReport
+
+__all__ = ["compress_files", "outgrows_memory"]
+
+_COPIES = 3  # of the weights in float32: the dense model, the one that is pruned, and its new weights
+
+
+def outgrows_memory(model: Path) -> bool:
+    """Whether the safetensors of a directory are so large that `compress` would not fit into memory."""
+    found = [model / name for name in (files.FILE_NAME, files.INDEX_NAME) if (model / name).is_file()]
+    available = available_memory()
+    if len(found) != 1 or available is None:
+        return False
+    layouts = [read_layout(part) for part in streaming.parts_of(*files.resolve(found[0]))]
+    shapes = [
+        entry.shape
+        for layout in layouts
+        for entry in layout.entries
+        if entry.numpy_dtype is not None and is_weight_dtype(entry.numpy_dtype)
+    ]
+    return _COPIES * 4 * sum(map(math.prod, shapes)) > available
+
+
+def compress_files(
+    model: str | Path,
+    calibration: str | Path | Sequence[str],
+    output: str | Path,
+    config: PruningConfig | None = None,
+    *,
+    memory: int | str | None = None,
+    progress: streaming.Progress | None = None,
+) -> PruningReport:
+    """Prunes a Hugging Face model block by block from its files, which memory need not hold.
+
+    The pruning is that of `compress`. The result is a directory like the source, with zeros: nothing is
+    trained, packed or measured on the whole model. A call that was stopped goes on when it is made again.
+
+    Args:
+        model: As for `compress`, with its weights in safetensors.
+        calibration: As for `compress`.
+        output: As for `compress`.
+        config: As for `compress`.
+        memory: As for `prune_files`.
+        progress: As for `prune_files`.
+
+    Returns:
+        Each weight's sparsity and error on held-out texts.
+
+    Raises:
+        ValueError: As for `compress` and `prune_files`.
+        ImportError: transformers is not installed.
+    """
+    target, given = settle(model, output, config)
+    texts = texts_of(calibration)
+    source = read_directory(Path(model), loaded=False)
+    if source.part != ".":
+        got = f"them in {source.part!r}"
+        wanted = "config.json and the weights in the directory itself"
+        raise ValueError(expected("model", got, wanted, "name that folder"))
+    batches = batches_of(texts, source.tokenizer, running=source.causal, longest=source.longest)
+    return prune_files(
+        source.model,
+        source.path,
+        target,
+        batches.calibration,
+        given,
+        calibration_samples=SAMPLES[batches.unit],
+        memory=memory,
+        progress=progress,
+        copy_beside=_copy_anew,
+    )
+
+
+def _copy_anew(source: Path, target: Path) -> None:
+    """Copies what lies beside the weights; what a killed run has copied, perhaps in part, is removed."""
+    for item in target.iterdir():
+        if item.is_dir():
+            shutil.rmtree(item)
+        elif (source / item.name).is_file() and not item.name.endswith(".safetensors"):
+            item.unlink()
+    copy_companions(source, target)

@@ -1,0 +1,146 @@
+"""`sparsam compress` of models that memory does not hold, against `prune` on the loaded model."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import transformers
+from compression_models import classifier, decoder, directory, encoder, texts
+from safetensors.torch import load_file
+
+import torch
+from sparsam.cli import main
+from sparsam.config import PruningConfig
+from sparsam.inputs import machine_memory
+from sparsam.torch import prune
+from sparsam.torch.compression import block_by_block
+from sparsam.torch.compression.block_by_block import compress_files, outgrows_memory
+from sparsam.torch.compression.model_directory import read_directory
+from sparsam.torch.compression.texts import batches_of
+from sparsam.torch.compression.workflow import SAMPLES
+
+CONFIG = PruningConfig(target_sparsity=0.5, method="obs")
+
+
+def gpt2() -> Any:
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(
+        vocab_size=64, n_embd=64, n_layer=2, n_head=4, n_positions=32, bos_token_id=0, eos_token_id=0
+    )
+    return transformers.GPT2LMHeadModel(config)
+
+
+@pytest.mark.parametrize("build", [encoder, decoder, classifier, gpt2])
+def test_the_bits_of_pruning_the_loaded_model(build: Callable[[], Any], tmp_path: Path) -> None:
+    source, out = directory(tmp_path / "dense", build()), tmp_path / "out"
+    report = compress_files(source, texts(), out, CONFIG)
+    loaded = read_directory(source)
+    batches = batches_of(texts(), loaded.tokenizer, running=loaded.causal, longest=loaded.longest)
+    wanted = prune(loaded.model, CONFIG, batches.calibration, calibration_samples=SAMPLES[batches.unit])
+    state = loaded.model.state_dict()
+    found = load_file(out / "model.safetensors")
+    assert found.keys() == load_file(source / "model.safetensors").keys()
+    assert all(torch.equal(found[name], state[name]) for name in found)
+    assert [(row.name, row.error) for row in report.layers] == [
+        (row.name, row.error) for row in wanted.layers
+    ]
+    again: Any = type(loaded.model)
+    assert all(
+        torch.equal(tensor, state[name]) for name, tensor in again.from_pretrained(out).state_dict().items()
+    )
+    names = {path.relative_to(source).as_posix() for path in source.rglob("*")}
+    assert {path.relative_to(out).as_posix() for path in out.rglob("*")} == names
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["dense", "out"]
+
+
+def written(folder: Path) -> Path:
+    file = folder / "texts.txt"
+    file.write_text("\n".join(texts()))
+    return file
+
+
+def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> Any:
+    """What a command that must succeed prints."""
+    capsys.readouterr()
+    assert main([str(argument) for argument in arguments]) == 0
+    return capsys.readouterr()
+
+
+def fail(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
+    """What a command that must fail prints on standard error."""
+    assert main([str(argument) for argument in arguments]) == 2
+    return str(capsys.readouterr().err)
+
+
+def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = directory(tmp_path / "dense", decoder())
+    options = ("--calibration", written(tmp_path), "--sparsity", "0.5", "--method", "wanda")
+    result = run(capsys, "compress", source, *options, "-o", tmp_path / "out", "--memory", "1GiB")
+    assert "block by block from disk: only pruned; packing and the table of quality need" in result.err
+    assert "model.layers.1.mlp.down_proj.weight" in result.out
+    result = run(capsys, "compress", source, *options, "-o", tmp_path / "json", "--memory", "1GiB", "--json")
+    assert json.loads(result.out)["calibration"].endswith("distinct")
+
+
+@pytest.mark.parametrize("option", [("--distill", "1"), ("--html", "page.html")])
+def test_options_that_need_the_whole_model(
+    option: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = directory(tmp_path / "dense", encoder())
+    options = ("--calibration", written(tmp_path), "-o", tmp_path / "out", "--memory", "1GiB", *option)
+    message = fail(capsys, "compress", source, *options)
+    assert f"{option[0]}: expected none with --memory, since it needs the whole model" in message
+
+
+def test_memory_that_is_not_enough(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = directory(tmp_path / "dense", encoder())
+    options = ("--calibration", written(tmp_path), "-o", tmp_path / "out", "--memory", "100KiB")
+    message = fail(capsys, "compress", source, *options)
+    assert "memory: expected at least 2MiB, for 'encoder.layer.1' and the work on it" in message
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["dense", "texts.txt"]
+
+
+def test_a_model_that_outgrows_memory_is_taken_from_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = directory(tmp_path / "dense", encoder())
+    size = 3 * (source / "model.safetensors").stat().st_size
+    monkeypatch.setattr(block_by_block, "available_memory", lambda: size)
+    assert not outgrows_memory(source)
+    monkeypatch.setattr(block_by_block, "available_memory", lambda: size // 2)
+    assert outgrows_memory(source)
+    options = ("--calibration", written(tmp_path), "-o", tmp_path / "out", "--method", "magnitude")
+    assert "block by block from disk" in run(capsys, "compress", source, *options).err
+    options = (*options[:3], tmp_path / "other", "--distill", "1")
+    message = fail(capsys, "compress", source, *options)
+    assert "dense, which outgrows memory, since it needs the whole model" in message
+
+
+def test_available_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, text in (("info", "MemTotal: 9 kB\nMemAvailable: 7 kB\n"), ("limit", "5000"), ("used", "2000")):
+        (tmp_path / name).write_text(text)
+    monkeypatch.setattr(machine_memory, "_MEMINFO", tmp_path / "info")
+    monkeypatch.setattr(machine_memory, "_CGROUPS", ((tmp_path / "limit", tmp_path / "used"),))
+    assert machine_memory.available_memory() == 3000
+    (tmp_path / "limit").write_text("max")
+    assert machine_memory.available_memory() == 7 * 1024
+    (tmp_path / "info").write_text("nothing")
+    assert machine_memory.available_memory() is None
+
+
+def test_directories_that_it_does_not_take(tmp_path: Path) -> None:
+    source = directory(tmp_path / "dense", encoder())
+    (source / "0_Transformer").mkdir()
+    for file in [file for file in source.iterdir() if file.is_file()]:
+        file.rename(source / "0_Transformer" / file.name)
+    (source / "modules.json").write_text('[{"path": "0_Transformer"}]')
+    with pytest.raises(ValueError, match=r"model: expected config.json and the weights in the directory .*"):
+        compress_files(source, texts(), tmp_path / "out")
+    inner = source / "0_Transformer"
+    (inner / "model.safetensors").rename(inner / "weights.safetensors")
+    with pytest.raises(ValueError, match=r"expected a directory with model.safetensors or .*; got one with"):
+        compress_files(inner, texts(), tmp_path / "out")

@@ -38,7 +38,7 @@ def gpt2() -> Any:
 def test_the_bits_of_pruning_the_loaded_model(build: Callable[[], Any], tmp_path: Path) -> None:
     source, out = directory(tmp_path / "dense", build()), tmp_path / "out"
     report = compress_files(source, texts(), out, CONFIG)
-    loaded = read_directory(source)
+    loaded = read_directory(source, tmp_path)
     batches = batches_of(texts(), loaded.tokenizer, running=loaded.causal, longest=loaded.longest)
     wanted = prune(loaded.model, CONFIG, batches.calibration, calibration_samples=SAMPLES[batches.unit])
     state = loaded.model.state_dict()

@@ -15,7 +15,7 @@ from sparsam.inputs.dtypes import is_weight_dtype
 from sparsam.inputs.machine_memory import available_memory
 from sparsam.torch.compression.model_directory import copy_companions, read_directory
 from sparsam.torch.compression.texts import batches_of
-from sparsam.torch.compression.workflow import SAMPLES, settle, texts_of
+from sparsam.torch.compression.workflow import SAMPLES, read_arguments, texts_of
 from sparsam.torch.pruning.from_files.workflow import prune_files
 from sparsam.torch.pruning.pruning_report import PruningReport
 
@@ -69,9 +69,9 @@ def compress_files(
         ValueError: As for `compress` and `prune_files`.
         ImportError: transformers is not installed.
     """
-    target, given = settle(model, output, config)
+    target, given = read_arguments(model, output, config)
     texts = texts_of(calibration)
-    source = read_directory(Path(model), loaded=False)
+    source = read_directory(Path(model), target, loaded=False)
     if source.part != ".":
         got = f"them in {source.part!r}"
         wanted = "config.json and the weights in the directory itself"

@@ -45,16 +45,17 @@ class ModelDirectory:
         return weight_bytes(self.path / self.part)
 
 
-def read_directory(path: Path, *, loaded: bool = True) -> ModelDirectory:
+def read_directory(path: Path, target: Path, *, loaded: bool = True) -> ModelDirectory:
     """Reads the model of the class that its configuration names, from local files only.
 
     Args:
         path: The directory.
+        target: Where its folders will be copied to.
         loaded: Whether the model gets its weights; else its Parameters are on the meta device.
 
     Raises:
         ValueError: The directory holds no model for transformers, or one whose forward takes no plain text
-            (an encoder-decoder, say).
+            (an encoder-decoder, say), or the target is inside of it.
         ImportError: transformers is not installed.
     """
     part = _part(path)
@@ -63,6 +64,8 @@ def read_directory(path: Path, *, loaded: bool = True) -> ModelDirectory:
         raise ValueError(
             expected("model", str(path), "a Hugging Face directory with config.json", "check the path")
         )
+    if path.resolve() in target.resolve().parents:
+        raise ValueError(expected("output", str(target), "a directory outside of the model's", "move it"))
     import transformers  # noqa: PLC0415 - an extra, and slow to import
     from transformers.models.auto import modeling_auto  # noqa: PLC0415
 

@@ -34,7 +34,7 @@ from sparsam.torch.pruning.gradients import GRADIENT_METHODS
 from sparsam.torch.pruning.one_shot import prune
 from torch import Tensor, nn
 
-__all__ = ["SAMPLES", "compress", "settle", "texts_of"]
+__all__ = ["SAMPLES", "compress", "read_arguments", "texts_of"]
 
 SAMPLES = {"sentences": 1024, "windows": 64}  # of calibration, at most
 _CURVE = (0.5, 0.6, 0.7, 0.8, 0.9)
@@ -79,13 +79,13 @@ def compress(
         ImportError: transformers is not installed.
     """
     start = time.perf_counter()
-    target, given = settle(model, output, config)
+    target, given = read_arguments(model, output, config)
     if not (isinstance(distill_minutes, Real) and math.isfinite(distill_minutes) and distill_minutes >= 0):
         raise ValueError(expected("distill_minutes", distill_minutes, "a number from 0", "leave it out"))
     texts = texts_of(calibration)
     parts = 6 if distill_minutes else 5
     progress("reading", 0, parts)
-    source = read_directory(Path(model))
+    source = read_directory(Path(model), target)
     batches = batches_of(texts, source.tokenizer, running=source.causal, longest=source.longest)
     check_outputs(source.model, batches.held_out[0])
     chosen = _shapes(source, shapes)
@@ -129,7 +129,9 @@ def compress(
     )
 
 
-def settle(model: str | Path, output: str | Path, config: PruningConfig | None) -> tuple[Path, PruningConfig]:
+def read_arguments(
+    model: str | Path, output: str | Path, config: PruningConfig | None
+) -> tuple[Path, PruningConfig]:
     """Returns the directory to write and what to prune; raises as `compress` for either."""
     for what, value in (("model", model), ("output", output)):
         if not isinstance(value, (str, os.PathLike)):
@@ -137,8 +139,6 @@ def settle(model: str | Path, output: str | Path, config: PruningConfig | None) 
     target = Path(output)
     if target.exists() or target.is_symlink():
         raise ValueError(expected("output", str(target), "a directory that does not exist yet", "remove it"))
-    if Path(model).resolve() in target.resolve().parents:  # its folders are copied
-        raise ValueError(expected("output", str(target), "a directory outside of the model's", "move it"))
     given = PruningConfig(target_sparsity=0.8, method="admm") if config is None else configured(config)
     if given.method in GRADIENT_METHODS:
         wanted = "one that needs no labels: 'admm', 'obs', 'wanda', 'ria', 'magnitude' or 'random'"

@@ -4,8 +4,9 @@
     python benchmarks/quality/minilm_table.py --data FOLDER --keep MODELS --threads 2
 
 Model, data and halves as in minilm_sts.py: sentences of the first half calibrate and distil, without scores
-and without those that occur in the second, which is evaluated. The first command leaves weights in MODELS,
-the second measures with them: on a machine with nothing else to do.
+and without those that occur in the second, which is evaluated. `--text FILE` gives the distillation more
+unlabelled text to learn from: plain prose, of which sentences are made. The first command leaves weights in
+MODELS, the second measures with them: on a machine with nothing else to do.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 import argparse
 import copy
 import os
+import re
 import sys
 import tempfile
 import time
@@ -67,6 +69,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--batch", type=int, default=16, help="sentences of a step")
     parser.add_argument("--rate", type=float, default=5e-4)
     parser.add_argument("--seed", type=int, default=0, help="draws the sentences of calibration")
+    parser.add_argument(
+        "--text", type=Path, nargs="*", default=[], help="more unlabelled text to distil from"
+    )
     parser.add_argument("--keep", type=Path, help="folder of distilled weights: used if there, else written")
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args(arguments)
@@ -80,6 +85,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     source, evaluated = load(Path(options.data))
     top, floor = (encoder.spearman(model, evaluated) for model in (encoder.model, encoder.floor()))
     batches = calibration(encoder, source, evaluated, 1024, options.seed)
+    unlabelled = {*source.sentences, *(one for file in options.text for one in prose(file))}
     size = int(encoder.model.config.vocab_size)  # type: ignore[union-attr, arg-type]
     examples = [example(shape, size) for shape in SHAPES]
     names = " | ".join(f"{rows} x {tokens}, ms" for rows, tokens in SHAPES)
@@ -101,7 +107,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             report = sparsam.torch.distill(
                 distilled,
                 encoder.model,
-                sentences(encoder, source.sentences, set(evaluated.sentences), options.batch, options.seed),
+                batches_of(encoder, unlabelled - set(evaluated.sentences), options.batch, options.seed),
                 steps=options.steps,
                 seconds=None if options.steps else options.seconds,
                 output=pooled,
@@ -145,11 +151,20 @@ def leave_in(folder: Path | None, name: str, model: nn.Module) -> None:
         torch.save(model.state_dict(), folder / name)
 
 
-def sentences(
-    encoder: Encoder, every: Sequence[str], taken: set[str], size: int, seed: int
-) -> list[dict[str, Tensor]]:
-    """Batches of sentences of about the same length, none of them taken, in a random order."""
-    own = sorted((sentence for sentence in every if sentence not in taken), key=len)
+def prose(file: Path) -> list[str]:
+    """The sentences of a text, of 20 to 300 characters: paragraphs split where a full stop ends a word."""
+    text = file.read_text(encoding="utf-8")
+    parts = (
+        part.strip()
+        for line in text.splitlines()
+        for part in re.split(r"(?<=[a-z)\"] [.?!]) |(?<=[a-z][.?!]) ", line)
+    )
+    return [part for part in parts if 20 <= len(part) <= 300 and not part.startswith("=")]
+
+
+def batches_of(encoder: Encoder, texts: set[str], size: int, seed: int) -> list[dict[str, Tensor]]:
+    """Batches of sentences of about the same length, in a random order."""
+    own = sorted(texts, key=lambda text: (len(text), text))
     options = {"padding": True, "truncation": True, "max_length": 256, "return_tensors": "pt"}
     parts = [own[start : start + size] for start in range(0, len(own), size)]
     order = np.random.default_rng(seed).permutation(len(parts))

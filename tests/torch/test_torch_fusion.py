@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import itertools
 import math
 from typing import Any
@@ -14,6 +15,7 @@ import torch
 from sparsam.torch import restore
 from sparsam.torch.acceleration.fusion import recognise_activation
 from sparsam.torch.acceleration.workflow import accelerate
+from sparsam.torch.layers.packing import is_packed
 from torch import Tensor, nn
 
 pytestmark = pytest.mark.usefixtures("clock", "one_thread")
@@ -234,3 +236,21 @@ def test_what_comes_between_a_layer_and_its_fused_activation_is_noticed(in_place
         wanted = model(x)
         accelerate(model, x)
         torch.testing.assert_close(model(x), wanted)
+
+
+def test_symbolic_traces() -> None:
+    """torch.fx calls layers as they are, and the activation's place still notices what comes between."""
+    model, x = mlp(), torch.randn(3, 24)
+    wanted = model(x).detach()
+    assert accelerate(model, x, verbose=False).swapped == 2
+    traced: Any = torch.fx.symbolic_trace(model)
+    assert is_packed(traced.get_submodule("0"))
+    torch.testing.assert_close(traced(x), wanted)
+    torch.testing.assert_close(copy.deepcopy(traced)(x), wanted)
+    layer = next(node for node in traced.graph.nodes if node.op == "call_module")
+    with traced.graph.inserting_after(layer):
+        between = traced.graph.call_function(torch.neg, (layer,))
+    layer.replace_all_uses_with(between, delete_user_cb=lambda node: node is not between)
+    traced.recompile()
+    with pytest.raises(RuntimeError, match="ReLU: expected the very output of 0"):
+        traced(x)

@@ -35,6 +35,21 @@ class Follower:
     layers: tuple[str, ...]
 
 
+def _very_output(x: Tensor, activation: str, into: tuple[str, ...]) -> Tensor:
+    """X, if a layer marked it as activated; a function, for torch.fx to call it from its graphs as it is."""
+    if not is_activated(x):
+        msg = (
+            f"{activation}: expected the very output of {', '.join(into)}, which computes it too since "
+            "accelerate; got another tensor; put adapters and what else comes between them in before "
+            "accelerate, or call sparsam.torch.restore first"
+        )
+        raise RuntimeError(msg)
+    return x
+
+
+torch.fx.wrap("_very_output")
+
+
 class Fused(nn.Module):
     """The place of an activation that a packed layer computes: returns its input.
 
@@ -70,15 +85,7 @@ class Fused(nn.Module):
         Raises:
             RuntimeError: It is another tensor, or was changed since: something came between them.
         """
-        if not is_activated(x):
-            name = type(self.original).__name__
-            msg = (
-                f"{name}: expected the very output of {', '.join(self.into)}, which computes it too since "
-                "accelerate; got another tensor; put adapters and what else comes between them in before "
-                "accelerate, or call sparsam.torch.restore first"
-            )
-            raise RuntimeError(msg)
-        return x
+        return _very_output(x, type(self.original).__name__, self.into)
 
     def extra_repr(self) -> str:
         """What `repr` shows."""

@@ -24,6 +24,8 @@ py::dtype numpy_dtype(DType t) {
       return py::dtype("float64");
     case DType::i8:
       return py::dtype("int8");
+    case DType::i4:
+      return py::dtype("uint8");  // codes, two in a byte
     default:
       return py::dtype::from_args(py::module_::import("ml_dtypes").attr("bfloat16"));
   }
@@ -34,6 +36,7 @@ const char* name_of(DType t) {
          : t == DType::bf16 ? "bfloat16"
          : t == DType::f32  ? "float32"
          : t == DType::i8   ? "int8"
+         : t == DType::i4   ? "int4"
                             : "float64";
 }
 
@@ -133,6 +136,45 @@ PackedMatrix from_int8_parts(std::size_t rows, std::size_t cols, const Bytes& bi
   return PackedMatrix(pack_int8(rows, cols, from, value, n, scale));
 }
 
+struct Int4Grid {
+  const float* scales;
+  const std::int8_t* levels;
+
+  Int4Grid(std::size_t rows, std::size_t cols, std::size_t width, const Floats& scale, const Int8s& level)
+      : scales(scale.data()), levels(level.data()) {
+    if (width != 64 && width != 128)
+      throw py::value_error(expected("width", width, "64 or 128 columns", "pass one of them"));
+    const std::size_t units = (cols + width - 1) / width;
+    if (scale.ndim() != 2 || static_cast<std::size_t>(scale.shape(0)) != rows ||
+        static_cast<std::size_t>(scale.shape(1)) != units)
+      throw py::value_error(expected(
+          "scales", shape_text(scale),
+          std::to_string(rows) + " x " + std::to_string(units) + ", one for each row and group of columns",
+          "pass as many"));
+    if (level.ndim() != 1 || level.size() != 16)
+      throw py::value_error(expected("levels", shape_text(level), "16", "pass as many"));
+  }
+};
+
+PackedMatrix pack_levels(const Int8s& w, std::size_t width, const Floats& scales, const Int8s& levels) {
+  if (w.ndim() != 2) throw py::value_error(expected("w", shape_text(w), "two dimensions", "reshape it"));
+  const auto rows = static_cast<std::size_t>(w.shape(0)), cols = static_cast<std::size_t>(w.shape(1));
+  const Int4Grid grid(rows, cols, width, scales, levels);
+  const std::int8_t* const from = w.data();
+  const py::gil_scoped_release release;
+  return PackedMatrix(pack_int4(from, rows, cols, width, grid.scales, grid.levels));
+}
+
+PackedMatrix from_int4_parts(std::size_t rows, std::size_t cols, std::size_t width, const Bytes& bits,
+                             const Bytes& values, const Floats& scales, const Int8s& levels) {
+  check_bits(rows, cols, bits);
+  const Int4Grid grid(rows, cols, width, scales, levels);
+  const std::uint8_t *const from = bits.data(), *const value = values.data();
+  const auto n = static_cast<std::size_t>(values.size());
+  const py::gil_scoped_release release;
+  return PackedMatrix(pack_int4(rows, cols, width, from, value, n, grid.scales, grid.levels));
+}
+
 // Keeps a Python object alive; it may be let go by a thread that does not hold the GIL.
 std::shared_ptr<const void> owner_of(const py::object& object) {
   return {new py::object(object), [](const py::object* held) {
@@ -214,7 +256,9 @@ Bytes bits(const PackedMatrix& w) {
 }
 
 py::array values(const PackedMatrix& w) {
-  const std::vector<py::ssize_t> shape{static_cast<py::ssize_t>(w.any().nnz())};
+  const std::size_t nnz = w.any().nnz();
+  const std::vector<py::ssize_t> shape{
+      static_cast<py::ssize_t>(w.any().dtype() == DType::i4 ? (nnz + 1) / 2 : nnz)};
   py::array out(numpy_dtype(w.any().dtype()), shape);
   void* const to = out.mutable_data();
   const PackedMatrix copy = w;
@@ -224,18 +268,27 @@ py::array values(const PackedMatrix& w) {
 }
 
 Floats scales(const PackedMatrix& w) {
-  const bool int8 = w.any().dtype() == DType::i8;
-  Floats out(int8 ? static_cast<py::ssize_t>(w.any().rows()) : 0);
+  const Form& form = w.any();
+  const bool int4 = form.dtype() == DType::i4, any = int4 || form.dtype() == DType::i8;
+  const std::size_t width = form.header().width;
+  std::vector<py::ssize_t> shape{static_cast<py::ssize_t>(any ? form.rows() : 0)};
+  if (int4) shape.push_back(static_cast<py::ssize_t>((form.cols() + width - 1) / width));
+  Floats out(shape);
   float* const to = out.mutable_data();
   const PackedMatrix copy = w;
   const py::gil_scoped_release release;
-  if (int8) copy.scales(to);
+  if (any) copy.scales(to);
   return out;
+}
+
+Int8s levels(const PackedMatrix& w) {
+  const bool int4 = w.any().dtype() == DType::i4;
+  return Int8s(int4 ? 16 : 0, int4 ? w.any().levels() : nullptr);
 }
 
 py::array unpack(const PackedMatrix& w) {
   const Form& form = w.any();
-  py::array out(numpy_dtype(form.dtype() == DType::i8 ? DType::f32 : form.dtype()),
+  py::array out(numpy_dtype(form.dtype() > DType::f64 ? DType::f32 : form.dtype()),
                 {static_cast<py::ssize_t>(form.rows()), static_cast<py::ssize_t>(form.cols())});
   void* const to = out.mutable_data();
   const PackedMatrix copy = w;
@@ -379,12 +432,18 @@ void register_matmul(py::module_& m) {
       .def_static("pack_int8", &pack_quantised, py::arg("w").noconvert(), py::arg("scales").noconvert())
       .def_static("from_int8_parts", &from_int8_parts, py::arg("rows"), py::arg("cols"), py::arg("bits"),
                   py::arg("values").noconvert(), py::arg("scales").noconvert())
+      .def_static("pack_int4", &pack_levels, py::arg("w").noconvert(), py::arg("width"),
+                  py::arg("scales").noconvert(), py::arg("levels").noconvert())
+      .def_static("from_int4_parts", &from_int4_parts, py::arg("rows"), py::arg("cols"), py::arg("width"),
+                  py::arg("bits"), py::arg("values").noconvert(), py::arg("scales").noconvert(),
+                  py::arg("levels").noconvert())
       .def_static("from_buffers", &from_buffers, py::arg("buffers"), py::kw_only(),
                   py::arg("trusted") = false)
       .def_property_readonly("rows", [](const PackedMatrix& w) { return w.any().rows(); })
       .def_property_readonly("cols", [](const PackedMatrix& w) { return w.any().cols(); })
       .def_property_readonly("nnz", [](const PackedMatrix& w) { return w.any().nnz(); })
       .def_property_readonly("dtype", [](const PackedMatrix& w) { return name_of(w.any().dtype()); })
+      .def_property_readonly("width", [](const PackedMatrix& w) { return w.any().header().width; })
       .def_property_readonly("blocked", [](const PackedMatrix& w) { return w.any().header().shared_rows; })
       .def_property_readonly("forms", [](const PackedMatrix& w) { return py::tuple(py::cast(forms(w))); })
       .def_property_readonly("nbytes", &nbytes)
@@ -394,6 +453,7 @@ void register_matmul(py::module_& m) {
       .def("bits", &bits)
       .def("values", &values)
       .def("scales", &scales)
+      .def("levels", &levels)
       .def("unpack", &unpack)
       .def("linear", &multiply, py::arg("kernel"), py::arg("x").noconvert(), py::arg("bias").noconvert(),
            py::arg("activation"), py::arg("out").noconvert())

@@ -53,9 +53,16 @@ float quantise(const void* x, bool narrow, std::size_t n, std::uint8_t* to) {
                 : quantise_row(static_cast<const float*>(x), n, to);
 }
 
+template <std::size_t kValue>
+struct Constant {
+  constexpr std::size_t operator()() const { return kValue; }
+};
+
 // What follows the sums.
 struct Int8Rows {
-  const Int8View& w;
+  std::size_t rows;
+  const std::uint32_t* of_lane;  // `rows` where there is none
+  const float* scales;           // of each lane; null where sums are scaled
   Epilogue epilogue;
   Output y;
 
@@ -63,13 +70,13 @@ struct Int8Rows {
   // leave together.
   void finish(std::size_t lane, const float* sums, std::size_t stride, const float* x_scale,
               std::size_t batch) const {
-    const std::uint32_t* const row = w.row + lane;
+    const std::uint32_t* const row = of_lane + lane;
     std::size_t count = 0;
     bool neighbours = true;
-    for (; count < kLanes && row[count] < w.rows; ++count)
+    for (; count < kLanes && row[count] < rows; ++count)
       neighbours = neighbours && row[count] == *row + count;
     if (count == 0) return;
-    const Floats::Reg scale = Floats::load(w.scale + lane);
+    const Floats::Reg scale = scales == nullptr ? Floats::set1(1.0f) : Floats::load(scales + lane);
     Floats::Reg bias = Floats::zero();
     if (epilogue.bias != nullptr)
       bias = neighbours ? Floats::load_partial(epilogue.bias + *row, count) : gather(row, count);
@@ -114,6 +121,25 @@ struct Int8Rows {
     for (std::size_t i = 0; i < count; ++i) to[row[i]] = lanes[i];
   }
 };
+
+// y from row t on.
+Output row_of(Output y, std::size_t t) {
+  const std::size_t bytes = t * y.stride * (y.narrow ? sizeof(Bfloat) : sizeof(float));
+  return {static_cast<char*>(y.data) + bytes, y.stride, y.narrow};
+}
+
+// body(n) with a constant n, the number of rows of x.
+template <class Body>
+void with_batch(std::size_t batch, Body&& body) {
+  if (batch == 1) body(Constant<1>{});
+  if (batch == 2) body(Constant<2>{});
+  if (batch == 3) body(Constant<3>{});
+  if (batch == 4) body(Constant<4>{});
+  if (batch == 5) body(Constant<5>{});
+  if (batch == 6) body(Constant<6>{});
+  if (batch == 7) body(Constant<7>{});
+  if (batch == 8) body(Constant<8>{});
+}
 
 }  // namespace
 }  // namespace sparsam::SPARSAM_TARGET

@@ -3,6 +3,7 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "int4.hpp"
 #include "matmul.hpp"
 
 namespace sparsam {
@@ -54,6 +55,14 @@ struct Int8Kernels {
   void (*multiply)(const Int8View& w, std::size_t begin, std::size_t end, const std::uint8_t* x,
                    std::size_t x_stride, const float* x_scale, std::size_t batch, Epilogue epilogue,
                    Output y);
+  // The same of int4 values in slots of `int4_lanes` rows (the generic row: of any number), or null where the
+  // generic row serves. Sums of a unit are
+  // exact; in float32, without fused operations, from the first unit to the last,
+  //   total = total + float(sum) * scale;    y = (total - zero) * x_scale + bias, then the activation.
+  std::size_t int4_lanes;
+  void (*multiply_int4)(const Int4View& w, std::size_t begin, std::size_t end, const std::uint8_t* x,
+                        std::size_t x_stride, const float* x_scale, std::size_t batch, Epilogue epilogue,
+                        Output y);
 };
 
 }  // namespace sparsam

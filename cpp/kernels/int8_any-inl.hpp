@@ -24,11 +24,6 @@ void add_pair(const Int8View& w, std::size_t pair, const std::uint8_t* x, std::u
   }
 }
 
-Output row_of(Output y, std::size_t t) {
-  const std::size_t bytes = t * y.stride * (y.narrow ? sizeof(Bfloat) : sizeof(float));
-  return {static_cast<char*>(y.data) + bytes, y.stride, y.narrow};
-}
-
 void multiply(const Int8View& w, std::size_t begin, std::size_t end, const std::uint8_t* x,
               std::size_t x_stride, const float* x_scale, std::size_t batch, Epilogue epilogue, Output y) {
   SPARSAM_CHECK(w.lanes <= kMostLanes && w.lanes % Floats::kLanes == 0);
@@ -42,7 +37,8 @@ void multiply(const Int8View& w, std::size_t begin, std::size_t end, const std::
       for (std::size_t i = 0; i < w.lanes; ++i)
         floats[i] = static_cast<float>(static_cast<std::int32_t>(sums[i]));
       for (std::size_t i = 0; i < w.lanes; i += Floats::kLanes)
-        Int8Rows{w, epilogue, row_of(y, t)}.finish(group * w.lanes + i, floats + i, w.lanes, x_scale + t, 1);
+        Int8Rows{w.rows, w.row, w.scale, epilogue, row_of(y, t)}.finish(group * w.lanes + i, floats + i,
+                                                                        w.lanes, x_scale + t, 1);
     }
 }
 

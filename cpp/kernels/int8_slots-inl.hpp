@@ -15,7 +15,7 @@ void multiply_groups(const Int8View& w, std::size_t begin, std::size_t end, cons
                      std::size_t x_stride, const float* x_scale, Epilogue epilogue, Output y) {
   constexpr std::size_t kBytes = int8_pair_bytes(Bytes::kLanes, Bytes::kWindow);
   constexpr std::size_t kStarts = int8_pair_starts(Bytes::kWindow), kAhead = 2048;
-  const Int8Rows rows{w, epilogue, y};
+  const Int8Rows rows{w.rows, w.row, w.scale, epilogue, y};
   for (std::size_t group = begin; group < end; ++group) {
     const std::size_t lane = group * Bytes::kLanes;
     Bytes::Sums sum[kBatch];
@@ -45,14 +45,7 @@ void multiply_groups(const Int8View& w, std::size_t begin, std::size_t end, cons
 void multiply(const Int8View& w, std::size_t begin, std::size_t end, const std::uint8_t* x,
               std::size_t x_stride, const float* x_scale, std::size_t batch, Epilogue epilogue, Output y) {
   SPARSAM_CHECK(w.lanes == Bytes::kLanes && w.window == Bytes::kWindow);
-  if (batch == 1) multiply_groups<1>(w, begin, end, x, x_stride, x_scale, epilogue, y);
-  if (batch == 2) multiply_groups<2>(w, begin, end, x, x_stride, x_scale, epilogue, y);
-  if (batch == 3) multiply_groups<3>(w, begin, end, x, x_stride, x_scale, epilogue, y);
-  if (batch == 4) multiply_groups<4>(w, begin, end, x, x_stride, x_scale, epilogue, y);
-  if (batch == 5) multiply_groups<5>(w, begin, end, x, x_stride, x_scale, epilogue, y);
-  if (batch == 6) multiply_groups<6>(w, begin, end, x, x_stride, x_scale, epilogue, y);
-  if (batch == 7) multiply_groups<7>(w, begin, end, x, x_stride, x_scale, epilogue, y);
-  if (batch == 8) multiply_groups<8>(w, begin, end, x, x_stride, x_scale, epilogue, y);
+  with_batch(batch, [&](auto n) { multiply_groups<n()>(w, begin, end, x, x_stride, x_scale, epilogue, y); });
 }
 
 }  // namespace

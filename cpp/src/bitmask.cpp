@@ -3,6 +3,7 @@
 #include <stdexcept>
 
 #include "forms.hpp"
+#include "sparsam/dtypes.hpp"
 #include "sparsam/errors.hpp"
 #include "sparsam/isa.hpp"
 #include "sparsam/masks.hpp"
@@ -14,7 +15,8 @@ namespace {
 using Words = std::uint64_t*;
 
 // A writer with words and row_start filled in, from words that are complete.
-FormWriter begin(const std::uint64_t* words, std::size_t rows, std::size_t cols, DType dtype) {
+FormWriter begin(const std::uint64_t* words, std::size_t rows, std::size_t cols, DType dtype,
+                 std::size_t width = 0) {
   const std::size_t row_words = words_for(cols);
   const Memory row_start(8 * (rows + 1));
   auto* const starts = row_start.as<std::uint64_t>();
@@ -24,6 +26,7 @@ FormWriter begin(const std::uint64_t* words, std::size_t rows, std::size_t cols,
   for (std::size_t r = 0; r < rows; ++r) starts[r + 1] += starts[r];
   FormHeader counts = header_for(FormKind::bitmask, dtype, rows, cols, starts[rows]);
   counts.shared_rows = rows_share(words, rows, cols) ? 4 : 0;
+  counts.width = width;
   FormWriter writer(counts);
   std::copy_n(starts, rows + 1, writer.section<std::uint64_t>(1));
   all.run([&](std::size_t, std::size_t r) {
@@ -90,6 +93,33 @@ void check_count(std::size_t values, std::size_t bits) {
         "values", values, std::to_string(bits) + ", one for each bit that is set", "pass those of the mask"));
 }
 
+// Words and values of a matrix of integers.
+RowBits row_bits(const std::int8_t* w, std::size_t rows, std::size_t cols) {
+  const std::size_t row_words = words_for(cols);
+  RowBits bits{Memory(8 * rows * row_words), {}};
+  std::fill_n(bits.words.as<std::uint64_t>(), rows * row_words, 0);
+  RowTasks(rows, cols).run([&](std::size_t, std::size_t r) {
+    std::uint64_t* const to = bits.words.as<std::uint64_t>() + r * row_words;
+    for (std::size_t c = 0; c < cols; ++c) to[c / 64] |= std::uint64_t{w[r * cols + c] != 0} << c % 64;
+  });
+  for (std::size_t i = 0; i < rows * cols; ++i)
+    if (w[i] != 0) bits.values.push_back(w[i]);
+  return bits;
+}
+
+// Of numbers that are bfloat16.
+std::vector<std::uint16_t> upper_halves(const float* from, std::size_t n) {
+  std::vector<std::uint16_t> halves(n);
+  for (std::size_t i = 0; i < n; ++i) {
+    const auto bits = bit_cast<std::uint32_t>(from[i]);
+    if ((bits & 0xffff) != 0)
+      throw std::invalid_argument(
+          expected("scales", std::to_string(from[i]), "numbers that bfloat16 holds", "round them"));
+    halves[i] = static_cast<std::uint16_t>(bits >> 16);
+  }
+  return halves;
+}
+
 }  // namespace
 
 bool rows_share(const std::uint64_t* words, std::size_t rows, std::size_t cols) {
@@ -141,17 +171,8 @@ FormPtr int8_bitmask(const std::uint64_t* words, std::size_t rows, std::size_t c
 }
 
 FormPtr pack_int8(const std::int8_t* w, std::size_t rows, std::size_t cols, const float* scales) {
-  const std::size_t row_words = words_for(cols);
-  const Memory words(8 * rows * row_words);
-  std::fill_n(words.as<std::uint64_t>(), rows * row_words, 0);
-  RowTasks(rows, cols).run([&](std::size_t, std::size_t r) {
-    std::uint64_t* const to = words.as<std::uint64_t>() + r * row_words;
-    for (std::size_t c = 0; c < cols; ++c) to[c / 64] |= std::uint64_t{w[r * cols + c] != 0} << c % 64;
-  });
-  std::vector<std::int8_t> values;
-  for (std::size_t i = 0; i < rows * cols; ++i)
-    if (w[i] != 0) values.push_back(w[i]);
-  return int8_bitmask(words.as<std::uint64_t>(), rows, cols, values.data(), scales);
+  const RowBits bits = row_bits(w, rows, cols);
+  return int8_bitmask(bits.words.as<std::uint64_t>(), rows, cols, bits.values.data(), scales);
 }
 
 FormPtr pack_int8(std::size_t rows, std::size_t cols, const std::uint8_t* bits, const std::int8_t* values,
@@ -160,6 +181,43 @@ FormPtr pack_int8(std::size_t rows, std::size_t cols, const std::uint8_t* bits, 
   const std::size_t nnz = count_words(words.as<std::uint64_t>(), rows * words_for(cols));
   check_count(n_values, nnz);
   return int8_bitmask(words.as<std::uint64_t>(), rows, cols, values, scales);
+}
+
+FormPtr int4_bitmask(const std::uint64_t* words, std::size_t rows, std::size_t cols, std::size_t width,
+                     const std::int8_t* values, const std::uint16_t* scales, const std::int8_t* levels) {
+  const FormWriter writer = begin(words, rows, cols, DType::i4, width);
+  const std::size_t n_scales = rows * int4_units(cols, width);
+  const std::string fault = fault_of_int4(values, writer.header().nnz, scales, n_scales, levels);
+  if (!fault.empty()) throw std::invalid_argument(fault);
+  std::copy_n(values, writer.header().nnz, writer.section<std::int8_t>(2));
+  std::copy_n(scales, n_scales, writer.section<std::uint16_t>(3));
+  std::copy_n(levels, kInt4Levels, writer.section<std::int8_t>(4));
+  return writer.finish();
+}
+
+FormPtr pack_int4(const std::int8_t* w, std::size_t rows, std::size_t cols, std::size_t width,
+                  const float* scales, const std::int8_t* levels) {
+  const RowBits bits = row_bits(w, rows, cols);
+  return int4_bitmask(bits.words.as<std::uint64_t>(), rows, cols, width, bits.values.data(),
+                      upper_halves(scales, rows * int4_units(cols, width)).data(), levels);
+}
+
+FormPtr pack_int4(std::size_t rows, std::size_t cols, std::size_t width, const std::uint8_t* bits,
+                  const std::uint8_t* codes, std::size_t n_bytes, const float* scales,
+                  const std::int8_t* levels) {
+  const Memory words = words_of(rows, cols, bits);
+  const std::size_t nnz = count_words(words.as<std::uint64_t>(), rows * words_for(cols));
+  if (n_bytes != (nnz + 1) / 2)
+    throw std::invalid_argument(expected(
+        "values", n_bytes, std::to_string((nnz + 1) / 2) + " bytes, half of one for each bit that is set",
+        "pass those of the mask"));
+  if (nnz % 2 != 0 && codes[nnz / 2] >> 4 != 0)
+    throw std::invalid_argument(
+        expected("values", "another half byte", "0 past the last value", "mend the values"));
+  std::vector<std::int8_t> values(nnz);
+  for (std::size_t i = 0; i < nnz; ++i) values[i] = levels[codes[i / 2] >> 4 * (i % 2) & 15];
+  return int4_bitmask(words.as<std::uint64_t>(), rows, cols, width, values.data(),
+                      upper_halves(scales, rows * int4_units(cols, width)).data(), levels);
 }
 
 std::string fault_of_int8(const std::int8_t* values, std::size_t nnz, const float* scales, std::size_t rows) {

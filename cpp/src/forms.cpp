@@ -26,20 +26,25 @@ void check_header(const FormHeader& h, std::size_t bytes) {
     refuse("another beginning", "a form of a packed weight, which begins with 'sparsam'");
   if (h.version != FormHeader::kVersion) refuse(h.version, "version " + std::to_string(FormHeader::kVersion));
   const bool panels = h.kind == FormKind::panels, slots = h.kind == FormKind::slots;
-  const bool int8 = h.dtype == static_cast<std::uint8_t>(DType::i8);
+  const bool int4 = h.dtype == static_cast<std::uint8_t>(DType::i4);
+  const bool int8 = int4 || h.dtype == static_cast<std::uint8_t>(DType::i8);
   if (!panels && !slots && h.kind != FormKind::bitmask && h.kind != FormKind::rows)
     refuse(static_cast<int>(h.kind), "form 1 (bitmask), 2 (panels), 3 (slots) or 4 (rows)");
   if (h.dtype > static_cast<std::uint8_t>(DType::f32) && !int8)
-    refuse(h.dtype, "values of dtype 0, 1, 2 or 4");
-  if (int8 && panels) refuse("panels of int8 values", "panels of float values");
-  if (!int8 && h.kind == FormKind::rows) refuse("rows of float values", "rows of int8 values");
+    refuse(h.dtype, "values of dtype 0, 1, 2, 4 or 5");
+  if (int8 && panels) refuse("panels of integers", "panels of float values");
+  if ((!int8 || int4) && h.kind == FormKind::rows) refuse("rows of other values", "rows of int8 values");
+  if (int4 && h.width != 64 && h.width != 128) refuse(h.width, "64 or 128 columns that share a scale");
   if (h.shared_rows != 0 && (h.shared_rows != 4 || h.rows == 0 || h.rows % 4 != 0))
     refuse(h.shared_rows, "0, or 4 for rows in fours, as the number of rows that share columns");
   if (h.rows > kLargest || h.cols > kLargest || (h.cols > 0 && h.rows > kLargest / h.cols) ||
       h.nnz > h.rows * h.cols)
     refuse(std::to_string(h.rows) + " x " + std::to_string(h.cols) + " with " + std::to_string(h.nnz),
            "at most 2^40 weights, and no more nonzero ones");
-  if (slots && int8 && !((h.depth == 16 && h.units == 8) || (h.depth == 64 && h.units == 16)))
+  if (slots && int4 && !((h.units == 8 || h.units == 16) && h.depth <= 4 && h.steps <= UINT32_MAX))
+    refuse(std::to_string(h.units) + " with " + std::to_string(h.depth),
+           "8 or 16 rows with 0 to 4 steps a window");
+  if (slots && int8 && !int4 && !((h.depth == 16 && h.units == 8) || (h.depth == 64 && h.units == 16)))
     refuse(std::to_string(h.units) + " with " + std::to_string(h.depth),
            "8 rows with windows of 16, or 16 with windows of 64");
   if (slots && int8 && (h.cols > kInt8Columns || h.rows >= UINT32_MAX))
@@ -58,21 +63,47 @@ void check_header(const FormHeader& h, std::size_t bytes) {
     refuse(bytes, std::to_string(own.bytes) + " bytes, with the sections that its counts demand");
 }
 
+// Weights of a bitmask of integers: each times scale(row, column).
+template <class Scale>
+void unpack_scaled(const BitmaskView& w, float* to, Scale&& scale) {
+  RowTasks(w.rows, w.cols).run([&](std::size_t, std::size_t r) {
+    float* const row = to + r * w.cols;
+    const auto* from = static_cast<const std::int8_t*>(w.values) + w.row_start[r];
+    std::fill(row, row + w.cols, 0.0f);
+    for_each_bit(w.words + r * w.row_words, 0, w.row_words,
+                 [&](std::size_t c) { row[c] = scale(r, c) * static_cast<float>(*from++); });
+  });
+}
+
 }  // namespace
 
 FormHeader laid_out(FormHeader h) {
   const std::size_t item = item_size(static_cast<DType>(h.dtype));
   constexpr std::size_t kMost = std::size(FormHeader{}.sections);
   std::size_t sizes[kMost] = {8 * h.rows * words_for(h.cols), 8 * (h.rows + 1), h.nnz * item};
+  const bool int4 = h.dtype == static_cast<std::uint8_t>(DType::i4);
   const bool int8 = h.dtype == static_cast<std::uint8_t>(DType::i8);
   const bool bitmask = h.kind == FormKind::bitmask, slots = h.kind == FormKind::slots;
   const bool rows = h.kind == FormKind::rows;
-  const std::size_t n = rows ? 2 : bitmask && !int8 ? 3 : slots && !int8 ? 6 : 4;
+  const std::size_t n = rows ? 2 : bitmask ? (int4 ? 5 : int8 ? 4 : 3) : slots && !int8 ? 6 : 4;
   if (int8) sizes[3] = 4 * h.rows;
+  if (int4) {
+    sizes[3] = sizeof(std::uint16_t) * h.rows * int4_units(h.cols, h.width);
+    sizes[4] = kInt4Levels;
+  }
   if (rows) {
     sizes[0] = h.rows * h.cols;
     sizes[1] = 4 * h.rows;
     sizes[2] = sizes[3] = 0;
+  } else if (slots && int4) {
+    const std::size_t groups = (h.rows + h.units - 1) / h.units, units = int4_units(h.cols, h.width);
+    const bool regular = h.depth != 0;
+    sizes[0] = regular ? 0 : sizeof(std::uint32_t) * (groups * units + 1);
+    sizes[1] = (sizeof(std::uint32_t) + sizeof(float)) * groups * h.units;
+    sizes[2] = sizeof(std::uint16_t) * groups * units * h.units;
+    sizes[3] = regular ? h.width / kInt4Window * h.depth : 2 * h.steps;
+    sizes[4] = int4_pair_bytes(h.units) * h.steps;
+    sizes[5] = kInt4Levels;
   } else if (slots && int8) {
     const std::size_t groups = (h.rows + h.units - 1) / h.units;
     sizes[0] = 8 * (groups + 1);
@@ -100,7 +131,7 @@ FormHeader laid_out(FormHeader h) {
   }
   h.bytes = at + FormHeader::kReadable;
   h.zero = 0;
-  h.reserved = 0;
+  if (!int4) h.width = 0;
   return h;
 }
 
@@ -140,22 +171,28 @@ FormPtr Form::adopt(const void* data, std::size_t bytes, std::shared_ptr<const v
   const FormHeader& header = form->header();
   check_header(header, bytes);
   if (trusted) return form;
-  const bool int8 = form->dtype() == DType::i8;
+  const bool int8 = form->dtype() == DType::i8, int4 = form->dtype() == DType::i4;
   std::string fault;
   if (header.kind == FormKind::bitmask) {
     fault = fault_of(form->bitmask(), header);
     if (fault.empty() && int8)
       fault = fault_of_int8(static_cast<const std::int8_t*>(form->bitmask().values), form->nnz(),
                             form->scales(), form->rows());
+    if (fault.empty() && int4)
+      fault = fault_of_int4(static_cast<const std::int8_t*>(form->bitmask().values), form->nnz(),
+                            form->unit_scales(), header.rows * int4_units(header.cols, header.width),
+                            form->levels());
   } else if (header.kind == FormKind::rows) {
     fault = fault_of(form->int8_rows(), header);
   } else if (header.kind == FormKind::panels) {
     fault = fault_of(form->panels(), header);
   } else {
-    fault = int8 ? fault_of(form->int8_slots(), header, *form) : fault_of(form->slots(), header);
+    fault = int4   ? fault_of(form->int4_slots(), header, *form)
+            : int8 ? fault_of(form->int8_slots(), header, *form)
+                   : fault_of(form->slots(), header);
   }
   if (!fault.empty()) refuse("damage (" + fault + ")", "a whole form");
-  if (header.kind == FormKind::slots && !int8) {
+  if (header.kind == FormKind::slots && !int8 && !int4) {
     const FormPtr bitmask = bitmask_of_slots(*form);
     if (rows_share(bitmask->bitmask().words, header.rows, header.cols) != (header.shared_rows != 0))
       refuse(header.shared_rows, "rows that share columns where its header says so, and only there");
@@ -186,6 +223,15 @@ PanelView Form::panels() const {
           data_ + h.sections[3]};
 }
 
+const std::uint16_t* Form::unit_scales() const {
+  return reinterpret_cast<const std::uint16_t*>(data_ + header().sections[3]);
+}
+
+const std::int8_t* Form::levels() const {
+  const std::size_t section = kind() == FormKind::slots ? 5 : 4;
+  return reinterpret_cast<const std::int8_t*>(data_ + header().sections[section]);
+}
+
 const float* Form::scales() const { return reinterpret_cast<const float*>(data_ + header().sections[3]); }
 
 Int8RowsView Form::int8_rows() const {
@@ -210,6 +256,23 @@ Int8View Form::int8_slots() const {
           reinterpret_cast<const std::uint8_t*>(data_ + h.sections[3])};
 }
 
+Int4View Form::int4_slots() const {
+  const FormHeader& h = header();
+  const auto* const row = reinterpret_cast<const std::uint32_t*>(data_ + h.sections[1]);
+  return {h.rows,
+          h.cols,
+          h.units,
+          h.width,
+          h.depth,
+          reinterpret_cast<const std::uint32_t*>(data_ + h.sections[0]),
+          row,
+          reinterpret_cast<const float*>(row + (h.rows + h.units - 1) / h.units * h.units),
+          reinterpret_cast<const std::uint16_t*>(data_ + h.sections[2]),
+          reinterpret_cast<const std::uint8_t*>(data_ + h.sections[3]),
+          reinterpret_cast<const std::uint8_t*>(data_ + h.sections[4]),
+          levels()};
+}
+
 SlotView Form::slots() const {
   const FormHeader& h = header();
   return {h.rows,
@@ -227,6 +290,7 @@ SlotView Form::slots() const {
 FormPtr bitmask_of(const Form& other) {
   if (other.kind() == FormKind::panels) return bitmask_of_panels(other);
   if (other.kind() == FormKind::rows) return bitmask_of_int8_rows(other);
+  if (other.dtype() == DType::i4) return bitmask_of_int4_slots(other);
   return other.dtype() == DType::i8 ? bitmask_of_int8_slots(other) : bitmask_of_slots(other);
 }
 
@@ -239,7 +303,8 @@ PackedMatrix::PackedMatrix(const std::vector<FormPtr>& forms, bool trusted) {
           expected("buffers", std::string("two ") + name, "one of each form", "leave one out"));
     const Form& first = *forms.front();
     if (form->rows() != first.rows() || form->cols() != first.cols() || form->nnz() != first.nnz() ||
-        form->dtype() != first.dtype() || form->header().shared_rows != first.header().shared_rows)
+        form->dtype() != first.dtype() || form->header().width != first.header().width ||
+        form->header().shared_rows != first.header().shared_rows)
       throw std::invalid_argument(
           expected("buffers", "different sizes or types", "forms of one weight", "pass those of one weight"));
     insert(form);
@@ -252,7 +317,8 @@ PackedMatrix::PackedMatrix(const std::vector<FormPtr>& forms, bool trusted) {
     const BitmaskView a = first->bitmask(), b = again->bitmask();
     if (std::memcmp(a.words, b.words, 8 * a.rows * a.row_words) != 0 ||
         std::memcmp(a.values, b.values, again->nnz() * item_size(again->dtype())) != 0 ||
-        (again->dtype() == DType::i8 && std::memcmp(first->scales(), again->scales(), 4 * a.rows) != 0))
+        std::memcmp(first->data() + first->header().sections[3], again->data() + again->header().sections[3],
+                    first->bytes() - first->header().sections[3]) != 0)
       throw std::invalid_argument(
           expected("buffers", "different weights", "forms of one weight", "pass those of one weight"));
   }
@@ -263,16 +329,19 @@ FormPtr PackedMatrix::get(FormKind kind) const {
   const FormPtr& held = find(FormKind::bitmask);
   const FormPtr bitmask = held != nullptr ? held : bitmask_of(any());
   if (kind == FormKind::bitmask) return bitmask;
-  const bool int8 = any().dtype() == DType::i8;
-  if (int8 && kind == FormKind::panels)
+  const DType dtype = any().dtype();
+  const bool rounded = dtype == DType::i8 || dtype == DType::i4;
+  if (rounded ? kind == FormKind::panels || (dtype == DType::i4 && kind == FormKind::rows)
+              : kind == FormKind::rows)
     throw std::invalid_argument(expected("form", quoted(name_of(kind)),
-                                         "bitmask, slots or rows, for int8 values", "build one of them"));
-  if (!int8 && kind == FormKind::rows)
-    throw std::invalid_argument(expected("form", quoted(name_of(kind)),
-                                         "bitmask, panels or slots, for float values", "build one of them"));
+                                         dtype == DType::i8   ? "bitmask, slots or rows, for int8 values"
+                                         : dtype == DType::i4 ? "bitmask or slots, for int4 values"
+                                                              : "bitmask, panels or slots, for float values",
+                                         "build one of them"));
   if (kind == FormKind::rows) return int8_rows_of(*bitmask);
   if (kind == FormKind::panels) return panels_of(*bitmask);
-  return int8 ? int8_slots_of(*bitmask) : slots_of(*bitmask);
+  if (dtype == DType::i4) return int4_slots_of(*bitmask);
+  return dtype == DType::i8 ? int8_slots_of(*bitmask) : slots_of(*bitmask);
 }
 
 void PackedMatrix::bits(std::uint8_t* to) const {
@@ -285,13 +354,23 @@ void PackedMatrix::bits(std::uint8_t* to) const {
 
 void PackedMatrix::values(void* to) const {
   const FormPtr form = get(FormKind::bitmask);
+  if (form->dtype() == DType::i4) {
+    int4_codes(*form, static_cast<std::uint8_t*>(to));
+    return;
+  }
   const std::size_t bytes = form->nnz() * item_size(form->dtype());
   if (bytes > 0) std::memcpy(to, form->bitmask().values, bytes);
 }
 
 void PackedMatrix::scales(float* to) const {
   const FormPtr form = get(FormKind::bitmask);
-  if (form->rows() > 0) std::memcpy(to, form->scales(), form->rows() * sizeof(float));
+  const FormHeader& h = form->header();
+  if (form->dtype() == DType::i4) {
+    for (std::size_t i = 0; i < h.rows * int4_units(h.cols, h.width); ++i)
+      to[i] = bfloat_to_float(form->unit_scales()[i]);
+  } else if (h.rows > 0) {
+    std::memcpy(to, form->scales(), h.rows * sizeof(float));
+  }
 }
 
 void PackedMatrix::unpack(void* to) const {
@@ -299,15 +378,14 @@ void PackedMatrix::unpack(void* to) const {
     return unpack_rows(*rows, static_cast<float*>(to));
   const FormPtr form = get(FormKind::bitmask);
   const BitmaskView w = form->bitmask();
-  if (form->dtype() == DType::i8) {
-    RowTasks(w.rows, w.cols).run([&](std::size_t, std::size_t r) {
-      float* const row = static_cast<float*>(to) + r * w.cols;
-      const auto* from = static_cast<const std::int8_t*>(w.values) + w.row_start[r];
-      std::fill(row, row + w.cols, 0.0f);
-      for_each_bit(w.words + r * w.row_words, 0, w.row_words,
-                   [&](std::size_t c) { row[c] = form->scales()[r] * static_cast<float>(*from++); });
+  if (form->dtype() == DType::i8)
+    return unpack_scaled(w, static_cast<float*>(to),
+                         [&](std::size_t r, std::size_t) { return form->scales()[r]; });
+  if (form->dtype() == DType::i4) {
+    const std::size_t width = form->header().width, units = int4_units(w.cols, width);
+    return unpack_scaled(w, static_cast<float*>(to), [&](std::size_t r, std::size_t c) {
+      return bfloat_to_float(form->unit_scales()[r * units + c / width]);
     });
-    return;
   }
   with_bits(item_size(form->dtype()), [&](auto width) {
     using Bits = decltype(width);

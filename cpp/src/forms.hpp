@@ -4,6 +4,7 @@
 #include <cstring>
 #include <memory>
 #include <string>
+#include <vector>
 
 #include "chunks.hpp"
 #include "int8.hpp"
@@ -98,6 +99,7 @@ std::string fault_of(const PanelView& w, const FormHeader& header);
 std::string fault_of(const SlotView& w, const FormHeader& header);  // but for shared_rows
 std::string fault_of(const Int8RowsView& w, const FormHeader& header);
 std::string fault_of(const Int8View& w, const FormHeader& header, const Form& form);
+std::string fault_of(const Int4View& w, const FormHeader& header, const Form& form);
 
 // int8 values: slots of a given geometry, and back; what is wrong with values and scales.
 FormPtr int8_slots_of(const Form& bitmask, std::size_t lanes, std::size_t window);
@@ -106,6 +108,29 @@ FormPtr int8_bitmask(const std::uint64_t* words, std::size_t rows, std::size_t c
                      const std::int8_t* values, const float* scales);
 std::string fault_of_int8(const std::int8_t* values, std::size_t nnz, const float* scales, std::size_t rows);
 inline bool is_int8_value(int q) { return q != 0 && q >= -kInt8Most && q <= kInt8Most; }
+// Rows in the order of their lanes, `rows` where there is none. Sorted by length in stretches where that
+// saves more than results cost that leave one by one.
+std::vector<std::uint32_t> lane_rows(const BitmaskView& w, std::size_t lanes);
+// The entries of rows, in any order, as the words and values of a bitmask.
+struct SlotEntry {
+  std::uint16_t column;
+  std::int8_t value;
+};
+struct RowBits {
+  Memory words;
+  std::vector<std::int8_t> values;
+};
+RowBits row_bits(std::vector<std::vector<SlotEntry>> rows, std::size_t cols);
 inline bool is_scale(float s) { return s >= 0x1p-126f && s <= 0x1.fffffep127f; }
+
+// int4 values: slots of so many lanes, and back; what is wrong with values, scales and levels.
+FormPtr int4_slots_of(const Form& bitmask, std::size_t lanes);
+FormPtr bitmask_of_int4_slots(const Form& slots);
+void int4_codes(const Form& bitmask, std::uint8_t* to);  // ceil(nnz / 2) bytes, as on disk
+FormPtr int4_bitmask(const std::uint64_t* words, std::size_t rows, std::size_t cols, std::size_t width,
+                     const std::int8_t* values, const std::uint16_t* scales, const std::int8_t* levels);
+std::string fault_of_int4(const std::int8_t* values, std::size_t nnz, const std::uint16_t* scales,
+                          std::size_t n_scales, const std::int8_t* levels);
+constexpr std::size_t int4_units(std::size_t cols, std::size_t width) { return (cols + width - 1) / width; }
 
 }  // namespace sparsam

@@ -13,11 +13,6 @@
 namespace sparsam {
 namespace {
 
-struct Entry {
-  std::uint16_t column;
-  std::int8_t value;
-};
-
 // One group of rows while its weights are given slots: windows slide, each from the first column that some
 // row still needs, and every row takes as many of its next weights as there are slots.
 class SlotGroup {
@@ -62,7 +57,7 @@ class SlotGroup {
       for (std::size_t i = 0; i < lanes_; ++i) {
         std::size_t& next = next_[i];
         for (std::size_t slot = 4 * i; slot < 4 * i + 4 && next < entries_[i].size(); ++slot, ++next) {
-          const Entry& entry = entries_[i][next];
+          const SlotEntry& entry = entries_[i][next];
           if (entry.column >= start + window_) break;
           const std::size_t offset = entry.column - start;
           std::uint8_t* const code = codes.data() + at;
@@ -78,32 +73,9 @@ class SlotGroup {
 
   const BitmaskView& w_;
   std::size_t lanes_, window_;
-  std::vector<std::vector<Entry>> entries_;
+  std::vector<std::vector<SlotEntry>> entries_;
   std::vector<std::size_t> next_;
 };
-
-// Rows in the order of their lanes, `rows` where there is none. Sorted by length in stretches of 256 where
-// their lengths differ so much that it saves more than results cost that leave one by one.
-std::vector<std::uint32_t> lane_rows(const BitmaskView& w, std::size_t lanes) {
-  std::vector<std::uint32_t> order((w.rows + lanes - 1) / lanes * lanes, static_cast<std::uint32_t>(w.rows));
-  std::iota(order.begin(), order.begin() + static_cast<std::ptrdiff_t>(w.rows), 0u);
-  std::vector<std::uint32_t> sorted = order;
-  const auto entries = [&](std::uint32_t r) { return r < w.rows ? w.row_start[r + 1] - w.row_start[r] : 0; };
-  for (std::size_t from = 0; from < sorted.size(); from += kRowBlock)
-    std::stable_sort(sorted.begin() + static_cast<std::ptrdiff_t>(from),
-                     sorted.begin() + static_cast<std::ptrdiff_t>(std::min(sorted.size(), from + kRowBlock)),
-                     [&](std::uint32_t a, std::uint32_t b) { return entries(a) > entries(b); });
-  const auto longest = [&](const std::vector<std::uint32_t>& rows) {
-    std::uint64_t sum = 0;
-    for (std::size_t from = 0; from < rows.size(); from += lanes) {
-      std::uint64_t most = 0;
-      for (std::size_t i = 0; i < lanes; ++i) most = std::max(most, entries(rows[from + i]));
-      sum += most;
-    }
-    return sum;
-  };
-  return 2 * longest(order) > 3 * longest(sorted) ? sorted : order;
-}
 
 std::size_t lanes_of(const Int8View& w) { return (w.rows + w.lanes - 1) / w.lanes * w.lanes; }
 
@@ -126,6 +98,45 @@ bool for_each_slot(const Int8View& w, Visit&& visit) {
 }
 
 }  // namespace
+
+std::vector<std::uint32_t> lane_rows(const BitmaskView& w, std::size_t lanes) {
+  std::vector<std::uint32_t> order((w.rows + lanes - 1) / lanes * lanes, static_cast<std::uint32_t>(w.rows));
+  std::iota(order.begin(), order.begin() + static_cast<std::ptrdiff_t>(w.rows), 0u);
+  std::vector<std::uint32_t> sorted = order;
+  const auto entries = [&](std::uint32_t r) { return r < w.rows ? w.row_start[r + 1] - w.row_start[r] : 0; };
+  for (std::size_t from = 0; from < sorted.size(); from += kRowBlock)
+    std::stable_sort(sorted.begin() + static_cast<std::ptrdiff_t>(from),
+                     sorted.begin() + static_cast<std::ptrdiff_t>(std::min(sorted.size(), from + kRowBlock)),
+                     [&](std::uint32_t a, std::uint32_t b) { return entries(a) > entries(b); });
+  const auto longest = [&](const std::vector<std::uint32_t>& rows) {
+    std::uint64_t sum = 0;
+    for (std::size_t from = 0; from < rows.size(); from += lanes) {
+      std::uint64_t most = 0;
+      for (std::size_t i = 0; i < lanes; ++i) most = std::max(most, entries(rows[from + i]));
+      sum += most;
+    }
+    return sum;
+  };
+  return 2 * longest(order) > 3 * longest(sorted) ? sorted : order;
+}
+
+RowBits row_bits(std::vector<std::vector<SlotEntry>> rows, std::size_t cols) {
+  const std::size_t row_words = words_for(cols);
+  RowBits bits{Memory(8 * rows.size() * row_words), {}};
+  auto* to = bits.words.as<std::uint64_t>();
+  std::fill_n(to, rows.size() * row_words, 0);
+  for (std::vector<SlotEntry>& row : rows) {
+    std::sort(row.begin(), row.end(),
+              [](const SlotEntry& a, const SlotEntry& b) { return a.column < b.column; });
+    for (const SlotEntry& entry : row) {
+      const std::uint64_t bit = std::uint64_t{1} << entry.column % 64;
+      if ((to[entry.column / 64] & bit) == 0) bits.values.push_back(entry.value);  // twice only where damaged
+      to[entry.column / 64] |= bit;
+    }
+    to += row_words;
+  }
+  return bits;
+}
 
 FormPtr int8_slots_of(const Form& bitmask, std::size_t lanes, std::size_t window) {
   const BitmaskView w = bitmask.bitmask();
@@ -182,8 +193,7 @@ FormPtr int8_slots_of(const Form& bitmask) {
 
 FormPtr bitmask_of_int8_slots(const Form& form) {
   const Int8View w = form.int8_slots();
-  const std::size_t row_words = words_for(w.cols);
-  std::vector<std::vector<Entry>> entries(w.rows);
+  std::vector<std::vector<SlotEntry>> entries(w.rows);
   std::vector<float> scales(w.rows);
   for_each_slot(w, [&](std::size_t lane, std::size_t column, std::uint8_t code) {
     if (code != 0)
@@ -192,20 +202,8 @@ FormPtr bitmask_of_int8_slots(const Form& form) {
   });
   for (std::size_t lane = 0; lane < lanes_of(w); ++lane)
     if (w.row[lane] < w.rows) scales[w.row[lane]] = w.scale[lane];
-  const Memory words(8 * w.rows * row_words);
-  std::fill_n(words.as<std::uint64_t>(), w.rows * row_words, 0);
-  std::vector<std::int8_t> values;
-  for (std::size_t r = 0; r < w.rows; ++r) {
-    std::sort(entries[r].begin(), entries[r].end(),
-              [](const Entry& a, const Entry& b) { return a.column < b.column; });
-    std::uint64_t* const to = words.as<std::uint64_t>() + r * row_words;
-    for (const Entry& entry : entries[r]) {
-      const std::uint64_t bit = std::uint64_t{1} << entry.column % 64;
-      if ((to[entry.column / 64] & bit) == 0) values.push_back(entry.value);  // twice only in a damaged form
-      to[entry.column / 64] |= bit;
-    }
-  }
-  return int8_bitmask(words.as<std::uint64_t>(), w.rows, w.cols, values.data(), scales.data());
+  const RowBits bits = row_bits(std::move(entries), w.cols);
+  return int8_bitmask(bits.words.as<std::uint64_t>(), w.rows, w.cols, bits.values.data(), scales.data());
 }
 
 // First that it can be read at all; then it is right if the packer makes the same of what it holds.

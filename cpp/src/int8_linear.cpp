@@ -1,4 +1,5 @@
-// Linear layers with int8 values: x is quantised row by row, then groups of rows of W are shared out.
+// Linear layers with int8 and int4 values: x is quantised row by row, then groups of rows of W are shared
+// out.
 #include <algorithm>
 
 #include "int8_linear.hpp"
@@ -15,11 +16,29 @@ std::size_t block_of(std::size_t x_stride) {
   return std::max<std::size_t>(1, kBytes / x_stride / kInt8Batch) * kInt8Batch;
 }
 
-}  // namespace
+struct Int8Product {
+  Int8View w;
+  const Int8Kernels& kernel;
 
-void int8_linear(const Form& form, const Input& x, std::size_t batch, Epilogue epilogue, const Output& y) {
-  const Int8View w = form.int8_slots();
-  const Int8Kernels& kernel = int8_kernels(w.lanes, w.window);
+  explicit Int8Product(const Form& form) : w(form.int8_slots()), kernel(int8_kernels(w.lanes, w.window)) {}
+  std::uint64_t first_pair(std::size_t group) const { return w.begin[group]; }
+  auto multiply() const { return kernel.multiply; }
+};
+
+struct Int4Product {
+  Int4View w;
+  const Int8Kernels& kernel;
+
+  explicit Int4Product(const Form& form) : w(form.int4_slots()), kernel(int4_kernels(w.lanes)) {}
+  std::uint64_t first_pair(std::size_t group) const { return w.first_pair(group, 0); }
+  auto multiply() const { return kernel.multiply_int4; }
+};
+
+template <class Product>
+void integer_linear(const Form& form, const Input& x, std::size_t batch, Epilogue epilogue, const Output& y) {
+  const Product product(form);
+  const auto& w = product.w;
+  const Int8Kernels& kernel = product.kernel;
   const std::size_t groups = (w.rows + w.lanes - 1) / w.lanes;
   const std::size_t x_stride = (w.cols + kInt8Slack + 63) / 64 * 64;
   const Scratch<Purpose::tiles> memory(batch * (x_stride + sizeof(float)) / sizeof(float) + 1);
@@ -43,9 +62,16 @@ void int8_linear(const Form& form, const Input& x, std::size_t batch, Epilogue e
   const std::size_t block = block_of(x_stride);
   const auto edge = [&](std::size_t task) {
     const std::uint64_t pair = form.header().steps * task / tasks;
-    return task == tasks
-               ? groups
-               : static_cast<std::size_t>(std::lower_bound(w.begin, w.begin + groups, pair) - w.begin);
+    if (task == tasks) return groups;
+    std::size_t low = 0, high = groups;  // the first group from that pair on
+    while (low < high) {
+      const std::size_t middle = (low + high) / 2;
+      if (product.first_pair(middle) < pair)
+        low = middle + 1;
+      else
+        high = middle;
+    }
+    return low;
   };
   for_each_task(tasks, workers, [&](std::size_t, std::size_t task) {
     const std::size_t begin = edge(task), end = edge(task + 1);
@@ -56,11 +82,20 @@ void int8_linear(const Form& form, const Input& x, std::size_t batch, Epilogue e
         for (std::size_t pass = 0; pass < passes; ++pass) {  // of about equal numbers of rows of x
           const std::size_t t = from + here * pass / passes, next = from + here * (pass + 1) / passes;
           const Output to{static_cast<char*>(y.data) + t * y.stride * y_item, y.stride, y.narrow};
-          kernel.multiply(w, group, group + step, bytes + t * x_stride, x_stride, scales + t, next - t,
-                          epilogue, to);
+          product.multiply()(w, group, group + step, bytes + t * x_stride, x_stride, scales + t, next - t,
+                             epilogue, to);
         }
       }
   });
+}
+
+}  // namespace
+
+void int8_linear(const Form& form, const Input& x, std::size_t batch, Epilogue epilogue, const Output& y) {
+  if (form.dtype() == DType::i4)
+    integer_linear<Int4Product>(form, x, batch, epilogue, y);
+  else
+    integer_linear<Int8Product>(form, x, batch, epilogue, y);
 }
 
 }  // namespace sparsam

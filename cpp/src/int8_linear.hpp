@@ -1,4 +1,4 @@
-// Products with int8 values.
+// Products with int8 and int4 values.
 #pragma once
 #include "matmul.hpp"
 #include "sparsam/forms.hpp"

@@ -92,6 +92,20 @@ const Int8Kernels& int8_kernels(std::size_t lanes, std::size_t window) {
   return int8_rows::generic;
 }
 
+const Int8Kernels& int4_kernels() {
+  const KernelTable& row = kernels();
+  for (const Int8Kernels* int8 : kInt8Rows)
+    if (int8->multiply_int4 != nullptr && runs_under(*int8, row)) return *int8;
+  return int8_rows::generic;  // has all of them and requires nothing, so this is never reached
+}
+
+const Int8Kernels& int4_kernels(std::size_t lanes) {
+  const KernelTable& row = kernels();
+  for (const Int8Kernels* int8 : kInt8Rows)
+    if (int8->multiply_int4 != nullptr && int8->int4_lanes == lanes && runs_under(*int8, row)) return *int8;
+  return int8_rows::generic;
+}
+
 std::string active_isa() { return kernels().name; }
 
 std::vector<std::string> compiled_isas() {

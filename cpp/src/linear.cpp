@@ -134,7 +134,7 @@ void multiply(const Form& form, const void* x, std::size_t batch, const float* b
   const MatmulKernels& m = kernels().matmul;  // asked once: use_isa() may be called meanwhile
   const Input from{x, form.cols(), narrow};
   const Output to{y, form.rows(), narrow};
-  if (form.dtype() == DType::i8) {
+  if (form.dtype() == DType::i8 || form.dtype() == DType::i4) {
     int8_linear(form, from, batch, epilogue, to);
     return;
   }

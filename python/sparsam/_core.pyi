@@ -112,6 +112,21 @@ class Packed:
         values: NDArray[np.int8],
         scales: NDArray[np.float32],
     ) -> Packed: ...
+    # Levels of int4 values, of which 0 is pruned; `width` columns share the scales (rows, groups).
+    @staticmethod
+    def pack_int4(
+        w: NDArray[np.int8], width: int, scales: NDArray[np.float32], levels: NDArray[np.int8]
+    ) -> Packed: ...
+    @staticmethod
+    def from_int4_parts(
+        rows: int,
+        cols: int,
+        width: int,
+        bits: NDArray[np.uint8],
+        values: NDArray[np.uint8],
+        scales: NDArray[np.float32],
+        levels: NDArray[np.int8],
+    ) -> Packed: ...
     @staticmethod
     def from_buffers(buffers: Sequence[NDArray[np.uint8]], *, trusted: bool = False) -> Packed: ...
     @property
@@ -123,6 +138,8 @@ class Packed:
     @property
     def dtype(self) -> str: ...
     @property
+    def width(self) -> int: ...  # columns that share a scale of int4 values; else 0
+    @property
     def blocked(self) -> int: ...
     @property
     def forms(self) -> tuple[str, ...]: ...
@@ -133,7 +150,8 @@ class Packed:
     def buffer(self, form: str) -> NDArray[np.uint8]: ...
     def bits(self) -> NDArray[np.uint8]: ...
     def values(self) -> _Weights: ...
-    def scales(self) -> NDArray[np.float32]: ...  # of int8 values; else empty
+    def scales(self) -> NDArray[np.float32]: ...  # of int8 (rows,) and int4 (rows, groups); else empty
+    def levels(self) -> NDArray[np.int8]: ...  # of int4 values, 16; else empty
     def unpack(self) -> _Weights: ...
     def linear(
         self,

@@ -15,12 +15,12 @@ from pathlib import Path
 import pytest
 
 # Unit -> the functions whose inner loops are looked at, an instruction that tells the loops that matter, and
-# how many of these there are at least: one for each number of rows of x that the kernel takes at once.
+# how many of these there are at least: one for each number of rows of x that a kernel takes at once.
 KERNELS = {
     "avx2": (r"::slots<float>", "vpermps", 8),
     "avx512": (r"::slots<float>", "vpermps", 8),
-    "int8_avx2": ("", "vpmaddubsw", 8),
-    "int8_avx512vnni": ("", "vpdpbusd", 8),
+    "int8_avx2": ("", "vpmaddubsw", 13),
+    "int8_avx512vnni": ("", "vpdpbusd", 16),
 }
 STACK_VECTOR = re.compile(r"\(%r[sb]p[,)].*%[yz]mm|%[yz]mm\d+(\{%k\d\})?,\S*\(%r[sb]p[,)]")
 LINE = re.compile(r"^\s*([0-9a-f]+):\s+(\S.*)$")

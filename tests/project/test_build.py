@@ -80,5 +80,5 @@ def test_only_threads_cpp_knows_openmp() -> None:
 
 def test_intrinsics_stay_in_their_files() -> None:
     for path in (ROOT / "cpp").rglob("*.[ch]pp"):
-        if not path.name.startswith(("vec_", "floats_", "quads_", "int8_", "slot_lanes_")):
+        if not path.name.startswith(("vec_", "floats_", "quads_", "int8_", "int4_", "slot_lanes_")):
             assert not re.search(r"_mm\d*_|immintrin", path.read_text()), path

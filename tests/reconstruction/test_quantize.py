@@ -61,7 +61,7 @@ def expected_scales(w: Matrix, keep: NDArray[np.bool_], bits: int, group: int, c
             continue
         best = np.inf
         for share in (1.0,) if bits == 8 else (1.0, 0.95, 0.9, 0.85, 0.8):
-            step = up_to_digits(np.abs(kept).max() * share / most, 24 - {8: 6, 4: 3}[bits])
+            step = up_to_digits(np.abs(kept).max() * share / most, {8: 18, 4: 8}[bits])
             codes = np.clip(np.rint(kept / step), -most, most)
             error = ((kept - codes * step) ** 2 * costs[part]).sum()
             if error < best:

@@ -41,8 +41,9 @@ def seeds(folder: Path) -> list[bytes]:
             w = rng.standard_normal(shape) * (rng.random(shape) < 0.4)
             SparseMatrix.from_dense(w.astype(dtype)).save(folder / "seed")
             files.append((folder / "seed").read_bytes())
-        SparseMatrix.from_dense(w, dtype="int8").save(folder / "seed")
-        files.append((folder / "seed").read_bytes())
+        for name in ("int8", "int4"):
+            SparseMatrix.from_dense(w, dtype=name).save(folder / "seed")
+            files.append((folder / "seed").read_bytes())
     return files
 
 
@@ -81,7 +82,7 @@ def rewrite(data: bytes, rng: random.Random) -> bytes:
     try:
         size = int.from_bytes(data[:8], "little")
         header = json.loads(data[8 : 8 + size])
-        entry = header[rng.choice(("shape", "bits", "values", "scales"))]
+        entry = header[rng.choice(("shape", "bits", "values", "scales", "levels"))]
         what = rng.randrange(5)
         if what == 0:
             entry["dtype"] = rng.choice(DTYPES)
@@ -94,7 +95,7 @@ def rewrite(data: bytes, rng: random.Random) -> bytes:
                 ([], [0], [1, *entry["shape"]], entry["shape"][::-1], entry["shape"][:1])
             )
         else:
-            header[rng.choice(("shape", "bits", "values", "scales", "more"))] = entry
+            header[rng.choice(("shape", "bits", "values", "scales", "levels", "more"))] = entry
     except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError):
         return data
     text = json.dumps(header).encode()

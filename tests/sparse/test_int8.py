@@ -339,7 +339,7 @@ def test_what_is_refused() -> None:
         SparseMatrix.from_dense(np.array([[1, 2], [np.inf, 0]], F32), dtype="int8")
     with pytest.raises(ValueError, match="w: expected at most 65536 columns for int8; got 65537; use float"):
         SparseMatrix.from_dense(np.zeros((1, 65537), F32), dtype="int8")
-    with pytest.raises(TypeError, match=r"dtype: expected one of float32, .*int8; got 'int16'; pass"):
+    with pytest.raises(TypeError, match=r"dtype: expected one of float32, .*int8, int4; got 'int16'; pass"):
         SparseMatrix.from_dense(np.zeros((1, 5), F32), dtype="int16")
     packed = Packed.pack_int8(np.ones((2, 3), np.int8), np.ones(2, F32))
     with pytest.raises(ValueError, match="expected bitmask, slots or rows, for int8 values"):

@@ -7,11 +7,12 @@
 
 namespace sparsam {
 
-// i8 is for packed values alone: no kernel selects among integers.
-enum class DType : std::uint8_t { f16, bf16, f32, f64, i8 };
+// i8 and i4 are for packed values alone: no kernel selects among integers. The levels of i4 values take a
+// byte each but in slots and files.
+enum class DType : std::uint8_t { f16, bf16, f32, f64, i8, i4 };
 
 constexpr std::size_t item_size(DType t) {
-  return t == DType::f64 ? 8 : t == DType::f32 ? 4 : t == DType::i8 ? 1 : 2;
+  return t == DType::f64 ? 8 : t == DType::f32 ? 4 : t == DType::i8 || t == DType::i4 ? 1 : 2;
 }
 
 // The key of infinity; every key above it is a NaN.

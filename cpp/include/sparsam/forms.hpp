@@ -15,6 +15,7 @@
 namespace sparsam {
 
 struct BitmaskView;
+struct Int4View;
 struct Int8RowsView;
 struct Int8View;
 struct PanelView;
@@ -41,14 +42,15 @@ struct FormHeader {
   std::uint8_t shared_rows;  // 4 where every aligned four rows share their columns, else 0
   std::uint8_t zero;
   std::uint64_t rows, cols, nnz;
-  std::uint64_t depth;        // of panels; of slots: columns of a window; else 0
-  std::uint64_t units;        // of panels; of slots: values (int8: rows of a group); else 0
-  std::uint64_t steps;        // of panels and slots (int8: pairs of steps); 0 in a bitmask
-  std::uint64_t sections[6];  // bitmask: words, row_start, values and, of int8, scales; panels: blocks,
-                              // headers, offsets, values; slots: groups, order, words, used, starts, values;
-                              // of int8: begin, lanes, starts, codes; rows: values, scales
+  std::uint64_t depth;        // of panels; of slots: columns of a window (int4: its steps, or 0); else 0
+  std::uint64_t units;        // of panels; of slots: values (int8, int4: rows of a group); else 0
+  std::uint64_t steps;        // of panels and slots (int8, int4: pairs of steps); 0 in a bitmask
+  std::uint64_t sections[6];  // bitmask: words, row_start, values and, of int8, scales, of int4 levels too;
+                              // panels: blocks, headers, offsets, values; slots: groups, order, words, used,
+                              // starts, values; of int8: begin, lanes, starts, codes; of int4: begin, lanes,
+                              // scales, starts, codes, levels; rows: values, scales
   std::uint64_t bytes;        // of the whole buffer
-  std::uint64_t reserved;     // 0
+  std::uint64_t width;        // of int4: columns that share a scale; else 0
 };
 static_assert(sizeof(FormHeader) == 128);
 
@@ -71,10 +73,13 @@ class Form {
   const FormHeader& header() const { return *reinterpret_cast<const FormHeader*>(data_); }
 
   BitmaskView bitmask() const;
-  const float* scales() const;  // one a row, of a bitmask of int8 values
+  const float* scales() const;               // one a row, of a bitmask of int8 values
+  const std::uint16_t* unit_scales() const;  // one a row and group of columns, of one of int4 values
+  const std::int8_t* levels() const;         // of int4 values
   PanelView panels() const;
   Int8RowsView int8_rows() const;
   Int8View int8_slots() const;
+  Int4View int4_slots() const;
   SlotView slots() const;  // of float values
 
  private:
@@ -102,13 +107,23 @@ FormPtr pack_int8(const std::int8_t* w, std::size_t rows, std::size_t cols, cons
 FormPtr pack_int8(std::size_t rows, std::size_t cols, const std::uint8_t* bits, const std::int8_t* values,
                   std::size_t n_values, const float* scales);
 
+// int4 values: levels of which 0 is pruned, `width` (64 or 128) columns of a row sharing a scale, a float32
+// that bfloat16 can hold, up to 2^96: rows x ceil(cols / width). `levels` has 16, 0 first and then rising, of
+// which only the first may be 0. And from the form on disk: codes, two in a byte, the first in its low half.
+FormPtr pack_int4(const std::int8_t* w, std::size_t rows, std::size_t cols, std::size_t width,
+                  const float* scales, const std::int8_t* levels);
+FormPtr pack_int4(std::size_t rows, std::size_t cols, std::size_t width, const std::uint8_t* bits,
+                  const std::uint8_t* codes, std::size_t n_bytes, const float* scales,
+                  const std::int8_t* levels);
+
 // One form of a weight from another. Panels are of float values. Slots of float values are made for the lanes
-// of the active instruction set, and kernels of the others can read them; those of int8 values are for the
-// best kernels that run now.
+// of the active instruction set, and kernels of the others can read them; those of int8 and int4 values are
+// for the best kernels that run now.
 FormPtr bitmask_of(const Form& other);
 FormPtr panels_of(const Form& bitmask);
 FormPtr slots_of(const Form& bitmask);
 FormPtr int8_slots_of(const Form& bitmask);
+FormPtr int4_slots_of(const Form& bitmask);
 FormPtr int8_rows_of(const Form& bitmask);
 
 // Rows of a weight in the form rows, as float32: n times its columns. Throws std::out_of_range for a number
@@ -136,9 +151,9 @@ class PackedMatrix {
   FormPtr get(FormKind kind) const;
 
   void bits(std::uint8_t* to) const;  // rows * ceil(cols / 8) bytes
-  void values(void* to) const;        // nnz values, row by row
-  void scales(float* to) const;       // of int8 values, one a row
-  void unpack(void* to) const;        // rows * cols elements in C order; of int8 values float32
+  void values(void* to) const;        // nnz values, row by row; of int4 values ceil(nnz / 2) bytes of codes
+  void scales(float* to) const;       // of int8 values, one a row; of int4, one a group of columns too
+  void unpack(void* to) const;        // rows * cols elements in C order; of int8 and int4 values float32
 
  private:
   std::array<FormPtr, kFormKinds.size()> forms_;

@@ -16,6 +16,8 @@ const KernelTable& kernels();  // the active row
 // geometry, which the generic ones are where there are none of their own.
 const Int8Kernels& int8_kernels();
 const Int8Kernels& int8_kernels(std::size_t lanes, std::size_t window);
+const Int8Kernels& int4_kernels();  // the same for int4 values
+const Int8Kernels& int4_kernels(std::size_t lanes);
 std::string active_isa();
 std::vector<std::string> compiled_isas();   // best first
 std::vector<std::string> available_isas();  // those of them that this machine runs, best first

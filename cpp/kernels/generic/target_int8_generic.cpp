@@ -3,14 +3,21 @@
 #define SPARSAM_TARGET generic
 #include "floats_generic.hpp"
 
-#include "int8_any-inl.hpp"
+#include "int4_any-inl.hpp"
 #include "table.hpp"
 
 namespace sparsam::int8_rows {
 
 extern const Int8Kernels generic;
 const Int8Kernels generic = {
-    "generic", kNone, 8, 16, &SPARSAM_TARGET::quantise, &SPARSAM_TARGET::multiply,
+    "generic",
+    kNone,
+    8,
+    16,
+    &SPARSAM_TARGET::quantise,
+    &SPARSAM_TARGET::multiply,
+    8,
+    &SPARSAM_TARGET::multiply_int4,
 };
 
 }  // namespace sparsam::int8_rows

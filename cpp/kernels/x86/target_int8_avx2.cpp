@@ -4,6 +4,9 @@
 #include "floats_avx2.hpp"
 #include "int8_avx2.hpp"
 
+#include "int4_avx2.hpp"
+
+#include "int4_slots-inl.hpp"
 #include "int8_slots-inl.hpp"
 #include "table.hpp"
 
@@ -11,7 +14,14 @@ namespace sparsam::int8_rows {
 
 extern const Int8Kernels avx2;
 const Int8Kernels avx2 = {
-    "avx2", kAvx2, 8, 16, &SPARSAM_TARGET::quantise, &SPARSAM_TARGET::multiply,
+    "avx2",
+    kAvx2,
+    8,
+    16,
+    &SPARSAM_TARGET::quantise,
+    &SPARSAM_TARGET::multiply,
+    8,
+    &SPARSAM_TARGET::multiply_int4,
 };
 
 }  // namespace sparsam::int8_rows

@@ -4,6 +4,9 @@
 #include "floats_avx512.hpp"
 #include "int8_avx512vnni.hpp"
 
+#include "int4_avx512vnni.hpp"
+
+#include "int4_slots-inl.hpp"
 #include "int8_slots-inl.hpp"
 #include "table.hpp"
 
@@ -11,7 +14,9 @@ namespace sparsam::int8_rows {
 
 extern const Int8Kernels avx512vnni;
 const Int8Kernels avx512vnni = {
-    "avx512vnni", kAvx2 | kAvx512 | kVnni, 16, 64, &SPARSAM_TARGET::quantise, &SPARSAM_TARGET::multiply,
+    "avx512vnni", kAvx2 | kAvx512 | kVnni,        16,
+    64,           &SPARSAM_TARGET::quantise,      &SPARSAM_TARGET::multiply,
+    16,           &SPARSAM_TARGET::multiply_int4,
 };
 
 }  // namespace sparsam::int8_rows

@@ -18,6 +18,9 @@ MOST = {8: 64, 4: 7}
 _CLIPS = {8: (1.0,), 4: (1.0, 0.95, 0.9, 0.85, 0.8)}
 """Scales that are tried, as shares of that for which the largest weight is the largest integer."""
 
+_BFLOAT16_DIGITS = 8
+"""Of scales of 4-bit integers, which are packed as bfloat16."""
+
 _TINY = float(np.finfo(np.float32).tiny)
 
 
@@ -64,6 +67,8 @@ def _rounded_up(scales: NDArray[np.float64], most: int, dtype: Any) -> NDArray[n
     """The next numbers of so few digits that all products with integers up to `most` are exact."""
     info = ml_dtypes.finfo(np.float32 if dtype == np.float64 else dtype)  # type: ignore[no-untyped-call]
     digits = info.nmant + 1 - (most - 1).bit_length()
+    if most == MOST[4]:
+        digits = min(digits, _BFLOAT16_DIGITS)
     scales = np.maximum(scales, _TINY)
     _, exponents = np.frexp(scales)
     least = int(np.log2(float(info.smallest_subnormal)))

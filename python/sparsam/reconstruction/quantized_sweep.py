@@ -75,7 +75,7 @@ def quantize(
     scale is max |w_j| / most over those weights that stay, as they have become by then. With 4 bits the
     share of it, from 1 to 0.8 in steps of 0.05, with the least sum of ((w_j - s q_j) / U_jj)^2. Scales are
     rounded up to so few binary digits that each product s_j q_j is exact in the dtype of w: 18 of float32
-    with 8 bits (21 with 4), 5 (8) of float16, 2 (5) of bfloat16.
+    with 8 bits, 5 of float16, 2 of bfloat16. With 4 bits 8 (bfloat16: 5), which bfloat16 holds.
 
     A weight that rounds to 0 is pruned: the mask keeps what `obs` keeps, without these. Weights of dead
     inputs (H_jj = 0) are rounded to nearest.

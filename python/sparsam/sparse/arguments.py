@@ -34,7 +34,7 @@ DTYPES: dict[str, np.dtype[Any]] = {
     "bfloat16": np.dtype(ml_dtypes.bfloat16),
     "float16": np.dtype(np.float16),
 }
-STORED = {**DTYPES, "int8": np.dtype(np.int8)}
+STORED = {**DTYPES, "int8": np.dtype(np.int8), "int4": np.dtype(ml_dtypes.int4)}
 _CONVERTED = "float32 (bfloat16, float16 and float64 are converted)"
 
 

@@ -62,8 +62,8 @@ class Choices:
         """The same with the reason, and what the other kernels would take."""
         if batch == 0 or self.weight.nnz == 0:
             return KernelChoice(self.held[0], "since there is nothing to multiply")
-        if self.weight.dtype == "int8":
-            return KernelChoice(self.held[0], "the kernel of int8 values")
+        if self.weight.rounded:
+            return KernelChoice(self.held[0], f"the kernel of {self.weight.dtype} values")
         valid = self._valid
         if valid is None or valid[0].settings != (active_isa(), num_threads()):
             valid = self._renewed()

@@ -88,7 +88,7 @@ class Weight:
         rows: Outputs.
         cols: Inputs.
         nnz: Stored values.
-        dtype: Of the values: "float32", "bfloat16", "float16" or "int8".
+        dtype: Of the values: "float32", "bfloat16", "float16", "int8" or "int4".
         blocked: Whether aligned groups of four rows share their columns.
     """
 
@@ -97,6 +97,11 @@ class Weight:
     nnz: int
     dtype: str
     blocked: bool = False
+
+    @property
+    def rounded(self) -> bool:
+        """Whether values are integers: they have one form, and one kernel for all batches."""
+        return self.dtype in {"int8", "int4"}
 
     @classmethod
     def of(cls, packed: _core.Packed) -> Weight:

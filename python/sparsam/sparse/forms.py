@@ -42,7 +42,7 @@ class Forms:
 
     def needed(self, expected: Expectation) -> tuple[str, ...]:
         """The kernels with which no batch is expected to be slow: one, or two if one is not enough."""
-        if self.weight.nnz == 0 or self.weight.dtype == "int8":
+        if self.weight.nnz == 0 or self.weight.rounded:
             return self.kernels
         return needed_kernels([expected.times(batch, KERNELS) for batch in BATCHES], most=2)
 

@@ -25,15 +25,14 @@ from sparsam.sparse.arguments import (
     inputs,
     numbers,
     vector,
-    weights,
 )
 from sparsam.sparse.choices import Choices, expect
 from sparsam.sparse.conversions import csr_of, dense_of, keep_of
 from sparsam.sparse.cost_model import Expectation
 from sparsam.sparse.dispatch import Explanation
 from sparsam.sparse.forms import Forms
-from sparsam.sparse.int8 import check_no_scales, is_int8, pack_int8
 from sparsam.sparse.matmul import kernels_of, multiply
+from sparsam.sparse.packing import pack, pack_kept
 from sparsam.sparse.preparation import Preparation, measure_all
 from sparsam.sparse.stored import from_arrays, recognise, to_arrays
 
@@ -78,9 +77,10 @@ class SparseMatrix:
     than a quarter with one. A cost model tells, and which of them multiplies a batch: defaults of this
     package, or what `sparsam calibrate` measured. Products build nothing, measure nothing, write nothing.
 
-    int8 values have one form, slots, for all batches. Each row of x is rounded to int8 too; sums are exact,
-    results the same to the last bit on every machine. An infinity or a NaN in a row of x gives NaN in all of
-    its outputs; a row whose largest magnitude is below 2^-96 counts as 0.
+    int8 and int4 values have one form, slots, for all batches. Each row of x is rounded to int8 too; sums are
+    exact (of int4: those of a group of columns), results the same to the last bit on every machine. An
+    infinity or a NaN in a row of x gives NaN in all of its outputs; a row whose largest magnitude is below
+    2^-96 counts as 0.
 
     `prepare(batches)` measures the kernels on this matrix and keeps only the forms that these batches need.
     `explain(batch)` tells what runs and why, `nbytes` counts all that is held. Kernels round differently, in
@@ -113,7 +113,12 @@ class SparseMatrix:
 
     @classmethod
     def from_dense(
-        cls, w: ArrayLike, *, dtype: DTypeLike | None = None, scales: ArrayLike | None = None
+        cls,
+        w: ArrayLike,
+        *,
+        dtype: DTypeLike | None = None,
+        scales: ArrayLike | None = None,
+        group: int | None = None,
     ) -> SparseMatrix:
         """Pack a matrix; pruned is what is exactly 0, -0.0 included.
 
@@ -121,24 +126,25 @@ class SparseMatrix:
             w: Two-dimensional, float16, bfloat16, float32 or float64, of any strides.
             dtype: What to store values as: float32, bfloat16 or float16; sums are float32 in any case. By
                 default the dtype of `w`, and float32 for float64. Or int8, integers with a scale for each row
-                (docs/quantization.md): what rounds to 0 is pruned.
+                (docs/quantization.md): what rounds to 0 is pruned. Or int4, 16 levels with a scale for each
+                `group` columns of a row, for batches of 1 to 8.
             scales: For int8, (out,): the step of each row, as `quantize` gives it. By default max |w| / 64,
                 or that of a row which is integers times a step already.
+            group: For int4, how many columns share a scale: 64 or 128. By default 64, and 128 where all
+                groups of 128 are integers from -7 to 7 times a step already.
 
         Raises:
-            ValueError: `w` is not two-dimensional; for int8, not finite, too wide, or too large for `scales`.
+            ValueError: `w` is not two-dimensional; for int8 and int4, not finite, too wide, or too large for
+                its scales; another `group`.
             TypeError: Another dtype.
         """
-        if is_int8(dtype):
-            return cls(pack_int8(w, scales=scales))
-        check_no_scales(scales, dtype)
-        return cls(Packed.pack(weights(w, dtype)))
+        return cls(pack(w, dtype, scales, group))
 
     @classmethod
     def from_mask(
         cls, w: ArrayLike, mask: Mask | NDArray[np.bool_], *, dtype: DTypeLike | None = None
     ) -> SparseMatrix:
-        """Pack what a mask keeps; a weight that is kept stays so, even if it is 0 (except as int8).
+        """Pack what a mask keeps; a weight that is kept stays so, even if it is 0 (except as int8 and int4).
 
         Args:
             w: As for `from_dense`; what it holds where the mask prunes does not matter.
@@ -149,14 +155,7 @@ class SparseMatrix:
             ValueError: `w` is not two-dimensional, or the mask has another shape.
             TypeError: Another dtype, or a mask that is not boolean.
         """
-        kept_values = weights(w, None if is_int8(dtype) else dtype)
-        kept = mask if isinstance(mask, Mask) else Mask.from_array(mask)
-        if kept.shape != kept_values.shape:
-            msg = f"mask: expected shape {kept_values.shape}, as w has; got {kept.shape}; pass the mask of w"
-            raise ValueError(msg)
-        if is_int8(dtype):
-            return cls(pack_int8(kept_values, kept.to_array()))
-        return cls(Packed.from_mask(kept_values, kept._words))
+        return cls(pack_kept(w, mask, dtype))
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -191,7 +190,7 @@ class SparseMatrix:
 
     @property
     def T(self) -> SparseMatrix:
-        """The transpose, packed anew; of int8 values, whose scales are those of rows, in float32."""
+        """The transpose, packed anew; of int8 and int4 values, whose scales are those of rows, in float32."""
         packed = self._state.forms.readable()
         keep = Mask.from_array(keep_of(packed).T)
         return SparseMatrix(Packed.from_mask(packed.unpack().T, keep._words))
@@ -267,7 +266,7 @@ class SparseMatrix:
         return product
 
     def to_dense(self) -> NDArray[Any]:
-        """The matrix with its zeros, in its dtype and C order; of int8 values in float32, scales applied."""
+        """The matrix with its zeros, in C order and its dtype; of int8 and int4 in float32, with scales."""
         return self._state.forms.readable().unpack()
 
     def __array__(self, dtype: DTypeLike | None = None, copy: bool | None = None) -> NDArray[Any]:
@@ -319,7 +318,8 @@ class SparseMatrix:
 
         Args:
             batches: The numbers of rows of x. What is chosen holds for batches of about these sizes.
-            kernel: "dense", "bitmask", "panels" or "slots", without measuring; of int8 values "slots" alone.
+            kernel: "dense", "bitmask", "panels" or "slots", without measuring; of int8 and int4 values
+                "slots" alone.
 
         Raises:
             ValueError: A batch is negative, or the kernel unknown.

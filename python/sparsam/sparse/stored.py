@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
 from sparsam._core import Packed
 from sparsam.patterns import NM, Block, Unstructured
 from sparsam.sparse.arguments import DTYPES
+from sparsam.sparse.int4 import group_of
 from sparsam.sparse.int8 import MOST_COLUMNS, with_slots
 
 __all__ = ["from_arrays", "recognise", "to_arrays"]
@@ -20,20 +22,25 @@ _MAX_EMPTY_ROWS = 1 << 24  # of a matrix without columns, which takes memory for
 
 
 def to_arrays(packed: Packed) -> dict[str, NDArray[Any]]:
-    """What docs/formats.md describes: shape, bits, values, and of int8 values scales."""
+    """What docs/formats.md describes: shape, bits, values; of int8 and int4 scales, of int4 levels too."""
     shape = np.array([packed.rows, packed.cols], np.int64)
     arrays: dict[str, NDArray[Any]] = {"shape": shape, "bits": packed.bits(), "values": packed.values()}
     if packed.dtype == "int8":
         arrays["scales"] = packed.scales()
+    if packed.dtype == "int4":
+        arrays["scales"] = packed.scales().astype(ml_dtypes.bfloat16)
+        arrays["levels"] = packed.levels()
     return arrays
 
 
 def from_arrays(arrays: Mapping[str, NDArray[Any]]) -> Packed:
     """The core's object; whatever does not fit together is a ValueError."""
-    int8 = "scales" in arrays
-    if arrays.keys() - {"scales"} != {"shape", "bits", "values"}:
+    int4 = "levels" in arrays
+    int8 = "scales" in arrays and not int4
+    beside = {"scales", "levels"} if int4 else {"scales"} if int8 else set()
+    if arrays.keys() != {"shape", "bits", "values"} | beside:
         msg = (
-            "tensors: expected shape, bits and values, and of int8 values scales; got "
+            "tensors: expected shape, bits and values, of int8 scales, of int4 scales and levels; got "
             f"{', '.join(map(repr, arrays))}; name a file that SparseMatrix.save wrote"
         )
         raise ValueError(msg)
@@ -54,13 +61,15 @@ def from_arrays(arrays: Mapping[str, NDArray[Any]]) -> Packed:
             "again"
         )
         raise ValueError(msg)
-    dtypes = ["int8"] if int8 else [*DTYPES]
+    dtypes = ["int8"] if int8 else ["uint8"] if int4 else [*DTYPES]
     if values.dtype.name not in dtypes or values.ndim != 1:
         msg = (
             f"values: expected a vector of {', '.join(dtypes)}; got {values.dtype} {values.shape}; save the "
             "matrix again"
         )
         raise ValueError(msg)
+    if int4:
+        return _int4(rows, cols, arrays)
     if not int8:
         return Packed.from_parts(rows, cols, bits, values)
     scales = arrays["scales"]
@@ -71,6 +80,25 @@ def from_arrays(arrays: Mapping[str, NDArray[Any]]) -> Packed:
         )
         raise ValueError(msg)
     return with_slots(Packed.from_int8_parts(rows, cols, bits, values, scales))
+
+
+def _int4(rows: int, cols: int, arrays: Mapping[str, NDArray[Any]]) -> Packed:
+    scales, levels = arrays["scales"], arrays["levels"]
+    group = group_of(cols, scales.shape[1]) if scales.ndim == 2 and len(scales) == rows else None
+    if scales.dtype != ml_dtypes.bfloat16 or group is None or cols > MOST_COLUMNS:
+        msg = (
+            f"scales: expected bfloat16, one for each 64 or 128 columns of {rows} rows, and at most "
+            f"{MOST_COLUMNS} columns; got {scales.dtype} {scales.shape} and {cols} columns; save the matrix "
+            "again"
+        )
+        raise ValueError(msg)
+    if levels.dtype != np.int8 or levels.shape != (16,):
+        msg = f"levels: expected int8 (16,); got {levels.dtype} {levels.shape}; save the matrix again"
+        raise ValueError(msg)
+    widened = scales.astype(np.float32)
+    return with_slots(
+        Packed.from_int4_parts(rows, cols, group, arrays["bits"], arrays["values"], widened, levels)
+    )
 
 
 def recognise(packed: Packed) -> NM | Block | Unstructured:

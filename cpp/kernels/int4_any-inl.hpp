@@ -1,0 +1,46 @@
+// Slots of int4 values for any number of lanes, entry by entry: the oracle of the others, and what multiplies
+// with a form that was built for another machine.
+#pragma once
+#include "int8_any-inl.hpp"
+
+namespace sparsam::SPARSAM_TARGET {
+namespace {
+
+void add_pair(const Int4View& w, const std::uint8_t* code, const std::uint8_t* start, const std::uint8_t* x,
+              std::uint32_t* sums) {
+  const std::size_t slots = 4 * w.lanes;
+  for (std::size_t step = 0; step < 2; ++step)
+    for (std::size_t i = 0; i < slots; ++i) {
+      const std::int32_t level = w.levels[code[i] >> 4 * step & 15];
+      const std::int32_t byte = x[start[step] + (code[slots + i] >> 4 * step & 15)];
+      sums[i / 4] += static_cast<std::uint32_t>(level * byte);
+    }
+}
+
+void multiply_int4(const Int4View& w, std::size_t begin, std::size_t end, const std::uint8_t* x,
+                   std::size_t x_stride, const float* x_scale, std::size_t batch, Epilogue epilogue,
+                   Output y) {
+  SPARSAM_CHECK(w.lanes <= kMostLanes && w.lanes % Floats::kLanes == 0);
+  for (std::size_t group = begin; group < end; ++group)
+    for (std::size_t t = 0; t < batch; ++t) {
+      float total[kMostLanes] = {};
+      for (std::size_t unit = 0; unit < w.units(); ++unit) {
+        std::uint32_t sums[kMostLanes] = {};
+        const std::size_t first = w.first_pair(group, unit), last = w.first_pair(group, unit + 1);
+        for (std::size_t pair = first; pair < last; ++pair)
+          add_pair(w, w.codes + int4_pair_bytes(w.lanes) * pair, w.starts_of(first) + 2 * (pair - first),
+                   x + t * x_stride + unit * w.width, sums);
+        const std::uint16_t* const scale = w.scale + (group * w.units() + unit) * w.lanes;
+        for (std::size_t i = 0; i < w.lanes; ++i)
+          total[i] += static_cast<float>(static_cast<std::int32_t>(sums[i])) * to_float(Bfloat{scale[i]});
+      }
+      const std::size_t lane = group * w.lanes;
+      for (std::size_t i = 0; i < w.lanes; ++i) total[i] -= w.zero[lane + i];
+      for (std::size_t i = 0; i < w.lanes; i += Floats::kLanes)
+        Int8Rows{w.rows, w.row, nullptr, epilogue, row_of(y, t)}.finish(lane + i, total + i, w.lanes,
+                                                                        x_scale + t, 1);
+    }
+}
+
+}  // namespace
+}  // namespace sparsam::SPARSAM_TARGET

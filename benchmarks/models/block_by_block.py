@@ -1,10 +1,10 @@
 """How much memory `sparsam.torch.prune_files` takes on a made-up model of wide layers, under a limit.
 
-    python benchmarks/models/block_by_block.py --blocks 4 --layers 16 --width 4096 --limit 3GB --method obs
+    python benchmarks/models/block_by_block.py --blocks 4 --layers 40 --width 2560 --limit 3GB --method obs
 
-makes a model of 4 blocks of 16 residual linear layers, 1 GiB each in float32, as four shards, prunes it in a
-process that may not have more address space than the limit (RLIMIT_AS), and prints that process's largest
-resident memory (VmHWM). `--only 2` prunes the first two layers of each block and leaves the others dense.
+makes a model of 4 blocks of 40 residual linear layers, 1 GiB each in float32, as four shards, prunes it in a
+process that may not allocate more than the limit (RLIMIT_DATA), and prints its largest resident memory (VmHWM).
+`--only 2` prunes the first two layers of each block and leaves the others dense.
 """
 
 from __future__ import annotations
@@ -49,14 +49,12 @@ def build(options: argparse.Namespace) -> nn.Module:
 def write(folder: Path, options: argparse.Namespace) -> None:
     """The model's files, one for each block."""
     rng = np.random.default_rng(0)
-    shape, scale = (options.width, options.width), np.float32(0.3 / options.width**0.5)
+    array = rng.standard_normal((options.width, options.width), np.float32)
+    array *= np.float32(0.3 / options.width**0.5)
     places: dict[str, str] = {}
     for block in range(options.blocks):
         file = f"model-{block + 1:05d}-of-{options.blocks:05d}.safetensors"
-        arrays = {
-            f"{block}.layers.{i}.weight": rng.standard_normal(shape, np.float32) * scale
-            for i in range(options.layers)
-        }
+        arrays = dict.fromkeys((f"{block}.layers.{i}.weight" for i in range(options.layers)), array)
         checkpoint.save(folder / file, arrays)
         places |= dict.fromkeys(arrays, file)
     index = {"metadata": {}, "weight_map": places}
@@ -72,7 +70,7 @@ def memory(what: str) -> int:
 def prune(folder: Path, options: argparse.Namespace) -> None:
     """In a process of its own: prunes the files, and prints what that took."""
     limit = parse_size("--limit", options.limit)
-    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
     before = memory("VmHWM")
     batches = [torch.randn(_ROWS, options.width) for _ in range(options.rows // _ROWS)]
     dense = [f"*.layers.{i}.weight" for i in range(options.only or options.layers, options.layers)]
@@ -92,8 +90,8 @@ def prune(folder: Path, options: argparse.Namespace) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--blocks", type=int, default=4)
-    parser.add_argument("--layers", type=int, default=16)
-    parser.add_argument("--width", type=int, default=4096)
+    parser.add_argument("--layers", type=int, default=40)
+    parser.add_argument("--width", type=int, default=2560)
     parser.add_argument("--only", type=int, default=0)
     parser.add_argument("--rows", type=int, default=1024)
     parser.add_argument("--method", default="obs")

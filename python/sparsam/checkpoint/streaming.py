@@ -6,6 +6,7 @@ import hashlib
 import os
 import pickle
 import secrets
+import shutil
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, as_completed
 from dataclasses import replace
@@ -118,9 +119,13 @@ def prune_files(
 
 
 def name_files(files: Path, file: Path, shards: Shards | None, *, is_folder: bool) -> None:
-    """Gives the shards in a folder, all of them complete, the names and the index of a checkpoint."""
-    for extra in files.glob("*.done"):
-        extra.unlink()
+    """Gives the shards in a folder, all of them complete, the names and the index of a checkpoint.
+
+    What else is there, marks of progress and what killed runs left, is removed.
+    """
+    names = {part.name for part in parts_of(file, shards)}
+    for path in [path for path in files.iterdir() if path.name not in names]:
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
     if shards is not None:
         (files / shards.index_name).write_bytes(file.read_bytes())
     elif is_folder:

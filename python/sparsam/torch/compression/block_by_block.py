@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -86,15 +85,5 @@ def compress_files(
         calibration_samples=SAMPLES[batches.unit],
         memory=memory,
         progress=progress,
-        copy_beside=_copy_anew,
+        copy_beside=copy_companions,
     )
-
-
-def _copy_anew(source: Path, target: Path) -> None:
-    """Copies what lies beside the weights; what a killed run has copied, perhaps in part, is removed."""
-    for item in target.iterdir():
-        if item.is_dir():
-            shutil.rmtree(item)
-        elif (source / item.name).is_file() and not item.name.endswith(".safetensors"):
-            item.unlink()
-    copy_companions(source, target)

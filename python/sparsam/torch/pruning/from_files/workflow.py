@@ -126,10 +126,10 @@ def prune_files(
     with open_staging(target, is_folder=is_folder, run=run) as staging:
         if not staging.finished:
             layers = _prune(job, batches, staging, run, executor, limit, show, said, dense_targets)
+            streaming.name_files(staging.files, file, shards, is_folder=is_folder)
             if is_folder and Path(src).is_dir():
                 copy = copy_beside or partial(companions.copy, leave=target)
                 copy(Path(src), staging.files)
-            streaming.name_files(staging.files, file, shards, is_folder=is_folder)
             report = _Finished(layers, describe(batches), said)
             staging.finish(msgspec.json.encode(report).decode())
         else:

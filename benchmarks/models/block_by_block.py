@@ -2,9 +2,9 @@
 
     python benchmarks/models/block_by_block.py --blocks 4 --layers 40 --width 2560 --limit 3GB --method obs
 
-makes a model of 4 blocks of 40 residual linear layers, 1 GiB each in float32, as four shards, prunes it in a
-process that may not allocate more than the limit (RLIMIT_DATA), and prints its largest resident memory (VmHWM).
-`--only 2` prunes the first two layers of each block and leaves the others dense.
+makes a model of 4 blocks of 40 residual linear layers, 1 GiB each in float32, as four shards, prunes it in
+a process that may not allocate more than the limit (RLIMIT_DATA), and prints its largest resident memory
+(VmHWM). `--only 2` prunes the first two layers of each block and leaves the others dense.
 """
 
 from __future__ import annotations

@@ -149,3 +149,34 @@ def test_an_export_to_onnx_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(torch.onnx, "is_in_onnx_export", lambda: True)
     with pytest.raises(RuntimeError, match=r"ONNX: .* call sparsam.torch.restore\(model\) first"):
         torch.export.export(model, (torch.randn(2, 4, 8, 8),))
+
+
+class Cut(nn.Module):
+    """Signals as long as their numbers say, which an export cannot know; speech models do that."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv1d(4, 6, 3, padding=1)
+        self.last = nn.Linear(6, 2)
+
+    def forward(self, x: Tensor, length: Tensor) -> Tensor:
+        here = torch.arange(x.shape[-1] * 2) < length
+        cut = torch.cat([x, x], -1)[..., here.nonzero().squeeze(1)]
+        return self.last(self.first(cut).transpose(1, 2))  # type: ignore[no-any-return]
+
+
+def test_exported_with_lengths_that_depend_on_numbers() -> None:
+    dense: Any = pruned(Cut())
+    model = copy.deepcopy(dense)
+    pack(model.first)
+    pack(model.last)
+    example = torch.randn(2, 4, 8), torch.tensor(5)
+    with torch.no_grad():
+        program = torch.export.export(model, example)
+        file = io.BytesIO()
+        torch.export.save(program, file)
+        file.seek(0)
+        loaded = torch.export.load(file).module()
+        for length in (2, 5, 13):
+            x = torch.randn(2, 4, 8), torch.tensor(length)
+            torch.testing.assert_close(loaded(*x), dense(*x))

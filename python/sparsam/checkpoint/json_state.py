@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeAlias, 
 import msgspec
 from msgspec import Meta
 
+from sparsam.checkpoint.locks import real_path
+
 if TYPE_CHECKING:
     from typing_extensions import Self
 
@@ -130,9 +132,10 @@ def read(file: Path, remedy: str) -> bytes:
     """Returns the content of a regular file.
 
     Raises:
-        ValueError: It is a folder, pipe or device, which may have no end.
+        ValueError: It is a folder, pipe or device, which may have no end, or a link to itself.
         OSError: It cannot be read.
     """
+    real_path(file)
     if file.exists() and not file.is_file():
         raise _error(file, "a regular file", "a folder, pipe or device", remedy)
     return file.read_bytes()

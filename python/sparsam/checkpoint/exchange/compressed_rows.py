@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sparsam.checkpoint.exchange.bitmask import shape_of
+from sparsam.checkpoint.locks import real_path
 from sparsam.inputs.checks import expected
 
 __all__ = ["is_scipy", "pattern_head", "read_pattern", "read_scipy", "write_pattern", "write_scipy"]
@@ -64,6 +65,7 @@ def write_scipy(file: Path, array: NDArray[Any]) -> None:
 
 def pattern_head(file: Path) -> tuple[tuple[int, int], int]:
     """Returns shape and number of entries by the first line of a `.smtx` file; ValueError for another."""
+    real_path(file)
     if file.exists() and not file.is_file():
         msg = f"{file}: expected a regular file; got a folder, pipe or device; name another"
         raise ValueError(msg)

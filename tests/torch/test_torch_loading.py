@@ -158,7 +158,7 @@ REFUSED: dict[str, tuple[Change, str]] = {
         layer(forms=["sloths"]),
         (
             "field forms: expected one of ['bitmask'], ['panels'], ['slots'], ['bitmask', 'panels'], "
-            "['bitmask', 'slots'], ['panels', 'slots']; got ('sloths',)"
+            "['bitmask', 'slots'], ['panels', 'slots'], ['rows']; got ('sloths',)"
         ),
     ),
     "computed": (
@@ -236,7 +236,7 @@ REFUSED: dict[str, tuple[Change, str]] = {
     "a value too few": (tensor("0.weight", lambda v: v[1:].clone()), "values: expected one for each of"),
     "values of another dtype": (
         tensor("0.weight", Tensor.double),
-        "values: expected a vector of float32, bfloat16, float16, int8; got float64",
+        "values: expected a vector of float32, bfloat16, float16, int8, uint8; got float64",
     ),
     "values as a matrix": (tensor("0.weight", lambda v: v[None]), "values: expected a vector of"),
 }

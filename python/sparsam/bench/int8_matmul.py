@@ -1,4 +1,4 @@
-"""What `sparsam bench matmul --values int8` measures: against dense int8 of PyTorch and of ONNX Runtime."""
+"""What `sparsam bench matmul --values int8|int4` measures: against dense int8 of PyTorch and ONNX Runtime."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from sparsam.sparse.matrix import SparseMatrix
 
 __all__ = ["Int8Row", "multiply_int8"]
 
-_APART = 0.05  # of the largest output: what rounding weights and inputs to int8 may change
+_APART = 0.05  # of the largest output: what rounding inputs, and dense weights, to int8 may change
 
 
 @dataclass(frozen=True)
 class Int8Row:
-    """One measurement of x W^T for x (batch, cols) in float32 and W (rows, cols) in int8; milliseconds.
+    """One measurement of x W^T for x (batch, cols) in float32 and W (rows, cols) in integers; milliseconds.
 
     All of them quantise x at run time, which counts.
 
@@ -62,9 +62,11 @@ class Int8Row:
 
 
 def multiply_int8(
-    problems: Iterable[Problem], batches: Sequence[int], *, cold: bool = False
+    problems: Iterable[Problem], batches: Sequence[int], *, cold: bool = False, values: str = "int8"
 ) -> Iterator[Int8Row]:
-    """Measures every problem with every batch; all results are compared. Arguments as for `multiply`.
+    """Measures every problem with every batch; all results are compared: ours with what our weights say.
+
+    Arguments as for `multiply`; `values`, "int8" or "int4", are ours.
 
     Raises:
         RuntimeError: Somebody's result is not the product.
@@ -73,7 +75,8 @@ def multiply_int8(
         weights = problem.make()
         copies = COLD_COPIES if cold else 1
         makers: tuple[tuple[str, Callable[..., Any]], ...] = (("torch", _torch), ("onnxruntime", _onnx))
-        ours = [SparseMatrix.from_dense(weights, dtype="int8") for _ in range(copies)]
+        ours = [SparseMatrix.from_dense(weights, dtype=values) for _ in range(copies)]
+        rounded = ours[0].to_dense()
         peers = {
             name: [make(weights) for _ in range(copies)]
             for name, make in makers
@@ -84,7 +87,8 @@ def multiply_int8(
             reference = x @ weights.T
             found: dict[str, float] = {}
             for name, products in {"sparsam": [one.linear for one in ours], **peers}.items():
-                _check(name, products[0](x), reference)
+                same = x @ rounded.T if name == "sparsam" else reference
+                _check(name, values if name == "sparsam" else "int8", products[0](x), same)
                 found[name] = milliseconds(products, x)
             bits = 8 * ours[0].nbytes / max(weights.size, 1)
             yield Int8Row(
@@ -153,8 +157,10 @@ def _run(session: Any, x: NDArray[np.float32]) -> NDArray[np.float32]:
     return y
 
 
-def _check(name: str, y: NDArray[np.float32], reference: NDArray[np.float32]) -> None:
+def _check(name: str, values: str, y: NDArray[np.float32], reference: NDArray[np.float32]) -> None:
     apart = float(np.abs(y - reference).max(initial=0)) / max(float(np.abs(reference).max(initial=0)), 1e-30)
     if not apart <= _APART:
-        msg = f"{name}'s int8 and NumPy's product differ by {apart:.3g} of the largest; please report this"
+        msg = (
+            f"{name}'s {values} and NumPy's product differ by {apart:.3g} of the largest; please report this"
+        )
         raise RuntimeError(msg)

@@ -83,7 +83,9 @@ def matmul(
     ] = False,
     values: Annotated[
         str,
-        typer.Option(metavar="float32|int8", help="int8: beside dense int8, PyTorch's and ONNX Runtime's."),
+        typer.Option(
+            metavar="float32|int8|int4", help="Integers: beside dense int8, PyTorch's and ONNX Runtime's."
+        ),
     ] = "float32",
     picture: Annotated[
         Path | None,
@@ -97,15 +99,15 @@ def matmul(
     if shape or not dlmc:
         sparsities = sorted({0.0, *parse_sparsities(sparsity)})
         problems = bench.random_problems(parse_shapes(shape or ["3072x768"]), sparsities) + problems
-    if values not in {"float32", "int8"}:
-        raise ValueError(expected("--values", values, "float32 or int8", "choose one of them"))
+    if values not in {"float32", "int8", "int4"}:
+        raise ValueError(expected("--values", values, "float32, int8 or int4", "choose one of them"))
     if picture:
-        if values == "int8":
-            msg = "--plot: expected --values float32; got int8; leave one of them out"
+        if values != "float32":
+            msg = f"--plot: expected --values float32; got {values}; leave one of them out"
             raise ValueError(msg)
         plot.check(picture)
-    if values == "int8":
-        _int8(problems, batches, cold=cold, as_json=as_json)
+    if values != "float32":
+        _integers(problems, batches, values, cold=cold, as_json=as_json)
         return
     with progress() as bar:
         parts = len(problems) * len(batches)
@@ -146,9 +148,11 @@ def matmul(
         print_text(f"{height}x{width}, batch {n}: sparse beats dense {says}")
 
 
-def _int8(problems: list[bench.Problem], batches: list[int], *, cold: bool, as_json: bool) -> None:
+def _integers(
+    problems: list[bench.Problem], batches: list[int], values: str, *, cold: bool, as_json: bool
+) -> None:
     with progress() as bar:
-        measured = bench.multiply_int8(problems, batches, cold=cold)
+        measured = bench.multiply_int8(problems, batches, cold=cold, values=values)
         rows = list(bar.track(measured, len(problems) * len(batches), description="measuring"))
     if as_json:
         print_json(
@@ -158,7 +162,7 @@ def _int8(problems: list[bench.Problem], batches: list[int], *, cold: bool, as_j
             }
         )
         return
-    print_text(f"{bench.machine()}; medians in milliseconds, int8 values; all results agree")
+    print_text(f"{bench.machine()}; medians in milliseconds, {values} values; all results agree")
     print_table(
         ("weights", "shape", "batch", "zeros", "bits/weight", "sparsam", "torch", "ONNX Runtime", "speed-up"),
         (

@@ -9,6 +9,7 @@ import torch
 from sparsam.torch.acceleration.candidate_layers import Candidate
 from sparsam.torch.layers.packed_parameter import PackedParameter
 from sparsam.torch.layers.packed_tensor import PackedTensor
+from sparsam.torch.layers.packed_weight import ROUNDED
 from sparsam.torch.layers.packing import PackedLayer, groups, is_embedding, is_transposed
 from torch import nn
 
@@ -25,7 +26,8 @@ def pack(
 
     Args:
         found: The layers.
-        dtype: What to store values as; int8 in linear layers, attention and embeddings alone.
+        dtype: What to store values as; int8 and int4 in linear layers and attention (int8: and embeddings)
+            alone.
         shapes: The shapes of the inputs that layers are called with, by name.
         to_itself: The layers that are attention of something to itself, and nothing else: then the product
             with the three projections is one.
@@ -63,7 +65,7 @@ def pack(
 def _values(layer: nn.Module, dtype: torch.dtype | None) -> torch.dtype | None:
     kinds = (nn.Linear, nn.MultiheadAttention, nn.Embedding)
     linear = isinstance(layer, kinds) or is_transposed(layer)
-    return None if dtype is torch.int8 and not linear else dtype
+    return None if dtype in ROUNDED and not linear else dtype
 
 
 def _rows(layer: nn.Module, name: str, shape: Sequence[int]) -> int:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from sparsam.torch.layers.packed_weight import PackedWeight, pack_matrix, to_array
+from sparsam.torch.layers.packed_weight import ROUNDED, PackedWeight, dtype_name, pack_matrix, to_array
 from torch import Tensor, nn
 
 __all__ = ["Content", "Layout", "pack_dense"]
@@ -91,7 +91,7 @@ class Content:
             return None
         if found.weight.dtype != values:
             return None
-        if values is torch.int8:
+        if values in ROUNDED:
             same = torch.equal(found.data, pack_dense(original.detach(), layout, values, found.weight.forms))
         else:
             same = torch.equal(found.unpack(), original.detach().to(values).to(layout.dtype))
@@ -156,12 +156,14 @@ def pack_dense(dense: Tensor, layout: Layout, values: torch.dtype, forms: Sequen
     """Returns the bytes of a dense tensor.
 
     Raises:
-        TypeError: int8 values for a convolution.
+        TypeError: int8 or int4 values for a convolution.
     """
-    int8 = values is torch.int8
-    if int8 and len(layout.shape) != 2:
+    rounds = values in ROUNDED
+    if rounds and len(layout.shape) != 2:
         msg = f"dtype: expected float values for a convolution; got {values}; use it for linear layers"
         raise TypeError(msg)
-    matrix = dense.float() if int8 else dense.to(values)
+    matrix = dense.float() if rounds else dense.to(values)
     matrix = matrix.T if layout.transposed else matrix.reshape(layout.matrix)
-    return pack_matrix(to_array(matrix), groups=layout.groups, forms=forms, int8=int8)
+    return pack_matrix(
+        to_array(matrix), groups=layout.groups, forms=forms, values=dtype_name(values) if rounds else ""
+    )

@@ -82,8 +82,9 @@ class PackedTensor(Tensor):
         Args:
             weight: float32, bfloat16 or float16, dense, on the CPU. A Parameter gives a Parameter, and is
                 remembered: `sparsam.torch.restore` puts it back.
-            dtype: What to store the values as, one of these or `torch.int8`; by default as they are. int8,
-                with a scale for each output, rounds them, and what the product is computed with as well.
+            dtype: What to store the values as, one of these, `torch.int8` or `torch.int4`; by default as they
+                are. Integers, with a scale for each output or for each 64 or 128 inputs of one, round them,
+                and what the product is computed with as well.
             groups: Output channels split into so many groups, each a matrix of its own.
             transposed: `weight` is (in, out), as in the Conv1D of Hugging Face's GPT-2.
             looked_up: Rows of `weight` are looked up, as those of an embedding; values are int8 then.

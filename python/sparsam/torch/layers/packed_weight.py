@@ -17,14 +17,29 @@ from sparsam.patterns import NM, Block, Unstructured
 from sparsam.sparse.choices import Choices, expect
 from sparsam.sparse.cost_model import Key, Weight, dense_key, form_bytes
 from sparsam.sparse.dispatch import needed_kernels
+from sparsam.sparse.int4 import pack_int4
 from sparsam.sparse.int8 import pack_int8
 from sparsam.sparse.stored import recognise
 from torch import Tensor
 
-__all__ = ["DTYPES", "VALUES", "PackedWeight", "from_array", "join", "pack_matrix", "to_array", "torch_dense"]
+__all__ = [
+    "DTYPES",
+    "INT4",
+    "ROUNDED",
+    "VALUES",
+    "PackedWeight",
+    "dtype_name",
+    "from_array",
+    "join",
+    "pack_matrix",
+    "to_array",
+    "torch_dense",
+]
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-VALUES = (*DTYPES, torch.int8)  # in which values can be stored
+INT4: torch.dtype = getattr(torch, "int4", torch.quint4x2)  # PyTorch before 2.6 has no other name for it
+ROUNDED = (torch.int8, INT4)
+VALUES = (*DTYPES, *ROUNDED)  # in which values can be stored
 
 _ALIGN = 64
 _HEADER, _KIND, _BYTES = 128, 12, 112  # of a form: the size of its header; where that has its kind and size
@@ -86,7 +101,7 @@ class PackedWeight:
             batches: The numbers of rows of x.
         """
         weight = self.choices.weight
-        if not weight.nnz or weight.dtype == "int8":
+        if not weight.nnz or weight.rounded:
             return self.forms
         expected = expect(weight, self._dense)
         room = 4 * min(_MOST * weight.rows * weight.cols, _MOST_PER_DENSITY * weight.nnz)
@@ -104,7 +119,8 @@ class PackedWeight:
     @property
     def dtype(self) -> torch.dtype:
         """The dtype that the values are stored as."""
-        return getattr(torch, self.parts[0].dtype)  # type: ignore[no-any-return]
+        name = self.parts[0].dtype
+        return INT4 if name == "int4" else getattr(torch, name)  # type: ignore[no-any-return]
 
     @property
     def nnz(self) -> int:
@@ -139,16 +155,28 @@ def torch_dense(dtype: str = "float32") -> Key:
 
 
 def pack_matrix(
-    matrix: NDArray[Any], *, groups: int = 1, forms: Sequence[str] = ("panels",), int8: bool = False
+    matrix: NDArray[Any], *, groups: int = 1, forms: Sequence[str] = ("panels",), values: str = ""
 ) -> Tensor:
     """The bytes of an array (groups x rows, cols) of floats; pruned is what is exactly 0.
 
-    With `int8` values are rounded to that, and the form is "rows", if that is asked for, or "slots".
+    With `values` "int8" or "int4" they are rounded to that; the form is "slots", or of int8 "rows" if that is
+    asked for.
     """
-    if int8:
+    parts = np.split(matrix, groups)
+    if values == "int8":
         form = "rows" if "rows" in forms else "slots"
-        return join([pack_int8(part, form=form) for part in np.split(matrix, groups)], (form,))
-    return join([Packed.pack(part) for part in np.split(matrix, groups)], forms)
+        return join([pack_int8(part, form=form) for part in parts], (form,))
+    if values == "int4":
+        packed = [pack_int4(part) for part in parts]
+        if len({part.width for part in packed}) > 1:  # what is on a grid of 128 columns is on one of 64
+            packed = [pack_int4(part, group=64) for part in parts]
+        return join(packed, ("slots",))
+    return join([Packed.pack(part) for part in parts], forms)
+
+
+def dtype_name(dtype: object) -> str:
+    """The name of a dtype of values without its module, "int4" whatever PyTorch calls it."""
+    return "int4" if dtype is INT4 else str(dtype).removeprefix("torch.")
 
 
 def join(parts: Sequence[Packed], forms: Sequence[str]) -> Tensor:

@@ -61,9 +61,9 @@ def pack(
             `MultiheadAttention`, `LSTM`, `GRU`, `RNN` or a cell of these, or one of a subclass; on the CPU,
             float32, bfloat16 or float16. Its zeros are what is skipped.
         dtype: What to store the values as, `torch.bfloat16` say; by default as they are. Sums are float32.
-            `torch.int8`, for linear layers and attention, rounds weights and inputs to integers, whose sums
-            are exact (`SparseMatrix.from_dense`). In a `torch.nn.Embedding`, which takes no other, it rounds
-            the rows that are looked up.
+            `torch.int8` and `torch.int4` (PyTorch 2.6), for linear layers and attention, round weights and
+            inputs to integers, whose sums are exact (`SparseMatrix.from_dense`). In a `torch.nn.Embedding`,
+            which takes no other than int8, that rounds the rows that are looked up.
         activation: Applied to the layer's result: None, "relu", "gelu", "gelu_tanh" or "silu".
         batches: The numbers of rows that a linear layer will be called with, see `PackedTensor.prepare`.
 

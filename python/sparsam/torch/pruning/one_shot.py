@@ -81,7 +81,7 @@ def prune(
         values: "int8": what stays is rounded too, layer by layer, to integers times a scale for each output
             (`sparsam.quantize` on the mask, after the fit), and later layers see that. The weights are floats
             that lie on this grid exactly, so that `accelerate(model, inputs, values="int8")` packs them as
-            they are. "int4" is the same with 4 bits, which nothing packs yet: to measure what they cost.
+            they are. "int4" is the same with 4 bits, packed as they are but for groups of 32.
         group: With "int4": 32, 64 or 128 columns that share a scale; None: all.
         loss_fn: For the methods "saliency", "fisher" and "movement": called with the model and each batch of
             the calibration, labels included, it returns the loss.

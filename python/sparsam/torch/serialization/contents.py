@@ -10,11 +10,11 @@ import torch
 from sparsam.torch.acceleration.fusion import Fused
 from sparsam.torch.layers.packed_parameter import packed_parameters
 from sparsam.torch.layers.packed_tensor import PackedTensor
-from sparsam.torch.layers.packed_weight import DTYPES
+from sparsam.torch.layers.packed_weight import DTYPES, dtype_name
 from sparsam.torch.layers.packing import PackedLayer
 from sparsam.torch.layers.unpacked_tensor import is_foreign
 from sparsam.torch.serialization.encoding import Encoded, encode, encode_packed
-from sparsam.torch.serialization.manifest import BITS, Layer, Manifest, Weight, dtype_name
+from sparsam.torch.serialization.manifest import BITS, Layer, Manifest, Weight
 from torch import Tensor, nn
 
 __all__ = ["Contents"]

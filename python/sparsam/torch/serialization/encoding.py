@@ -6,15 +6,21 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
 import torch
 from sparsam._core import Packed
-from sparsam.torch.layers.packed_weight import DTYPES, VALUES, PackedWeight, from_array, to_array
+from sparsam.sparse.int4 import group_of
+from sparsam.torch.layers.packed_weight import DTYPES, PackedWeight, dtype_name, from_array, to_array
 from torch import Tensor
 
 __all__ = ["Encoded", "encode", "encode_packed", "matrix_shape"]
+
+
+_STORED = (*DTYPES, torch.int8, torch.uint8)
+_LEVELS = 16  # of int4 values
 
 
 @dataclass(frozen=True)
@@ -22,13 +28,20 @@ class Encoded:
     """A weight as two tensors.
 
     Attributes:
-        values: Row by row, those whose bit is set; a single 0 where none is.
+        values: Row by row, those whose bit is set; a single 0 where none is. Of int4 values uint8: of each
+            group of rows the 16 levels, then a code for each, two in a byte.
         bits: uint8 (rows, ceil(columns / 8)), the first column in the lowest bit; of int8 values each row
-            ends with its scale, four bytes more, and these alone are there where values are all of a weight.
+            ends with its scale, four bytes more, and these alone are there where values are all of a weight;
+            of int4 values with its scales, two bytes each.
     """
 
     values: Tensor
     bits: Tensor
+
+    @property
+    def rounded(self) -> str:
+        """What values are if they are no floats: "int8" or "int4"."""
+        return {torch.int8: "int8", torch.uint8: "int4"}.get(self.values.dtype, "")
 
     def parts(self, name: str, rows: int, cols: int, groups: int = 1) -> list[Packed]:
         """The matrix, split into groups of rows.
@@ -43,43 +56,40 @@ class Encoded:
             ValueError: Bits and values do not fit together, or do not make such a matrix.
         """
         bits, values = self.bits, self.values
-        int8 = values.dtype is torch.int8
-        if int8 and cols and bits.shape == (rows, 4) and values.shape == (rows * cols,):
+        if self.rounded == "int8" and cols and bits.shape == (rows, 4) and values.shape == (rows * cols,):
             return self._whole_parts(name, rows, cols, groups)
-        wanted = (rows, (cols + 7) // 8 + 4 * int8)
+        line = (cols + 7) // 8
+        width = self._width(line, cols)
+        more = {"int8": 4, "int4": 2 * -(-cols // (width or 64))}.get(self.rounded, 0)
+        wanted = (rows, line + more)
         if bits.dtype != torch.uint8 or tuple(bits.shape) != wanted:
             msg = (
-                f"weight {name!r}: bits: expected uint8 {wanted}; got {_name(bits.dtype)} "
+                f"weight {name!r}: bits: expected uint8 {wanted}; got {dtype_name(bits.dtype)} "
                 f"{tuple(bits.shape)}; save the model again"
             )
             raise ValueError(msg)
-        if values.dtype not in VALUES or values.ndim != 1:
-            got = f"{_name(values.dtype)} {tuple(values.shape)}"
+        if values.dtype not in _STORED or values.ndim != 1:
+            got = f"{dtype_name(values.dtype)} {tuple(values.shape)}"
             msg = (
-                f"weight {name!r}: values: expected a vector of {', '.join(map(_name, VALUES))}; got {got}; "
-                "save the model again"
+                f"weight {name!r}: values: expected a vector of {', '.join(map(dtype_name, _STORED))}; got "
+                f"{got}; save the model again"
             )
             raise ValueError(msg)
-        scales = bits.numpy()[:, wanted[1] - 4 * int8 :].copy().view(np.float32).reshape(-1) if int8 else None
-        lines = np.split(np.ascontiguousarray(bits.numpy()[:, : (cols + 7) // 8]), groups)
+        lines = np.split(np.ascontiguousarray(bits.numpy()[:, :line]), groups)
         counts = [int(np.unpackbits(part).sum(dtype=np.int64)) for part in lines]
-        if len(values) != max(sum(counts), 1):
+        lengths = [_LEVELS + (n + 1) // 2 for n in counts] if self.rounded == "int4" else counts
+        if len(values) != max(sum(lengths), 1):
+            per = f"{sum(lengths)} bytes for" if self.rounded == "int4" else "one for each of"
             msg = (
-                f"weight {name!r}: values: expected one for each of {sum(counts)} bits; got {len(values)}; "
-                "save the model again"
+                f"weight {name!r}: values: expected {per} {sum(counts)} bits; got {len(values)}; save the "
+                "model again"
             )
             raise ValueError(msg)
-        ends = np.cumsum(counts)
+        ends = np.cumsum(lengths)
+        pieces = [values[end - length : end] for length, end in zip(lengths, ends, strict=True)]
+        scales = np.split(bits.numpy()[:, line:].copy(), groups)
         try:
-            if scales is None:
-                return [
-                    Packed.from_parts(len(part), cols, part, to_array(values[end - count : end]))
-                    for part, count, end in zip(lines, counts, ends, strict=True)
-                ]
-            return [
-                Packed.from_int8_parts(len(part), cols, part, values[end - count : end].numpy(), scale)
-                for part, count, end, scale in zip(lines, counts, ends, np.split(scales, groups), strict=True)
-            ]
+            return [self._part(*each, cols, width) for each in zip(lines, pieces, scales, strict=True)]
         except ValueError as error:
             msg = (
                 f"weight {name!r}: expected values and bits of one matrix; got others: {error}; save the "
@@ -97,6 +107,23 @@ class Encoded:
             wanted = "int8 values with scales"
             msg = f"weight {name!r}: expected {wanted}; got others: {error}; save the model again"
             raise ValueError(msg) from error
+
+    def _width(self, line: int, cols: int) -> int | None:
+        """How many columns share a scale of int4 values; None where the bits have the room for neither."""
+        room = self.bits.shape[1] - line if self.bits.ndim == 2 else 0
+        return group_of(cols, room // 2) if room % 2 == 0 else None
+
+    def _part(
+        self, bits: NDArray[np.uint8], values: Tensor, scales: NDArray[np.uint8], cols: int, width: int | None
+    ) -> Packed:
+        if self.rounded == "int8":
+            scale = scales.view(np.float32).reshape(-1)
+            return Packed.from_int8_parts(len(bits), cols, bits, values.numpy(), scale)
+        if self.rounded == "int4":
+            levels, codes = values.numpy()[:_LEVELS].view(np.int8), values.numpy()[_LEVELS:]
+            units = scales.view(ml_dtypes.bfloat16).astype(np.float32)
+            return Packed.from_int4_parts(len(bits), cols, width or 64, bits, codes, units, levels)
+        return Packed.from_parts(len(bits), cols, bits, to_array(values))
 
     @classmethod
     def unpacked(cls, parts: Sequence[Packed], shape: Sequence[int]) -> Tensor:
@@ -133,23 +160,26 @@ def encode_packed(weight: PackedWeight) -> Encoded:
         ]
         q = np.concatenate(dense).astype(np.int8).reshape(-1)
         return Encoded(torch.from_numpy(q), torch.from_numpy(np.concatenate(found)[:, None].view(np.uint8)))
-    values = torch.cat([from_array(part.values()) for part in weight.parts])
+    values = torch.cat([part for packed in weight.parts for part in _values(packed)])
     bits = np.concatenate([_lines(part) for part in weight.parts])
     return Encoded(values if len(values) else values.new_zeros(1), torch.from_numpy(bits))
 
 
+def _values(part: Packed) -> list[Tensor]:
+    values = from_array(part.values())
+    return [from_array(part.levels().view(np.uint8)), values] if part.dtype == "int4" else [values]
+
+
 def _lines(part: Packed) -> NDArray[np.uint8]:
     bits = part.bits()
-    if part.dtype != "int8":
-        return bits
-    return np.concatenate([bits, part.scales()[:, None].view(np.uint8)], axis=1)
+    if part.dtype == "int8":
+        return np.concatenate([bits, part.scales()[:, None].view(np.uint8)], axis=1)
+    if part.dtype == "int4":
+        return np.concatenate([bits, part.scales().astype(ml_dtypes.bfloat16).view(np.uint8)], axis=1)
+    return bits
 
 
 def matrix_shape(shape: Sequence[int], *, transposed: bool) -> tuple[int, int]:
     """Rows and columns of the matrix that is encoded for a tensor of that shape."""
     rows, cols = shape[0], math.prod(shape[1:])
     return (cols, rows) if transposed else (rows, cols)
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

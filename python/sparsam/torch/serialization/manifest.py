@@ -14,10 +14,10 @@ from msgspec import Meta
 from sparsam.checkpoint.json_state import Count, Positive, convert, decode
 from sparsam.torch.layers.operators import ACTIVATIONS
 from sparsam.torch.layers.packed_parameter import PackedParameter
-from sparsam.torch.layers.packed_weight import DTYPES, VALUES
+from sparsam.torch.layers.packed_weight import DTYPES, VALUES, dtype_name
 from sparsam.torch.layers.packing import is_one_of_several
 
-__all__ = ["BITS", "MARK", "Layer", "Manifest", "Weight", "dtype_name", "place"]
+__all__ = ["BITS", "MARK", "Layer", "Manifest", "Weight", "place"]
 
 T = TypeVar("T")
 
@@ -28,7 +28,7 @@ _FORMS = tuple(forms for n in (1, 2) for forms in itertools.combinations(("bitma
 _FORMS += (("rows",),)  # of an embedding
 _ACTIVATIONS = tuple(filter(None, ACTIVATIONS))
 _DTYPES = tuple(str(dtype).removeprefix("torch.") for dtype in DTYPES)
-_VALUES = tuple(str(dtype).removeprefix("torch.") for dtype in VALUES)
+_VALUES = tuple(map(dtype_name, VALUES))
 
 
 class Weight(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -168,11 +168,6 @@ def place(name: str) -> tuple[str, str]:
     """The module and the attribute of a layer: `weight`, unless the last part names one of several."""
     module, _, last = name.rpartition(".")
     return (module, last) if is_one_of_several(last) else (name, "weight")
-
-
-def dtype_name(dtype: object) -> str:
-    """`float32` of `torch.float32`."""
-    return str(dtype).removeprefix("torch.")
 
 
 def _decoded(metadata: Mapping[str, str], key: str, kind: type[T]) -> T:

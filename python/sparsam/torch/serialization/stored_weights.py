@@ -54,9 +54,10 @@ class StoredWeights:
         layers = self.manifest.layers.items()
         uses = {self._use(n, layer) for n, layer in layers if self._uses(n, layer, name)}
         for use in uses or {(name, 1, ())}:
-            int8 = encoded.values.dtype is torch.int8
-            if ("panels" in use[2] and int8) or ("rows" in use[2] and not int8):
-                kinds = "others than 'panels' for int8 values, and than 'rows' for floats"
+            kind = encoded.rounded
+            if (kind and "panels" in use[2]) or (kind != "int8" and "rows" in use[2]):
+                kinds = f"others than 'panels' for {kind or 'int8'} values"
+                kinds += ", and than 'rows' for others" if "rows" in use[2] else ""
                 msg = f"weight {name!r}: field forms: expected {kinds}; got {[*use[2]]}; save the model again"
                 raise ValueError(msg)
             self._parts[use] = encoded.parts(name, rows, cols, use[1])

@@ -40,6 +40,8 @@ void register_runtime(py::module_& m) {
   m.def("compiled_isas", &compiled_isas);
   m.def("available_isas", &available_isas);
   m.def("use_isa", &use_isa, py::arg("name"));
+  m.def("int8_isas", &int8_isas);
+  m.def("use_int8_isa", &use_int8_isa, py::arg("name"));
   m.def("num_threads", &num_threads);
   m.def("default_num_threads", &default_num_threads);
   m.def("set_num_threads", &set_num_threads, py::arg("n"));

@@ -18,8 +18,8 @@ void add_pair(const Int4View& w, const std::uint8_t* code, const std::uint8_t* s
 }
 
 void multiply_int4(const Int4View& w, std::size_t begin, std::size_t end, const std::uint8_t* x,
-                   std::size_t x_stride, const float* x_scale, std::size_t batch, Epilogue epilogue,
-                   Output y) {
+                   std::size_t x_stride, const float* x_scale, std::size_t batch, const Epilogue& epilogue,
+                   const Output& y) {
   SPARSAM_CHECK(w.lanes <= kMostLanes && w.lanes % Floats::kLanes == 0);
   for (std::size_t group = begin; group < end; ++group)
     for (std::size_t t = 0; t < batch; ++t) {

@@ -10,7 +10,8 @@ static_assert(Nibbles::kLanes == Floats::kLanes);
 
 template <std::size_t kBatch>
 void multiply_int4_groups(const Int4View& w, std::size_t begin, std::size_t end, const std::uint8_t* x,
-                          std::size_t x_stride, const float* x_scale, Epilogue epilogue, Output y) {
+                          std::size_t x_stride, const float* x_scale, const Epilogue& epilogue,
+                          const Output& y) {
   constexpr std::size_t kBytes = int4_pair_bytes(Nibbles::kLanes), kAhead = 2048;
   const Int8Rows rows{w.rows, w.row, nullptr, epilogue, y};
   const Nibbles::Levels levels = Nibbles::load_levels(w.levels);
@@ -55,8 +56,8 @@ void multiply_int4_groups(const Int4View& w, std::size_t begin, std::size_t end,
 }
 
 void multiply_int4(const Int4View& w, std::size_t begin, std::size_t end, const std::uint8_t* x,
-                   std::size_t x_stride, const float* x_scale, std::size_t batch, Epilogue epilogue,
-                   Output y) {
+                   std::size_t x_stride, const float* x_scale, std::size_t batch, const Epilogue& epilogue,
+                   const Output& y) {
   SPARSAM_CHECK(w.lanes == kLanes);
   const std::size_t passes = (batch + Nibbles::kMost - 1) / Nibbles::kMost;
   for (std::size_t group = begin; passes > 1 && group < end; ++group)

@@ -63,19 +63,25 @@ struct Int8Rows {
   std::size_t rows;
   const std::uint32_t* of_lane;  // `rows` where there is none
   const float* scales;           // of each lane; null where sums are scaled
-  Epilogue epilogue;
-  Output y;
+  const Epilogue& epilogue;
+  const Output& y;
 
   // Of lanes [lane, lane + kLanes) and `batch` rows of x: sums lie `stride` apart. Rows that are neighbours
   // leave together.
   void finish(std::size_t lane, const float* sums, std::size_t stride, const float* x_scale,
               std::size_t batch) const {
     const std::uint32_t* const row = of_lane + lane;
-    std::size_t count = 0;
-    bool neighbours = true;
-    for (; count < kLanes && row[count] < rows; ++count)
-      neighbours = neighbours && row[count] == *row + count;
-    if (count == 0) return;
+    // Nearly always all lanes have a row, and these are neighbours; a row that is none comes last.
+    std::size_t count = kLanes;
+    std::uint32_t apart = 0;
+    for (std::uint32_t i = 0; i < kLanes; ++i) apart |= row[i] ^ (*row + i);
+    bool neighbours = apart == 0 && row[kLanes - 1] < rows;
+    if (!neighbours) {
+      neighbours = true;
+      for (count = 0; count < kLanes && row[count] < rows; ++count)
+        neighbours = neighbours && row[count] == *row + count;
+      if (count == 0) return;
+    }
     const Floats::Reg scale = scales == nullptr ? Floats::set1(1.0f) : Floats::load(scales + lane);
     Floats::Reg bias = Floats::zero();
     if (epilogue.bias != nullptr)

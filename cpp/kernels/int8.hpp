@@ -51,18 +51,19 @@ struct Int8Kernels {
   // n numbers of x, float32 or bfloat16, to bytes 128 + round(x / scale), to nearest, ties to even. Returns
   // scale = max|x| / 127; NaN where x is not finite; 0 where max|x| < 2^-96, and then all bytes are 128.
   float (*quantise)(const void* x, bool narrow, std::size_t n, std::uint8_t* to);
-  // Groups [begin, end) of `batch` (1 to kInt8Batch) rows of y.
+  // Groups [begin, end) of `batch` (1 to kInt8Batch) rows of y. By reference: a copy would read in one piece
+  // what was just written in several, and wait until all stores before it have left.
   void (*multiply)(const Int8View& w, std::size_t begin, std::size_t end, const std::uint8_t* x,
-                   std::size_t x_stride, const float* x_scale, std::size_t batch, Epilogue epilogue,
-                   Output y);
+                   std::size_t x_stride, const float* x_scale, std::size_t batch, const Epilogue& epilogue,
+                   const Output& y);
   // The same of int4 values in slots of `int4_lanes` rows (the generic row: of any number), or null where the
   // generic row serves. Sums of a unit are
   // exact; in float32, without fused operations, from the first unit to the last,
   //   total = total + float(sum) * scale;    y = (total - zero) * x_scale + bias, then the activation.
   std::size_t int4_lanes;
   void (*multiply_int4)(const Int4View& w, std::size_t begin, std::size_t end, const std::uint8_t* x,
-                        std::size_t x_stride, const float* x_scale, std::size_t batch, Epilogue epilogue,
-                        Output y);
+                        std::size_t x_stride, const float* x_scale, std::size_t batch,
+                        const Epilogue& epilogue, const Output& y);
 };
 
 }  // namespace sparsam

@@ -25,7 +25,8 @@ void add_pair(const Int8View& w, std::size_t pair, const std::uint8_t* x, std::u
 }
 
 void multiply(const Int8View& w, std::size_t begin, std::size_t end, const std::uint8_t* x,
-              std::size_t x_stride, const float* x_scale, std::size_t batch, Epilogue epilogue, Output y) {
+              std::size_t x_stride, const float* x_scale, std::size_t batch, const Epilogue& epilogue,
+              const Output& y) {
   SPARSAM_CHECK(w.lanes <= kMostLanes && w.lanes % Floats::kLanes == 0);
   for (std::size_t group = begin; group < end; ++group)
     for (std::size_t t = 0; t < batch; ++t) {
@@ -36,9 +37,10 @@ void multiply(const Int8View& w, std::size_t begin, std::size_t end, const std::
         add_pair(w, pair, x + t * x_stride, sums);
       for (std::size_t i = 0; i < w.lanes; ++i)
         floats[i] = static_cast<float>(static_cast<std::int32_t>(sums[i]));
+      const Output to = row_of(y, t);
+      const Int8Rows rows{w.rows, w.row, w.scale, epilogue, to};
       for (std::size_t i = 0; i < w.lanes; i += Floats::kLanes)
-        Int8Rows{w.rows, w.row, w.scale, epilogue, row_of(y, t)}.finish(group * w.lanes + i, floats + i,
-                                                                        w.lanes, x_scale + t, 1);
+        rows.finish(group * w.lanes + i, floats + i, w.lanes, x_scale + t, 1);
     }
 }
 

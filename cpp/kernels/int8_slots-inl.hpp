@@ -12,15 +12,20 @@ static_assert(Bytes::kLanes == Floats::kLanes);
 // its store (tests/project/test_build.py looks for that).
 template <std::size_t kBatch>
 void multiply_groups(const Int8View& w, std::size_t begin, std::size_t end, const std::uint8_t* x,
-                     std::size_t x_stride, const float* x_scale, Epilogue epilogue, Output y) {
+                     std::size_t x_stride, const float* x_scale, const Epilogue& epilogue, const Output& y) {
   constexpr std::size_t kBytes = int8_pair_bytes(Bytes::kLanes, Bytes::kWindow);
   constexpr std::size_t kStarts = int8_pair_starts(Bytes::kWindow), kAhead = 2048;
+  // With few sums, each product waits for the one before it: those of second steps are summed apart then.
+  constexpr bool kApart = kBatch <= Bytes::kApart;
+  constexpr std::size_t kSeconds = kApart ? kBatch : 1;
   const Int8Rows rows{w.rows, w.row, w.scale, epilogue, y};
   for (std::size_t group = begin; group < end; ++group) {
     const std::size_t lane = group * Bytes::kLanes;
-    Bytes::Sums sum[kBatch];
+    Bytes::Sums sum[kBatch], second[kSeconds];
 #pragma GCC unroll 8
     for (std::size_t t = 0; t < kBatch; ++t) sum[t] = Bytes::load_sums(w.first + lane);
+#pragma GCC unroll 8
+    for (std::size_t t = 0; t < kSeconds; ++t) second[t] = Bytes::zero();
     const std::uint16_t* start = w.start + kStarts * w.begin[group];
     const std::uint8_t* code = w.codes + kBytes * w.begin[group];
     const std::uint8_t* const last = w.codes + kBytes * w.begin[group + 1];
@@ -31,8 +36,17 @@ void multiply_groups(const Int8View& w, std::size_t begin, std::size_t end, cons
       const Bytes::Pair pair(code);
       const std::uint8_t *x0 = x + start[0], *x1 = x + start[kStarts - 1];
 #pragma GCC unroll 8
-      for (std::size_t t = 0; t < kBatch; ++t)
-        sum[t] = Bytes::add(sum[t], pair, x0 + t * x_stride, x1 + t * x_stride);
+      for (std::size_t t = 0; t < kBatch; ++t) {
+        const Bytes::Window from = Bytes::window(x0 + t * x_stride);
+        const Bytes::Window next = kStarts == 1 ? from : Bytes::window(x1 + t * x_stride);
+        sum[t] = Bytes::add_first(sum[t], pair, from);
+        Bytes::Sums& other = kApart ? second[t % kSeconds] : sum[t];
+        other = Bytes::add_second(other, pair, next);
+      }
+    }
+    if constexpr (kApart) {
+#pragma GCC unroll 8
+      for (std::size_t t = 0; t < kBatch; ++t) sum[t] = Bytes::plus(sum[t], second[t]);
     }
     float sums[kBatch * Bytes::kLanes];
 #pragma GCC unroll 8
@@ -43,7 +57,8 @@ void multiply_groups(const Int8View& w, std::size_t begin, std::size_t end, cons
 }
 
 void multiply(const Int8View& w, std::size_t begin, std::size_t end, const std::uint8_t* x,
-              std::size_t x_stride, const float* x_scale, std::size_t batch, Epilogue epilogue, Output y) {
+              std::size_t x_stride, const float* x_scale, std::size_t batch, const Epilogue& epilogue,
+              const Output& y) {
   SPARSAM_CHECK(w.lanes == Bytes::kLanes && w.window == Bytes::kWindow);
   with_batch(batch, [&](auto n) { multiply_groups<n()>(w, begin, end, x, x_stride, x_scale, epilogue, y); });
 }

@@ -20,6 +20,12 @@ bool has_f16c() {  // not a name that every compiler's __builtin_cpu_supports kn
   unsigned a = 0, b = 0, c = 0, d = 0;
   return __get_cpuid(1, &a, &b, &c, &d) != 0 && (c & bit_F16C) != 0;
 }
+
+// Every compiler that knows the instructions, but not every __builtin_cpu_supports, knows the name.
+bool has_avx_vnni() {
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  return __get_cpuid_count(7, 1, &a, &b, &c, &d) != 0 && (a & 1u << 4) != 0;
+}
 #endif
 
 std::uint32_t detect() {
@@ -29,6 +35,7 @@ std::uint32_t detect() {
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi") &&
       __builtin_cpu_supports("bmi2") && has_f16c())
     features |= kAvx2;
+  if ((features & kAvx2) != 0 && has_avx_vnni()) features |= kAvxVnni;
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
       __builtin_cpu_supports("avx512cd"))
@@ -68,6 +75,11 @@ std::atomic<const KernelTable*>& active() {
   return row;
 }
 
+std::atomic<const Int8Kernels*>& wanted_int8() {
+  static std::atomic<const Int8Kernels*> row{nullptr};
+  return row;
+}
+
 std::string joined(const std::vector<std::string>& names) {
   std::string all;
   for (const std::string& name : names) all += (all.empty() ? "" : ", ") + name;
@@ -80,6 +92,8 @@ const KernelTable& kernels() { return *active().load(std::memory_order_relaxed);
 
 const Int8Kernels& int8_kernels() {
   const KernelTable& row = kernels();
+  const Int8Kernels* const wanted = wanted_int8().load(std::memory_order_relaxed);
+  if (wanted != nullptr && runs_under(*wanted, row)) return *wanted;
   for (const Int8Kernels* int8 : kInt8Rows)
     if (runs_under(*int8, row)) return *int8;
   return *kInt8Rows[0];  // the generic row requires nothing, so this is never reached
@@ -87,6 +101,8 @@ const Int8Kernels& int8_kernels() {
 
 const Int8Kernels& int8_kernels(std::size_t lanes, std::size_t window) {
   const KernelTable& row = kernels();
+  const Int8Kernels& best = int8_kernels();
+  if (best.lanes == lanes && best.window == window) return best;
   for (const Int8Kernels* int8 : kInt8Rows)
     if (int8->lanes == lanes && int8->window == window && runs_under(*int8, row)) return *int8;
   return int8_rows::generic;
@@ -119,6 +135,28 @@ std::vector<std::string> available_isas() {
   for (const KernelTable* row : kRows)
     if (runs_here(*row)) names.emplace_back(row->name);
   return names;
+}
+
+std::vector<std::string> int8_isas() {
+  std::vector<std::string> names;
+  for (const Int8Kernels* int8 : kInt8Rows)
+    if (runs_under(*int8, kernels())) names.emplace_back(int8->name);
+  return names;
+}
+
+void use_int8_isa(const std::string& name) {
+  if (name.empty()) {
+    wanted_int8().store(nullptr);
+    return;
+  }
+  for (const Int8Kernels* int8 : kInt8Rows)
+    if (int8->name == name && runs_under(*int8, kernels())) {
+      wanted_int8().store(int8);
+      return;
+    }
+  throw std::invalid_argument(
+      expected("instruction set of int8 values", quoted(name),
+               "one that runs under " + active_isa() + " (" + joined(int8_isas()) + ")", "pass one of them"));
 }
 
 void use_isa(const std::string& name) {

@@ -70,6 +70,10 @@ def test_environment_forces_the_isa() -> None:
     bad = run("import sparsam", SPARSAM_ISA="sse9")
     assert bad.returncode != 0
     assert "environment variable SPARSAM_ISA: instruction set: expected one" in bad.stderr
+    assert not run("import sparsam", SPARSAM_INT8_ISA="generic").returncode
+    bad = run("import sparsam", SPARSAM_ISA="generic", SPARSAM_INT8_ISA="avx512vnni")
+    assert bad.returncode != 0
+    assert "environment variable SPARSAM_INT8_ISA: instruction set of int8 values: expected" in bad.stderr
 
 
 def test_environment_sets_the_threads() -> None:

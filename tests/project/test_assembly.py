@@ -20,6 +20,7 @@ KERNELS = {
     "avx2": (r"::slots<float>", "vpermps", 8),
     "avx512": (r"::slots<float>", "vpermps", 8),
     "int8_avx2": ("", "vpmaddubsw", 13),
+    "int8_avxvnni": ("", "{vex} vpdpbusd", 8),
     "int8_avx512vnni": ("", "vpdpbusd", 16),
 }
 STACK_VECTOR = re.compile(r"\(%r[sb]p[,)].*%[yz]mm|%[yz]mm\d+(\{%k\d\})?,\S*\(%r[sb]p[,)]")

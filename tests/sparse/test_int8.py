@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import pickle
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +16,38 @@ from numpy.typing import NDArray
 import sparsam
 from matmul_cases import ORACLES, inputs, weights
 from messages import FORM
-from sparsam import Mask, SparseMatrix, checkpoint
+from sparsam import Mask, SparseMatrix, _core, checkpoint
 from sparsam._core import Packed
 from sparsam.sparse.stored import to_arrays
+
+
+def rows() -> Iterator[tuple[str, str]]:
+    """Each instruction set, and the rows for int8 values that run under it."""
+    for name in sparsam.available_isas():
+        with sparsam.use_isa(name):
+            found = _core.int8_isas()
+        yield from ((name, int8) for int8 in found)
+
+
+ROWS = list(rows())
+
+
+@contextmanager
+def row(name: str, int8: str) -> Iterator[None]:
+    with sparsam.use_isa(name):
+        _core.use_int8_isa(int8)
+        try:
+            yield
+        finally:
+            _core.use_int8_isa("")
+
+
+@pytest.fixture(params=ROWS, ids="-".join)
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Every row for int8 values, wherever it runs."""
+    with row(*request.param):
+        yield request.param[1]
+
 
 SHAPES = [(1, 1), (3, 7), (8, 16), (17, 100), (64, 64), (100, 300), (7, 0), (0, 7)]
 F32 = np.float32
@@ -105,8 +136,8 @@ def test_every_machine_gives_the_same_bits(threads: int) -> None:
     for built in sparsam.available_isas():
         with sparsam.use_isa(built):
             matrix = SparseMatrix.from_dense(w, dtype="int8")
-        for isa in sparsam.available_isas():
-            with sparsam.use_isa(isa):
+        for one in ROWS:
+            with row(*one):
                 found.append([matrix.linear(x, bias, name) for name in NAMES])
     for other in found[1:]:
         for y, expected in zip(other, found[0], strict=True):
@@ -115,6 +146,27 @@ def test_every_machine_gives_the_same_bits(threads: int) -> None:
     for name, y in zip(ORACLES, found[0][1:], strict=True):
         z = ORACLES[name](exact.astype(np.float64))
         assert np.abs(y - z).max() < 2e-6 * (1 + np.abs(exact).max()), name
+
+
+def test_the_row_that_is_asked_for_runs() -> None:
+    """One that another instruction set needs is refused, and the best is taken again where it cannot run."""
+    best = ROWS[0][1]
+    assert [int8 for name, int8 in ROWS if name == "generic"] == ["generic"]
+    with sparsam.use_isa("generic"):
+        for name in {*(int8 for _, int8 in ROWS), "avx9"} - {"generic"}:
+            wanted = "instruction set of int8 values: expected one that runs under generic .generic.; got"
+            with pytest.raises(ValueError, match=f"{wanted} '{name}'; pass") as caught:
+                _core.use_int8_isa(name)
+            assert FORM.fullmatch(str(caught.value))
+    w = weights(64, 256, 0.5)
+    sizes = {}
+    for name, int8 in ROWS:
+        with row(name, int8):
+            sizes[int8] = SparseMatrix.from_dense(w, dtype="int8").nbytes
+            with sparsam.use_isa("generic"):
+                SparseMatrix.from_dense(w, dtype="int8").linear(inputs(2, 256))
+    assert SparseMatrix.from_dense(w, dtype="int8").nbytes == sizes[best]
+    assert len(set(sizes.values())) <= 2  # windows of 16, and of 64
 
 
 def test_rows_of_very_different_lengths(isa: str) -> None:

@@ -23,4 +23,9 @@ std::vector<std::string> compiled_isas();   // best first
 std::vector<std::string> available_isas();  // those of them that this machine runs, best first
 void use_isa(const std::string& name);      // throws std::invalid_argument
 
+// The rows for int8 values that run under the active row, best first; and which of them is to run wherever it
+// does, instead of the best: for measuring and testing. "" is the best again.
+std::vector<std::string> int8_isas();
+void use_int8_isa(const std::string& name);  // throws std::invalid_argument
+
 }  // namespace sparsam

@@ -10,12 +10,18 @@ namespace sparsam::SPARSAM_TARGET {
 namespace {
 
 struct Bytes {
-  static constexpr std::size_t kLanes = 8, kWindow = 16;
+  static constexpr std::size_t kLanes = 8, kWindow = 16, kApart = 2;
   struct Sums {
     int32x4_t part[2];
   };
 
-  static Sums load_sums(const std::int32_t*) { return {{vdupq_n_s32(0), vdupq_n_s32(0)}}; }
+  using Window = int8x16_t;
+
+  static Sums zero() { return {{vdupq_n_s32(0), vdupq_n_s32(0)}}; }
+  static Sums plus(const Sums& a, const Sums& b) {
+    return {{vaddq_s32(a.part[0], b.part[0]), vaddq_s32(a.part[1], b.part[1])}};
+  }
+  static Sums load_sums(const std::int32_t*) { return zero(); }
   static Floats::Reg to_floats(const Sums& s) {
     return {{vcvtq_f32_s32(s.part[0]), vcvtq_f32_s32(s.part[1])}};
   }
@@ -43,14 +49,17 @@ struct Bytes {
     return vpadalq_s16(sum, vpaddq_s16(low, vmull_high_s8(value, x)));
 #endif
   }
-  static Sums add(Sums sum, const Pair& p, const std::uint8_t* x0, const std::uint8_t* x1) {
-    const int8x16_t zero = vdupq_n_s8(-128);
-    const int8x16_t first = veorq_s8(vreinterpretq_s8_u8(vld1q_u8(x0)), zero);
-    const int8x16_t second = veorq_s8(vreinterpretq_s8_u8(vld1q_u8(x1)), zero);
-    for (std::size_t i = 0; i < 2; ++i) {
-      sum.part[i] = dot(sum.part[i], p.value0[i], vqtbl1q_s8(first, p.offset0[i]));
-      sum.part[i] = dot(sum.part[i], p.value1[i], vqtbl1q_s8(second, p.offset1[i]));
-    }
+  static Window window(const std::uint8_t* x) {
+    return veorq_s8(vreinterpretq_s8_u8(vld1q_u8(x)), vdupq_n_s8(-128));
+  }
+  static Sums add_first(Sums sum, const Pair& p, Window x) {
+    for (std::size_t i = 0; i < 2; ++i)
+      sum.part[i] = dot(sum.part[i], p.value0[i], vqtbl1q_s8(x, p.offset0[i]));
+    return sum;
+  }
+  static Sums add_second(Sums sum, const Pair& p, Window x) {
+    for (std::size_t i = 0; i < 2; ++i)
+      sum.part[i] = dot(sum.part[i], p.value1[i], vqtbl1q_s8(x, p.offset1[i]));
     return sum;
   }
 };

@@ -9,11 +9,14 @@ namespace sparsam::SPARSAM_TARGET {
 namespace {
 
 struct Bytes {
-  static constexpr std::size_t kLanes = 8, kWindow = 16;
+  static constexpr std::size_t kLanes = 8, kWindow = 16, kApart = 0;
   using Sums = __m256i;
+  using Window = __m256i;  // 16 columns, twice
 
   static __m256i load(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
   static Sums load_sums(const std::int32_t* p) { return load(p); }
+  static Sums zero() { return _mm256_setzero_si256(); }
+  static Sums plus(Sums a, Sums b) { return _mm256_add_epi32(a, b); }
   static __m256 to_floats(Sums s) { return _mm256_cvtepi32_ps(s); }
 
   struct Pair {
@@ -27,15 +30,19 @@ struct Bytes {
     }
   };
 
+  static Window window(const std::uint8_t* x) {
+    return _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(x)));
+  }
   // Products of neighbouring slots do not leave int16: the packer sees to that.
-  static __m256i dot(const std::uint8_t* x, __m256i offset, __m256i value) {
-    const __m256i window = _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(x)));
+  static __m256i dot(Window window, __m256i offset, __m256i value) {
     const __m256i twos = _mm256_maddubs_epi16(_mm256_shuffle_epi8(window, offset), value);
     return _mm256_madd_epi16(twos, _mm256_set1_epi16(1));
   }
-  static Sums add(Sums sum, const Pair& p, const std::uint8_t* x0, const std::uint8_t* x1) {
-    sum = _mm256_add_epi32(sum, dot(x0, p.offset0, p.value0));
-    return _mm256_add_epi32(sum, dot(x1, p.offset1, p.value1));
+  static Sums add_first(Sums sum, const Pair& p, Window x) {
+    return _mm256_add_epi32(sum, dot(x, p.offset0, p.value0));
+  }
+  static Sums add_second(Sums sum, const Pair& p, Window x) {
+    return _mm256_add_epi32(sum, dot(x, p.offset1, p.value1));
   }
 };
 

@@ -129,7 +129,7 @@ struct Int8Rows {
 };
 
 // y from row t on.
-Output row_of(Output y, std::size_t t) {
+[[maybe_unused]] Output row_of(const Output& y, std::size_t t) {
   const std::size_t bytes = t * y.stride * (y.narrow ? sizeof(Bfloat) : sizeof(float));
   return {static_cast<char*>(y.data) + bytes, y.stride, y.narrow};
 }

@@ -36,7 +36,7 @@ struct Nibbles {
   };
 
   static Sums add(Sums sum, const Step& step, const std::uint8_t* x) {
-    return _mm256_add_epi32(sum, Bytes::dot(x, step.offset, step.value));
+    return _mm256_add_epi32(sum, Bytes::dot(Bytes::window(x), step.offset, step.value));
   }
 };
 

@@ -33,7 +33,7 @@ struct Nibbles {
   };
 
   static Sums add(Sums sum, const Step& step, const std::uint8_t* x) {
-    return _mm512_dpbusd_epi32(sum, _mm512_permutexvar_epi8(step.offset, four_times(x)), step.value);
+    return Bytes::dot(sum, _mm512_permutexvar_epi8(step.offset, four_times(x)), step.value);
   }
 };
 

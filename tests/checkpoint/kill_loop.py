@@ -51,7 +51,7 @@ def started(run: Run, target: Path, moment: int) -> int:
                 count()
 
         fsync = os.fsync
-        os.fsync = lambda file: (count(), fsync(file))[1]  # type: ignore[assignment]
+        os.fsync = lambda file: (count(), fsync(file))[1]  # type: ignore[assignment, func-returns-value]
         sys.addaudithook(hook)
         try:
             run(target)

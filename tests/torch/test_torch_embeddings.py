@@ -50,7 +50,8 @@ class Tagger(nn.Module):
 
     def forward(self, ids: Tensor) -> Tensor:
         places = torch.arange(ids.shape[-1])
-        return self.head(torch.relu(self.mix(self.words(ids) + self.places(places))))
+        logits: Tensor = self.head(torch.relu(self.mix(self.words(ids) + self.places(places))))
+        return logits
 
 
 def tagger() -> Tagger:
@@ -81,9 +82,10 @@ def test_rows_are_those_of_the_rounded_weight(
             assert y.shape == (*shape, 24)
             assert torch.equal(y, expected)
     assert type(layer) is nn.Embedding
-    assert layer.weight.packed.forms == ("rows",)
+    weight: Any = layer.weight
+    assert weight.packed.forms == ("rows",)
     assert torch.equal(layer.weight.to_dense(), torch.from_numpy(rounded).to(dtype))
-    assert "rows, which are looked up" in str(layer.weight.explain(4))
+    assert "rows, which are looked up" in str(weight.explain(4))
 
 
 def test_its_memory_is_a_byte_a_weight_and_a_scale_a_row() -> None:
@@ -119,7 +121,8 @@ def test_what_else_reads_or_changes_the_weight() -> None:
         assert (layer(torch.tensor([4, 5])) == torch.tensor([[0.25], [-0.5]])).all()
         bag = functional.embedding_bag(ids(2, 3), layer.weight)
     assert bag.shape == (2, 24)
-    assert layer.weight.packed.forms == ("rows",)
+    weight: Any = layer.weight
+    assert weight.packed.forms == ("rows",)
     state = layer.state_dict()
     again = int8(embedding())
     again.load_state_dict(state)
@@ -135,7 +138,8 @@ def test_norms_are_kept_as_ever() -> None:
     with torch.no_grad():
         y = layer(ids(9))
     assert (y.norm(dim=-1) <= 1.02).all()
-    assert layer.weight.packed.forms == ("rows",)
+    weight: Any = layer.weight
+    assert weight.packed.forms == ("rows",)
 
 
 def test_gradients_are_refused_unless_it_is_frozen() -> None:
@@ -158,7 +162,7 @@ def test_copies_conversions_and_graphs(dtype: torch.dtype) -> None:
             "pickle": pickle.loads(pickle.dumps(layer)),
             "compile": torch.compile(layer, backend="eager", fullgraph=True),
             "export": torch.export.export(layer, (x,)).module(),
-            "trace": torch.jit.trace(layer, x),
+            "trace": torch.jit.trace(layer, x),  # type: ignore[no-untyped-call]
             "vmap": torch.func.vmap(layer),
         }
         for name, twin in twins.items():
@@ -229,7 +233,8 @@ def test_which_embeddings_accelerate_leaves() -> None:
             self.mix = nn.Linear(256, 256)
 
         def forward(self, ids: Tensor) -> Tensor:
-            return super().forward(ids) + self.kinds(ids % 2).sum(-1, keepdim=True)
+            kinds: Tensor = self.kinds(ids % 2).sum(-1, keepdim=True)
+            return super().forward(ids) + kinds
 
     model, x = Odd().eval(), ids(2, 5, rows=400)
     report = sparsam.torch.accelerate(model, x, values="int8", verbose=False)
@@ -243,15 +248,15 @@ def test_which_embeddings_accelerate_leaves() -> None:
     assert {row.reason for row in alone.layers if row.kind == "Embedding"} == {"needs example_inputs"}
     far = sparsam.torch.accelerate(tagger(), x, values="int8", tolerance=1e-7, verbose=False)
     assert not far.swapped
-    model = tagger()
-    sparsam.torch.pack(model.words, dtype=torch.int8)
-    again = sparsam.torch.accelerate(model, x, values="int8", verbose=False)
+    again_packed = tagger()
+    sparsam.torch.pack(again_packed.words, dtype=torch.int8)
+    again = sparsam.torch.accelerate(again_packed, x, values="int8", verbose=False)
     assert {row.name: row.reason for row in again.layers}["words"] == "packed already"
 
 
 def test_one_parameter_of_two_embeddings_is_packed_once() -> None:
     config = T5Config(vocab_size=99, d_model=32, d_kv=8, d_ff=64, num_layers=1, num_heads=4)
-    model = T5EncoderModel(config).eval()
+    model = T5EncoderModel(config).eval()  # type: ignore[no-untyped-call]
     dense = parameter_bytes(model)
     for module in (model.shared, model.encoder.embed_tokens):
         if not sparsam.torch.layers.packing.is_packed(module):
@@ -292,7 +297,7 @@ def test_folders_of_transformers(kind: Any, tmp_path: Path) -> None:
 
 def test_golden_file(tmp_path: Path) -> None:
     """As docs/formats.md shows it."""
-    model = nn.Sequential(nn.Embedding(2, 3))
+    model: Any = nn.Sequential(nn.Embedding(2, 3))
     with torch.no_grad():
         model[0].weight.copy_(torch.tensor([[0.5, 0.0, -1.0], [0.25, 0.5, 0.5]]))
     sparsam.torch.pack(model[0], dtype=torch.int8)
@@ -312,7 +317,7 @@ def test_golden_file(tmp_path: Path) -> None:
         "0.weight_bits": {"dtype": "U8", "shape": [2, 4], "data_offsets": [6, 14]},
     }
     assert content[8 + size :].hex(" ") == "20 00 c0 20 40 40 00 00 80 3c 00 00 00 3c"
-    loaded = nn.Sequential(nn.Embedding(2, 3))
+    loaded: Any = nn.Sequential(nn.Embedding(2, 3))
     assert sparsam.torch.load(tmp_path, loaded) == 1
     assert torch.equal(loaded[0].weight.to_dense(), model[0].weight.to_dense())
 
@@ -327,7 +332,7 @@ def test_golden_file(tmp_path: Path) -> None:
     ],
 )
 def test_damaged_files(tmp_path: Path, change: Any, what: str) -> None:
-    model = nn.Sequential(nn.Embedding(2, 3))
+    model: Any = nn.Sequential(nn.Embedding(2, 3))
     sparsam.torch.pack(model[0], dtype=torch.int8)
     sparsam.torch.save(model, tmp_path)
     file = tmp_path / "sparsam.safetensors"

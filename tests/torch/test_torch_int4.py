@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -85,8 +86,8 @@ def test_attention_whose_projections_are_on_different_grids(tmp_path: Path) -> N
     x = torch.randn(2, 5, 256)
     sparsam.torch.pack(attention, dtype=INT4)
     y, _ = attention(x, x, x, need_weights=False)
-    packed = attention.in_proj_weight.packed  # type: ignore[union-attr]
-    assert [part.width for part in packed.parts] == [64, 64, 64]  # type: ignore[union-attr]
+    weight: Any = attention.in_proj_weight
+    assert [part.width for part in weight.packed.parts] == [64, 64, 64]
     assert torch.equal(attention.in_proj_weight.to_dense()[:256] * 64 % 1, torch.zeros(256, 256))
     sparsam.torch.save(nn.Sequential(attention), tmp_path)
     loaded = nn.Sequential(nn.MultiheadAttention(256, 4, batch_first=True)).eval()
@@ -121,7 +122,7 @@ def test_a_model_is_saved_and_loaded(tmp_path: Path) -> None:
 
 def test_what_is_in_a_file(tmp_path: Path) -> None:
     """docs/formats.md: levels, then codes; each row of bits ends with its scales."""
-    model = nn.Sequential(nn.Linear(9, 2, bias=False))
+    model: Any = nn.Sequential(nn.Linear(9, 2, bias=False))
     with torch.no_grad():
         model[0].weight.zero_()
         model[0].weight[0, 0], model[0].weight[0, 8], model[0].weight[1, 3] = -7 / 16, 5 / 16, 7 / 8
@@ -154,7 +155,7 @@ def test_damaged_files_are_refused(tmp_path: Path, name: str, change: object, wh
     tensors: dict[str, Tensor] = load_file(file)
     tensors[name] = change(tensors[name])  # type: ignore[operator]
     save_file(tensors, file, metadata)
-    model = network()
+    model: Any = network()
     before = model[0].weight.detach().clone()
     with pytest.raises(ValueError, match=what):
         sparsam.torch.load(tmp_path, model)
@@ -162,7 +163,7 @@ def test_damaged_files_are_refused(tmp_path: Path, name: str, change: object, wh
 
 
 def test_what_prune_rounded_is_packed_as_it_is() -> None:
-    model = nn.Sequential(nn.Linear(256, 96), nn.GELU(), nn.Linear(96, 32))
+    model: Any = nn.Sequential(nn.Linear(256, 96), nn.GELU(), nn.Linear(96, 32))
     batches = [torch.randn(128, 256) for _ in range(8)]
     sparsam.torch.prune(model, calibration=batches, target_sparsity=0.5, values="int4", group=64)
     dense = [layer.weight.detach().clone() for layer in (model[0], model[2])]

@@ -75,7 +75,7 @@ def test_transposed_weights() -> None:
     """The Conv1D of GPT-2 has (in, out)."""
     from transformers.pytorch_utils import Conv1D  # noqa: PLC0415 - takes seconds
 
-    layer = Conv1D(48, 40)
+    layer = Conv1D(48, 40)  # type: ignore[no-untyped-call]
     with torch.no_grad():
         layer.weight[torch.rand(40, 48, generator=torch.Generator().manual_seed(1)) < 0.7] = 0
     matrix = SparseMatrix.from_dense(layer.weight.detach().numpy().T, dtype="int8")

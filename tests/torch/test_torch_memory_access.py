@@ -60,7 +60,7 @@ COPIES: dict[str, Callable[[Any], Any]] = {
     "apply_": lambda w: w.detach().apply_(lambda x: x).to_dense(),
     "as_subclass": lambda w: w.as_subclass(Tensor).clone(),
     "_make_subclass": lambda w: Tensor._make_subclass(Tensor, w.detach()).clone(),
-    "flattened": lambda w: torch._utils._flatten_dense_tensors([w]).view(w.shape),
+    "flattened": lambda w: torch._utils._flatten_dense_tensors([w]).view(w.shape),  # type: ignore[no-untyped-call]
     "nested": lambda w: torch.nested.nested_tensor([w.detach()])[0],
     "mkldnn": lambda w: w.to_mkldnn().to_dense(),
 }

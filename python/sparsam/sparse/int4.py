@@ -153,7 +153,8 @@ def _with_levels(
     costs = np.broadcast_to(scales.astype(np.float64)[:, :, None] ** 2, kept.shape)[kept]
     if costs.size:
         costs /= costs.max()
-    levels = _best_levels(np.bincount(places, costs, minlength=2 * MOST * _FINE + 1))
+    histogram = np.bincount(places, costs, minlength=2 * MOST * _FINE + 1).astype(np.float64)
+    levels = _best_levels(histogram)
     rising = np.sort(levels)
     middles = (rising[1:].astype(np.float32) + rising[:-1]) / 2
     q = rising[np.searchsorted(middles, relative)]
@@ -190,7 +191,8 @@ def _one_side(histogram: NDArray[np.float64]) -> tuple[list[float], list[list[in
             between[a, b] = error(a, a * _FINE, cut) + error(b, cut, b * _FINE)
     best = np.full(MOST + 1, np.inf)
     best[0] = 0.0
-    errors, ways = [error(0, 0, len(histogram))], [[]]
+    errors = [error(0, 0, len(histogram))]
+    ways: list[list[int]] = [[]]
     came: list[NDArray[np.intp]] = []
     for _ in range(_LEVELS):
         through = best[:, None] + between

@@ -181,7 +181,8 @@ class SparseMatrix:
     @property
     def dtype(self) -> np.dtype[Any]:
         """The dtype of the values."""
-        return STORED[self._state.forms.weight.dtype]
+        stored: np.dtype[Any] = STORED[self._state.forms.weight.dtype]
+        return stored
 
     @property
     def nbytes(self) -> int:

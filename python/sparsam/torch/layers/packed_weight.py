@@ -120,7 +120,8 @@ class PackedWeight:
     def dtype(self) -> torch.dtype:
         """The dtype that the values are stored as."""
         name = self.parts[0].dtype
-        return INT4 if name == "int4" else getattr(torch, name)  # type: ignore[no-any-return]
+        dtype: torch.dtype = INT4 if name == "int4" else getattr(torch, name)
+        return dtype
 
     @property
     def nnz(self) -> int:

@@ -21,7 +21,7 @@ class _Empty(Tensor):
     """A tensor without memory, or of which PyTorch is to believe that."""
 
     @classmethod
-    def __torch_dispatch__(cls, *_: Any, **__: Any) -> Any:  # type: ignore[override]
+    def __torch_dispatch__(cls, *_: Any, **__: Any) -> Any:
         """Computes nothing."""
         return NotImplemented
 

@@ -122,11 +122,11 @@ def check_layers(manifest: Manifest, modules: Mapping[str, nn.Module]) -> None:
         if layer.computed is None:
             turned = manifest.weights[manifest.stored_weight(name)].transposed
             if turned != is_transposed(module):
-                kinds = (
+                layouts = (
                     "a layer with a weight (out, in)",
                     "a Conv1D of transformers, with a weight (in, out)",
                 )
-                msg = f"layer {name!r}: expected {kinds[turned]}; got {kinds[not turned]}; {_DO}"
+                msg = f"layer {name!r}: expected {layouts[turned]}; got {layouts[not turned]}; {_DO}"
                 raise ValueError(msg)
     for name, into in manifest.fused.items():
         module, activation = modules.get(name), manifest.layers[into[0]].activation

@@ -17,7 +17,7 @@ from sparsam.torch.layers.packed_parameter import PackedParameter
 from sparsam.torch.layers.packed_weight import DTYPES, VALUES, dtype_name
 from sparsam.torch.layers.packing import is_one_of_several
 
-__all__ = ["BITS", "MARK", "Layer", "Manifest", "Weight", "place"]
+__all__ = ["BITS", "MARK", "Layer", "Manifest", "Weight", "dtype_name", "place"]
 
 T = TypeVar("T")
 

@@ -229,7 +229,7 @@ class PartsInTurn:
                 continue
             module.weight = nn.Parameter(table, requires_grad=False)
             if table.dtype != wanted:
-                module.register_forward_hook(lambda _, __, rows, wanted=wanted: rows.to(wanted))  # type: ignore[misc]
+                module.register_forward_hook(lambda _, __, rows, wanted=wanted: rows.to(wanted))
 
     def _read_buffer(self, model: nn.Module, name: str) -> None:
         model.get_buffer(name).copy_(self._source.read(name))

@@ -24,7 +24,7 @@ py::tuple bind_threshold(const std::vector<py::array>& arrays, std::size_t k) {
   return py::make_tuple(t.value, t.below, t.equal);
 }
 
-// What the masks of some arrays are written to.
+// Memory for the masks of several arrays.
 struct Masks {
   std::vector<Words> words;
   std::vector<std::uint64_t*> pointers;
@@ -36,8 +36,10 @@ struct Masks {
       pointers.push_back(words.back().mutable_data());
     }
   }
-  // The words, the counts of kept elements, and the counts of those that are not zero.
+  // The words, from now on read-only, the counts of kept elements, and the counts of those that are not zero.
   py::tuple parts() const {
+    for (const Words& w : words)
+      py::detail::array_proxy(w.ptr())->flags &= ~py::detail::npy_api::NPY_ARRAY_WRITEABLE_;
     py::list all(kept.size()), nonzero(kept.size());
     for (std::size_t i = 0; i < kept.size(); ++i) {
       all[i] = kept[i].all;

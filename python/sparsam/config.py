@@ -250,9 +250,10 @@ def _one_of(what: str, value: object, allowed: tuple[str, ...]) -> str:
 
 
 def _method(value: object) -> str | Scorer:
-    if isinstance(value, Scorer) and not isinstance(value, type):
-        return value
-    if isinstance(value, str) and value in METHODS:
+    if isinstance(value, str):  # Before the protocol, whose check takes longer.
+        if value in METHODS:
+            return value
+    elif isinstance(value, Scorer) and not isinstance(value, type):
         return value
     raise ValueError(
         expected(
@@ -262,7 +263,10 @@ def _method(value: object) -> str | Scorer:
 
 
 def _allocation(value: object) -> Any:
-    if isinstance(value, Mapping):
+    if isinstance(value, str):
+        if value in ALLOCATIONS:
+            return value
+    elif isinstance(value, Mapping):
         for name in value:
             if not isinstance(name, str):
                 raise ValueError(
@@ -271,9 +275,7 @@ def _allocation(value: object) -> Any:
                     )
                 )
         return ReadOnly({name: check_sparsity(f"allocation[{name!r}]", own) for name, own in value.items()})
-    if isinstance(value, Allocation) and not isinstance(value, type):
-        return value
-    if isinstance(value, str) and value in ALLOCATIONS:
+    elif isinstance(value, Allocation) and not isinstance(value, type):
         return value
     others = "an object of sparsam.allocation, or a mapping from names to sparsities"
     raise ValueError(expected("allocation", value, f"{_either(ALLOCATIONS)}, {others}", "pass one of them"))

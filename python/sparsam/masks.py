@@ -32,10 +32,14 @@ class Mask:
     __slots__ = ("_count", "_shape", "_words")
 
     def __init__(self, words: NDArray[np.uint64], shape: tuple[int, ...], count: int | None = None) -> None:
-        """For this package only: `words` hold 64 elements each, and the mask takes ownership of them."""
-        words.setflags(write=False)
+        """For this package only: `words` hold 64 elements each, and the mask takes ownership of them.
+
+        Words that come with their count are those of the selection kernels, which are read-only already.
+        """
+        if count is None:
+            words.setflags(write=False)
         self._words = words
-        self._shape = tuple(shape)
+        self._shape = shape
         self._count = count  # of bits that are set, where that is known
 
     @classmethod
@@ -65,7 +69,7 @@ class Mask:
     def _from_packed(cls, packed: NDArray[np.uint8], shape: tuple[int, ...]) -> Mask:
         words = np.zeros((packed.size + 7) // 8, np.dtype("<u8"))
         words.view(np.uint8)[: packed.size] = packed
-        return cls(words, shape)
+        return cls(words, tuple(shape))
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -301,6 +305,8 @@ def _check_apart(arrays: Mapping[str, NDArray[Any]], outs: Mapping[str, NDArray[
 
 
 def _ranges_meet(arrays: list[NDArray[Any]]) -> bool:
+    if len(arrays) < 2:
+        return False
     ranges = _core.byte_ranges([array for array in arrays if array.size])
     starts, ends = ranges[np.argsort(ranges[:, 0])].T
     return bool((starts[1:] < np.maximum.accumulate(ends)[:-1]).any())

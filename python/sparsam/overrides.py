@@ -1,4 +1,4 @@
-"""What single tensors have instead of the configuration's sparsity and pattern."""
+"""Overrides: sparsities and patterns of single tensors in place of those of the configuration."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from sparsam.patterns import NM, Pattern
 
 @dataclass(frozen=True)
 class Override:
-    """What one tensor has instead of the configuration's target and pattern.
+    """The sparsity and pattern of one tensor, in place of those of the configuration.
 
     Attributes:
         sparsity: In [0, 1]; None: the target of the configuration. An N:M pattern has its own.
@@ -37,7 +37,7 @@ class Override:
             sparsity = _nm_sparsity("Override: sparsity", pattern, sparsity)
         set_fields(self, sparsity=sparsity, pattern=pattern)
 
-    def settle(self, sparsity: float, pattern: Pattern) -> tuple[float, Pattern]:
+    def resolved(self, sparsity: float, pattern: Pattern) -> tuple[float, Pattern]:
         """Returns the sparsity and the pattern that a tensor has, given those of the configuration."""
         return (
             sparsity if self.sparsity is None else self.sparsity,
@@ -59,7 +59,7 @@ OverrideLike: TypeAlias = float | Pattern | tuple[float, Pattern] | Override
 
 
 def as_overrides(value: object, pattern: Pattern) -> Mapping[str, Override]:
-    """Returns name or pattern -> `Override` of what a user may write; the pattern is the configuration's."""
+    """Returns name or pattern -> `Override` for what a user may pass; the pattern is the configuration's."""
     if not isinstance(value, Mapping):
         raise ValueError(
             expected(
@@ -80,7 +80,7 @@ def as_overrides(value: object, pattern: Pattern) -> Mapping[str, Override]:
 
 
 def _decode(what: str, value: object, pattern: Pattern) -> Override:
-    """Decodes an override as the user may write it; nothing else does."""
+    """Decodes an override as the user may pass it; the only place that does."""
     if isinstance(value, Pattern):
         return Override(pattern=value)
     if not isinstance(value, Override):
@@ -103,7 +103,7 @@ def _nm_sparsity(what: str, pattern: NM, sparsity: float | None) -> float:
 
 
 def same_sparsity(a: float, b: float) -> bool:
-    """Whether two sparsities are equal but for rounding."""
+    """Whether two sparsities are equal up to rounding."""
     return math.isclose(a, b, rel_tol=0, abs_tol=1e-9)
 
 

@@ -26,7 +26,7 @@ _BATCH = 1 << 20
 
 @dataclass(frozen=True)
 class Pool:
-    """Tensors that are selected alike: together, or each by itself.
+    """Tensors that are selected by the same rules: together, or each by itself.
 
     A name is in two pools if it is in two couplings.
 
@@ -114,21 +114,25 @@ def make_pools(
     alone: Scope = "row" if config.scope == "row" else "layer"
     pooled: list[str] = []
     overrides: dict[tuple[Pattern, Scope], dict[str, float]] = {}
+    accepted = None  # The last dtype found to be one of weights: mostly that of all tensors.
     for name, array in arrays.items():
         if name in excluded:
             continue
+        dtype = array.dtype
         if name not in tied:
             if name in overridden:
                 override = config.overrides[overridden[name]]
-                sparsity, pattern = override.settle(config.target_sparsity, config.pattern)
+                sparsity, pattern = override.resolved(config.target_sparsity, config.pattern)
                 scope: Scope = "layer" if isinstance(pattern, (Block, Slices)) else alone
                 overrides.setdefault((pattern, scope), {})[name] = sparsity
-            elif array.ndim < min_rank or (min_rank and array.dtype.kind in "biu"):
+            elif array.ndim < min_rank or (min_rank and dtype.kind in "biu"):
                 continue
             else:
                 pooled.append(name)
-        if not is_weight_dtype(array.dtype):
-            _refuse_dtype(name, array)
+        if dtype is not accepted:
+            if not is_weight_dtype(dtype):
+                _refuse_dtype(name, array)
+            accepted = dtype
     target, pattern = config.target_sparsity, config.pattern
     free = tuple(tie for tie, own in zip(config.ties, own_sparsities, strict=True) if own is None)
     pools = [
@@ -173,7 +177,9 @@ def batched(pools: Iterable[Pool], arrays: Mapping[str, NDArray[Any]]) -> Iterat
                 names, filled = [], 0
             names.append(name)
             filled += size
-        if names:
+        if len(names) == len(pool.names):
+            yield pool
+        elif names:
             yield replace(pool, names=tuple(names))
 
 

@@ -10,6 +10,7 @@ import math
 import warnings
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
+from operator import is_
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Generic, TypeVar, overload
 
@@ -124,7 +125,9 @@ def prune(
     result = _prune(named, arrays, settings, inplace=inplace, min_rank=2 if named is weights else 0)
     if named is weights:
         return result
-    mask = result.masks.get(SINGLE, Mask.ones(arrays[SINGLE].shape))
+    mask = result.masks.get(SINGLE)
+    if mask is None:
+        mask = Mask.ones(arrays[SINGLE].shape)
     return PruningResult(result.weights[SINGLE], mask, result.report)
 
 
@@ -243,7 +246,9 @@ def prune_pools(
     # Only now, since a tensor in two couplings is scored twice with its original values.
     nonzero |= {name: mask.write(arrays[name], outs[name]) for name, mask in tied.items()}
     masks |= tied
-    return Pruned({name: masks[name] for name in arrays if name in masks}, nonzero)
+    if tied or len(pools) > 1:  # The masks of one pool are in that order already.
+        masks = {name: masks[name] for name in arrays if name in masks}
+    return Pruned(masks, nonzero)
 
 
 def _prune_pool(
@@ -267,16 +272,20 @@ def _prune_pool(
         _refuse_nan(
             [ranked[name] for name in within], within
         )  # With its place in the tensor as it is stored.
-    fused = previous is None and not turned and all(ranked[name] is arrays[name] for name in ranked)
+    fused = (
+        previous is None and not turned and all(map(is_, ranked.values(), map(arrays.__getitem__, ranked)))
+    )
 
     if fused and not checked:
         check_outputs(ranked, outs)
 
     def select(scored: dict[str, NDArray[Any]]) -> Pruned:
-        viewed = scored | {name: outputs_first(scored[name]) for name in turned}
+        viewed = scored | {name: outputs_first(scored[name]) for name in turned} if turned else scored
         found = select_into(
             viewed, pool.sparsity, pattern, scope=scope, norm=norm, out=outs if fused else None
         )
+        if not turned:
+            return found
         return Pruned(
             found.masks | {name: mask_as_stored(found.masks[name]) for name in turned}, found.nonzero
         )
@@ -308,7 +317,7 @@ def describe(
     # What rows are made from later: nothing that may change until then, nothing that is large.
     shapes, dtypes = [array.shape for array in arrays.values()], [array.dtype for array in arrays.values()]
     kept = {name: mask.count for name, mask in masks.items()}
-    uncounted = arrays.keys() - nonzero.keys() - shared.keys()
+    uncounted = [name for name in arrays if name not in nonzero and name not in shared]
     nonzero = {**nonzero, **{name: count_nonzero(arrays[name]) for name in uncounted}}
 
     def rows() -> Iterator[LayerStats]:
@@ -351,7 +360,8 @@ def _prune(
         outs = {name: np.empty_like(arrays[name], order="C") for name in names if name not in shared}
     masks, nonzero = prune_pools(arrays, pools, scores.resolve(config.method), outs, checked=True)
     report = describe({**arrays, **outs}, masks, pools, nonzero, shared)
-    masks = {name: masks[shared.get(name, name)] for name in names}
+    if shared:
+        masks = {name: masks[shared.get(name, name)] for name in names}
     if inplace:
         return PruningResult(dict(weights), masks, report)
     pruned = {
@@ -366,7 +376,7 @@ def _warn_of_flags(arrays: Mapping[str, NDArray[Any]], names: Collection[str], *
     """Warns of tensors of zeros and ones only, such as attention masks, which are hardly weights."""
     for name in names:
         array = arrays[name]
-        if array.ndim < 2 or not array.size or array.item(0) not in (0.0, 1.0):
+        if array.ndim < 2 or not array.size or array.item(0) not in {0.0, 1.0}:
             continue
         ones = np.count_nonzero(array == 1)
         if 0 < ones < array.size and ones == np.count_nonzero(array):

@@ -272,9 +272,9 @@ def test_overrides_refuse_nonsense(make: Any, message: str) -> None:
 
 def test_an_override_settles_under_a_configuration() -> None:
     config = PruningConfig(0.75, pattern=Block(2, 2))
-    assert Override(0.5).settle(config.target_sparsity, config.pattern) == (0.5, Block(2, 2))
-    assert Override(pattern=Slices(0)).settle(config.target_sparsity, config.pattern) == (0.75, Slices(0))
-    assert Override(pattern=NM(2, 4)).settle(config.target_sparsity, config.pattern) == (0.5, NM(2, 4))
+    assert Override(0.5).resolved(config.target_sparsity, config.pattern) == (0.5, Block(2, 2))
+    assert Override(pattern=Slices(0)).resolved(config.target_sparsity, config.pattern) == (0.75, Slices(0))
+    assert Override(pattern=NM(2, 4)).resolved(config.target_sparsity, config.pattern) == (0.5, NM(2, 4))
     assert Override(0.5, Slices(0)).at(0.25) == Override(0.25, Slices(0))
     assert Override(0.5).scaled(0.5) == Override(0.25)
     assert Override(pattern=Slices(0)).scaled(0.5) == Override(pattern=Slices(0))

@@ -1,4 +1,4 @@
-// NumPy arrays as views: the one place that checks types and words the complaints. Include first.
+// NumPy arrays as views: the only place that checks types and raises their errors. Include first.
 #pragma once
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
@@ -63,13 +63,13 @@ inline View out_view(py::array& out, const View& like) {
   return view;
 }
 
-// While C++ works: the GIL is free for others, and numbers are IEEE's in whatever mode the caller computes.
+// While C++ code runs: the GIL is released, and arithmetic follows IEEE 754 whatever the caller's mode.
 struct Released {
   StandardFloats floats;
   py::gil_scoped_release released;
 };
 
-// Words for a mask of n elements, as they live in a Mask.
+// Words of a mask, as a Mask holds them.
 using Words = py::array_t<std::uint64_t, py::array::c_style>;
 
 inline const std::uint64_t* checked_words(const Words& words, std::size_t n) {

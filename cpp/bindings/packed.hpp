@@ -1,4 +1,4 @@
-// Packed matrices as Python has them: what several register_*.cpp need. Include after arrays.hpp.
+// The Python class of packed matrices, for several register_*.cpp. Include after arrays.hpp.
 #pragma once
 #include <string>
 

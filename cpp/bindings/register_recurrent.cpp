@@ -5,7 +5,7 @@
 namespace sparsam {
 namespace {
 
-// Addresses of contiguous float32 that the caller vouches for, sized as recur() says; 0 is null.
+// Addresses of contiguous float32, which the caller guarantees, sized as recur() requires; 0 is null.
 void recur_at(const PackedMatrix& weight, const std::string& kernel, const PackedMatrix* projection,
               const std::string& projection_kernel, const std::string& cell, std::vector<std::size_t> batches,
               bool reversed, std::uintptr_t inputs, std::uintptr_t bias, std::uintptr_t h, std::uintptr_t c,

@@ -17,8 +17,8 @@ constexpr const char* kCompiler = "gcc " SPARSAM_TEXT_OF(__GNUC__) "." SPARSAM_T
 constexpr const char* kCompiler = "unknown compiler";
 #endif
 
-// Python runs signal handlers in its main thread alone, which is the process's but where it is embedded; so
-// no other thread has to wait for the GIL.
+// Python runs signal handlers only in its main thread, which is the main thread of the process unless Python
+// is embedded; so other threads need not wait for the GIL.
 void check_signals() {
   if (!is_main_thread()) return;
   const py::gil_scoped_acquire acquired;
@@ -49,7 +49,7 @@ void register_runtime(py::module_& m) {
   m.def("threading_runtime", &threading_runtime);
   m.def("standard_floats", &standard_floats);
   m.def("set_float_mode", &set_float_mode, py::arg("mode"));
-  kernels();  // chosen now, so that no forked child meets the choice half made
+  kernels();  // chosen now, so that a forked child never finds the choice incomplete
   set_interrupt_check(&check_signals);
 }
 

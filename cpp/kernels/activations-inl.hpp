@@ -1,5 +1,5 @@
-// Activations over Floats, accurate to a few units in the last place of the larger of argument and result.
-// F is Floats, or what takes the place of its operations.
+// Activations over Floats, accurate to a few units in the last place of the larger of argument and result. F
+// is Floats, or a class that replaces its operations.
 #pragma once
 #include "matmul.hpp"
 
@@ -38,16 +38,15 @@ inline Floats::Reg sigmoid(Floats::Reg x) {
   return F::div(one, F::add(one, exponential<F>(F::sub(F::zero(), x))));
 }
 
-// x sigmoid(u), with u growing as x does. Below -88 a sigmoid is as good as 0 but does not shrink further, so
-// what it is multiplied with must not grow. At -infinity it is 0, and the product not a number: 0 * x says
-// so.
+// x sigmoid(u), with u growing as x does. Below -88 the computed sigmoid is nearly 0 but no longer decreases,
+// so its factor must not grow. At -infinity it is 0 and the product is NaN, which 0 * x gives.
 template <class F = Floats>
 inline Floats::Reg gated(Floats::Reg x, Floats::Reg u) {
   const Floats::Reg product = F::mul(F::max(F::set1(-88.0f), x), sigmoid<F>(u));
   return F::fma(F::zero(), F::min(F::zero(), x), product);
 }
 
-// As torch has it for infinities and NaN. NaN stays NaN: every branch multiplies by x or passes it through
+// Infinities and NaN give what torch gives. NaN stays NaN: every branch multiplies by x or passes it through
 // max or min as the second operand.
 template <class F = Floats>
 inline Floats::Reg activate(Floats::Reg x, Activation activation) {

@@ -31,8 +31,8 @@ SPARSAM_INLINE Floats::Reg finish_rows(Floats::Reg sums, Epilogue epilogue, std:
 }
 
 // One row of W, kBatch rows of x: 64 columns a step, independent chains for each so that the latency of the
-// sums is hidden. `lines` cache lines of values are fetched ahead per step: a core alone does not keep enough
-// reads in flight.
+// sums is hidden. `lines` cache lines of values are prefetched per step: without that, a core does not keep
+// enough reads in flight.
 template <class Value, std::size_t kBatch, std::size_t kLines>
 SPARSAM_INLINE void bitmask_row(const BitmaskView& w, std::size_t row, const float* x, std::size_t x_stride,
                                 float* sums) {
@@ -111,7 +111,7 @@ void bitmask(const BitmaskView& w, std::size_t begin, std::size_t end, const flo
   if (batch == 4) bitmask_fetching<Value, 4>(w, begin, end, x, x_stride, epilogue, y);
 }
 
-// What a tile may be: 1, 2 or 4 vectors that hold the batch.
+// The possible tiles: 1, 2 or 4 vectors that hold the batch.
 SPARSAM_INLINE bool is_tile(std::size_t batch, std::size_t vectors) {
   return (vectors == 1 || vectors == 2 || vectors == 4) && batch <= vectors * kLanes;
 }
@@ -168,7 +168,7 @@ template <std::size_t kVectors>
 void gather_tile(const float* x, const std::uint32_t* columns, std::size_t n, std::size_t depth,
                  const Source* sources, float* tile) {
   constexpr std::size_t kStride = kVectors * kLanes;
-  Source from[kVectors];  // a copy, which no store can change
+  Source from[kVectors];  // a copy, which stores cannot alias
   bool whole = true;
   for (std::size_t v = 0; v < kVectors; ++v) {
     from[v] = sources[v];
@@ -249,12 +249,12 @@ SPARSAM_INLINE void check_offsets([[maybe_unused]] Word offsets, [[maybe_unused]
     SPARSAM_CHECK(static_cast<Offset>(offsets >> (8 * sizeof(Offset) * r)) <= depth);
 }
 
-// One block: the sums of a unit's four rows stay in registers while its entries stream by. Rows come sorted
-// by their number of entries, so the loop's length is the same many times in a row and no branch is
-// mispredicted per entry. The offsets are read one step ahead: an address that waits for a load holds up the
-// loads behind it. Narrow tiles are limited by loads, and a fetch ahead is one: there is one for four steps,
-// which are a cache line of floats. A tile of one vector has too few sums to hide the latency of adding to
-// them, so every other step adds to a second set, where registers hold both.
+// One block: the sums of a unit's four rows stay in registers while its entries stream by. Rows are sorted by
+// their number of entries, so successive loops have equal lengths and their branches are predicted. The
+// offsets are read one step ahead: an address that waits for a load delays the loads after it. Narrow tiles
+// are limited by loads, and a prefetch is one: there is one for every four steps, which are a cache line of
+// floats. A tile of one vector has too few sums to hide the latency of adding to them, so every other step
+// adds to a second set if registers hold both.
 template <class Value, class Offset, std::size_t kVectors, bool kShared>
 void panel_block(const PanelView& w, const PanelBlock* block, bool first, const float* tile, float* sums) {
   constexpr std::size_t kStride = kVectors * kLanes, kOffsets = kShared ? 1 : 4;
@@ -310,7 +310,7 @@ void panel_block(const PanelView& w, const PanelBlock* block, bool first, const 
   }
 }
 
-// sums [rows][kVectors * lanes] to row-major y, with bias and activation on the way.
+// sums [rows][kVectors * lanes] to row-major y; adds the bias and applies the activation.
 template <class Y, std::size_t kVectors>
 void unpack_rows(const float* sums, std::size_t first_row, std::size_t rows, std::size_t batch,
                  Epilogue epilogue, Y* y, std::size_t y_stride) {
@@ -335,7 +335,8 @@ void unpack_rows(const float* sums, std::size_t first_row, std::size_t rows, std
   }
 }
 
-// sums [rows][kVectors * lanes] to y that has a row for each of them, with bias and activation on the way.
+// sums [rows][kVectors * lanes] to y, which has a row for each of them; adds the bias and applies the
+// activation.
 template <std::size_t kVectors>
 void store_rows(const float* sums, std::size_t first_row, std::size_t rows, Epilogue epilogue,
                 const Stretch* stretches, std::size_t n, float* y, std::size_t y_stride) {
@@ -352,7 +353,7 @@ void store_rows(const float* sums, std::size_t first_row, std::size_t rows, Epil
   }
 }
 
-// All depth blocks of a row block and a tile, into sums.
+// Multiplies all depth blocks of a row block with a tile, and adds to sums.
 template <class Value, class Offset, std::size_t kVectors>
 void all_blocks(const PanelView& w, std::size_t row_block, const float* tile, float* sums) {
   static_assert(kVectors <= kMaxVectors);

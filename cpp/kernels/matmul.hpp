@@ -1,4 +1,4 @@
-// What the matmul kernels see of a packed weight, and their row of the table. Plain data; no STL.
+// Views of packed weights for the matmul kernels, and the table of these kernels. Plain data; no STL.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -20,11 +20,11 @@ struct BitmaskView {
 };
 
 // The panel form: blocks of kRowBlock rows by `depth` columns. In a block the rows are sorted by their number
-// of entries and stand in units of four; a row with fewer entries than the longest of its unit is padded with
-// weight 0 at column `depth`, which tiles hold as 0, so the padding adds 0 * 0 whatever x holds. Column
-// numbers count from the block's first. Each step of a unit has four of them (one where the four rows share
-// their columns) and four weights, side by side. The first blocks of a row of blocks have a unit for every
-// row, the others only for rows with entries.
+// of entries and form units of four; a row with fewer entries than the longest of its unit is padded with
+// weight 0 at column `depth`, which is 0 in every tile, so that padding adds 0 * 0 whatever x contains.
+// Column numbers count from the block's first. Each step of a unit has four of them (one where the four rows
+// share their columns) and four weights, side by side. The first blocks of a row of blocks have a unit for
+// every row, the others only for rows with entries.
 struct PanelBlock {
   std::uint64_t unit, step;  // of the whole form, where its own begin; they end where the next block's begin
 };
@@ -44,9 +44,9 @@ struct PanelView {
 
 // The form in slots: blocks of kSlotBlock rows, sorted in a block by their number of entries, in groups of
 // `depth` rows (8 or 16), whose sums are in the lanes of a vector. A step of a group has a slot for each row:
-// an entry in one of the `depth` columns from its start on, or none. Values stand step after step: those of
-// the slots that are used, or in a form that is `full`, of all slots, 0 where there is no entry. 64 readable
-// bytes follow.
+// an entry in one of the `depth` columns from its start on, or none. Values are stored step after step: those
+// of used slots, or in a form that is `full` of all slots, 0 where there is no entry. 64 readable bytes
+// follow.
 struct SlotStart {
   std::uint64_t step, value;  // of the whole form, where its own begin; they end where the next group's begin
 };
@@ -65,7 +65,7 @@ struct SlotView {
   const void* values;
 };
 
-// What happens to a sum on its way out.
+// What is done to a sum before it is stored.
 struct Epilogue {
   const float* bias;  // per row; may be null
   Activation activation;
@@ -114,7 +114,7 @@ struct ValueKernels {
 };
 
 struct MatmulKernels {
-  std::size_t lanes;  // also the rows of a group in slots that this row of the table multiplies best
+  std::size_t lanes;  // also the depth of slots that is fastest with this instruction set
   // One depth block of a tile: n columns of `batch` rows of x, transposed to [depth + 1][vectors * lanes]
   // floats. Missing rows and column `depth` become 0. tile is 64-byte aligned.
   void (*pack)(Input x, std::size_t batch, std::size_t n, std::size_t depth, std::size_t vectors,

@@ -1,4 +1,4 @@
-// What the kernels of second moments see, and their row of the table. Plain data; no STL.
+// The kernels of second moments, and the table of them. Plain data; no STL.
 #pragma once
 #include <cstddef>
 
@@ -7,7 +7,7 @@ namespace sparsam {
 // Columns of a packed panel; a kernel adds the products of two panels.
 constexpr std::size_t kMomentPanel = 32;
 // Rows whose products are summed up in their own type before they are added in double: the error bound of
-// InputStatistics rests on it, and two panels of so many rows stay in the L1 cache.
+// InputStatistics depends on it, and two panels of that many rows stay in the L1 cache.
 constexpr std::size_t kMomentRows = 128;
 
 // Panels a and b are [rows][kMomentPanel], rows <= kMomentRows; the tile [kMomentPanel][kMomentPanel] has

@@ -49,7 +49,7 @@ void propagate_into_tile(T* w, const T* errors, std::size_t stride, const T* pan
 template <class T>
 void propagate_into_rows(const SweepBlock<T>& block, std::size_t first_row, std::size_t rows, T* buffer) {
   using Tile = TileOf<T>;
-  constexpr std::size_t kDepth = 128;  // so much of the panel stays in the L1 cache for all rows
+  constexpr std::size_t kDepth = 128;  // this much of the panel stays in the L1 cache for all rows
   const T* errors = block.errors + first_row * block.stride - block.first;
   for (std::size_t column = 0; column < block.cols; column += Tile::kColumns)
     for (std::size_t p = 0; p < block.first; p += kDepth) {
@@ -85,8 +85,8 @@ T magnitude(T x) {
   return x < 0 ? -x : x;
 }
 
-// Marks the n largest |w| / U_jj of columns [first, first + m): a column stays if fewer than n others come
-// before it, being larger, or equal and further left.
+// Marks the n largest |w| / U_jj of columns [first, first + m): a column is kept if fewer than n others
+// precede it, being larger, or equal and further left.
 template <class T>
 void choose_group(const SweepBlock<T>& block, const T* row, std::size_t first, std::uint8_t* keep) {
   T score[kMaxSweepColumns];
@@ -110,10 +110,9 @@ T nearest_multiple(T x, T scale, T most) {
   return ((q + kInteger) - kInteger) * scale;
 }
 
-// Column j of kSweepRows rows. What is kept has the error 0, or that of rounding it to the scale of its row,
-// and is worked on like the others: a branch per weight would be mispredicted every other time, and several
-// rows hide how long one takes. It starts at the register that has j: what lies before j in it meets zeros
-// of U.
+// Column j of kSweepRows rows. A kept weight has the error 0, or its rounding error, and is processed like
+// the others: a branch for each weight would often be mispredicted, and several rows hide the latency of one.
+// The update starts at the register that contains j: for lanes before j, U is 0.
 template <class T, bool kRounding>
 void eliminate(const SweepBlock<T>& block, std::size_t j, T* rows,
                const std::uint8_t (*keep)[kMaxSweepColumns], T* errors,
@@ -193,8 +192,8 @@ constexpr std::size_t kTileVectors = kTriangleTile / Doubles::kLanes;
 constexpr std::size_t kTileRows = Doubles::kSums / kTileVectors;
 
 // Rows [first, last) of the triangle, given that all rows before `first` are subtracted already. Row q gets
-// the rows of this panel before it subtracted, in registers, and is then divided by the root of its pivot; a
-// row without a pivot becomes 0.
+// the rows of this panel before it subtracted, in registers, and is then divided by the square root of its
+// pivot; a row without a pivot becomes 0.
 void eliminate_panel(double* a, std::size_t first, std::size_t last, std::size_t stride, double tolerance,
                      const double* diagonal) {
   using V = Doubles;
@@ -255,8 +254,8 @@ void subtract_tile(double* a, std::size_t stride, const double* left, const doub
     }
 }
 
-// x from U x = y by substitution from the last row up; y is a column of a. A row that was without a pivot has
-// 0 on its diagonal.
+// x from U x = y by substitution from the last row up; y is a column of a. A row without a pivot has 0 on its
+// diagonal.
 void substitute(const double* a, std::size_t n, std::size_t column, std::size_t stride, double* x) {
   using V = Doubles;
   __builtin_memset(x, 0, stride * sizeof(double));
@@ -272,8 +271,8 @@ void substitute(const double* a, std::size_t n, std::size_t column, std::size_t 
   }
 }
 
-// Cholesky's U with U^T U = A, row by row in place. The right-hand sides are columns like the others, and so
-// become what U^T y = b asks for.
+// Cholesky's U with U^T U = A, row by row in place. The right-hand sides are further columns, and so become
+// the solution y of U^T y = b.
 void solve(double* a, std::size_t n, std::size_t count, std::size_t stride, const double* diagonal,
            double tolerance, double* panel, double* solutions) {
   for (std::size_t first = 0; first < n; first += kTrianglePanel) {

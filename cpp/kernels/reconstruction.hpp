@@ -1,11 +1,11 @@
-// What the reconstruction kernels see, and their row of the table. Plain data; no STL.
+// Arguments of the reconstruction kernels, and the table of these kernels. Plain data; no STL.
 #pragma once
 #include <cstddef>
 #include <cstdint>
 
 namespace sparsam {
 
-// The most columns that one sweep takes: rows of them stay in the L1 cache, as does what they are reduced by.
+// The largest number of columns of one sweep: its rows and their updates stay in the L1 cache.
 constexpr std::size_t kMaxSweepColumns = 256;
 // Rows that are swept together, and columns that the panel of a block is cut into.
 constexpr std::size_t kSweepRows = 8, kSweepTile = 32;
@@ -28,7 +28,8 @@ struct SweepBlock {
   const T* u;
   std::size_t u_stride;
   const T* panel;  // U above the triangle: [tile of columns][row < first][kSweepTile], zeros past the columns
-  std::size_t n, m;  // keep the n largest |w| / U_jj of every m columns, which divides cols; m = 0: obey keep
+  // Keep the n largest |w| / U_jj of every m columns, which divides cols; with m = 0, use `keep` as it is.
+  std::size_t n, m;
   // Of a rounding sweep: column j of row r becomes scales[r * groups + (first + j) / group] times an integer
   // of at most `most`, and such products are exact in T.
   const T* scales;
@@ -39,15 +40,14 @@ struct SweepBlock {
 // Rows [begin, end). Finite weights; no overlaps.
 template <class T>
 struct SweepKernels {
-  // What the columns before the block owe to it: w -= (errors before the block) * panel.
+  // Applies the updates of the columns before the block: w -= (errors before the block) * panel.
   void (*propagate_errors)(const SweepBlock<T>& block, std::size_t begin, std::size_t end);
-  // Optimal brain surgery column by column: a pruned weight becomes 0, and what that costs is made up for by
-  // the columns after it in the block: e = w_j / U_jj, w_i -= e U_ji for i > j. Writes e to errors, 0 where
-  // kept. With m > 0 it chooses, group by group, from the weights as they have become, ties to the lower
-  // index, and writes keep.
+  // Optimal brain surgery column by column: a pruned weight becomes 0, and later columns of the block are
+  // updated to compensate for it: e = w_j / U_jj, w_i -= e U_ji for i > j. Writes e to errors, 0 where kept.
+  // With m > 0 it chooses group by group from the updated weights, ties to the lower index, and writes keep.
   void (*sweep)(const SweepBlock<T>& block, std::size_t begin, std::size_t end);
-  // The same with m = 0, where what is kept is rounded, to nearest with ties to even, as it is reached; the
-  // columns after it make up for that too, e = (w_j - rounded) / U_jj.
+  // The same with m = 0, but kept weights are rounded (to nearest, ties to even) when they are reached, and
+  // later columns compensate for that too: e = (w_j - rounded) / U_jj.
   void (*rounding_sweep)(const SweepBlock<T>& block, std::size_t begin, std::size_t end);
 };
 

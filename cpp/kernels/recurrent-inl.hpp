@@ -14,7 +14,7 @@ inline Floats::Reg hyperbolic_tangent(Floats::Reg x) {
   return Floats::copysign(Floats::div(Floats::sub(one, e), Floats::add(one, e)), x);
 }
 
-// A vector of lanes of gates; the last one may be a part.
+// A vector of lanes of gates; the last one may be partial.
 struct Lanes {
   std::size_t at, n;
   Floats::Reg load(const float* p) const { return Floats::load_partial(p + at, n); }

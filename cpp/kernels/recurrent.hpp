@@ -1,4 +1,4 @@
-// What the kernels of recurrent cells see, and their row of the table. Plain data; no STL.
+// Arguments of the kernels of recurrent cells, and the table of these kernels. Plain data; no STL.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -11,7 +11,7 @@ constexpr std::size_t kCells = 4;
 // How many vectors of `hidden` numbers a cell computes from its input and its state.
 constexpr std::size_t gates_of(Cell cell) { return cell == Cell::lstm ? 4 : cell == Cell::gru ? 3 : 1; }
 
-// One step of one sequence. Gates stand one after another, each of `hidden` numbers, in PyTorch's order.
+// One step of one sequence. Gates are stored one after another, each of `hidden` numbers, in PyTorch's order.
 struct CellStep {
   std::size_t hidden;
   const float* input;   // W_ih x + b_ih

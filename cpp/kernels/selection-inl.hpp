@@ -142,10 +142,10 @@ Bits bisect(const Bits* src, std::size_t n, std::size_t k, std::size_t tolerance
   return low < high ? largest_upto(src, n, high) : low;  // one key is left, which is the largest up to high
 }
 
-// The few keys inside are taken in a second walk over the words that have any, noted without a branch. A
-// compressed store per vector, which mostly stores nothing, would cost more than all of the comparisons (1.7
-// against 0.6 ns per 64 bytes on Zen 5). kTies: count keys equal to the pivots too. kInside: there may be
-// keys between them.
+// The few keys inside are collected in a second loop over the words that have any; the first notes these
+// without a branch. A compressed store per vector, which mostly stores nothing, would cost more than all of
+// the comparisons (1.7 against 0.6 ns per 64 bytes on Zen 5). kTies: count keys equal to the pivots too.
+// kInside: there may be keys between them.
 template <bool kTies, bool kInside, class Bits>
 std::size_t bracket_pass(const Bits* src, std::size_t n, Bits low, Bits high, Bits* inside,
                          BracketCounts* counts) {
@@ -244,7 +244,7 @@ Kept threshold_mask(const Bits* src, std::size_t n, Bits t, std::size_t ties_kep
     words[index] = keep;
     if (out != nullptr) store_kept(p, count, keep, out + index * kWord);
   });
-  kept.nonzero = t == 0 ? kept.all - (ties_wanted - ties_kept) : kept.all;  // what ties with 0 is zero
+  kept.nonzero = t == 0 ? kept.all - (ties_wanted - ties_kept) : kept.all;  // ties with 0 are zeros
   return kept;
 }
 

@@ -1,5 +1,5 @@
-// The lanes of a group in slots, one by one: for any machine, and for groups that a machine has no shuffles
-// for. Include after a floats_*.hpp.
+// The lanes of a group in slots, one by one: for any machine, and for groups for which a machine has no
+// shuffle. Include after a floats_*.hpp.
 #pragma once
 #include "matmul.hpp"
 

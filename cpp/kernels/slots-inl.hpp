@@ -4,10 +4,10 @@
 namespace sparsam::SPARSAM_TARGET {
 namespace {
 
-constexpr std::size_t kSlotPitch = kSlotBlock + kMaxLanes;  // rows, and a place for what belongs to none
+constexpr std::size_t kSlotPitch = kSlotBlock + kMaxLanes;  // rows, and room for lanes without a row
 
-// How a step reads its values and adds to sums, and whether these are fetched ahead. Where only used slots
-// have one, they are expanded:
+// How a step reads its values and adds to sums, and whether values are prefetched. If only used slots have a
+// value, values are expanded:
 struct UsedSlots {
   static constexpr bool kFetched = true;
   template <class Step, class Value>
@@ -21,8 +21,8 @@ struct UsedSlots {
     return now.fma(w, x, sum);
   }
 };
-// Where all slots have one, 0 adds nothing as long as x is finite. In caches fetching costs a tenth of the
-// time, and saves a fiftieth of it from memory, which hardware reads ahead as well:
+// If all slots have a value, a 0 adds nothing as long as x is finite. Prefetching costs a tenth of the time
+// if the values are in a cache, and saves a fiftieth if they are not, since hardware prefetches too:
 template <std::size_t kRows>
 struct FiniteSlots {
   static constexpr bool kFetched = false;
@@ -37,7 +37,7 @@ struct FiniteSlots {
     return now.fma_all(w, x, sum);
   }
 };
-// And if it is not:
+// If x is not finite:
 template <std::size_t kRows>
 struct AllSlots : FiniteSlots<kRows> {
   template <class Step, class Reg>
@@ -47,8 +47,8 @@ struct AllSlots : FiniteSlots<kRows> {
 };
 
 // The sums of a group for kBatch rows of x, to sums[t * kSlotPitch + row in the block]. With one row, every
-// other step adds to a second set of sums, and so on: their latency is hidden. As many values are fetched
-// ahead as kAtOnce steps can have.
+// other step adds to a second set of sums, and so on, to hide their latency. As many values are prefetched as
+// kAtOnce steps can have.
 template <std::size_t kRows, class Slots, class Value, std::size_t kBatch>
 SPARSAM_INLINE void slot_group(const SlotView& w, std::size_t g, const float* const* x, float* sums) {
   using Lanes = SlotLanes<kRows>;
@@ -111,13 +111,13 @@ void slot_block(const SlotView& w, std::size_t block, const float* x, std::size_
                 float* sums) {
   const std::size_t first = block * kSlotBlock,
                     end = first + kSlotBlock < w.rows ? first + kSlotBlock : w.rows;
-  const float* of[kBatch];  // the last row again where there are fewer than kBatch
+  const float* of[kBatch];  // the last row is repeated if there are fewer than kBatch
   for (std::size_t t = 0; t < kBatch; ++t) of[t] = x + (t < batch ? t : batch - 1) * x_stride;
   for (std::size_t g = first / kRows; g < (end + kRows - 1) / kRows; ++g)
     slot_group<kRows, Slots, Value, kBatch>(w, g, of, sums);
 }
 
-// One row of x after the other: for what is rare.
+// One row of x after the other, for rare cases.
 template <std::size_t kRows, class Slots, class Value>
 void slot_each(const SlotView& w, std::size_t block, const float* x, std::size_t x_stride, std::size_t batch,
                float* sums) {
@@ -144,7 +144,7 @@ void slot_batch(const SlotView& w, std::size_t block, const float* x, std::size_
 template <class Value>
 void slots(const SlotView& w, std::size_t block, const float* x, std::size_t x_stride, std::size_t batch,
            bool finite, Epilogue epilogue, Output y) {
-  constexpr std::size_t kOthers = kLanes == 8 ? 16 : 8;  // of a form made under another instruction set
+  constexpr std::size_t kOthers = kLanes == 8 ? 16 : 8;  // of a form made for another instruction set
   SPARSAM_CHECK(block * kSlotBlock < w.rows && batch >= 1 && batch <= kSlotBatch);
   alignas(64) float sums[kSlotBatch * kSlotPitch];
   if (w.depth == kOthers && w.full)

@@ -1,4 +1,4 @@
-// Sums on their way out, over Floats: float32, or narrowed to bfloat16.
+// Stores of results, over Floats: as float32, or rounded to bfloat16.
 #pragma once
 #include "matmul.hpp"
 

@@ -1,5 +1,4 @@
-// Everything that an instruction set may provide. A field here, and in the rows, is the only way to add a
-// kernel.
+// The kernels that an instruction set provides. A kernel is added by a field here and in the rows.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -25,7 +24,7 @@ constexpr std::size_t kBracketLength = 4096;
 // The largest m of WidthKernels::nm_mask.
 constexpr std::size_t kLargestGroup = 256;
 
-// What one pass learns of the keys of a piece of data against two pivots low <= high.
+// The counts of one pass over a piece of data against two pivots low <= high.
 struct BracketCounts {
   std::size_t upto_low = 0;                  // keys <= low
   std::size_t below_low = 0, upto_high = 0;  // keys < low and keys <= high; only where ties were asked for

@@ -14,7 +14,7 @@ namespace {
 
 using Words = std::uint64_t*;
 
-// A writer with words and row_start filled in, from words that are complete.
+// A writer whose words are complete, with row_start computed from them.
 FormWriter begin(const std::uint64_t* words, std::size_t rows, std::size_t cols, DType dtype,
                  std::size_t width = 0) {
   const std::size_t row_words = words_for(cols);
@@ -45,7 +45,7 @@ void copy_bits(const std::uint64_t* mask, std::size_t start, std::size_t cols, W
   if (cols % 64 != 0) to[n - 1] &= (std::uint64_t{1} << cols % 64) - 1;
 }
 
-// mark(bits, row, words) sets the bits of a row that has these elements.
+// mark(bits, row, words) sets the bits of a row with these elements.
 template <class Mark>
 FormPtr pack_rows(const View& w, std::size_t rows, std::size_t cols, bool read_to_mark, Mark&& mark) {
   const std::size_t row_words = words_for(cols);

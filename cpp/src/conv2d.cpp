@@ -9,13 +9,13 @@
 namespace sparsam {
 namespace {
 
-// Images in, images out. A tile's columns are positions of one output image, row by row at a pitch that lets
-// every vector of them be read at once: the output's width rounded up to whole vectors where that fits the
-// input's rows, else the length of those rows. Positions past the output's width are multiplied and thrown
-// away.
+// Images in, images out. A tile's columns are positions of one output image, row by row, with a row length at
+// which every vector of positions is contiguous in memory: the output's width rounded up to whole vectors if
+// that fits the input's rows, else the length of those rows. Results for positions past the output's width
+// are discarded.
 struct ConvProduct : PanelTiles {
   const Conv2d& c;
-  const float* x;  // images as `Padded` has them, or as they came
+  const float* x;  // images as `Padded` stores them, or the originals
   std::size_t image_floats, row_floats, images, slack;
   const std::uint32_t* columns;
   float* y;
@@ -43,7 +43,7 @@ struct ConvProduct : PanelTiles {
   std::size_t tiles_per_image() const { return (positions + wide() - 1) / wide(); }
   std::size_t tiles() const { return images * tiles_per_image(); }
 
-  // The last tile of an image takes no more vectors than it needs.
+  // The last tile of an image has only as many vectors as it needs.
   std::size_t vectors_of(std::size_t first) const {
     const std::size_t needed = (positions - first + m.lanes - 1) / m.lanes;
     return std::min(vectors, needed <= 2 ? needed : kMaxVectors);
@@ -80,8 +80,8 @@ struct ConvProduct : PanelTiles {
   }
 };
 
-// Where the planes of an image lie when it is copied with its padding: one plane for each channel and each
-// phase of the strides, in which neighbouring outputs read neighbours.
+// Layout of an image that is copied with its padding: one plane for each channel and each phase of the
+// strides, so that neighbouring outputs read neighbouring elements.
 struct Padded {
   const Conv2d& c;
   std::size_t rows, row_floats;
@@ -91,7 +91,7 @@ struct Padded {
         rows((c.height + 2 * c.pad_h + c.stride_h - 1) / c.stride_h),
         row_floats((c.width + 2 * c.pad_w + c.stride_w - 1) / c.stride_w) {}
 
-  // Nothing to pad and nothing to part: images are read where they are.
+  // Without padding and strides, images are read in place.
   bool as_it_came() const {
     return c.kernel_h * c.kernel_w * c.stride_h * c.stride_w == 1 && c.pad_h + c.pad_w == 0;
   }
@@ -153,7 +153,7 @@ void conv2d(const Form& form, const Conv2d& c, const float* x, std::size_t x_str
             const float* bias, const std::string& activation, float* y, std::size_t y_stride) {
   const Epilogue epilogue{bias, activation_of(activation)};
   if (form.rows() == 0 || images == 0) return;
-  const MatmulKernels& m = kernels().matmul;  // asked once: use_isa() may be called meanwhile
+  const MatmulKernels& m = kernels().matmul;  // read once: another thread may call use_isa()
   const PanelView w = form.panels();
   const std::size_t positions = c.out_height() * c.out_width();
   const PanelTiles tiles{w, m, kernels_for(m, form.dtype()), tile_vectors(positions, m, w), epilogue};

@@ -1,4 +1,4 @@
-// What the builders of forms share.
+// Common parts of the code that builds forms.
 #pragma once
 #include <algorithm>
 #include <cstring>
@@ -40,7 +40,7 @@ void unpack_rows(const Form& rows, float* to);
 FormHeader laid_out(FormHeader counts);
 FormHeader header_for(FormKind kind, DType dtype, std::size_t rows, std::size_t cols, std::size_t nnz);
 
-// A form in new memory, while it is written.
+// A form in new memory that is being written.
 class FormWriter {
  public:
   explicit FormWriter(const FormHeader& counts);
@@ -58,7 +58,7 @@ class FormWriter {
   std::shared_ptr<Memory> memory_;
 };
 
-// Rows in stretches, shared out over threads.
+// Ranges of rows, distributed over threads.
 struct RowTasks {
   std::size_t rows, step, tasks, workers;
 
@@ -93,7 +93,7 @@ inline std::size_t count_words(const std::uint64_t* words, std::size_t n) {
 // Whether every aligned four rows of a bitmask share their columns.
 bool rows_share(const std::uint64_t* words, std::size_t rows, std::size_t cols);
 
-// What is wrong with the content of a form whose header is right; empty where nothing is.
+// What is wrong with the content of a form whose header is valid; empty if nothing is.
 std::string fault_of(const BitmaskView& w, const FormHeader& header);
 std::string fault_of(const PanelView& w, const FormHeader& header);
 std::string fault_of(const SlotView& w, const FormHeader& header);  // but for shared_rows

@@ -28,8 +28,9 @@ bool nm_mask(const View& array, std::size_t keep, std::size_t m, std::uint64_t* 
 
 namespace {
 
-// Up to here bisection over the bits of a row, which lies in an L1 cache, is faster than a sample and a pass.
-// Measured crossings, AVX2 and AVX-512: beyond 8192 for 16 bits; 2500 and 8192 for 32; 1024 and 2500 for 64.
+// Up to this length, bisection over the bits of a row, which is in the L1 cache, is faster than a sample and
+// a pass. Measured crossings, AVX2 and AVX-512: beyond 8192 for 16 bits; 2500 and 8192 for 32; 1024 and 2500
+// for 64.
 template <class Bits>
 constexpr std::size_t kDirectRow = sizeof(Bits) == 2   ? 8192
                                    : sizeof(Bits) == 4 ? 3072
@@ -48,7 +49,7 @@ void store_bits(const std::uint64_t* bits, std::size_t n, std::uint64_t* words, 
 }  // namespace
 
 bool row_topk_mask(const View& array, std::size_t cols, std::size_t pruned, std::uint64_t* words) {
-  // Tasks of whole rows that share no mask word, as large as chunks are elsewhere.
+  // Tasks of whole rows that share no mask word, about as large as chunks in other passes.
   const std::size_t unit = cols * (64 / std::gcd(cols, std::size_t{64}));
   const std::vector<Chunk> chunks = cut(array, unit * std::max<std::size_t>(1, kStep / unit));
   const std::size_t workers = worker_count(chunks.size(), array.size() >= kSerialBelow);

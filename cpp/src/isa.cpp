@@ -16,7 +16,7 @@ namespace sparsam {
 namespace {
 
 #if defined(__x86_64__)
-bool has_f16c() {  // not a name that every compiler's __builtin_cpu_supports knows
+bool has_f16c() {  // some compilers' __builtin_cpu_supports does not know this name
   unsigned a = 0, b = 0, c = 0, d = 0;
   return __get_cpuid(1, &a, &b, &c, &d) != 0 && (c & bit_F16C) != 0;
 }
@@ -42,10 +42,10 @@ std::uint32_t detect() {
     features |= kAvx512;
   if (__builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512vbmi")) features |= kVnni;
 #elif defined(__aarch64__) && defined(__linux__)
-  constexpr unsigned long kDotProducts = 1ul << 20;  // HWCAP_ASIMDDP, which older headers lack
+  constexpr unsigned long kDotProducts = 1ul << 20;  // HWCAP_ASIMDDP, missing in older headers
   if ((getauxval(AT_HWCAP) & kDotProducts) != 0) features |= kDot;
 #elif defined(__aarch64__) && defined(__APPLE__)
-  features |= kDot;  // every Mac with an Apple CPU has them
+  features |= kDot;  // all Apple CPUs have them
 #endif
   return features;
 }
@@ -57,8 +57,8 @@ std::uint32_t machine() {
 
 bool runs_here(const KernelTable& row) { return (row.required & ~machine()) == 0; }
 
-// Whether int8 kernels may run under a row: the machine has all that they need, and the row stands for those
-// instruction sets of it that have a row.
+// Whether int8 kernels may run while a row is active: the machine has all the features that they need, and
+// the row includes those of these features that have a row of their own.
 bool runs_under(const Int8Kernels& int8, const KernelTable& row) {
   constexpr std::uint32_t kWithRow = kAvx2 | kAvx512;
   return (int8.required & ~machine()) == 0 && (int8.required & kWithRow & ~row.required) == 0;

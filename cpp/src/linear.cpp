@@ -19,7 +19,7 @@ Output rows_from(Output y, std::size_t row) {
   return {static_cast<char*>(y.data) + bytes, y.stride, y.narrow};
 }
 
-// n columns of rows of x as floats, followed by zeros up to `stride`.
+// The first n columns of rows of x as floats, followed by zeros up to `stride`.
 void copy_padded(const MatmulKernels& m, const Input& x, std::size_t row, std::size_t n, std::size_t stride,
                  float* to) {
   if (x.narrow) {
@@ -46,7 +46,7 @@ void by_bitmask(const MatmulKernels& m, const Form& form, const Input& x, std::s
   const std::size_t x_stride = w.row_words * 64;
   const std::size_t step = std::max<std::size_t>(64, ((std::size_t{1} << 17) / (x_stride + 1)) / 64 * 64);
   const std::size_t tasks = (w.rows + step - 1) / step;
-  // The kernel reads whole words of columns, and vectors that cross cache lines at half the speed.
+  // The kernel reads whole words of columns, and reads vectors that cross cache lines at half the speed.
   const bool as_it_came =
       !x.narrow && w.cols == x_stride && reinterpret_cast<std::uintptr_t>(x.data) % 64 == 0;
   const Scratch<Purpose::tiles> padded(as_it_came ? 0 : std::min(kRows, batch) * x_stride);
@@ -73,9 +73,9 @@ bool all_finite(const float* x, std::size_t n) {
   return others == 0;
 }
 
-// From so many products on, threads save more time than they take: starting and joining two took 1
-// microsecond in some processes and 3 in others, on one machine, so that fewer products gain a fifth or lose
-// a half.
+// The number of multiplications from which threads save more time than they cost: starting and joining two
+// took 1 microsecond in some processes and 3 in others, on one machine, so that fewer products gain a fifth
+// or lose a half.
 constexpr std::size_t kSlotsSerialBelow = kSerialBelow / 4;
 
 void by_slots(const MatmulKernels& m, const Form& form, const Input& x, std::size_t batch, Epilogue epilogue,
@@ -84,7 +84,7 @@ void by_slots(const MatmulKernels& m, const Form& form, const Input& x, std::siz
   const ValueKernels& kernel = kernels_for(m, form.dtype());
   const std::size_t blocks = (w.rows + kSlotBlock - 1) / kSlotBlock;
   const std::size_t x_stride = std::max(w.cols, w.depth);
-  // Windows of columns lie in rows of x, unless these are shorter than a window.
+  // The kernel reads a whole window of columns, so shorter rows of x are copied and padded.
   const bool as_it_came = !x.narrow && w.cols == x_stride;
   const Scratch<Purpose::tiles> padded(as_it_came ? 0 : std::min(kSlotBatch, batch) * x_stride);
   for (std::size_t t = 0; t < batch; t += kSlotBatch) {
@@ -109,7 +109,7 @@ struct LinearProduct : PanelTiles {
 
   std::size_t tiles() const { return (batch + wide() - 1) / wide(); }
   std::size_t rows_of(std::size_t tile) const { return std::min(wide(), batch - tile * wide()); }
-  // The last tile takes no more vectors than it needs.
+  // The last tile has only as many vectors as it needs.
   std::size_t vectors_of(std::size_t tile) const {
     const std::size_t needed = (rows_of(tile) + m.lanes - 1) / m.lanes;
     return needed <= 2 ? needed : vectors;
@@ -131,7 +131,7 @@ void multiply(const Form& form, const void* x, std::size_t batch, const float* b
               const std::string& activation, void* y, bool narrow) {
   const Epilogue epilogue{bias, activation_of(activation)};
   if (form.rows() == 0 || batch == 0) return;
-  const MatmulKernels& m = kernels().matmul;  // asked once: use_isa() may be called meanwhile
+  const MatmulKernels& m = kernels().matmul;  // read once: another thread may call use_isa()
   const Input from{x, form.cols(), narrow};
   const Output to{y, form.rows(), narrow};
   if (form.dtype() == DType::i8 || form.dtype() == DType::i4) {

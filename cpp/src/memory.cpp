@@ -17,8 +17,8 @@ constexpr std::size_t kHugePage = std::size_t{1} << 21;
 
 #ifdef __linux__
 
-// Straight from the system, so that what is freed is given back: a heap may keep it. Whole huge pages are
-// wished for; one that is half used would take memory that nobody counts.
+// Mapped directly, so that freed memory returns to the system: a heap may keep it. Only whole huge pages are
+// requested; a partly used one would take memory that `nbytes` does not count.
 char* map(std::size_t bytes) {
   const std::size_t room = bytes + kHugePage;
   void* const all = mmap(nullptr, room, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);

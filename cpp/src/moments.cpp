@@ -63,7 +63,7 @@ class PackedColumns {
   Memory memory_;
 };
 
-// A tile by its place in the matrix, in tiles, and in memory.
+// A tile: its position in the matrix, counted in tiles, and in memory.
 struct Tile {
   std::size_t down, across, index;
 };
@@ -77,7 +77,7 @@ std::vector<Tile> tiles_of(std::size_t a_cols, std::size_t b_cols, std::size_t e
   return tiles;
 }
 
-// Squares of tiles one after the other, so that the panels they are made of stay in the cache.
+// Tiles are taken square by square, so that their panels stay in the cache.
 void order_by_squares(std::vector<Tile>& tiles) {
   constexpr std::size_t kSquare = 8;
   std::stable_sort(tiles.begin(), tiles.end(), [](const Tile& a, const Tile& b) {
@@ -99,7 +99,7 @@ void add_products(const ScaledMatrix<T>& a, const ScaledMatrix<T>& b, std::size_
   std::vector<Tile> order = tiles_of(a.cols, b.cols, edge_a, edge_b, upper);
   order_by_squares(order);
   const PackedColumns<T> left(a);
-  // The same matrix twice, as for second moments, is packed once.
+  // If both factors are the same matrix, as for second moments, it is packed once.
   const PackedColumns<T> other(a.data == b.data ? ScaledMatrix<T>{b.data, 0, 0, b.scale} : b);
   const PackedColumns<T>& right = a.data == b.data ? left : other;
   const bool parallel = a.rows * a.cols * b.cols >= std::size_t{1} << 20;

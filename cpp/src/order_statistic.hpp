@@ -1,11 +1,11 @@
 // The k-th smallest key of a source in about one read of it: a sample gives two pivots that very likely
-// enclose it, one parallel pass counts against them and collects the few keys between, and the same is done
-// to those. After Floyd and Rivest, "Expected time bounds for selection" (1975). A pass whose pivots missed
-// still narrows the range, by half of the remaining keys at least from the fourth on, so the end is always
-// reached; the answer never depends on luck.
+// enclose it, one parallel pass counts against them and collects the few keys between, and these are searched
+// in the same way. After Floyd and Rivest, "Expected time bounds for selection" (1975). A pass whose pivots
+// missed still narrows the range, by half of the remaining keys at least from the fourth on, so the search
+// always ends; the answer is exact whatever the sample was.
 //
-// Another thread may write to the data meanwhile. The answer then means nothing, but every loop ends:
-// counts that contradict those before them stop the search, and the last pivot is counted once more.
+// Another thread may write to the data during the search. The answer is then meaningless, but every loop
+// ends: counts that contradict those before them stop the search, and the last pivot is counted once more.
 #pragma once
 #include <atomic>
 #include <cmath>
@@ -19,13 +19,13 @@
 
 namespace sparsam {
 
-// Up to here, bisect over the bits.
+// Up to this size, bisect over the bits.
 constexpr std::size_t kDirect = 512;
 // Beyond this, the random reads of a larger sample cost more than its narrower bracket saves.
 constexpr std::size_t kMaxSampled = std::size_t{1} << 16;
 // Half width of the bracket, where memory allows: it misses about once in 100 calls.
 constexpr double kDeviations = 2.6;
-// Scratch memory: this share of the data, or this many bytes where that is more.
+// Scratch memory: this share of the data, or this many bytes if that is more.
 constexpr double kScratchShare = 0.05;
 constexpr std::size_t kScratchFloor = std::size_t{1} << 17;
 
@@ -44,7 +44,7 @@ struct Ranked {
   }
 };
 
-// Spreads the sampled positions inside their strata, so that periodic data is not always met at the same
+// Varies the sampled positions inside their strata, so that periodic data is not always sampled at the same
 // phase.
 inline std::uint64_t scramble(std::uint64_t x) {
   x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9;
@@ -134,11 +134,11 @@ Ranked<Bits> gather_and_select(const Source& source, std::size_t k, Bits least, 
 // How `budget` elements of scratch are used for n elements. A bracket of d deviations on either side of a
 // rank encloses about 1.15 d n / sqrt(sampled) keys at most (the median is the worst case; the pivots may lie
 // a tenth wide of it).
-struct Plan {
+struct SamplePlan {
   std::size_t sampled, room;
   double deviations;
 
-  Plan(std::size_t n, std::size_t budget) {
+  SamplePlan(std::size_t n, std::size_t budget) {
     const double size = static_cast<double>(n);
     sampled = std::min({kMaxSampled, static_cast<std::size_t>(std::cbrt(size * size)), budget / 4});
     const double enclosed = 1.15 * size / std::sqrt(static_cast<double>(sampled) + 1);
@@ -147,7 +147,7 @@ struct Plan {
   }
 };
 
-// What the source holds now of one key.
+// Counts one key in the source as it is now.
 template <class Bits, class Source>
 Ranked<Bits> count_once_more(const Source& source, Bits key, Bits infinity) {
   const Pass pass = run_pass(source, key, key, true, static_cast<Bits*>(nullptr), 0);
@@ -163,7 +163,7 @@ Ranked<Bits> select(const Source& source, std::size_t k, Bits least, Bits most, 
   const std::size_t n = source.size;
   if (n <= kDirect) return gather_and_select(source, k, least, most, infinity);
   const auto& kernel = width_kernels<Bits>(kernels());
-  const Plan plan(n, budget);
+  const SamplePlan plan(n, budget);
   const std::unique_ptr<Bits[]> collected(new Bits[plan.room]);
   std::unique_ptr<Bits[]> keys(new Bits[plan.sampled + kRun<Bits>]);
 
@@ -206,9 +206,9 @@ Ranked<Bits> select(const Source& source, std::size_t k, Bits least, Bits most, 
       keys.reset();
       const std::size_t left = budget - plan.room;
       const auto above = static_cast<Bits>(low + 1), below = static_cast<Bits>(high - 1);
-      // Where too little memory is left to narrow things down, bisection needs none.
+      // If too little memory is left for another pass, bisect, which needs none.
       Ranked<Bits> r =
-          Plan(pass.inside, left).deviations < 1
+          SamplePlan(pass.inside, left).deviations < 1
               ? select_directly(collected.get(), pass.inside, k - upto_low, above, below, infinity)
               : select(ContiguousSource<Bits>{collected.get(), pass.inside}, k - upto_low, above, below,
                        infinity, left);
@@ -218,14 +218,13 @@ Ranked<Bits> select(const Source& source, std::size_t k, Bits least, Bits most, 
     if (ties && k > below_low && k <= upto_low) return {low, below_low, upto_low - below_low, false};
     if (ties && low < high && k > below_high && k <= upto_high)
       return {high, below_high, upto_high - below_high, false};
-    // Data that stays as it is cannot give these counts: someone writes to it. Nothing is left to narrow
-    // down.
+    // Unchanged data cannot give these counts: another thread writes to it. Stop narrowing.
     const bool beyond =
         upto_low < before || below_high > upto || (ties && (below_low < before || upto_high > upto));
     const bool empty = k <= upto_low ? ties && low == least : k > below_high && ties && high == most;
     if (beyond || empty) return count_once_more(source, k <= upto_low ? low : high, infinity);
-    // The pivots missed, or met a tie unprepared, or too much lay between: go on in the part that holds the
-    // answer.
+    // The pivots missed, or met ties that were not counted, or too many keys lay between: continue in the
+    // part that holds the answer.
     if (k <= upto_low) {
       most = ties ? static_cast<Bits>(low - 1) : low;
       upto = ties ? below_low : upto_low;

@@ -1,4 +1,4 @@
-// Products by panels, in tiles: what a linear layer and a convolution share.
+// Products by panels, in tiles: the common part of linear layers and convolutions.
 #pragma once
 #include <algorithm>
 #include <cstddef>
@@ -14,12 +14,12 @@ namespace sparsam {
 Activation activation_of(const std::string& name);
 const ValueKernels& kernels_for(const MatmulKernels& m, DType dtype);
 
-// How many vectors a tile holds for a batch (or positions of an image): a block's part of it, 16 or 32 KiB,
-// stays in the L1 cache beside the streams. Four rows of four vectors fill half of AVX-512's registers; the
-// other rows have 16 registers and take two.
+// How many vectors a tile has for a batch (or the positions of an image): its part for one block, 16 or 32
+// KiB, stays in the L1 cache while weights stream through. Four rows of four vectors fill half of AVX-512's
+// registers; the other rows have 16 registers and take two.
 std::size_t tile_vectors(std::size_t batch, const MatmulKernels& m, const PanelView& w);
 
-// Memory that a thread keeps between its calls, a block for each purpose, unless it is large.
+// Memory that a thread keeps between calls, one block for each purpose; large blocks are freed.
 enum class Purpose { tiles, images };
 
 template <Purpose>
@@ -28,7 +28,7 @@ class Scratch {
   explicit Scratch(std::size_t floats) {
     const std::size_t bytes = floats * sizeof(float);
     if (memory_.bytes() >= bytes) return;
-    memory_ = Memory();  // first free, then take
+    memory_ = Memory();  // free before allocating
     memory_ = Memory(bytes);
   }
   ~Scratch() {
@@ -44,7 +44,7 @@ class Scratch {
   inline static thread_local Memory memory_;
 };
 
-// What every product by panels has: W, and tiles of `vectors` vectors.
+// The common members of products by panels: W, and tiles of `vectors` vectors.
 struct PanelTiles {
   const PanelView& w;
   const MatmulKernels& m;
@@ -58,10 +58,10 @@ struct PanelTiles {
   std::size_t columns_of(std::size_t d) const { return std::min(w.depth, w.cols - d * w.depth); }
 };
 
-// Where there are tiles for all threads, each packs groups of its own, which stay in its L2 cache, and takes
-// them through all row blocks: where cores do not share a cache, what another thread packed is slow to read.
-// Few tiles: the threads pack them together and share the work, row block by row block. Either way the
-// weights of a block are used for all tiles of a group while they are in the L2 cache.
+// If there are tiles for all threads, each thread packs groups of its own, which stay in its L2 cache, and
+// multiplies them with all row blocks: without a shared cache, reading what another thread packed is slow. If
+// there are few tiles, the threads pack them together and divide the row blocks. In both cases the weights of
+// a block are used for all tiles of a group while they are in the L2 cache.
 //
 // Product: PanelTiles with tiles(), pack(tile, depth block, packed tile) and multiply(tile, row block, packed
 // tile, sums).

@@ -7,20 +7,20 @@
 namespace sparsam {
 namespace {
 
-// Deep blocks for few entries per row, which would spend their time on loading and storing sums; for the
-// others, blocks whose part of a tile of four AVX-512 vectors (32 KiB) stays in the L1 cache, and whose
-// column numbers take one byte. Measured on Zen 5 with AVX-512 and AVX2: benchmarks/bench_matmul.py.
+// Deep blocks if rows have few entries, since loading and storing sums would take most of the time; otherwise
+// blocks whose part of a tile of four AVX-512 vectors (32 KiB) stays in the L1 cache, and whose column
+// numbers fit one byte. Measured on Zen 5 with AVX-512 and AVX2: benchmarks/bench_matmul.py.
 std::size_t depth_for(const Form& w) {
   const double weights = static_cast<double>(w.rows()) * static_cast<double>(w.cols());
   return static_cast<double>(w.nnz()) < 0.12 * weights ? 256 : 128;
 }
 
-// Entries of the rows of one block, and the order that its units take them in.
+// The number of entries of each row of one block, and the order of the rows in its units.
 class BlockRows {
  public:
   BlockRows(std::size_t rows, bool shared, bool first) : rows_(rows), shared_(shared), first_(first) {}
 
-  // A stable counting sort; rows that share columns stay together, and are equally long anyway.
+  // A stable counting sort; rows that share columns are equally long, so they stay together.
   void order(const std::uint16_t* entries) {
     entries_ = entries;
     const std::size_t missing = (4 - rows_ % 4) % 4;
@@ -38,7 +38,7 @@ class BlockRows {
     for (std::size_t r = 0; r < rows_; ++r) order_[starts[entries[r]]++] = static_cast<std::uint16_t>(r);
   }
 
-  // The positions in the order at which units begin, as visit(at, steps).
+  // Calls visit(at, steps) for each unit; `at` is the position of its first row in the order.
   template <class Visit>
   void for_each_unit(Visit&& visit) const {
     for (std::size_t at = 0; at < end_; at += 4)
@@ -86,7 +86,7 @@ struct PanelBuilder {
     });
   }
 
-  // `values` are the rows' next ones, and are moved past the block's.
+  // `values` points to the next values of each row, and is advanced past those of the block.
   template <class Value, class Offset>
   void emit(std::size_t block, const std::uint16_t* entries, const Value** values, std::uint16_t* header,
             Offset* offset, Value* value) const {
@@ -132,15 +132,15 @@ void with_types(std::size_t value_bytes, std::size_t depth, Body&& body) {
   });
 }
 
-// The entries of a form in panels, block by block.
+// Iterates over the entries of a form in panels, block by block.
 template <class Value, class Offset>
 struct PanelReader {
   const PanelView& w;
 
   std::size_t lanes() const { return w.shared ? 1 : 4; }
 
-  // visit(r, entries, offsets, values): row r of the row block has so many entries in block d, which lie
-  // lanes() and 4 apart.
+  // visit(r, entries, offsets, values): row r of the row block has that many entries in block d; their
+  // offsets are lanes() apart, their values 4.
   template <class Visit>
   void for_each_row(std::size_t row_block, std::size_t d, Visit&& visit) const {
     const PanelBlock* const block = w.blocks + row_block * w.depth_blocks + d;
@@ -162,7 +162,7 @@ struct PanelReader {
 
 std::size_t row_blocks(const PanelView& w) { return (w.rows + kRowBlock - 1) / kRowBlock; }
 
-// The checks of one row block; empty where nothing is wrong. Adds up the entries.
+// Checks one row block; returns an empty text if nothing is wrong. Adds its entries to the total.
 template <class Value, class Offset>
 std::string fault_of_row_block(const PanelView& w, std::size_t row_block, std::uint64_t* nnz) {
   const std::size_t rows = std::min(kRowBlock, w.rows - row_block * kRowBlock), lanes = w.shared ? 1 : 4;
@@ -235,7 +235,7 @@ FormPtr panels_of(const Form& bitmask) {
   counts.steps = at.step;
   const FormWriter writer(counts);
   std::copy_n(blocks, n + 1, writer.section<PanelBlock>(0));
-  // A task is a stretch of a row of blocks, whose rows it first finds their places in.
+  // A task is a range of depth blocks of a row block; it first finds where its rows start in them.
   constexpr std::size_t kStretch = 8;
   const std::size_t stretches = (across + kStretch - 1) / kStretch, lanes = builder.shared ? 1 : 4;
   with_types(item_size(bitmask.dtype()), depth, [&](auto value, auto offset) {

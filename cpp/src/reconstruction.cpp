@@ -25,7 +25,7 @@ const SweepKernels<T>& sweep_kernels() {
     return kernels().reconstruction.f64;
 }
 
-// The block of a matrix, but for what a sweep shall do in it.
+// A block of a matrix, without the settings of the sweep.
 template <class T>
 SweepBlock<T> block_of(const Sweep<T>& matrix, std::size_t first, std::size_t cols) {
   return {matrix.w + first,
@@ -49,7 +49,8 @@ template <class T>
 void for_each_rows(std::size_t rows, std::size_t row_work,
                    void (*kernel)(const SweepBlock<T>&, std::size_t, std::size_t),
                    const SweepBlock<T>& block) {
-  // Rows differ little in their work: some tasks more than there are threads even out what disturbs one.
+  // Rows take about equal time: a few more tasks than threads are enough to balance a thread that is
+  // disturbed.
   constexpr std::size_t kRows = 8 * kSweepRows;
   const std::size_t tasks = (rows + kRows - 1) / kRows;
   const std::size_t workers = worker_count(tasks, rows * row_work >= std::size_t{1} << 19);
@@ -109,7 +110,7 @@ template struct Sweep<double>;
 
 namespace {
 
-// What one group needs: its support, the triangle with the right-hand sides beside it, and the rest.
+// Memory for one group: its support, the triangle with the right-hand sides beside it, and scratch.
 struct GroupSize {
   std::size_t n, count, stride;
 

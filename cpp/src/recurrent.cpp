@@ -17,7 +17,7 @@
 namespace sparsam {
 namespace {
 
-constexpr std::size_t kCellCost = 16;  // of a cell's number, in multiplications: exponentials and divisions
+constexpr std::size_t kCellCost = 16;  // multiplications that cost as much as one number of a cell
 
 Cell cell_of(const std::string& name) {
   constexpr const char* kNames[] = {"lstm", "gru", "tanh", "relu"};

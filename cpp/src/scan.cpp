@@ -1,4 +1,4 @@
-// What selection has to know of single values: where a NaN is, how many are not zero.
+// Scans for single values: where a NaN is, and how many values are not zero.
 #include <atomic>
 #include <limits>
 

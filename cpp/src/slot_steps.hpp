@@ -1,5 +1,5 @@
-// How the entries of a group of rows are dealt to the steps of a form in slots: what is common to all types
-// of values.
+// How the entries of a group of rows are distributed over the steps of a form in slots, for all types of
+// values.
 #pragma once
 #include <algorithm>
 #include <cstddef>
@@ -19,15 +19,16 @@ struct SlotRow {
   const std::uint32_t* end;
 };
 
-// Deals the entries of at most shape.rows rows to steps, in order: visit(start, taken), where taken[r] of the
-// next entries of row r lie in the columns [start, start + window), all of them in [0, cols) where there are
-// so many. Each window begins at the first column that any of the rows still needs, or at the last one that
-// has room, and each row takes what it can. The starts rise, or stay. A step may be empty: it bridges a gap.
+// Distributes the entries of at most shape.rows rows over steps, in order, as visit(start, taken): the next
+// taken[r] entries of row r lie in the columns [start, start + window), which lie in [0, cols) if cols is at
+// least the window. Each window begins at the first column that any of the rows still needs, or at the last
+// one that has room, and each row takes as many entries as fit. Starts never decrease. A step may be empty,
+// to bridge a gap.
 template <class Visit>
 void for_each_step(const SlotShape& shape, SlotRow* rows, std::size_t n_rows, std::size_t cols,
                    Visit&& visit) {
-  constexpr std::size_t kMostRows = 64;
-  std::uint8_t taken[kMostRows] = {};
+  constexpr std::size_t kMaxRows = 64;
+  std::uint8_t taken[kMaxRows] = {};
   const std::size_t last = cols < shape.window ? 0 : cols - shape.window;
   for (std::size_t before = 0;;) {
     std::size_t first = cols;

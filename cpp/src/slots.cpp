@@ -13,12 +13,12 @@
 namespace sparsam {
 namespace {
 
-// All slots have a value, which is the fastest to read, in a form that caches hold and that most of its slots
-// are used in: memory is slower than expanding, and is paid for. Measured on Zen 4.
-constexpr std::size_t kMostFull = std::size_t{8} << 20;  // bytes of values
-constexpr double kLeastFull = 0.55;                      // of the slots
+// A form stores a value for every slot, which is fastest to read, if it fits the caches and most of its slots
+// are used; otherwise reading the additional memory would take longer than expanding. Measured on Zen 4.
+constexpr std::size_t kMaxFullBytes = std::size_t{8} << 20;  // bytes of values
+constexpr double kMinFullShare = 0.55;                       // of the slots
 
-constexpr std::size_t kMostGap = 255;  // starts are counted from that of the step before, in a byte
+constexpr std::size_t kMaxGap = 255;  // starts are counted from that of the step before, in a byte
 
 // Bits of a step's word that give a slot's column: eight slots have three each, and above them their used
 // bits; sixteen have four, so that slots 2 i and 2 i + 1 are i-th in the lower and in the upper half.
@@ -28,7 +28,7 @@ constexpr std::size_t slot_shift(std::size_t depth, std::size_t slot) {
 
 std::size_t blocks_of(std::size_t rows) { return (rows + kSlotBlock - 1) / kSlotBlock; }
 
-// What a worker needs to deal the rows of one block.
+// Memory for a worker that distributes the rows of one block.
 class SlotBlock {
  public:
   SlotBlock(const BitmaskView& w, std::size_t depth) : w_(w), depth_(depth) {}
@@ -37,7 +37,8 @@ class SlotBlock {
   std::size_t groups() const { return positions_ / depth_; }
   std::uint8_t row(std::size_t position) const { return order_[position]; }
 
-  // The order of the block's rows: by their number of entries, and those that fill up its last group first.
+  // The order of the block's rows: by their number of entries, after the positions without a row that
+  // complete the last group.
   void begin(std::size_t block) {
     first_ = block * kSlotBlock;
     const std::size_t rows = std::min(kSlotBlock, w_.rows - first_);
@@ -49,8 +50,9 @@ class SlotBlock {
                      [&](std::uint8_t a, std::uint8_t b) { return entries(a) < entries(b); });
   }
 
-  // Deals group g: visit(start, taken, columns, values), where slot i holds the last of the taken[i] entries
-  // before columns[i].next, if any, whose value is the one before values[i]. Returns the entries.
+  // Distributes group g over steps, as visit(start, taken, columns, values), where slot i holds the last of
+  // the taken[i] entries before columns[i].next, if any, whose value is the one before values[i]. Returns the
+  // entries.
   template <class Value, class Visit>
   std::size_t deal(std::size_t g, const Value* all, Visit&& visit) {
     SlotRow rows[kMaxSlotRows];
@@ -71,7 +73,7 @@ class SlotBlock {
                    [&](std::size_t c) { *to++ = static_cast<std::uint32_t>(c); });
       values[i] = all + w_.row_start[first_ + r];
     }
-    const SlotShape shape{depth_, 1, depth_, kMostGap};
+    const SlotShape shape{depth_, 1, depth_, kMaxGap};
     for_each_step(shape, rows, depth_, w_.cols, [&](std::size_t start, const std::uint8_t* taken) {
       for (std::size_t i = 0; i < depth_; ++i)
         if (taken[i] != 0) ++values[i];
@@ -91,7 +93,7 @@ class SlotBlock {
   std::vector<std::uint32_t> columns_;
 };
 
-// The used slots of a form, step by step.
+// Iterates over the used slots of a form, step by step.
 struct SlotReader {
   const SlotView& w;
 
@@ -105,7 +107,7 @@ struct SlotReader {
   std::size_t offset(std::size_t step, std::size_t slot) const {
     return word(step) >> slot_shift(w.depth, slot) & (w.depth - 1);
   }
-  // The row in its block; kSlotBlock for none.
+  // The index of the row in its block; kSlotBlock for none.
   std::size_t row(std::size_t g, std::size_t slot) const { return w.order[g * w.depth + slot]; }
   std::size_t first_row(std::size_t g) const { return g * w.depth / kSlotBlock * kSlotBlock; }
 
@@ -123,7 +125,7 @@ struct SlotReader {
   }
 };
 
-// The checks of one group. Adds up the entries.
+// Checks one group. Adds its entries to the total.
 std::string fault_of_group(const SlotView& w, std::size_t g, std::uint64_t* nnz) {
   const SlotReader reader{w};
   const std::size_t last = w.cols < w.depth ? 0 : w.cols - w.depth;
@@ -188,8 +190,8 @@ FormPtr slots_of(const Form& bitmask) {
   });
   std::size_t steps = 0;
   for (std::size_t g = 0; g < groups; ++g) steps += starts[g].step;
-  const bool full = steps * depth * item_size(bitmask.dtype()) <= kMostFull &&
-                    static_cast<double>(bitmask.nnz()) >= kLeastFull * static_cast<double>(steps * depth);
+  const bool full = steps * depth * item_size(bitmask.dtype()) <= kMaxFullBytes &&
+                    static_cast<double>(bitmask.nnz()) >= kMinFullShare * static_cast<double>(steps * depth);
   SlotStart at{0, 0};
   for (std::size_t g = 0; g <= groups; ++g) {
     const SlotStart counts = g < groups ? starts[g] : SlotStart{0, 0};

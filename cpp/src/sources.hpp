@@ -1,4 +1,4 @@
-// Elements in chunks, as selection reads them: one buffer, or arrays of any layout and mixed types.
+// Elements in chunks, for selection: from one buffer, or from arrays of any layout and mixed types.
 #pragma once
 #include <algorithm>
 #include <cstddef>

@@ -32,11 +32,11 @@ namespace {
 
 std::atomic<int> g_wanted{0};
 std::atomic<bool> g_forked{false};
-std::atomic<bool> g_refused{false};  // the machine made no more threads when last asked
+std::atomic<bool> g_refused{false};  // the system could create no more threads when last asked
 std::atomic<void (*)()> g_interrupt_check{nullptr};
 
-// An OpenMP team does not survive fork, whoever in this process started it, and its runtime waits for it
-// forever: a forked child works alone.
+// OpenMP threads do not survive fork, and the runtime would wait for them forever: a forked child uses one
+// thread.
 void after_fork_in_child() { g_forked.store(true); }
 const int g_fork_handler = pthread_atfork(nullptr, nullptr, after_fork_in_child);
 
@@ -65,8 +65,8 @@ int cgroup_cpus() {
   return std::max(1, static_cast<int>(std::ceil(quota / period)));
 }
 
-// What this file needs of an OpenMP runtime. Of a foreign one, GOMP_parallel: GCC's entry point, which LLVM's
-// and Intel's runtimes have too.
+// The functions of an OpenMP runtime that this file calls. GOMP_parallel is GCC's entry point; the runtimes
+// of LLVM and Intel have it too.
 struct Runtime {
   void (*parallel)(void (*body)(void*), void* data, unsigned threads, unsigned flags);
   int (*max_threads)();
@@ -82,7 +82,7 @@ const Runtime g_own{own_parallel, omp_get_max_threads, omp_in_parallel};
 #else
 thread_local bool t_in_parallel = false;
 
-// Without OpenMP: a team for each call. Where no more threads can be made, those there are do all the work.
+// Without OpenMP: new threads for each call. If no more can be created, the existing ones do all the work.
 void own_parallel(void (*body)(void*), void* data, unsigned threads, unsigned) {
   const auto work = [=] {
     t_in_parallel = true;
@@ -117,13 +117,13 @@ bool find(void* library, const char* name, Function** found) {
 }  // namespace
 
 bool adopt_runtime(const std::string& library) {
-  void* const handle = dlopen(library.c_str(), RTLD_LAZY | RTLD_NOLOAD);  // kept: it is never closed
+  void* const handle = dlopen(library.c_str(), RTLD_LAZY | RTLD_NOLOAD);  // never closed
   Runtime found{};
   if (handle == nullptr || !find(handle, "GOMP_parallel", &found.parallel) ||
       !find(handle, "omp_in_parallel", &found.in_parallel))
     return false;
-  // at::get_num_threads(), where it is PyTorch: its setting holds for threads that OpenMP was never asked
-  // from.
+  // at::get_num_threads() if it is PyTorch: its setting also applies to threads in which OpenMP has no
+  // setting of its own.
   if (!find(handle, "_ZN2at15get_num_threadsEv", &found.max_threads) &&
       !find(handle, "omp_get_max_threads", &found.max_threads))
     return false;
@@ -138,8 +138,8 @@ bool adopt_runtime(const std::string& library) {
 
 namespace {
 
-// Adopts PyTorch's runtime as soon as PyTorch is loaded, whatever was imported when. Libraries are looked
-// through only where some were loaded since they were last.
+// Adopts PyTorch's runtime as soon as PyTorch is loaded, whatever was imported when. Libraries are searched
+// only if some were loaded since the last search.
 void adopt_pytorch() {
 #ifdef __linux__
   if (&runtime() != &g_own || g_forked.load()) return;
@@ -232,7 +232,7 @@ struct Job {
   std::mutex mutex{};
   std::exception_ptr failure{};
 
-  // Nothing is asked once a task is claimed: others may wait for it.
+  // No check after a task is claimed: other threads may wait for its result.
   void run(std::size_t worker, bool checks) {
     auto due = checks ? Clock::now() + kBetweenChecks : Clock::time_point{};
     while (!stopped.load(std::memory_order_relaxed)) {
@@ -261,7 +261,7 @@ struct Job {
   }
 };
 
-// The stack that an OpenMP runtime gives a thread, in bytes; 0 where nothing is said.
+// The stack that an OpenMP runtime gives a thread, in bytes; 0 if not specified.
 std::size_t wanted_stack() {
   const char* text = std::getenv("OMP_STACKSIZE");
   if (text == nullptr) return 0;
@@ -282,8 +282,9 @@ void* wait_for_the_door(void* door) {
   return nullptr;
 }
 
-// Whether `more` threads can exist beside this one. OpenMP runtimes end the process where one cannot be made,
-// so the system is asked first, once for each calling thread and team size, since each has a team of its own.
+// Whether `more` threads can exist beside this one. OpenMP runtimes end the process if they cannot create a
+// thread, so this is tested first, once for each calling thread and number of threads, since each calling
+// thread has a team of its own.
 bool can_make(std::size_t more) {
   static thread_local std::size_t made = 0;
   if (more <= made) return true;

@@ -14,15 +14,15 @@
 namespace sparsam {
 namespace {
 
-// Ties are kept from the first on, so each chunk has to know how many there were before it. Chunks are taken
-// in order: the one before is done, or being done by a running thread.
+// The first ties are kept, so each chunk has to know how many ties came before it. Chunks are claimed in
+// order: the previous one is finished, or a running thread works on it.
 class TieCounts {
  public:
   explicit TieCounts(std::size_t chunks) : upto_(new std::atomic<std::size_t>[chunks]) {
     for (std::size_t i = 0; i < chunks; ++i) upto_[i].store(kUnknown, std::memory_order_relaxed);
   }
 
-  // Adds those of a chunk; returns how many there were before it.
+  // Adds the ties of a chunk; returns how many came before it.
   std::size_t add(std::size_t chunk, std::size_t found) {
     std::size_t before = 0;
     if (chunk > 0)
@@ -32,7 +32,7 @@ class TieCounts {
     return before;
   }
 
-  // Nobody waits for a chunk that failed.
+  // Releases those who wait for a chunk that failed.
   void give_up(std::size_t chunk) {
     std::size_t unknown = kUnknown;
     upto_[chunk].compare_exchange_strong(unknown, 0);
@@ -106,11 +106,11 @@ void threshold_mask(Views arrays, double value, std::size_t ties_kept, std::uint
 
 namespace {
 
-// What a small array costs beside its elements, in elements.
+// The fixed cost of a small array, expressed in elements.
 constexpr std::size_t kPerArray = 1024;
 
-// Calls body(i) for each array: small ones shared out over threads, large ones one by one, since those share
-// themselves out.
+// Calls body(i) for each array: small ones distributed over threads; large ones in turn, since each uses all
+// threads.
 template <class Body>
 void for_each_array(Views arrays, Body&& body) {
   std::vector<std::size_t> small, large, starts{0};

@@ -41,7 +41,7 @@ struct LaneSum {
 void tile_scores(const View& array, const Tiling& t, int norm, double* scores) {
   if (array.size() == 0) return;
   const std::size_t down = t.down(), across = t.across();
-  // A task is a row of tiles, or a stretch of one where the tiles are tall and few.
+  // A task is a row of tiles, or a part of one if tiles are tall and few.
   const std::size_t stretch = std::max<std::size_t>(1, kPiece / std::min(t.tile_cols, kPiece));
   const std::size_t stretches = (across + stretch - 1) / stretch;
   const std::size_t tasks = down * stretches;
@@ -94,7 +94,7 @@ void expand_tiles(const std::uint64_t* tile_words, const Tiling& t, std::uint64_
         ++tile;
         continue;
       }
-      std::size_t end = tile + 1;  // neighbours that are kept too go in one stroke
+      std::size_t end = tile + 1;  // kept neighbours are written together
       while (end < across && kept(base + end)) ++end;
       set(row * t.cols + tile * t.tile_cols, row * t.cols + std::min(end * t.tile_cols, t.cols));
       tile = end;

@@ -11,7 +11,7 @@
 namespace sparsam {
 
 std::uint64_t key_at_most(double value, DType t) {
-  // Binary search over the ordered keys: no rounding rule per type to get wrong.
+  // Binary search over the ordered keys, which needs no rounding rule for each type.
   std::uint64_t low = 0, high = infinity_key(t);
   while (low < high) {
     const std::uint64_t middle = low + (high - low + 1) / 2;
@@ -55,7 +55,7 @@ View View::in_memory_order() const {
   return View(data, dtype_, dims);
 }
 
-// Calls visit(pointer, byte stride, count) for the straight runs that make up [start, start + n).
+// Calls visit(pointer, byte stride, count) for the runs of constant stride that make up [start, start + n).
 template <class Visit>
 void View::for_each_run(std::size_t start, std::size_t n, Visit&& visit) const {
   SPARSAM_CHECK(start <= size_ && n <= size_ - start);

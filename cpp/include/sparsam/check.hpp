@@ -1,4 +1,5 @@
-// Checks of ranges in the assertion build (SPARSAM_CHECKS); nothing in others. Plain enough for kernels.
+// Checks of ranges in the assertion build (SPARSAM_CHECKS); nothing in other builds. Simple enough to be used
+// in kernels.
 #pragma once
 
 #ifdef SPARSAM_CHECKS

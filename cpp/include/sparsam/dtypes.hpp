@@ -7,7 +7,7 @@
 
 namespace sparsam {
 
-// i8 and i4 are for packed values alone: no kernel selects among integers. The levels of i4 values take a
+// i8 and i4 are only for packed values: no kernel selects among integers. The levels of i4 values take a
 // byte each but in slots and files.
 enum class DType : std::uint8_t { f16, bf16, f32, f64, i8, i4 };
 
@@ -51,7 +51,7 @@ inline float half_to_float(std::uint16_t h) {
 
 inline float bfloat_to_float(std::uint16_t h) { return bit_cast<float>(static_cast<std::uint32_t>(h) << 16); }
 
-// The number whose bits stand at p; exact.
+// The number whose bits are stored at p; exact.
 inline double load_double(const void* p, DType t) {
   std::uint16_t half;
   switch (t) {

@@ -7,7 +7,7 @@ namespace sparsam {
 
 inline std::string quoted(const std::string& text) { return "'" + text + "'"; }
 
-// What came: text as it is, numbers in digits.
+// The value that was passed: text unchanged, numbers in decimal.
 template <class Got>
 std::string expected(const std::string& what, const Got& got, const std::string& wanted,
                      const std::string& action) {

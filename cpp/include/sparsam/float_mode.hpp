@@ -1,16 +1,15 @@
-// How a thread computes with floating-point numbers: rounding, and whether numbers below the normal range
-// count as zero. Programs switch the latter on for speed (torch.set_flush_denormal); magnitudes must be
-// compared without it.
+// The floating-point mode of a thread: its rounding, and whether subnormal numbers count as zero. Programs
+// enable the latter for speed (torch.set_flush_denormal); magnitudes must be compared with it disabled.
 #pragma once
 #include <cstdint>
 
 namespace sparsam {
 
-std::uint64_t float_mode();  // of the calling thread; 0 where the machine's mode is not known
+std::uint64_t float_mode();  // of the calling thread; 0 on machines whose mode register is not supported
 void set_float_mode(std::uint64_t mode);
 std::uint64_t standard_float_mode();  // the calling thread's, but rounding to nearest and keeping subnormals
 
-// Sets the mode where it is another one: a write to the register stalls the pipeline.
+// Sets the mode if it differs from the current one, since a write to the register stalls the pipeline.
 inline void change_float_mode(std::uint64_t from, std::uint64_t to) {
   if (from != to) set_float_mode(to);
 }

@@ -12,15 +12,15 @@ struct Int8Kernels;
 
 const KernelTable& kernels();  // the active row
 
-// The best kernels for int8 values that the machine runs under the active row; and those for slots of one
-// geometry, which the generic ones are where there are none of their own.
+// The best kernels for int8 values that the machine can run while this row is active; and those for slots of
+// one geometry (the generic ones if no others have that geometry).
 const Int8Kernels& int8_kernels();
 const Int8Kernels& int8_kernels(std::size_t lanes, std::size_t window);
 const Int8Kernels& int4_kernels();  // the same for int4 values
 const Int8Kernels& int4_kernels(std::size_t lanes);
 std::string active_isa();
 std::vector<std::string> compiled_isas();   // best first
-std::vector<std::string> available_isas();  // those of them that this machine runs, best first
+std::vector<std::string> available_isas();  // those that this machine can run, best first
 void use_isa(const std::string& name);      // throws std::invalid_argument
 
 // The rows for int8 values that run under the active row, best first; and which of them is to run wherever it

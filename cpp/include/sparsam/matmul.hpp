@@ -1,4 +1,4 @@
-// Products with a packed weight. Each takes the form that its kernel reads and builds none.
+// Products with a packed weight. Each takes the form that its kernel reads; none is built here.
 #pragma once
 #include <cstddef>
 #include <cstdint>

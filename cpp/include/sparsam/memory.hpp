@@ -1,5 +1,5 @@
-// A block of memory that is not cleared, aligned to cache lines, and on huge pages where it is large: packed
-// weights are streamed, and the first touch of small pages can take longer than the packing itself.
+// A block of uninitialised memory, aligned to cache lines, and on huge pages if it is large: packed weights
+// are streamed, and the first touch of small pages can take longer than the packing itself.
 #pragma once
 #include <cstddef>
 #include <memory>
@@ -19,7 +19,7 @@ class Memory {
 
  private:
   struct Free {
-    std::size_t mapped;  // bytes that came from the system, 0 where the heap's
+    std::size_t mapped;  // bytes that were mapped; 0 if it came from the heap
     void operator()(char* p) const;
   };
   std::unique_ptr<char, Free> data_;

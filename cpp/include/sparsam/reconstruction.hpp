@@ -1,5 +1,5 @@
-// Weights that make up for pruned ones: the column sweep of optimal brain surgery, and least squares on a
-// support.
+// New values for the kept weights, which compensate for the pruned ones: the column sweep of optimal brain
+// surgery, and least squares on a support.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -32,15 +32,15 @@ struct Sweep {
 
   void propagate_errors(std::size_t first, std::size_t cols) const;
   void sweep(std::size_t first, std::size_t cols, std::size_t n, std::size_t m) const;
-  // Obeys keep, and rounds what is kept to the grid as it is reached.
+  // Uses `keep` as it is, and rounds each kept weight to the grid when the sweep reaches it.
   void rounding_sweep(std::size_t first, std::size_t cols, const Grid<T>& grid) const;
 };
 
 // For every row r in `order`, once each: x with H_SS x = b_S, where S are the columns with keep[r] set and b
 // is row r of `sides`; replaces b by x, 0 outside S. h is cols x cols, symmetric positive semidefinite; a
 // column of S whose pivot is at most tolerance times its diagonal depends on those before it and gets 0.
-// Group g are the rows order[starts[g]], ..., order[starts[g + 1] - 1], all with the same S; one
-// factorisation serves a group.
+// Group g consists of rows order[starts[g]], ..., order[starts[g + 1] - 1], all with the same S; it needs one
+// factorisation.
 struct SupportSystems {
   const double* h;
   const std::uint8_t* keep;

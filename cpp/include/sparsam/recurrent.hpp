@@ -1,4 +1,4 @@
-// Recurrent layers: the part of them that must go step by step.
+// Recurrent layers: the part that must be computed step by step.
 #pragma once
 #include <cstddef>
 #include <string>
@@ -8,13 +8,13 @@
 
 namespace sparsam {
 
-// One direction of one layer over sequences that lie step by step, the longest first, as torch's
-// PackedSequence has them. A cell computes `gates` vectors of `hidden` numbers; the state h has `width` of
-// them, which is `hidden` where nothing projects it.
+// One direction of one layer over sequences stored step by step, the longest first, as in torch's
+// PackedSequence. A cell computes `gates` vectors of `hidden` numbers; the state h has `width` of them, which
+// equals `hidden` unless there is a projection.
 struct Recurrence {
   std::string cell;                  // "lstm", "gru", "tanh" or "relu"
-  std::vector<std::size_t> batches;  // sequences that go on in each step: never more than in the step before
-  bool reversed;                     // begins with the last step
+  std::vector<std::size_t> batches;  // number of sequences in each step; it never grows
+  bool reversed;                     // starts at the last step
   const Form* weight;                // W_hh [gates * hidden x width]
   const Form* projection;            // W_hr [width x hidden], of an LSTM; or null
 
@@ -23,7 +23,7 @@ struct Recurrence {
   std::size_t width() const { return weight->cols(); }
 };
 
-// Throws std::invalid_argument where sizes do not fit each other.
+// Throws std::invalid_argument if sizes do not match.
 void check(const Recurrence& r);
 
 // inputs: [rows x gates * hidden], W_ih x + b_ih. bias: b_hh, or null. h [batches[0] x width] and, for an

@@ -1,5 +1,5 @@
-// Exact selection by magnitude over one array or many. Another thread that writes to an array meanwhile makes
-// the answer meaningless, and nothing worse.
+// Exact selection by magnitude over one array or many. If another thread writes to an array during a call,
+// the answer is meaningless, but the call is safe.
 #pragma once
 #include <algorithm>
 #include <cstddef>
@@ -12,7 +12,7 @@
 namespace sparsam {
 
 struct Threshold {
-  double value;       // the k-th smallest magnitude; NaN where a NaN was seen
+  double value;       // the k-th smallest magnitude; NaN if a NaN was seen
   std::size_t below;  // how many are smaller
   std::size_t equal;  // how many are equal
 
@@ -22,12 +22,12 @@ struct Threshold {
   }
 };
 
-// The k-th smallest magnitude over all arrays, 1 <= k <= total size. Reads the data once as a rule, and
-// copies little of it: scratch is at most 5 % of the data, or 128 KiB where that is more. The answer depends
-// on the values alone.
+// The k-th smallest magnitude over all arrays, 1 <= k <= total size. Usually reads the data once, and copies
+// little of it: scratch memory is at most 5 % of the data, or 128 KiB if that is more. The answer depends
+// only on the values.
 Threshold threshold(Views arrays, std::size_t k);
 
-// How the magnitudes of one array lie to two values, low <= high.
+// How many magnitudes of one array are below, at and between two values, low <= high.
 struct Bracketed {
   std::size_t below;   // how many are smaller than low
   std::size_t equal;   // how many are low

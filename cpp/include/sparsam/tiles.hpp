@@ -1,5 +1,5 @@
-// Groups of weights that stand or fall together, as tiles of a matrix: Block and Slices both come down to
-// this.
+// Groups of weights that are kept or pruned together, as tiles of a matrix: both Block and Slices are such
+// groups.
 #pragma once
 #include <cstddef>
 #include <cstdint>

@@ -1,4 +1,4 @@
-// Strided arrays as the core sees them, and how kernels read and write them in contiguous pieces.
+// Strided arrays, and how kernels read and write them in contiguous pieces.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -42,7 +42,7 @@ class View {
     return contiguous_ ? reinterpret_cast<Bits*>(data_) + start : nullptr;
   }
 
-  // For passes that do not care about order: the same elements, visited as they lie in memory.
+  // The same elements in the order of memory, for passes in which the order does not matter.
   View in_memory_order() const;
 
  private:
@@ -56,7 +56,7 @@ class View {
   std::vector<Dim> dims_;
 };
 
-// Some views as an argument: a vector of them, or a single one, neither of which is copied.
+// Several views as an argument: a vector of them, or a single one; neither is copied.
 class Views {
  public:
   Views(const std::vector<View>& views) : first_(views.data()), size_(views.size()) {}

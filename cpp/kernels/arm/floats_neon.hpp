@@ -10,8 +10,8 @@
 namespace sparsam::SPARSAM_TARGET {
 namespace {
 
-// The bytes of a register in which packed floats stand in their lanes: byte[bits] says which packed byte goes
-// to which; one past the last gives 0.
+// Byte shuffles that move packed floats to their lanes: byte[bits] says which packed byte goes where; an
+// index past the last gives 0.
 struct ExpandTable {
   alignas(16) std::uint8_t byte[16][16];
   constexpr ExpandTable() : byte() {
@@ -74,7 +74,7 @@ struct Floats {
   static Reg fma(const Reg& a, const Reg& b, const Reg& c) {
     return map([&](std::size_t i) { return vfmaq_f32(c.part[i], a.part[i], b.part[i]); });
   }
-  // b where either is NaN, as x86 has it.
+  // b if either is NaN, as on x86.
   static Reg max(const Reg& a, const Reg& b) {
     return map(
         [&](std::size_t i) { return vbslq_f32(vcgtq_f32(a.part[i], b.part[i]), a.part[i], b.part[i]); });
@@ -99,7 +99,7 @@ struct Floats {
     });
   }
   static float sum(const Reg& r) { return vaddvq_f32(vaddq_f32(r.part[0], r.part[1])); }
-  // Stops the compiler from loading again what is used several times.
+  // Keeps the compiler from loading a value again that is used several times.
   static void keep_in_register(Reg& r) { asm("" : "+w"(r.part[0]), "+w"(r.part[1])); }
   static void transpose4(float32x4_t& a, float32x4_t& b, float32x4_t& c, float32x4_t& d) {
     const float32x4x2_t even = vzipq_f32(a, c), odd = vzipq_f32(b, d);

@@ -1,5 +1,5 @@
-// The lanes of a group of 8 in slots, over two 128-bit registers; how steps are laid out tells
-// slot_lanes_any-inl.hpp. Include after floats_neon.hpp.
+// The lanes of a group of 8 in slots, over two 128-bit registers; slot_lanes_any-inl.hpp describes the layout
+// of steps. Include after floats_neon.hpp.
 #pragma once
 #include "slot_lanes_any-inl.hpp"
 

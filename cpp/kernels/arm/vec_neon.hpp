@@ -1,5 +1,5 @@
-// Vec over four 128-bit registers: the comparisons of 64 bytes become bits together, which costs the least
-// for each.
+// Vec over four 128-bit registers: the results of comparing 64 bytes are turned into bits together, which is
+// cheapest per byte.
 #pragma once
 #include <arm_neon.h>
 
@@ -97,7 +97,7 @@ struct Vec {
   static Reg tally(const Reg& counts, const Lanes& lanes) {
     return map([&](std::size_t i) { return counts.part[i] - lanes.part[i]; });
   }
-  // Lanes narrow to bytes, of which each keeps a bit of its own; three rounds of sums of neighbours join
+  // Lanes are narrowed to bytes, each of which keeps a different bit; three rounds of pairwise sums combine
   // eight.
   static std::uint64_t bits(const Lanes& lanes) {
     const auto& p = lanes.part;

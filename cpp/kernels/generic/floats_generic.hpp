@@ -48,7 +48,7 @@ struct Floats {
   static Reg fma(Reg a, Reg b, Reg c) {
     return map([&](std::size_t i) { return a.lane[i] * b.lane[i] + c.lane[i]; });
   }
-  // b where either is NaN, as x86 has it.
+  // b if either is NaN, as on x86.
   static Reg max(Reg a, Reg b) {
     return map([&](std::size_t i) { return a.lane[i] > b.lane[i] ? a.lane[i] : b.lane[i]; });
   }
@@ -103,8 +103,8 @@ struct Floats {
   }
 };
 
-// Two lanes in the vectors of the compiler: every machine has registers of 16 bytes, and a structure of lanes
-// does not reliably end up in them.
+// Two lanes in the vectors of the compiler: every machine has 16-byte registers, and compilers do not
+// reliably keep a structure of lanes in them.
 struct Doubles {
   static constexpr std::size_t kLanes = 2;
   static constexpr std::size_t kSums = 8;  // registers for sums, in Floats as well: half of them

@@ -1,5 +1,4 @@
-// The generic row. Built with baseline flags, which nothing else is; see cpp/README.md for what may be
-// included here.
+// The generic row. Built with baseline flags; see cpp/README.md for what may be included here.
 #define SPARSAM_TARGET generic
 #include "floats_generic.hpp"
 #include "slot_lanes_generic.hpp"

@@ -1,4 +1,4 @@
-// Vec for any machine: eight lanes in an array; the compiler turns the loops into what the baseline has.
+// Vec for any machine: eight lanes in an array; the compiler vectorises the loops for the baseline.
 #pragma once
 #include <cstddef>
 #include <cstdint>

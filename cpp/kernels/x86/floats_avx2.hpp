@@ -10,8 +10,7 @@
 namespace sparsam::avx2 {
 namespace {
 
-// order[bits] says, a byte each, which packed value goes to which lane: the number of set bits below the
-// lane.
+// order[bits] has a byte for each lane, the index of its packed value: the number of set bits below the lane.
 struct ExpandTable {
   std::uint64_t order[256];
   constexpr ExpandTable() : order() {
@@ -64,7 +63,7 @@ struct Floats {
     const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
     return _mm_cvtss_f32(_mm_add_ss(two, _mm_shuffle_ps(two, two, 1)));
   }
-  // Stops the compiler from loading again what is used several times.
+  // Keeps the compiler from loading a value again that is used several times.
   static void keep_in_register(Reg& r) { asm("" : "+x"(r)); }
   static void transpose(Reg (&r)[kLanes]) {
     Reg t[8], u[8];
@@ -83,7 +82,7 @@ struct Floats {
       r[i + 4] = _mm256_permute2f128_ps(u[i], u[i + 4], 0x31);
     }
   }
-  // One broadcast load and four shuffles: loads are what the product runs out of.
+  // One broadcast load and four shuffles: loads limit the speed of the product.
   template <class Value>
   static void broadcast4(const Value* p, Reg (&w)[4]) {
     const __m128 four = load4(p);

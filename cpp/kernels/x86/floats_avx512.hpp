@@ -39,7 +39,7 @@ struct Floats {
     const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
     return _mm_cvtss_f32(_mm_add_ss(two, _mm_shuffle_ps(two, two, 1)));
   }
-  // Stops the compiler from loading again what is used several times.
+  // Keeps the compiler from loading a value again that is used several times.
   static void keep_in_register(Reg& r) { asm("" : "+v"(r)); }
   static void transpose(Reg (&r)[kLanes]) {
     Reg t[16], u[16];
@@ -64,7 +64,7 @@ struct Floats {
       r[i + 12] = _mm512_shuffle_f32x4(b, d, 0xdd);
     }
   }
-  // One broadcast load and four shuffles: loads are what the product runs out of.
+  // One broadcast load and four shuffles: loads limit the speed of the product.
   template <class Value>
   static void broadcast4(const Value* p, Reg (&w)[4]) {
     Reg all = _mm512_broadcast_f32x4(load4(p));
@@ -83,7 +83,7 @@ struct Floats {
     return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
   }
   // A zero-masked expand waits for the old value of its destination on Zen 4 and Zen 5; merging into a
-  // register that was just zeroed does not. The masked product keeps infinities in x away from pruned
+  // register that was just zeroed does not. With the masked product, infinities in x do not meet pruned
   // weights.
   template <class Value>
   static Reg fma_expanded(const Value* p, std::uint32_t bits, Reg x, Reg sum) {

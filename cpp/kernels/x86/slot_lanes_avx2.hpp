@@ -1,5 +1,5 @@
-// The lanes of a group in slots, over 256-bit registers; how steps are laid out tells the generic file.
-// Include after floats_avx2.hpp.
+// The lanes of a group in slots, over 256-bit registers; slot_lanes_any-inl.hpp describes the layout of
+// steps. Include after floats_avx2.hpp.
 #pragma once
 #include <immintrin.h>
 

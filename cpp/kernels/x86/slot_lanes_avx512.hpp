@@ -1,5 +1,5 @@
-// The lanes of a group in slots, over 512-bit registers, and over 256-bit ones for groups of 8; how steps are
-// laid out tells the generic file. Include after floats_avx512.hpp.
+// The lanes of a group in slots, over 512-bit registers, and over 256-bit ones for groups of 8;
+// slot_lanes_any-inl.hpp describes the layout of steps. Include after floats_avx512.hpp.
 #pragma once
 #include <immintrin.h>
 

@@ -1,5 +1,4 @@
-// The avx2 row. Built with AVX2 flags, which nothing else is; see cpp/README.md for what may be included
-// here.
+// The avx2 row. Built with AVX2 flags; see cpp/README.md for what may be included here.
 #define SPARSAM_TARGET avx2
 #include "floats_avx2.hpp"
 #include "slot_lanes_avx2.hpp"

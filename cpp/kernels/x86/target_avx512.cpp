@@ -1,5 +1,4 @@
-// The avx512 row. Built with AVX-512 flags, which nothing else is; see cpp/README.md for what may be included
-// here.
+// The avx512 row. Built with AVX-512 flags; see cpp/README.md for what may be included here.
 #define SPARSAM_TARGET avx512
 #include "floats_avx512.hpp"
 #include "slot_lanes_avx512.hpp"

@@ -98,7 +98,7 @@ def run(
     def product() -> Matrix:
         return next(turn)()
 
-    rounds = int(min(200, max(5, 0.3 / fastest(products[0], settle=0.0, seconds=0.0))))
+    rounds = int(min(200, max(5, 0.3 / fastest(products[0], warm_up=0.0, seconds=0.0))))
     pedantic: Callable[..., Any] = benchmark.pedantic
     pedantic(product, rounds=rounds, warmup_rounds=len(products), iterations=1)
     median = benchmark.stats.stats.median if benchmark.stats else bound

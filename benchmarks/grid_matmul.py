@@ -25,7 +25,7 @@ import numpy as np
 import sparsam
 from bench_matmul import COLD, PROBLEMS, SPARSITIES, capped, inputs, pruned
 from sparsam import SparseMatrix
-from sparsam.sparse.calibration import SETTLE, fastest
+from sparsam.sparse.calibration import WARM_UP, fastest
 from sparsam.sparse.matmul import KERNELS
 
 NEAR = 1.15
@@ -85,7 +85,7 @@ def kernel_seconds(case: Case) -> dict[str, float]:
     found = {}
     for kernel, copies in runs.items():
         turn = itertools.cycle(copies)
-        once = fastest(lambda turn=turn: next(turn).linear(x), settle=SETTLE, seconds=0.0)  # type: ignore[misc]
+        once = fastest(lambda turn=turn: next(turn).linear(x), warm_up=WARM_UP, seconds=0.0)  # type: ignore[misc]
         times = []
         for _ in range(int(min(60, max(2 * len(copies), 0.03 / once)))):
             matrix = next(turn)

@@ -1,6 +1,7 @@
 """How much to prune where: a total sparsity in, a sparsity for each tensor out.
 
-With s the target, n the groups of a tensor (its weights, but for `Block` and `Slices`), N those of all:
+With s the target, n the number of groups of a tensor (of weights, unless the pattern is `Block` or `Slices`),
+and N that of all tensors:
 
 ============ =============== ====================================================================
 name         object          sparsity of a tensor
@@ -292,7 +293,7 @@ _NAMED: dict[str, Allocation] = {
 
 
 def resolve(method: AllocationLike) -> Allocation:
-    """Returns the allocation that a name or a mapping stands for; an object stands for itself.
+    """Returns the allocation for a name or a mapping; an object is returned as it is.
 
     Raises:
         ValueError: It is none of these.

@@ -24,7 +24,7 @@ from sparsam.selection import _refuse_nan, _select_entries
 from sparsam.tiles import count_groups, tile_sizes, tiling_of
 
 # The smallest positive score, for kept groups: equal scores of zero then never revive a pruned group.
-_LEAST = 2.0**-1074
+_SMALLEST_POSITIVE = 2.0**-1074
 
 
 def check_ties(ties: Iterable[Tied], arrays: Mapping[str, NDArray[Any]]) -> None:
@@ -196,7 +196,7 @@ def select_tied(
         if len(rivals) > 1:
             total /= np.maximum(size, 1)
         if previous is not None:
-            total = np.where(_pruned(rival, previous), 0.0, np.maximum(total, _LEAST))
+            total = np.where(_pruned(rival, previous), 0.0, np.maximum(total, _SMALLEST_POSITIVE))
         sums[str(i)] = total
     chosen = _select_entries(sums, sparsity, None).masks
 

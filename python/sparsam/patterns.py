@@ -171,7 +171,7 @@ class Tied:
 
 
 def as_ties(value: Tied | Sequence[Tied]) -> tuple[Tied, ...]:
-    """Returns `value` as a tuple; ValueError for what is neither a `Tied` nor a sequence of them."""
+    """Returns `value` as a tuple; ValueError unless it is a `Tied` or a sequence of them."""
     ties = (value,) if isinstance(value, Tied) else value
     if isinstance(ties, Sequence) and all(isinstance(tied, Tied) for tied in ties):
         return tuple(ties)

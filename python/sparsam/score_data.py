@@ -1,4 +1,4 @@
-"""What scorers need beside the weights, by tensor name: checked, with errors that name the scorer."""
+"""The data that scorers need besides the weights, by tensor name: checks whose errors name the scorer."""
 
 from __future__ import annotations
 

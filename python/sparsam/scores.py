@@ -331,10 +331,10 @@ _NEEDS = {
 
 
 def resolve(method: str | Scorer) -> Scorer:
-    """Returns the scorer that a name stands for; an object stands for itself.
+    """Returns the scorer for a name; an object is returned as it is.
 
     Raises:
-        ValueError: The name is unknown, or stands for a scorer that needs data.
+        ValueError: The name is unknown, or belongs to a scorer that needs data.
     """
     if not isinstance(method, str):
         return method

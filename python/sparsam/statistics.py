@@ -263,7 +263,7 @@ class _Sums:
         return _Sums(self.total + other.total, self.squares + other.squares)
 
     def with_block(self, name: str, block: _Block, rows: NDArray[Any], shape: tuple[int, ...]) -> _Sums:
-        """These and a block's; ValueError for what is not finite, or squares beyond float64."""
+        """The sums with a block added; ValueError for values or squares that are not finite."""
         wide = rows.astype(np.float64, copy=False)
         _refuse_not_finite(name, wide, block.places, shape)
         with np.errstate(over="ignore", invalid="ignore"):

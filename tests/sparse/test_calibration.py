@@ -16,7 +16,7 @@ from sparsam.sparse.calibration import Measured
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two small shapes, so that it takes no time."""
     monkeypatch.setattr(calibration, "SHAPES", (((16, 64), 512), ((64, 16), 512)))
-    monkeypatch.setattr(calibration, "SETTLE", 0.0)
+    monkeypatch.setattr(calibration, "WARM_UP", 0.0)
 
 
 def test_the_fit_finds_nonnegative_coefficients() -> None:
@@ -88,7 +88,7 @@ def test_fastest() -> None:
         calls.append(1)
         time.sleep(0.001)
 
-    assert 0.001 <= calibration.fastest(run, settle=0, seconds=0) < 0.1
+    assert 0.001 <= calibration.fastest(run, warm_up=0, seconds=0) < 0.1
     assert len(calls) == 4
-    assert calibration.fastest(run, settle=0, seconds=1) >= 0.001
+    assert calibration.fastest(run, warm_up=0, seconds=1) >= 0.001
     assert len(calls) == 4 + 21

@@ -131,7 +131,7 @@ def test_few_choices_are_kept(costs: Any) -> None:
         matrix_.linear(np.ones((batch, 2), np.float32))
     valid = matrix_._state.choices._valid
     assert valid is not None
-    assert 0 < len(valid[1]) <= choices.MOST_BATCHES
+    assert 0 < len(valid[1]) <= choices.MAX_BATCHES
 
 
 # prepare

@@ -216,7 +216,7 @@ def test_products_write_no_memory_that_stays() -> None:
             conv(torch.randn(1, 2, length))
         for rows in range(1, 700):
             layer(torch.ones(rows, 64))
-    assert 0 < len(layer.weight.packed.choices._valid[1]) <= choices.MOST_BATCHES
+    assert 0 < len(layer.weight.packed.choices._valid[1]) <= choices.MAX_BATCHES
     assert [one.weight.nbytes for one in (layer, conv)] == sizes
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from sparsam.analysis.lottery import find_ticket
 from sparsam.analysis.search import find_smallest
+from sparsam.analysis.sensitivity_report import SensitivityReport
 from sparsam.analysis.sweep import sensitivity
 
-__all__ = ["find_smallest", "find_ticket", "sensitivity"]
+__all__ = ["SensitivityReport", "find_smallest", "find_ticket", "sensitivity"]

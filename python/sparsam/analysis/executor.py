@@ -35,7 +35,7 @@ _sent: dict[str, Callable[[Any], Any]] = {}
 
 
 class TaskError(Exception):
-    """A task failed: `task` says which, `__cause__` why. Tasks that ran beside it were yielded before."""
+    """A task failed: `task` says which, `__cause__` why. Tasks that ran meanwhile were yielded before."""
 
     def __init__(self, task: Any, reason: str) -> None:
         super().__init__(reason)

@@ -1,4 +1,4 @@
-"""One level for each item, at the least total cost, such that enough weights are pruned: exactly.
+"""Exact choice of one level for each item: the least total cost at which enough weights are pruned.
 
 The multiple-choice knapsack problem. States are pairs (weights pruned so far, cost so far); a state that
 another one beats in both is dropped, and so is a state whose cost, with the least that the remaining items
@@ -69,7 +69,7 @@ def choose(items: Sequence[Sequence[Level]], needed: int) -> list[int] | None:
         chosen = chosen[_undominated(total[chosen], cost[chosen])]
         total, cost = total[chosen], cost[chosen]
         trail.append((parent[chosen], level[chosen]))
-    # Of the states with enough only the cheapest is left, and it stands first.
+    # Of the states with enough weights only the cheapest is left, in first place.
     state, choice = 0, []
     for parent, level in reversed(trail):
         choice.append(int(level[state]))
@@ -130,7 +130,7 @@ def _undominated(total: NDArray[np.int64], cost: NDArray[np.int64]) -> NDArray[n
 
 
 def _affordable(items: Sequence[Sequence[Level]], needed: int) -> tuple[list[list[Level]], float]:
-    """The levels that cost no more than a choice that is known, and the cost of that.
+    """The levels that cost no more than a known choice, and the cost of that choice.
 
     The known choice takes the cheapest steps per weight along the lower convex hulls until enough weights are
     pruned.

@@ -32,7 +32,7 @@ _TOLERANCE = 0.01
 
 @dataclass(frozen=True)
 class SensitivityReport(Readable):
-    """What pruning each tensor alone costs. `print` it, `plot` it, or `allocate` sparsities by it.
+    """What pruning each tensor by itself costs. `print` it, `plot` it, or `allocate` sparsities by it.
 
     The *loss* of a tensor at a sparsity is the largest drop of the score below that of the dense weights at
     this sparsity or a measured lower one, and at least 0: a curve that recovers by luck is not trusted, and

@@ -1,7 +1,7 @@
 """How sensitive each tensor is to pruning: one at a time, all others dense, the score recorded.
 
 The sweep is many independent evaluations, so an executor may spread them over threads, processes or machines.
-What is measured is decided in rounds that depend on scores only: the result is the same wherever it ran.
+Measurements are chosen in rounds that depend only on scores: the result is the same on any executor.
 """
 
 from __future__ import annotations
@@ -107,8 +107,8 @@ def sensitivity(
             of its tensors.
         max_evaluations: How many evaluations may be spent, the dense one included; what `state` holds
             counts too.
-        callback: Called in the caller's thread after each evaluation, once `state` has it, with the number
-            done, the total number, and the point.
+        callback: Called in the caller's thread after each evaluation has been stored in `state`, with the
+            number done, the total number, and the point.
         state: A file, replaced after each evaluation. If it exists, what it holds is not evaluated again; it
             must be of the same weights, method, patterns and groups. Whether `eval_fn` is still the same is
             not checked. One run at a time may use a file.

@@ -128,7 +128,7 @@ def remove_abandoned(folder: Path) -> None:
 
 
 def short(name: str) -> str:
-    """Returns 16 characters that stand for a name of any length."""
+    """Returns 16 characters that identify a name of any length."""
     return hashlib.blake2b(os.fsencode(name), digest_size=8).hexdigest()
 
 

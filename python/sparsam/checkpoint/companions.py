@@ -33,7 +33,7 @@ def files_beside(folder: Path, leave: Path) -> Iterator[Path]:
 
 
 def copy(source: Path, target: Path, *, leave: Path) -> None:
-    """Copies the companions of a directory into another one, links followed, but for the folder `leave`.
+    """Copies the companions of a directory into another one, following links, except the folder `leave`.
 
     Raises:
         OSError: A file cannot be read or written.

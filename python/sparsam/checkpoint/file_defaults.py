@@ -20,7 +20,7 @@ from sparsam.inputs.names import NamePatterns
 from sparsam.patterns import NM, Unstructured
 from sparsam.tiles import matrix_shape
 
-__all__ = ["Indivisible", "Settled", "heads_among", "heads_tied", "settle", "shapes"]
+__all__ = ["AdaptedConfig", "Indivisible", "adapt", "heads_among", "heads_tied", "shapes"]
 
 Arrays: TypeAlias = Mapping[str, NDArray[Any]]
 Indivisible: TypeAlias = Literal["error", "skip", "unstructured"]
@@ -34,7 +34,7 @@ _HEAD = re.compile(
 _CHUNK = 1 << 22
 
 
-class Settled(NamedTuple):
+class AdaptedConfig(NamedTuple):
     """A configuration for given tensors, and the embeddings that it leaves dense."""
 
     config: PruningConfig
@@ -46,7 +46,7 @@ def shapes(path: str | os.PathLike[str]) -> dict[str, NDArray[Any]]:
     return shapes_of(_entries(path))
 
 
-def settle(
+def adapt(
     config: PruningConfig,
     arrays: Arrays,
     *,
@@ -55,14 +55,14 @@ def settle(
     vectors: bool = False,
     embeddings: bool = False,
     indivisible: Indivisible = "error",
-) -> Settled:
+) -> AdaptedConfig:
     """Returns a configuration that leaves dense what is rarely meant to be pruned.
 
     Args:
-        config: What was asked for.
+        config: The requested configuration.
         arrays: Name -> array, of which the shapes are looked at.
-        tied: Names of heads that are an embedding once more (`heads_tied`), and of other embeddings.
-        constants: Names of what is no layer's weight.
+        tied: Names of heads that share an embedding's weight (`heads_tied`), and of other embeddings.
+        constants: Names of tensors that are not weights of layers.
         vectors: Let patterns of `overrides` prune tensors of one axis too; their exact names always do.
         embeddings: Prune embeddings and tied heads too; an override that names one exactly always does.
         indivisible: What to do with tensors whose rows an N:M pattern does not divide: leave them "skip"ped,
@@ -84,8 +84,8 @@ def settle(
                 dense.append(name)
         elif not embeddings and array.dtype.kind not in "biu" and (_EMBEDDING.search(name) or name in heads):
             left.append(name)
-    settled = replace(config, exclude=(*config.exclude, *dense, *left))
-    return Settled(_divisible(settled, arrays, indivisible), left)
+    adapted = replace(config, exclude=(*config.exclude, *dense, *left))
+    return AdaptedConfig(_divisible(adapted, arrays, indivisible), left)
 
 
 def _divisible(config: PruningConfig, arrays: Arrays, indivisible: Indivisible) -> PruningConfig:

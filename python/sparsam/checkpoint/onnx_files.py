@@ -52,7 +52,7 @@ def read(path: Path) -> Foreign:
     """Reads the floating-point and integer initializers of a model, those of its subgraphs too.
 
     Raises:
-        ValueError: It is no ONNX model, or damaged; its data is not beside it; `onnx` is not installed.
+        ValueError: It is not an ONNX model, or damaged; its data file is missing; `onnx` is not installed.
         OSError: It cannot be read.
     """
     onnx = _onnx(path)
@@ -196,7 +196,7 @@ def _all_uses(graph: Any) -> dict[str, list[_Use]]:
 
 
 def _check_place(path: Path, tensor: Any) -> None:
-    """Raises ValueError for values that lie anywhere but in a regular file beside the model, or below it."""
+    """Raises ValueError for values that are not in a regular file in the model's directory or below it."""
     location = next((entry.value for entry in tensor.external_data if entry.key == "location"), None)
     if location is None:
         return

@@ -1,4 +1,4 @@
-"""What a run over files will do: which tensors are pruned, how, and whether memory is enough for that."""
+"""The plan of a run over files: which tensors are pruned and how, and whether memory suffices."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from sparsam.patterns import NM, Block, Slices, Unstructured
 from sparsam.pools import Pool, check_patterns, make_pools
 from sparsam.tiles import count_groups
 
-__all__ = ["Plan", "Pooling", "parse_size", "shapes_of"]
+__all__ = ["FilePlan", "Pooling", "parse_size", "shapes_of"]
 
 _UNITS = {"": 1, "B": 1, **{f"{u}iB": 1024**i for i, u in enumerate("KMGT", 1)}}
 _UNITS |= {f"{u}B": 1000**i for i, u in enumerate("KMGT", 1)}
@@ -45,7 +45,8 @@ def parse_size(what: str, value: int | str) -> int:
 def shapes_of(entries: Sequence[Entry]) -> dict[str, NDArray[Any]]:
     """Returns an array without memory for each tensor, by name in order: its shape, its dtype, and NaN.
 
-    What reads them instead of their shapes meets a NaN, and refuses it. A dtype that NumPy lacks is uint8.
+    Code that reads their values finds a NaN and raises an error. A dtype that NumPy lacks becomes
+    uint8.
 
     Raises:
         ValueError: NumPy cannot hold a shape.
@@ -102,7 +103,7 @@ class Pooling:
 
 
 @dataclass(frozen=True)
-class Plan:
+class FilePlan:
     """What is done to the tensors of some shards.
 
     Attributes:
@@ -118,7 +119,7 @@ class Plan:
     method: Scorer
 
     @classmethod
-    def of(cls, layouts: Sequence[Layout], config: PruningConfig, *, stacklevel: int) -> Plan:
+    def of(cls, layouts: Sequence[Layout], config: PruningConfig, *, stacklevel: int) -> FilePlan:
         """Makes and checks a plan; warns as `prune` does.
 
         Raises:
@@ -206,7 +207,7 @@ class Plan:
             raise ValueError(msg)
 
     def _beside(self, entry: Entry, pool: Pool) -> int:
-        """Bytes that scores, groups and turned masks take beside a tensor."""
+        """Bytes that scores, groups and transposed masks take in addition to a tensor."""
         each = 0
         scorers = (self.method, self._allocation_scorer)
         if not all(scorer is None or scores.traits(scorer).ranks_by_magnitude for scorer in scorers):

@@ -53,7 +53,7 @@ class Counts(NamedTuple):
 
 
 class Cut(NamedTuple):
-    """What is pruned of one tensor: the scores below a value, and those equal to it but for the first few."""
+    """What is pruned of one tensor: the scores below a value, and those equal to it except the first few."""
 
     value: float
     ties_kept: int

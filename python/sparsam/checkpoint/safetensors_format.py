@@ -51,7 +51,7 @@ _MANY_BYTES = 40 * _MOST_TENSORS  # No header that is shorter names so many.
 
 
 def check_regular(file: Path) -> None:
-    """Raises ValueError for what is there and no file: a folder, pipe or device, which may have no end."""
+    """Raises ValueError for an existing path that is not a file: a folder, pipe or endless device."""
     if file.exists() and not file.is_file():
         msg = f"{file}: expected a safetensors file; got a folder, pipe or device; name a regular file"
         raise ValueError(msg)

@@ -29,7 +29,7 @@ class Index(msgspec.Struct):
 
 
 def read_index(file: Path) -> Index:
-    """Reads an index; ValueError if it is none, or names files that are not beside it."""
+    """Reads an index; ValueError if it is not one, or names files that are not in its directory."""
     index = decode(read(file, "name the index"), Index, str(file), "get it again", what="an index of shards")
     for shard in index.weight_map.values():
         if {PurePosixPath(shard).name, PureWindowsPath(shard).name} != {shard}:

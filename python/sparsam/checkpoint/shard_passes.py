@@ -152,7 +152,7 @@ class _Progress(msgspec.Struct):
 
 
 def prune_shard(task: PruneTask, advance: Advance = _nothing) -> list[LayerStats]:
-    """Writes a shard as it is, but for the weights that are pruned; returns the statistics of its tensors.
+    """Writes a shard with its weights pruned and all else unchanged; returns the statistics of its tensors.
 
     The file is flushed to the disk before it gets its name. What a killed run wrote of it is taken over.
     """
@@ -228,7 +228,7 @@ def _write_shard(
 
 
 def needed(largest: int, buffers: int = 1) -> int:
-    """Returns the bytes that buffers take, with what pruning one of them takes beside it."""
+    """Returns the bytes of the buffers, and of what pruning one of them needs in addition."""
     return buffers * largest + largest // 5
 
 
@@ -238,7 +238,7 @@ def _write_json(file: Path, progress: _Progress) -> None:
 
 
 def _pieces(task: PruneTask, done: int) -> Iterator[list[Part]]:
-    """The tensors but for the first `done`, in pieces; what is only copied is cut where it is large."""
+    """The tensors except the first `done`, in pieces; large ones that are only copied are divided."""
     limit = min(PIECE, max(task.memory // 4, 1 << 16))
     piece: list[Part] = []
     for entry in task.layout.entries[done:]:
@@ -334,7 +334,7 @@ def _read_into(source: BinaryIO, begin: int, data: NDArray[np.uint8]) -> None:
 def _write_piece(target: BinaryIO, data: NDArray[np.uint8]) -> None:
     begin = target.tell()
     _write_all(target, data)
-    if hasattr(os, "posix_fadvise"):  # Linux then begins to write it to the disk, and does not wait for that
+    if hasattr(os, "posix_fadvise"):  # Linux then starts writing to the disk, and does not wait
         os.posix_fadvise(target.fileno(), begin, len(data), os.POSIX_FADV_DONTNEED)
 
 

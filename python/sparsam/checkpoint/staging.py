@@ -147,7 +147,8 @@ def open_staging(target: Path, *, is_folder: bool, run: str) -> Iterator[Staging
     folder.mkdir(exist_ok=True)
     with locked(folder / LOCK) as free:
         if not free:
-            msg = f"{target}: expected a target of one run; got one that another run writes; wait for that"
+            wanted = "a target of one run"
+            msg = f"{target}: expected {wanted}; got one that another run writes; wait until it ends"
             raise ValueError(msg)
         staging = Staging(folder, target, is_folder=is_folder, run=run)
         try:

@@ -21,7 +21,7 @@ from sparsam.checkpoint import companions
 from sparsam.checkpoint.files import FILE_NAME, Shards, check_readable, resolve
 from sparsam.checkpoint.json_state import decode
 from sparsam.checkpoint.layout import Layout, read_layout
-from sparsam.checkpoint.plan import Plan, Pooling, parse_size
+from sparsam.checkpoint.plan import FilePlan, Pooling, parse_size
 from sparsam.checkpoint.ranking_passes import RUN, Counts, Cut, Found, Ranking, find_threshold
 from sparsam.checkpoint.shard_passes import (
     CountTask,
@@ -100,7 +100,7 @@ def prune_files(
     file, shards = resolve(src)
     layouts = [read_layout(part) for part in parts_of(file, shards)]
     target, is_folder = target_of(dst, shards)
-    plan = Plan.of(layouts, settings, stacklevel=2)
+    plan = FilePlan.of(layouts, settings, stacklevel=2)
     plan.check_memory(limit)
     with open_staging(target, is_folder=is_folder, run=_identity(plan, src)) as staging:
         if staging.finished:
@@ -156,8 +156,8 @@ def target_of(dst: StrPath, shards: Shards | None) -> tuple[Path, bool]:
     return target, False
 
 
-def _identity(plan: Plan, src: StrPath) -> str:
-    """What makes two runs the same; a word of its own where the configuration cannot be told."""
+def _identity(plan: FilePlan, src: StrPath) -> str:
+    """What identifies a run; unique if its configuration cannot be described."""
     try:
         settings = pickle.dumps(plan.config)
     except Exception:  # whatever a class of the user's may raise
@@ -186,7 +186,7 @@ class _Run:
     """The passes over the shards of one plan."""
 
     def __init__(
-        self, plan: Plan, files: Path, executor: Executor | None, memory: int, progress: Progress
+        self, plan: FilePlan, files: Path, executor: Executor | None, memory: int, progress: Progress
     ) -> None:
         self._plan = plan
         self._files = files

@@ -16,7 +16,7 @@ __all__ = ["Whole", "read", "tensors", "write"]
 
 
 class Whole(NamedTuple):
-    """A checkpoint in memory, and what is told of it beside its weights."""
+    """A checkpoint in memory, and its properties besides its weights."""
 
     weights: Mapping[str, NDArray[Any]]
     like: Checkpoint | None

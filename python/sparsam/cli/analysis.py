@@ -88,7 +88,7 @@ def sensitivity(
     override: Overrides = None,
     as_json: Json = False,
 ) -> None:
-    """Prune each tensor alone, evaluate a function of the weights each time, show which tensors lose most."""
+    """Prune each tensor by itself, evaluate a function of the weights, show which tensors lose most."""
     if picture:
         plot.check(picture)
     if output:

@@ -114,7 +114,7 @@ def parse_groups(texts: Sequence[str]) -> dict[str, list[str]]:
 
 
 def check_sparsity_option(value: float | None) -> None:
-    """Raises ValueError for what is no fraction; of a percentage it says which fraction that is."""
+    """Raises ValueError for what is not a fraction; for a percentage the error names the fraction."""
     if value is not None and not 0 <= value <= 1:
         percent = value if 1 < value <= 100 else 80
         meant = f"write {percent / 100:g} for {percent:g} %"

@@ -41,7 +41,7 @@ def progress(*, alive: bool = True) -> Progress:
     """A progress bar on stderr, if that is a terminal; it is removed at the end.
 
     Args:
-        alive: Whether it shows by itself how time goes by; otherwise it is drawn when `refresh` is called.
+        alive: Whether it updates the elapsed time by itself; otherwise it is drawn when `refresh` is called.
     """
     columns = (_Description(), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     silent = not sys.stderr.isatty()

@@ -108,20 +108,7 @@ def _print_digits(result: DemoResult, allowed_loss: float) -> None:
     )
     print_text(f"\nSensitivity, as accuracy on the training images:\n{result.sensitivity}\n")
     print_text(f"The smallest networks that lose at most {allowed_loss:.0%} of the training images:")
-    print_table(
-        ("pruned how", "sparsity", "training", "test", "tried"),
-        (
-            (
-                f.method,
-                f"{f.sparsity:.2%}",
-                f"{f.train_accuracy:.2%}",
-                f"{f.test_accuracy:.2%}",
-                f.evaluations,
-            )
-            for f in result.smallest
-        ),
-        texts=1,
-    )
+    print_table(result.smallest[0].COLUMNS, (found.cells() for found in result.smallest), texts=1)
     print_text(f"\n{result.report}\n")
     total = result.report.total
     print_text(

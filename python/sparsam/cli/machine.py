@@ -29,7 +29,7 @@ def calibrate(
     layer in float32 and bfloat16. Convolutions are not measured: `accelerate` times those of a model.
     """
     with_torch = find_spec("torch") is not None
-    with progress(alive=False) as bar:  # a bar that moves by itself would disturb what is measured
+    with progress(alive=False) as bar:  # a bar that updates by itself would disturb the measurement
         task = bar.add_task("kernels and NumPy", total=2 if with_torch else 1)
         bar.refresh()
         found = calibration.calibrate(dtype)

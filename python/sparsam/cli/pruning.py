@@ -126,7 +126,7 @@ def prune(
     content = whole.foreign if whole else None
     if content is not None:
         config = replace(config, transposed=(*config.transposed, *content.transposed))
-    config, left = file_defaults.settle(
+    config, left = file_defaults.adapt(
         config,
         file_defaults.shapes(file) if content is None else content.weights,
         tied=file_defaults.heads_tied(file) if content is None else _tied(content),

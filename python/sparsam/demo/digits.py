@@ -15,7 +15,7 @@ import copy
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -75,6 +75,13 @@ class SmallestNetwork:
     train_accuracy: float
     test_accuracy: float
     evaluations: int
+
+    COLUMNS: ClassVar[tuple[str, ...]] = ("pruned how", "sparsity", "training", "test", "tried")
+
+    def cells(self) -> tuple[str | int, ...]:
+        """The row of a table under COLUMNS."""
+        shares = (self.sparsity, self.train_accuracy, self.test_accuracy)
+        return (self.method, *(f"{share:.2%}" for share in shares), self.evaluations)
 
 
 @dataclass(frozen=True)

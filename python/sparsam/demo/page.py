@@ -7,7 +7,7 @@ from pathlib import Path
 from sparsam import plot
 from sparsam.bench import machine
 from sparsam.checkpoint.atomic import check_target
-from sparsam.demo.digits import ALLOWED_LOSS, DemoResult
+from sparsam.demo.digits import ALLOWED_LOSS, DemoResult, SmallestNetwork
 from sparsam.plot import html_page
 from sparsam.plot.html_page import document, paragraph, picture, table
 
@@ -76,20 +76,7 @@ def render(result: DemoResult) -> str:
             f"The highest sparsity at which at most {ALLOWED_LOSS:.0%} of the training images is lost. The "
             "test images had no part in the choice."
         ),
-        table(
-            ("pruned how", "sparsity", "training", "test", "tried"),
-            (
-                (
-                    f.method,
-                    f"{f.sparsity:.2%}",
-                    f"{f.train_accuracy:.2%}",
-                    f"{f.test_accuracy:.2%}",
-                    f.evaluations,
-                )
-                for f in result.smallest
-            ),
-            texts=1,
-        ),
+        table(SmallestNetwork.COLUMNS, (found.cells() for found in result.smallest), texts=1),
         "<h2>The network pruned step by step</h2>",
         _report(result),
         paragraph(

@@ -39,7 +39,7 @@ class ReadOnly(Mapping[str, ValueT_co]):
 
 def check_sparsity(what: str, value: object) -> float:
     """Returns `value` as a float in [0, 1], or raises the ValueError that names `what`."""
-    if type(value) is float and 0 <= value <= 1:  # An abstract class takes longer to ask.
+    if type(value) is float and 0 <= value <= 1:  # The check against an abstract class takes longer.
         return value
     if not isinstance(value, bool) and isinstance(value, Real):
         number = float(value)

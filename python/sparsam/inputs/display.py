@@ -21,12 +21,12 @@ def printable(text: str) -> str:
 
 
 def as_markdown(text: str) -> str:
-    """Returns the text such that Markdown, and HTML in it, shows it as it is: no link, tag or new cell."""
+    """Escapes a text so that Markdown, and HTML in it, shows it literally: no link, tag or new cell."""
     return _MARKUP.sub(lambda found: _ENTITIES.get(found[0], f"\\{found[0]}"), printable(text))
 
 
 def as_html(text: str) -> str:
-    """Returns the text such that HTML shows it as it is, in an attribute too."""
+    """Escapes a text so that HTML shows it literally, in attributes too."""
     return html.escape(printable(text))
 
 

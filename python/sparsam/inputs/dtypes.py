@@ -18,7 +18,7 @@ def is_weight_dtype(dtype: np.dtype[Any]) -> bool:
 
 
 def check_dtype(name: str, array: NDArray[Any]) -> None:
-    """Raises TypeError with the tensor's name for what the kernels do not take."""
+    """Raises TypeError with the tensor's name for dtypes that the kernels do not accept."""
     if not is_weight_dtype(array.dtype):
         msg = (
             f"tensor {name!r}: expected float16, bfloat16, float32 or float64 in native byte order; got "

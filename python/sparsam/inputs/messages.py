@@ -12,7 +12,7 @@ LOGGER.addHandler(logging.NullHandler())
 
 
 def say(text: str) -> None:
-    """Logs a text as INFO; writes it to stdout where logging is not set up for that, as in a notebook."""
+    """Logs a text as INFO; writes it to stdout if logging is not set up for INFO, as in a notebook."""
     heard = LOGGER.isEnabledFor(logging.INFO) and (len(LOGGER.handlers) > 1 or logging.root.handlers)
     if heard:
         LOGGER.info("%s", text)

@@ -1,6 +1,6 @@
 """What every picture is drawn with: the figure, its axes, colours, legend, and the file it is written to.
 
-Colours are told apart by colour-blind readers, and lines also by their markers.
+Colour-blind readers can distinguish the colours; lines also differ in their markers.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def check(file: StrPath) -> None:
     """Checks that a picture can be drawn and saved, before hours of measuring.
 
     Raises:
-        ValueError: matplotlib is not installed, or knows no such ending; the name is that of a folder.
+        ValueError: matplotlib is not installed, or does not know the suffix; the path is a folder.
         OSError: There is no such folder.
     """
     file = Path(file)
@@ -97,11 +97,11 @@ def percent_axis(axes: Any) -> None:
 
 def name_axis(axes: Any, names: Sequence[str]) -> None:
     """Names of tensors along the vertical axis, as many as have room."""
-    step = math.ceil(len(names) * _LABEL / tall(names))
+    step = math.ceil(len(names) * _LABEL / chart_height(names))
     axes.set_yticks(range(0, len(names), step), labels(names)[::step], fontsize=8)
 
 
-def tall(names: Sized) -> float:
+def chart_height(names: Sized) -> float:
     """The height of a picture with a row for each name."""
     return min(max(2.5, 1.4 + _ROW * len(names)), _TALLEST)
 

@@ -1,4 +1,4 @@
-"""Pictures of scores: against sparsity, and of each tensor pruned alone."""
+"""Pictures of scores: against sparsity, and of each tensor pruned by itself."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from sparsam.inputs.checks import check_sparsity
 from sparsam.plot.axis_labels import labels, shortened
 from sparsam.plot.canvas import (
     StrPath,
+    chart_height,
     finished,
     finite,
     legend,
@@ -20,7 +21,6 @@ from sparsam.plot.canvas import (
     percent_axis,
     reference,
     styles,
-    tall,
 )
 from sparsam.plot.shapes import Sensitivity
 
@@ -91,7 +91,7 @@ def sensitivity_map(report: Sensitivity, file: StrPath | None = None) -> Any:
     for i, name in enumerate(names):
         for point in curves[name].points:
             losses[i, sparsities.index(point.sparsity)] = finite(max(report.dense_score - point.score, 0.0))
-    figure, axes = new_axes(file, height=tall(names), width=8)
+    figure, axes = new_axes(file, height=chart_height(names), width=8)
     axes.set_facecolor("0.85")
     axes.patch.set_hatch("////")
     axes.patch.set_edgecolor("white")

@@ -11,7 +11,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from sparsam.inputs.checks import check_sparsity
 from sparsam.plot.axis_labels import shortened
-from sparsam.plot.canvas import COLOURS, StrPath, finished, name_axis, new_axes, percent_axis, tall
+from sparsam.plot.canvas import COLOURS, StrPath, chart_height, finished, name_axis, new_axes, percent_axis
 from sparsam.report import Report
 from sparsam.selection import threshold
 
@@ -39,7 +39,7 @@ def sparsity_per_tensor(sparsities: Report | Mapping[str, float], file: StrPath 
     if not bars:
         msg = "sparsities: expected at least one tensor that is pruned; got none; prune one"
         raise ValueError(msg)
-    figure, axes = new_axes(file, height=tall(bars))
+    figure, axes = new_axes(file, height=chart_height(bars))
     places = range(len(bars))
     axes.barh(places, [100 * value for value in bars.values()], color=COLOURS[0], height=0.75)
     for place, value in zip(places, bars.values(), strict=True):

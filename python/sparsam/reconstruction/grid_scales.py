@@ -10,9 +10,9 @@ from numpy.typing import NDArray
 
 from sparsam.reconstruction.column_sweep import Grid
 
-__all__ = ["MOST", "grid_for"]
+__all__ = ["LARGEST_INTEGER", "grid_for"]
 
-MOST = {8: 64, 4: 7}
+LARGEST_INTEGER = {8: 64, 4: 7}
 """The largest integer for each number of bits; of 8 bits, what the int8 kernels take."""
 
 _CLIPS = {8: (1.0,), 4: (1.0, 0.95, 0.9, 0.85, 0.8)}
@@ -35,13 +35,13 @@ def grid_for(
 
     Args:
         w: Finite, (out, in), float32 or float64.
-        keep: Which of them count.
+        keep: Which weights are kept.
         costs: (in,), of a squared error in each column.
         bits: 8 or 4.
         group: Columns that share a scale, at least 1.
-        dtype: In which products shall be exact: float16, bfloat16, float32 or float64.
+        dtype: The dtype in which products must be exact: float16, bfloat16, float32 or float64.
     """
-    most, (rows, columns) = MOST[bits], w.shape
+    most, (rows, columns) = LARGEST_INTEGER[bits], w.shape
     groups = -(-columns // group)
     kept = np.where(keep, w, 0)
     padded = np.zeros((rows, groups * group), w.dtype)

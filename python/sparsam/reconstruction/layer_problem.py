@@ -234,7 +234,7 @@ def _to_mean(what: str, mean: ArrayLike, inputs: int) -> NDArray[np.float64]:
 
 
 def to_floats(what: str, value: ArrayLike) -> NDArray[np.float64]:
-    """The value as a float64 array; TypeError for what is not made of real numbers."""
+    """The value as a float64 array; TypeError unless it consists of real numbers."""
     given = array_of(what, value)
     if not is_weight_dtype(given.dtype) and given.dtype.kind not in "iuf":
         raise TypeError(_dtype_error(what, given.dtype))

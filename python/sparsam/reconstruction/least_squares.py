@@ -120,7 +120,7 @@ def solve(
     if damping:
         gram = gram.copy()
         gram.flat[:: len(gram) + 1] += np.where(layer.live, damping * mean_diagonal(layer), 0.0)
-    order, starts = _groups(keep, settled=cross is None)
+    order, starts = _groups(keep, skip_dense=cross is None)
     idle = np.ones(len(keep), np.bool_)
     idle[order] = False
     changes[idle] = 0
@@ -129,12 +129,14 @@ def solve(
     return kept
 
 
-def _groups(keep: NDArray[np.bool_], *, settled: bool = True) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+def _groups(
+    keep: NDArray[np.bool_], *, skip_dense: bool = True
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Rows with something to solve for, in runs of equal supports, and where each run starts.
 
-    A row that keeps nothing has none, and a row that prunes nothing has none if that is `settled`.
+    Rows that keep nothing are left out; with `skip_dense`, so are rows that prune nothing.
     """
-    rows = np.flatnonzero(keep.any(axis=1) & ~(keep.all(axis=1) & settled))
+    rows = np.flatnonzero(keep.any(axis=1) & ~(keep.all(axis=1) & skip_dense))
     if not rows.size:
         return np.zeros(0, np.int64), np.zeros(1, np.int64)
     _, support = np.unique(np.packbits(keep[rows], axis=1), axis=0, return_inverse=True)

@@ -1,4 +1,4 @@
-"""Pruning and rounding in one sweep: columns not yet visited make up for both."""
+"""Pruning and rounding in one sweep: columns not yet visited are updated to compensate for both."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from sparsam.inputs.checks import expected
 from sparsam.masks import Mask
 from sparsam.patterns import Pattern, Unstructured
 from sparsam.reconstruction.column_sweep import Choice, check_block, choose_from, inverse_factor, sweep
-from sparsam.reconstruction.grid_scales import MOST, grid_for
+from sparsam.reconstruction.grid_scales import LARGEST_INTEGER, grid_for
 from sparsam.reconstruction.layer_problem import (
     Layer,
     Moments,
@@ -133,7 +133,7 @@ def quantize(
 
 
 def _check_grid(bits: int, group: int | None, name: str) -> None:
-    if type(bits) is not int or bits not in MOST:
+    if type(bits) is not int or bits not in LARGEST_INTEGER:
         raise ValueError(expected(f"bits for tensor {name!r}", bits, "8 or 4", "pass one of them"))
     if group is not None and (type(group) is not int or group not in GROUPS):
         wanted = "None, 32, 64 or 128 columns"

@@ -25,7 +25,7 @@ from sparsam.sparse.cost_model import BATCHES, DTYPES, KINDS, Costs, Key, Weight
 
 __all__ = ["Measured", "calibrate", "fastest", "measure_dense", "measure_kernels", "numpy_product", "store"]
 
-SETTLE = 0.04  # OpenBLAS's threads wait actively for 2^26 ticks of the time stamp counter, 22 ms at 3 GHz
+WARM_UP = 0.04  # OpenBLAS's threads wait actively for 2^26 ticks of the time stamp counter, 22 ms at 3 GHz
 
 DenseProduct = Callable[[NDArray[np.float32], NDArray[np.float32]], Callable[[], object]]
 """(w, x) -> what computes x W^T."""
@@ -134,29 +134,30 @@ def measure_dense(key: Key, product: DenseProduct) -> Measured:
             if batch <= largest:
                 x = np.ones((batch, shape[1]), np.float32)
                 runs = [product(w, x) for w in _copies(weights)]
-                settle = SETTLE if batch == BATCHES[0] else 0.0
-                seconds = fastest(_in_turn(runs), settle=settle, seconds=4e-3)
+                warm_up = WARM_UP if batch == BATCHES[0] else 0.0
+                seconds = fastest(_in_turn(runs), warm_up=warm_up, seconds=4e-3)
                 what = features("dense", Weight(*shape, nnz=0, dtype=key.dtype))
                 seen.setdefault(("dense", batch), []).append((what, seconds))
     return _fit_all(key, seen)
 
 
 def numpy_product(w: NDArray[np.float32], x: NDArray[np.float32]) -> Callable[[], object]:
-    """The dense product of SparseMatrix."""
+    """The dense product that SparseMatrix uses."""
     y = np.empty((len(x), len(w)), np.float32)
     return lambda: np.dot(x, w.T, out=y)
 
 
-def fastest(run: Callable[[], object], *, settle: float = SETTLE, seconds: float = 0.01) -> float:
-    """The shortest time of a run: an interruption only lengthens one, so that is the time to compare.
+def fastest(run: Callable[[], object], *, warm_up: float = WARM_UP, seconds: float = 0.01) -> float:
+    """The shortest time of a run: interruptions only lengthen runs, so the shortest is the one to compare.
 
     Args:
         run: What to time.
-        settle: Seconds to warm up, at least once. By default long enough for the threads of another library
+        warm_up: Seconds to warm up, at least once. By default long enough for the threads of another library
             that ran just before to stop spinning, in the way of these.
-        seconds: After 3 runs, and this time or 20 runs, it is enough; after one if that is slow.
+        seconds: Stop after at least 3 runs that took this time together, or after 20 runs; after one if
+            that is slow.
     """
-    end = time.perf_counter() + settle
+    end = time.perf_counter() + warm_up
     while True:
         run()
         if time.perf_counter() >= end:
@@ -191,7 +192,7 @@ def _copies(weights: NDArray[np.float32]) -> list[NDArray[np.float32]]:
 def _time_kernel(kernel: str, packed: Sequence[_core.Packed], batch: int) -> float:
     x, y = np.ones((batch, packed[0].cols), np.float32), np.empty((batch, packed[0].rows), np.float32)
     runs = [lambda one=one: one.linear(kernel, x, None, "", y) for one in packed]
-    return fastest(_in_turn(runs), settle=0.0, seconds=2e-3)
+    return fastest(_in_turn(runs), warm_up=0.0, seconds=2e-3)
 
 
 def _in_turn(runs: Sequence[Callable[[], object]]) -> Callable[[], object]:

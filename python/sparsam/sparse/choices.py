@@ -11,7 +11,7 @@ from sparsam.sparse.preparation import Preparation
 
 __all__ = ["Choices", "expect"]
 
-MOST_BATCHES = 256  # whose kernels are remembered
+MAX_BATCHES = 256  # whose kernels are remembered
 
 
 class Choices:
@@ -19,7 +19,7 @@ class Choices:
 
     The first product of a batch chooses, those after it look it up. Choices depend on nothing but the
     arguments of `__init__`, the cost model, the instruction set and the number of threads: where one of
-    these two has changed, they are made anew.
+    these two has changed, they are computed again.
     There is no lock: two threads that choose at the same time choose the same.
 
     Attributes:
@@ -53,7 +53,7 @@ class Choices:
         kernels = valid[1]
         kernel = kernels.get(batch)
         if kernel is None:
-            if len(kernels) >= MOST_BATCHES:
+            if len(kernels) >= MAX_BATCHES:
                 kernels.clear()
             kernel = kernels[batch] = self.choice(batch).kernel
         return kernel

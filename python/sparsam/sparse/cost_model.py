@@ -82,7 +82,7 @@ Row = tuple[Coefficient, Coefficient, Coefficient, Coefficient, Coefficient, Coe
 
 @dataclass(frozen=True)
 class Weight:
-    """What the time of a product depends on, of the weight.
+    """The properties of a weight on which the time of a product depends.
 
     Attributes:
         rows: Outputs.
@@ -105,13 +105,13 @@ class Weight:
 
     @classmethod
     def of(cls, packed: _core.Packed) -> Weight:
-        """What a packed weight is."""
+        """The properties of a packed weight."""
         return cls(packed.rows, packed.cols, packed.nnz, packed.dtype, packed.blocked > 0)
 
 
 @dataclass(frozen=True)
 class Key:
-    """What measured costs depend on: a calibration is used only where all of it is the same.
+    """What measured costs depend on: a calibration is used only if all of it is equal.
 
     Attributes:
         cpu: The processor.
@@ -174,7 +174,7 @@ class Costs(Document, frozen=True):
         return Key(self.cpu, self.library, self.version, self.dtype, self.threads)
 
     def curve(self, kind: str, weight: Weight) -> Curve:
-        """The seconds that products are expected to take, for those of BATCHES that the kind is known for."""
+        """The expected seconds of a product, for those of BATCHES for which the kind has coefficients."""
         terms = features(kind, weight)
         return tuple(sum(map(float.__mul__, row, terms)) for row in self.fits[kind])
 
@@ -375,7 +375,7 @@ def bucket(batch: int) -> int:
 
 @cache
 def cpu() -> str:
-    """The processor's name, with what tells apart models that share it."""
+    """The processor's name, with what distinguishes models that share it."""
     fields: dict[str, str] = {}
     with suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines():

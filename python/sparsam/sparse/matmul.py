@@ -56,8 +56,8 @@ def multiply(
         return
     assert dense is not None
     if not math.isfinite(np.vdot(x, x)):
-        # Dense, infinities and NaN in x would meet pruned weights, and 0 times those is NaN. Where the sum of
-        # large squares overflows, the packed product is only slower.
+        # A dense product would multiply pruned weights with infinities and NaN in x, and 0 times those is
+        # NaN. Where the sum of large squares overflows, the packed product is only slower.
         packed = packed or Packed.pack(dense)
         packed.linear(packed.forms[-1], x, bias, activation, out)
         return

@@ -70,7 +70,7 @@ if hasattr(os, "register_at_fork"):
 
 
 class SparseMatrix:
-    """A matrix (out, in), as `torch.nn.Linear` has it, of which only the nonzero weights are stored.
+    """A matrix (out, in), like that of `torch.nn.Linear`, of which only the nonzero weights are stored.
 
     It is held in the forms that batches of 1 to 512 rows need: bits and values, panels of rows or slots
     (docs/formats.md), or a dense copy. That is one of them, or two where some batch would be slower by more
@@ -83,8 +83,8 @@ class SparseMatrix:
     2^-96 counts as 0.
 
     `prepare(batches)` measures the kernels on this matrix and keeps only the forms that these batches need.
-    `explain(batch)` tells what runs and why, `nbytes` counts all that is held. Kernels round differently, in
-    the last bits; `prepare(batch, kernel=...)` fixes one.
+    `explain(batch)` says which kernel runs and why, `nbytes` counts all memory that is held. Kernels round
+    differently, in the last bits; `prepare(batch, kernel=...)` fixes one.
 
     A pruned weight multiplies nothing: an infinity or a NaN in x reaches those outputs that have a stored
     weight for it. A matrix may be used by several threads at once, and after a fork.
@@ -101,7 +101,7 @@ class SparseMatrix:
 
         Args:
             packed: The weights.
-            kernels: Those that it shall hold the forms for; by default the cost model says which.
+            kernels: Those for which forms are held; by default the cost model decides.
             preparation: What it was prepared for.
         """
         self._shape = (packed.rows, packed.cols)
@@ -191,7 +191,7 @@ class SparseMatrix:
 
     @property
     def T(self) -> SparseMatrix:
-        """The transpose, packed anew; of int8 and int4 values, whose scales are those of rows, in float32."""
+        """The transpose, packed again; of int8 and int4 values, whose scales belong to rows, in float32."""
         packed = self._state.forms.readable()
         keep = Mask.from_array(keep_of(packed).T)
         return SparseMatrix(Packed.from_mask(packed.unpack().T, keep._words))

@@ -1,4 +1,4 @@
-"""What a matrix was prepared for: kernels that the user chose, and times that were measured on it."""
+"""Results of `prepare`: kernels that the user chose, and times measured on the matrix."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _PLAUSIBLE = 2.5  # times the least expected cost: beyond it a kernel is not tri
 
 @dataclass(frozen=True)
 class Preparation:
-    """What `SparseMatrix.prepare` found out; batches of one bucket share it.
+    """The results of `SparseMatrix.prepare`; batches of one bucket share them.
 
     Attributes:
         told: Bucket -> the kernel that the user chose.

@@ -182,7 +182,7 @@ class IterativePruner:
                 ones in place. Tensors that it does not return stay unchanged.
             min_score: Stop at a score that is not at least this.
             max_drop: Stop at a score that is more than this below the dense score.
-            on_iteration: Called with each new row of the history, once `state_dir` has it.
+            on_iteration: Called with each new row of the history after it has been stored in `state_dir`.
             state_dir: A folder, made if needed, for the state of the run after each iteration. If it holds
                 one, the run resumes from there and repeats only the interrupted iteration; the present limits
                 apply to the earlier iterations too. One run at a time may use a folder. State that

@@ -100,7 +100,7 @@ def _tied(tied: Tied) -> TiedIdentity:
 def describe(value: object) -> str:
     """The repr of a value, or the name of its class where the repr would hold an address.
 
-    Arrays and statistics that its fields hold by name are told apart by their content.
+    Arrays and statistics that its fields hold by name are compared by their content.
     """
     kind = type(value)
     if is_dataclass(value):

@@ -54,7 +54,7 @@ class Timetable:
             default: The schedule where the configuration has none.
             begin: The step of the first update.
             end: The step of the last; None: `begin`, allowed with "one_shot" only.
-            every: The steps between updates. None: such that there are num_iterations of them, or 100.
+            every: The steps between updates. None: as many as give num_iterations updates, or 100.
             initial: The sparsity at `begin`.
 
         Raises:

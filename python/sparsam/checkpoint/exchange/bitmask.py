@@ -52,7 +52,7 @@ def dense(name: str, given: Arrays) -> NDArray[Any]:
 
 
 def shape_of(name: str, stored: NDArray[Any]) -> tuple[int, ...]:
-    """Returns a shape that is stored as a tensor; ValueError for what none can be."""
+    """Returns a shape that is stored as a tensor; ValueError if it cannot be one."""
     shape = tuple(int(length) for length in stored.ravel()) if stored.dtype.kind in "iu" else ()
     if not 1 <= len(shape) <= 32 or min(shape) < 0 or math.prod(shape) >= 1 << 46:
         raise misfit(name, "a shape", f"{stored.ravel()[:8].tolist()}")

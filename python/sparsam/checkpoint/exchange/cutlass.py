@@ -89,7 +89,7 @@ def dense(name: str, given: Mapping[str, NDArray[Any]]) -> NDArray[Any]:
 
 
 def _places(rows: int, cols: int, word: type[np.signedinteger[Any]]) -> NDArray[np.int64]:
-    """Where each word of the metadata, row by row, stands in memory."""
+    """The position in memory of each word of the metadata, row by row."""
     together, woven = (32, 4) if np.dtype(word).itemsize == 2 else (16, 2)
     row = np.arange(rows)[:, None]
     col = np.arange(cols)[None, :]

@@ -17,12 +17,12 @@ from sparsam.inputs.checks import expected
 from sparsam.inputs.messages import say
 from sparsam.inputs.names import NamePatterns
 from sparsam.torch.acceleration.model_runner import ModelRunner, as_examples, difference
-from sparsam.torch.pruning.structured.choice import check_config, choose
 from sparsam.torch.pruning.structured.importance import HeadImportance
 from sparsam.torch.pruning.structured.report import ShrinkReport, StructureRow, change_config
 from sparsam.torch.pruning.structured.search import check_model, find_structures, without_cache
 from sparsam.torch.pruning.structured.structures import KINDS, Cuts, Structure, cuts_of
 from sparsam.torch.pruning.structured.surgery import Surgery
+from sparsam.torch.pruning.structured.unit_selection import check_config, select_units
 from torch import nn
 
 __all__ = ["shrink"]
@@ -48,7 +48,7 @@ def shrink(
       norms, residual branches, the layers that read them), by Torch-Pruning's dependency graph.
 
     Outputs of the model, axes that are normalised across, and weights shared with an embedding are kept.
-    Exactly `round(sparsity * units)` units are removed, those with the lowest scores (see `choice.choose`).
+    Exactly `round(sparsity * units)` units are removed, those with the lowest scores (`unit_selection`).
     Biases and batch norms are removed with their units and do not count in the score.
 
     The small model is compared with the large one in which the same units are zeroed: their outputs for the
@@ -106,7 +106,7 @@ def shrink(
             )
             raise ValueError(msg)
         tensors = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers())
-        gone = choose(structures, tensors, settings, measured)
+        gone = select_units(structures, tensors, settings, measured)
         cuts = cuts_of(structures, gone)
         before = sum(parameter.numel() for parameter in model.parameters())
         surgery = Surgery(model, cuts)

@@ -17,7 +17,7 @@ from sparsam.selection import _select_entries
 from sparsam.torch.pruning.structured.structures import KINDS, Structure
 from torch import Tensor
 
-__all__ = ["check_config", "choose"]
+__all__ = ["check_config", "select_units"]
 
 
 def check_config(config: PruningConfig) -> None:
@@ -41,7 +41,7 @@ def check_config(config: PruningConfig) -> None:
             raise ValueError(msg)
 
 
-def choose(
+def select_units(
     structures: Sequence[Structure],
     tensors: Mapping[str, Tensor],
     config: PruningConfig,

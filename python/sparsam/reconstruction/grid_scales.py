@@ -67,7 +67,7 @@ def _rounded_up(scales: NDArray[np.float64], most: int, dtype: Any) -> NDArray[n
     """The next numbers of so few digits that all products with integers up to `most` are exact."""
     info = ml_dtypes.finfo(np.float32 if dtype == np.float64 else dtype)  # type: ignore[no-untyped-call]
     digits = info.nmant + 1 - (most - 1).bit_length()
-    if most == MOST[4]:
+    if most == LARGEST_INTEGER[4]:
         digits = min(digits, _BFLOAT16_DIGITS)
     scales = np.maximum(scales, _TINY)
     _, exponents = np.frexp(scales)

@@ -54,6 +54,32 @@ def test_compile_without_graph_breaks(backend: str) -> None:
     torch._dynamo.reset()
 
 
+def test_graphs_are_known_by_everything_but_the_numbers() -> None:
+    def key(ins: int, outs: int, dtype: torch.dtype = torch.float32) -> str:
+        weight: Any = packed_copy(pruned(nn.Linear(ins, outs)).to(dtype)).weight
+        known: str = weight._stable_hash_for_caching()
+        return known
+
+    assert key(70, 40) == key(70, 40)
+    assert len({key(70, 40), key(40, 70), key(70, 40, torch.bfloat16)}) == 3
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning")
+def test_graphs_of_any_batch() -> None:
+    model = nn.Sequential(
+        packed_copy(pruned(nn.Linear(70, 40))), nn.ReLU(), packed_copy(pruned(nn.Linear(40, 3)))
+    )
+    compiled = torch.compile(model, dynamic=True, fullgraph=True)
+    sizes = {0: torch.export.Dim("batch", min=2, max=64)}
+    exported = torch.export.export(model, (torch.randn(8, 70),), dynamic_shapes=(sizes,)).module()
+    for batch in (8, 3, 17):
+        x = torch.randn(batch, 70)
+        with torch.no_grad():
+            torch.testing.assert_close(compiled(x), model(x))
+            torch.testing.assert_close(exported(x), model(x))
+    torch._dynamo.reset()
+
+
 @pytest.mark.filterwarnings("ignore:`torch.jit.trace:DeprecationWarning")
 def test_tracing_and_autocast() -> None:
     model: Any = nn.Sequential(packed_copy(pruned(nn.Linear(20, 30)), activation="silu"))

@@ -319,6 +319,11 @@ class PackedTensor(Tensor):
     def __tensor_flatten__(self) -> tuple[list[str], Any]:
         return ["_inner"], (self._content.layout, self._views, self._start)
 
+    def _stable_hash_for_caching(self) -> str:
+        """What PyTorch knows a compiled graph by: everything but the bytes, which the graph is passed."""
+        known = (self._content.layout, self._views, self._start, self.shape, self._inner.shape)
+        return f"{type(self).__name__} {known} {self.dtype} {self.requires_grad}"
+
     @staticmethod
     def __tensor_unflatten__(
         inner: dict[str, Tensor], context: Any, outer_size: Any, outer_stride: Any

@@ -7,7 +7,6 @@ pool into masks, and the masks are applied.
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from operator import is_
@@ -23,6 +22,7 @@ from sparsam.coupling import select_tied, tied_patterns
 from sparsam.inputs.checks import to_arrays
 from sparsam.inputs.float_mode import standard_floats
 from sparsam.inputs.tensors import is_tensor, to_torch
+from sparsam.inputs.weights import check_writeable, warn_of_flags
 from sparsam.masks import Mask, _check_apart
 from sparsam.orientation import mask_as_stored, outputs_first
 from sparsam.patterns import Unstructured
@@ -345,11 +345,11 @@ def _prune(
     pooled = {name for pool in pools for name in pool.names}
     names = [name for name in arrays if name in pooled]
     if min_rank:
-        _warn_of_flags(arrays, names, stacklevel=4)  # One for `standard_floats`.
+        warn_of_flags(arrays, names, stacklevel=4)  # One for `standard_floats`.
     shared: dict[str, str] = {}
     if inplace:
         for name in names:
-            _check_writeable(name, weights[name], arrays[name])
+            check_writeable(name, weights[name], arrays[name])
         outs = {name: arrays[name] for name in names}
         _check_apart(arrays, outs)
     else:
@@ -370,35 +370,3 @@ def _prune(
     }
     pruned |= {name: pruned[other] for name, other in shared.items()}
     return PruningResult({**weights, **pruned}, masks, report)
-
-
-def _warn_of_flags(arrays: Mapping[str, NDArray[Any]], names: Collection[str], *, stacklevel: int) -> None:
-    """Warns of tensors of zeros and ones only, such as attention masks, which are hardly weights."""
-    for name in names:
-        array = arrays[name]
-        if array.ndim < 2 or not array.size or array.item(0) not in {0.0, 1.0}:
-            continue
-        ones = np.count_nonzero(array == 1)
-        if 0 < ones < array.size and ones == np.count_nonzero(array):
-            msg = (
-                f"tensor {name!r}: expected weights; got zeros and ones only, as in an attention mask; "
-                "exclude it if it is a buffer"
-            )
-            warnings.warn(msg, UserWarning, stacklevel=stacklevel + 1)
-
-
-def _check_writeable(name: str, value: object, array: NDArray[Any]) -> None:
-    """Raises ValueError for a tensor that cannot be pruned in place."""
-    if not (isinstance(value, np.ndarray) or is_tensor(value)):
-        got = f"one of type {type(value).__name__}"
-    elif not array.flags.writeable:
-        got = "one that is read-only"
-    elif any(stride == 0 and length > 1 for stride, length in zip(array.strides, array.shape, strict=True)):
-        got = "one that is expanded, whose elements share memory"
-    else:
-        return
-    msg = (
-        f"tensor {name!r}: expected a writeable array with inplace=True; got {got}; pass a copy, or leave "
-        "inplace out"
-    )
-    raise ValueError(msg)

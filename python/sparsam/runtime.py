@@ -119,20 +119,14 @@ def build_info() -> BuildInfo:
 
 def _apply_environment() -> None:
     """Obey SPARSAM_ISA, SPARSAM_INT8_ISA and SPARSAM_NUM_THREADS; called once, on import."""
-    name = os.environ.get("SPARSAM_ISA", "")
-    if name:
-        try:
-            _core.use_isa(name)
-        except ValueError as error:
-            msg = f"environment variable SPARSAM_ISA: {error}"
-            raise ValueError(msg) from None
-    name = os.environ.get("SPARSAM_INT8_ISA", "")
-    if name:
-        try:
-            _core.use_int8_isa(name)
-        except ValueError as error:
-            msg = f"environment variable SPARSAM_INT8_ISA: {error}"
-            raise ValueError(msg) from None
+    for variable, use in (("SPARSAM_ISA", _core.use_isa), ("SPARSAM_INT8_ISA", _core.use_int8_isa)):
+        name = os.environ.get(variable, "")
+        if name:
+            try:
+                use(name)
+            except ValueError as error:
+                msg = f"environment variable {variable}: {error}"
+                raise ValueError(msg) from None
     threads = os.environ.get("SPARSAM_NUM_THREADS", "")
     if threads:
         try:

@@ -22,8 +22,7 @@ EXCEPTIONS = {
     "{type(error).__name__}": "an error of another process that cannot be pickled",
     "{type(self).__name__} object has no attribute": "Python's own words",
     "module {package} has no attribute": "Python's own words",
-    "environment variable SPARSAM_ISA: {error}": "the core's message, which has the form",
-    "environment variable SPARSAM_INT8_ISA: {error}": "the core's message, which has the form",
+    "environment variable {variable}: {error}": "the core's message, which has the form",
 }
 # What only a fault of this package can cause.
 OWN_FAULT = "; please report this"

@@ -23,8 +23,9 @@ from sparsam.checkpoint.layout import Entry, Layout
 from sparsam.checkpoint.locks import locked
 from sparsam.checkpoint.ranking_passes import RUN, Counts, Cut, Ranking, run_starts
 from sparsam.config import Scorer
+from sparsam.inputs.weights import warn_of_flags
 from sparsam.pools import Pool
-from sparsam.pruner import _warn_of_flags, prune_pools
+from sparsam.pruner import prune_pools
 from sparsam.report import LayerStats, count_nonzero, measure
 
 __all__ = [
@@ -261,7 +262,7 @@ def _prune_piece(
     start = piece[0].begin
     arrays = {part.entry.name: _view(data[part.begin - start : part.end - start], part) for part in piece}
     alone = {name: array for name, array in arrays.items() if name in task.pools}
-    _warn_of_flags(arrays, [name for name in arrays if name in task.shown], stacklevel=2)
+    warn_of_flags(arrays, [name for name in arrays if name in task.shown], stacklevel=2)
     pools = [task.pools[name] for name in alone]
     masks, nonzero = prune_pools(alone, pools, task.method, alone, checked=True)
     pruned = {name: mask.size - mask.count for name, mask in masks.items()}

@@ -31,6 +31,7 @@ from msgspec import Meta
 
 from sparsam import _core
 from sparsam.checkpoint.json_state import Document, Positive, read
+from sparsam.inputs.checks import expected
 from sparsam.sparse.blas import numpy_blas
 
 __all__ = [
@@ -394,9 +395,6 @@ def _is_off() -> bool:
     """
     value = os.environ.get("SPARSAM_CALIBRATION", "")
     if value not in {"", "on", "off"}:
-        msg = (
-            f"environment variable SPARSAM_CALIBRATION: expected on or off; got {value!r}; set it to one, or "
-            "unset it"
-        )
-        raise ValueError(msg)
+        what = "environment variable SPARSAM_CALIBRATION"
+        raise ValueError(expected(what, value, "on or off", "set it to one, or unset it"))
     return value == "off"

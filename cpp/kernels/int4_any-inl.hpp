@@ -20,12 +20,12 @@ void add_pair(const Int4View& w, const std::uint8_t* code, const std::uint8_t* s
 void multiply_int4(const Int4View& w, std::size_t begin, std::size_t end, const std::uint8_t* x,
                    std::size_t x_stride, const float* x_scale, std::size_t batch, const Epilogue& epilogue,
                    const Output& y) {
-  SPARSAM_CHECK(w.lanes <= kMostLanes && w.lanes % Floats::kLanes == 0);
+  SPARSAM_CHECK(w.lanes <= kMaxInt8Lanes && w.lanes % Floats::kLanes == 0);
   for (std::size_t group = begin; group < end; ++group)
     for (std::size_t t = 0; t < batch; ++t) {
-      float total[kMostLanes] = {};
+      float total[kMaxInt8Lanes] = {};
       for (std::size_t unit = 0; unit < w.units(); ++unit) {
-        std::uint32_t sums[kMostLanes] = {};
+        std::uint32_t sums[kMaxInt8Lanes] = {};
         const std::size_t first = w.first_pair(group, unit), last = w.first_pair(group, unit + 1);
         for (std::size_t pair = first; pair < last; ++pair)
           add_pair(w, w.codes + int4_pair_bytes(w.lanes) * pair, w.starts_of(first) + 2 * (pair - first),

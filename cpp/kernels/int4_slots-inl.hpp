@@ -59,7 +59,7 @@ void multiply_int4(const Int4View& w, std::size_t begin, std::size_t end, const 
                    std::size_t x_stride, const float* x_scale, std::size_t batch, const Epilogue& epilogue,
                    const Output& y) {
   SPARSAM_CHECK(w.lanes == kLanes);
-  const std::size_t passes = (batch + Nibbles::kMost - 1) / Nibbles::kMost;
+  const std::size_t passes = (batch + Nibbles::kMaxRows - 1) / Nibbles::kMaxRows;
   for (std::size_t group = begin; passes > 1 && group < end; ++group)
     for (std::size_t pass = 0; pass < passes; ++pass) {
       const std::size_t t = batch * pass / passes;
@@ -68,7 +68,7 @@ void multiply_int4(const Int4View& w, std::size_t begin, std::size_t end, const 
     }
   if (passes > 1) return;
   with_batch(batch, [&](auto n) {
-    if constexpr (n() <= Nibbles::kMost)
+    if constexpr (n() <= Nibbles::kMaxRows)
       multiply_int4_groups<n()>(w, begin, end, x, x_stride, x_scale, epilogue, y);
   });
 }

@@ -6,7 +6,7 @@
 namespace sparsam::SPARSAM_TARGET {
 namespace {
 
-constexpr std::size_t kMostLanes = 16;
+constexpr std::size_t kMaxInt8Lanes = 16;
 
 void add_pair(const Int8View& w, std::size_t pair, const std::uint8_t* x, std::uint32_t* sums) {
   const std::size_t slots = 4 * w.lanes, starts = int8_pair_starts(w.window);
@@ -27,11 +27,11 @@ void add_pair(const Int8View& w, std::size_t pair, const std::uint8_t* x, std::u
 void multiply(const Int8View& w, std::size_t begin, std::size_t end, const std::uint8_t* x,
               std::size_t x_stride, const float* x_scale, std::size_t batch, const Epilogue& epilogue,
               const Output& y) {
-  SPARSAM_CHECK(w.lanes <= kMostLanes && w.lanes % Floats::kLanes == 0);
+  SPARSAM_CHECK(w.lanes <= kMaxInt8Lanes && w.lanes % Floats::kLanes == 0);
   for (std::size_t group = begin; group < end; ++group)
     for (std::size_t t = 0; t < batch; ++t) {
-      std::uint32_t sums[kMostLanes];
-      float floats[kMostLanes];
+      std::uint32_t sums[kMaxInt8Lanes];
+      float floats[kMaxInt8Lanes];
       __builtin_memcpy(sums, w.first + group * w.lanes, w.lanes * sizeof *sums);
       for (std::size_t pair = w.begin[group]; pair < w.begin[group + 1]; ++pair)
         add_pair(w, pair, x + t * x_stride, sums);

@@ -79,8 +79,8 @@ void unpack_scaled(const BitmaskView& w, float* to, Scale&& scale) {
 
 FormHeader laid_out(FormHeader h) {
   const std::size_t item = item_size(static_cast<DType>(h.dtype));
-  constexpr std::size_t kMost = std::size(FormHeader{}.sections);
-  std::size_t sizes[kMost] = {8 * h.rows * words_for(h.cols), 8 * (h.rows + 1), h.nnz * item};
+  constexpr std::size_t kMaxSections = std::size(FormHeader{}.sections);
+  std::size_t sizes[kMaxSections] = {8 * h.rows * words_for(h.cols), 8 * (h.rows + 1), h.nnz * item};
   const bool int4 = h.dtype == static_cast<std::uint8_t>(DType::i4);
   const bool int8 = h.dtype == static_cast<std::uint8_t>(DType::i8);
   const bool bitmask = h.kind == FormKind::bitmask, slots = h.kind == FormKind::slots;
@@ -125,7 +125,7 @@ FormHeader laid_out(FormHeader h) {
     sizes[3] = 4 * h.steps * item;
   }
   std::size_t at = sizeof(FormHeader);
-  for (std::size_t i = 0; i < kMost; ++i) {
+  for (std::size_t i = 0; i < kMaxSections; ++i) {
     h.sections[i] = i < n ? at : 0;
     at += aligned(sizes[i]);
   }

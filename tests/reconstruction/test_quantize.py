@@ -20,7 +20,7 @@ from sparsam import NM, Block, Mask, SparseMatrix, obs, quantize, select
 from sparsam.reconstruction import Quantization, reconstruction_error
 from sparsam.sparse import int8
 
-MOST = {8: 64, 4: 7}
+LARGEST_CODES = {8: 64, 4: 7}
 DIGITS = {"float64": 24, "float32": 24, "float16": 11, "bfloat16": 8}
 F32 = np.float32
 
@@ -52,7 +52,7 @@ def rounding_surgery(w: Matrix, h: Matrix, keep: NDArray[np.bool_], steps: Matri
 
 def expected_scales(w: Matrix, keep: NDArray[np.bool_], bits: int, group: int, costs: Matrix) -> Matrix:
     """One row, one group, one share of the largest weight after the other."""
-    most = MOST[bits]
+    most = LARGEST_CODES[bits]
     found = np.ones((len(w), -(-w.shape[1] // group)))
     for row, g in np.ndindex(*found.shape):
         part = slice(g * group, (g + 1) * group)
@@ -85,7 +85,7 @@ def test_equals_surgery_with_explicit_inverses(
     wanted = expected_scales(fitted.weights, keep, bits, group or 72, costs)
     assert np.array_equal(found.scales.reshape(wanted.shape), wanted)
     steps = columns_of(found.scales, group, 72)
-    exact = rounding_surgery(w, h, keep, steps, MOST[bits])
+    exact = rounding_surgery(w, h, keep, steps, LARGEST_CODES[bits])
     assert np.array_equal(found.weights, exact)
     assert np.array_equal(found.codes, np.rint(exact / steps))
     assert np.array_equal(found.mask.to_array(), found.codes != 0)
@@ -183,7 +183,8 @@ def test_the_sweep_is_better_than_rounding_afterwards() -> None:
             fitted = obs(w, h, sparsity=sparsity)
             found = quantize(w, h, sparsity=sparsity, bits=bits, group=group)
             steps = columns_of(found.scales, group, 96)
-            after = np.clip(np.rint(fitted.weights / steps), -MOST[bits], MOST[bits]) * steps
+            most = LARGEST_CODES[bits]
+            after = np.clip(np.rint(fitted.weights / steps), -most, most) * steps
             assert reconstruction_error(w, found.weights, h) < reconstruction_error(w, after, h)
 
 
@@ -248,7 +249,7 @@ def test_what_holds_of_every_result(
     before, fitted = w.copy(), obs(w, h, sparsity=sparsity)
     found = quantize(w, h, sparsity=sparsity, bits=bits, group=group)
     assert np.array_equal(w, before)
-    assert (np.abs(found.codes) <= MOST[bits]).all()
+    assert (np.abs(found.codes) <= LARGEST_CODES[bits]).all()
     assert (found.scales >= np.finfo(F32).tiny).all()
     assert np.array_equal(found.weights, found.codes * columns_of(found.scales, group, cols))
     keep = found.mask.to_array()
@@ -261,12 +262,12 @@ def test_what_holds_of_every_result(
         again = quantize(found.weights, h, found.mask, group=group)
         same = (columns_of(again.scales, group, cols) == columns_of(found.scales, group, cols)).all(axis=1)
         assert np.array_equal(again.weights[same], found.weights[same])
-        full = (np.abs(found.codes) == MOST[8]).any(axis=1)
+        full = (np.abs(found.codes) == LARGEST_CODES[8]).any(axis=1)
         assert same[full].all() or group is not None
 
 
 def test_the_kernel_takes_the_same_integers() -> None:
-    assert MOST[8] == int8.MOST
+    assert LARGEST_CODES[8] == int8.LARGEST_CODE
     assert sparsam.reconstruction.quantize is sparsam.quantize
     assert issubclass(Quantization, sparsam.reconstruction.Reconstruction)
 

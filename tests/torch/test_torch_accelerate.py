@@ -283,8 +283,8 @@ def test_an_error_leaves_the_model_as_it_was(fails: str, monkeypatch: pytest.Mon
 
     if fails == "freeing":
 
-        def release(model: nn.Module, layers: Any) -> None:
-            memory.release(model, layers)
+        def release(model: nn.Module, layers: Any, *, rounded: bool) -> None:
+            memory.release(model, layers, rounded=rounded)
             assert not layers[0].weight.original.numel()
             broken()
 

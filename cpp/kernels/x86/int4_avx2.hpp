@@ -11,7 +11,7 @@ namespace {
 
 struct Nibbles {
   static constexpr std::size_t kLanes = Bytes::kLanes;
-  static constexpr std::size_t kMost = 5;  // rows of x for whose sums there are registers
+  static constexpr std::size_t kMaxRows = 5;  // rows of x for whose sums there are registers
   using Sums = Bytes::Sums;
   using Levels = __m256i;
 

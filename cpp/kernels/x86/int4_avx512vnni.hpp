@@ -12,7 +12,7 @@ namespace {
 // nibble need not be cleared.
 struct Nibbles {
   static constexpr std::size_t kLanes = 16;
-  static constexpr std::size_t kMost = 8;  // rows of x for whose sums there are registers
+  static constexpr std::size_t kMaxRows = 8;  // rows of x for whose sums there are registers
   using Sums = __m512i;
   using Levels = __m512i;
 

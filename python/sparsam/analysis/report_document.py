@@ -12,7 +12,7 @@ from sparsam.analysis.sensitivity_curve import SensitivityCurve, SensitivityPoin
 from sparsam.checkpoint.json_state import Count, Document, Finite, Number, Share, from_number, to_number
 
 REMEDY = "measure again, or correct it by hand"
-_MOST_WEIGHTS = 2**53 - 1  # of all curves together: beyond, float64 does not tell numbers of weights apart
+_MAX_WEIGHTS = 2**53 - 1  # of all curves together: beyond, float64 does not tell numbers of weights apart
 
 
 class PointDocument(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -73,8 +73,8 @@ def _problems(curves: Sequence[CurveDocument]) -> Iterator[tuple[str, str, objec
         weights += size
         if curve.name in names:
             yield f"[{i}].name", "another name for each curve", curve.name
-        if weights > _MOST_WEIGHTS:
-            yield f"[{i}].tensors", f"at most {_MOST_WEIGHTS} weights in all", weights
+        if weights > _MAX_WEIGHTS:
+            yield f"[{i}].tensors", f"at most {_MAX_WEIGHTS} weights in all", weights
         names.add(curve.name)
         last = -1.0
         for j, point in enumerate(curve.points):

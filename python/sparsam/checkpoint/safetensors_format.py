@@ -46,8 +46,8 @@ _FOREIGN = {
 }
 
 
-_MOST_TENSORS = 200_000
-_MANY_BYTES = 40 * _MOST_TENSORS  # No header that is shorter names so many.
+_MAX_TENSORS = 200_000
+_MANY_BYTES = 40 * _MAX_TENSORS  # No header that is shorter names so many.
 
 
 def check_regular(file: Path) -> None:
@@ -60,8 +60,8 @@ def check_regular(file: Path) -> None:
 def check_number(file: Path, header: bytes) -> None:
     """Raises ValueError for a header of more tensors than any model has, which would take minutes to read."""
     number = header.count(b'"data_offsets"')
-    if number > _MOST_TENSORS:
-        msg = f"{file}: expected at most {_MOST_TENSORS} tensors; got {number}; split the file"
+    if number > _MAX_TENSORS:
+        msg = f"{file}: expected at most {_MAX_TENSORS} tensors; got {number}; split the file"
         raise ValueError(msg)
 
 

@@ -19,7 +19,7 @@ from numpy.typing import ArrayLike, DTypeLike, NDArray
 from sparsam._core import Packed
 from sparsam.inputs.checks import expected
 from sparsam.sparse.arguments import weights
-from sparsam.sparse.int8 import MOST, MOST_COLUMNS, with_slots
+from sparsam.sparse.int8 import LARGEST_CODE, MAX_COLUMNS, with_slots
 
 __all__ = ["GROUPS", "check_no_group", "group_of", "is_int4", "pack_int4"]
 
@@ -80,13 +80,13 @@ def rounded(
     if group is not None and (type(group) is not int or group not in GROUPS):
         raise ValueError(expected("group", group, "None, 64 or 128 columns", "pass one of them"))
     columns = values.shape[1]
-    if columns > MOST_COLUMNS:
+    if columns > MAX_COLUMNS:
         raise ValueError(
-            expected("w", columns, f"at most {MOST_COLUMNS} columns for int4", "use float values")
+            expected("w", columns, f"at most {MAX_COLUMNS} columns for int4", "use float values")
         )
     largest = np.abs(values).max(axis=1, initial=0)
-    if not (largest <= np.float32(MOST * _LARGEST)).all():
-        row = int(np.argmin(largest <= np.float32(MOST * _LARGEST)))
+    if not (largest <= np.float32(LARGEST_CODE * _LARGEST)).all():
+        row = int(np.argmin(largest <= np.float32(LARGEST_CODE * _LARGEST)))
         msg = f"w: expected weights up to 2^102 for int4; got {largest[row]} in row {row}; use float values"
         raise ValueError(msg)
     for width in (group,) if group else (128, 64):
@@ -144,16 +144,16 @@ def _with_levels(
 ) -> tuple[NDArray[np.int8], int, NDArray[np.float32], NDArray[np.int8]]:
     grouped = _grouped(values, width)
     largest = np.abs(grouped).max(axis=2, initial=0)
-    bits = np.maximum(largest / np.float32(MOST), _TINY).view(np.uint32)
+    bits = np.maximum(largest / np.float32(LARGEST_CODE), _TINY).view(np.uint32)
     scales: NDArray[np.float32] = ((bits + np.uint32(0xFFFF)) & np.uint32(0xFFFF0000)).view(np.float32)
     scales[largest == 0] = 1
     relative = grouped / scales[:, :, None]
     kept = relative != 0
-    places = np.rint(relative[kept] * _FINE).astype(np.int64) + MOST * _FINE
+    places = np.rint(relative[kept] * _FINE).astype(np.int64) + LARGEST_CODE * _FINE
     costs = np.broadcast_to(scales.astype(np.float64)[:, :, None] ** 2, kept.shape)[kept]
     if costs.size:
         costs /= costs.max()
-    histogram = np.bincount(places, costs, minlength=2 * MOST * _FINE + 1).astype(np.float64)
+    histogram = np.bincount(places, costs, minlength=2 * LARGEST_CODE * _FINE + 1).astype(np.float64)
     levels = _best_levels(histogram)
     rising = np.sort(levels)
     middles = (rising[1:].astype(np.float32) + rising[:-1]) / 2
@@ -163,7 +163,7 @@ def _with_levels(
 
 def _best_levels(histogram: NDArray[np.float64]) -> NDArray[np.int8]:
     """0, and 15 integers with which the values of a histogram over [-64, 64] have the least squared error."""
-    middle = MOST * _FINE
+    middle = LARGEST_CODE * _FINE
     upper, lower = _one_side(histogram[middle:]), _one_side(histogram[middle::-1])
     total = [upper[0][n] + lower[0][_LEVELS - n] for n in range(_LEVELS + 1)]
     n = int(np.argmin(total))
@@ -184,12 +184,12 @@ def _one_side(histogram: NDArray[np.float64]) -> tuple[list[float], list[list[in
         zeroth, first, second = (float(m[end] - m[begin]) for m in moments)
         return max(second - 2 * level * first + level * level * zeroth, 0.0)
 
-    between = np.full((MOST + 1, MOST + 1), np.inf)
-    for a in range(MOST):
-        for b in range(a + 1, MOST + 1):
+    between = np.full((LARGEST_CODE + 1, LARGEST_CODE + 1), np.inf)
+    for a in range(LARGEST_CODE):
+        for b in range(a + 1, LARGEST_CODE + 1):
             cut = (a + b) * _FINE // 2 + 1
             between[a, b] = error(a, a * _FINE, cut) + error(b, cut, b * _FINE)
-    best = np.full(MOST + 1, np.inf)
+    best = np.full(LARGEST_CODE + 1, np.inf)
     best[0] = 0.0
     errors = [error(0, 0, len(histogram))]
     ways: list[list[int]] = [[]]
@@ -198,10 +198,10 @@ def _one_side(histogram: NDArray[np.float64]) -> tuple[list[float], list[list[in
         through = best[:, None] + between
         came.append(np.argmin(through, axis=0))
         best = through.min(axis=0)
-        level, way = MOST, [MOST]
+        level, way = LARGEST_CODE, [LARGEST_CODE]
         for before in came[:0:-1]:
             level = int(before[level])
             way.append(level)
-        errors.append(float(best[MOST]))
+        errors.append(float(best[LARGEST_CODE]))
         ways.append(way[::-1])
     return errors, ways

@@ -18,12 +18,12 @@ from sparsam._core import Packed
 from sparsam.inputs.checks import array_of
 from sparsam.sparse.arguments import weights
 
-__all__ = ["MOST_COLUMNS", "check_no_scales", "is_int8", "pack_int8", "with_slots"]
+__all__ = ["MAX_COLUMNS", "check_no_scales", "is_int8", "pack_int8", "with_slots"]
 
-MOST = 64
+LARGEST_CODE = 64
 """Two products with bytes fit 16 bits, in which instructions of AVX2 add them up."""
 
-MOST_COLUMNS = 65536
+MAX_COLUMNS = 65536
 """Sums of more products might not fit 32 bits."""
 
 _TINY = np.finfo(np.float32).tiny
@@ -74,8 +74,8 @@ def rounded(
     values: NDArray[np.float32], scales: ArrayLike | None = None
 ) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
     """The integers and the scales of a matrix; see the top of this module."""
-    if values.shape[1] > MOST_COLUMNS:
-        msg = f"w: expected at most {MOST_COLUMNS} columns for int8; got {values.shape[1]}; use float values"
+    if values.shape[1] > MAX_COLUMNS:
+        msg = f"w: expected at most {MAX_COLUMNS} columns for int8; got {values.shape[1]}; use float values"
         raise ValueError(msg)
     largest = np.abs(values).max(axis=1, initial=0)
     if not np.isfinite(largest).all():
@@ -84,17 +84,17 @@ def rounded(
         raise ValueError(msg)
     steps = _steps(values, largest) if scales is None else _checked(scales, largest)
     q = np.rint(values / steps[:, None])
-    return np.clip(q, -MOST, MOST, out=q).astype(np.int8), steps
+    return np.clip(q, -LARGEST_CODE, LARGEST_CODE, out=q).astype(np.int8), steps
 
 
 def _steps(values: NDArray[np.float32], largest: NDArray[np.float32]) -> NDArray[np.float32]:
     """The scale of each row of finite weights; 1 for a row of zeros."""
     steps: NDArray[np.float32] = np.where(
-        largest > 0, np.maximum(largest / np.float32(MOST), _TINY), np.float32(1)
+        largest > 0, np.maximum(largest / np.float32(LARGEST_CODE), _TINY), np.float32(1)
     )
-    rows = np.flatnonzero(largest >= MOST * _TINY)
+    rows = np.flatnonzero(largest >= LARGEST_CODE * _TINY)
     probes = _first_of_rows(values[rows])
-    for most in range(MOST, 0, -1):
+    for most in range(LARGEST_CODE, 0, -1):
         tried = largest[rows] / np.float32(most)
         maybe = np.flatnonzero(_on_grid(probes, tried))
         found = maybe[_on_grid(values[rows[maybe]], tried[maybe])]
@@ -132,12 +132,13 @@ def _checked(scales: ArrayLike, largest: NDArray[np.float32]) -> NDArray[np.floa
         raise ValueError(msg)
     good = np.isfinite(steps) & (steps >= _TINY)
     with np.errstate(over="ignore"):
-        good &= largest <= (MOST + np.float32(0.5)) * np.where(good, steps, np.float32(1))
+        good &= largest <= (LARGEST_CODE + np.float32(0.5)) * np.where(good, steps, np.float32(1))
     if not good.all():
         row = int(np.argmin(good))
         msg = (
-            f"scales: expected positive, normal numbers, and weights of at most {MOST} times those of their "
-            f"rows; got {steps[row]} in row {row}, whose largest weight is {largest[row]}; leave scales out"
+            f"scales: expected positive, normal numbers, and weights of at most {LARGEST_CODE} times those "
+            f"of their rows; got {steps[row]} in row {row}, whose largest weight is {largest[row]}; leave "
+            "scales out"
         )
         raise ValueError(msg)
     return steps

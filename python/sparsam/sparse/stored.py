@@ -13,7 +13,7 @@ from sparsam._core import Packed
 from sparsam.patterns import NM, Block, Unstructured
 from sparsam.sparse.arguments import DTYPES
 from sparsam.sparse.int4 import group_of
-from sparsam.sparse.int8 import MOST_COLUMNS, with_slots
+from sparsam.sparse.int8 import MAX_COLUMNS, with_slots
 
 __all__ = ["from_arrays", "recognise", "to_arrays"]
 
@@ -73,9 +73,9 @@ def from_arrays(arrays: Mapping[str, NDArray[Any]]) -> Packed:
     if not int8:
         return Packed.from_parts(rows, cols, bits, values)
     scales = arrays["scales"]
-    if scales.dtype != np.float32 or scales.shape != (rows,) or cols > MOST_COLUMNS:
+    if scales.dtype != np.float32 or scales.shape != (rows,) or cols > MAX_COLUMNS:
         msg = (
-            f"scales: expected float32 ({rows},) and at most {MOST_COLUMNS} columns; got {scales.dtype} "
+            f"scales: expected float32 ({rows},) and at most {MAX_COLUMNS} columns; got {scales.dtype} "
             f"{scales.shape} and {cols} columns; save the matrix again"
         )
         raise ValueError(msg)
@@ -85,10 +85,10 @@ def from_arrays(arrays: Mapping[str, NDArray[Any]]) -> Packed:
 def _int4(rows: int, cols: int, arrays: Mapping[str, NDArray[Any]]) -> Packed:
     scales, levels = arrays["scales"], arrays["levels"]
     group = group_of(cols, scales.shape[1]) if scales.ndim == 2 and len(scales) == rows else None
-    if scales.dtype != ml_dtypes.bfloat16 or group is None or cols > MOST_COLUMNS:
+    if scales.dtype != ml_dtypes.bfloat16 or group is None or cols > MAX_COLUMNS:
         msg = (
             f"scales: expected bfloat16, one for each 64 or 128 columns of {rows} rows, and at most "
-            f"{MOST_COLUMNS} columns; got {scales.dtype} {scales.shape} and {cols} columns; save the matrix "
+            f"{MAX_COLUMNS} columns; got {scales.dtype} {scales.shape} and {cols} columns; save the matrix "
             "again"
         )
         raise ValueError(msg)

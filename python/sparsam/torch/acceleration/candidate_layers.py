@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 __all__ = ["Candidate", "Place", "candidates", "has_hooks", "places"]
 
-_MOST = 0.9  # the density up to which a layer is tried
+_LARGEST_DENSITY = 0.9  # the density up to which a layer is tried
 _SCALE, _HEADER = 4, 320  # bytes of the scale of a row of int8, and at most of what is around rows
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _WEIGHTY = (
@@ -123,7 +123,7 @@ def _every_candidate(model: nn.Module, *, embeddings: bool) -> tuple[list[Candid
                     found.append(candidate)
                 continue
             parts = [own] if packed_together(layer) else [(place,) for place in own]
-            pruned = tuple(itertools.chain(*(part for part in parts if _density(part) <= _MOST)))
+            pruned = tuple(itertools.chain(*(part for part in parts if _density(part) <= _LARGEST_DENSITY)))
             candidate = Candidate(name, layer, pruned or own, _density(pruned or own))
             if pruned:
                 found.append(candidate)

@@ -13,7 +13,7 @@ from sparsam.torch.acceleration.installation import LayerSwap
 from sparsam.torch.acceleration.measurement import Budget
 from sparsam.torch.acceleration.model_runner import ModelRunner, difference
 
-__all__ = ["DIFFERS", "Gain", "Trial", "fuse", "settle", "try_out"]
+__all__ = ["DIFFERS", "Gain", "Trial", "fuse", "keep_what_gains", "try_out"]
 
 DIFFERS = "with it packed, outputs differ"
 _MESSAGE = 120  # characters of an error in a report
@@ -112,7 +112,7 @@ def fuse(
             swap.unfuse(fusion)
 
 
-def settle(
+def keep_what_gains(
     runner: ModelRunner, swap: LayerSwap, decision: Decision, budget: Budget, lookups: Collection[str] = ()
 ) -> Gain:
     """Times the whole model; if it gains nothing, without the family of layers that saves least, and so on.

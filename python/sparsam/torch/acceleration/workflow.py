@@ -24,7 +24,7 @@ from sparsam.torch.acceleration.observation import observe, observe_sequences
 from sparsam.torch.acceleration.outcome import Outcome, closing, in_order, rows_of
 from sparsam.torch.acceleration.packing import needs_examples, pack
 from sparsam.torch.acceleration.report import AccelerationReport
-from sparsam.torch.acceleration.verification import Gain, fuse, settle, try_out
+from sparsam.torch.acceleration.verification import Gain, fuse, keep_what_gains, try_out
 from sparsam.torch.layers.packed_weight import DTYPES, INT4, ROUNDED
 from sparsam.torch.layers.packing import is_embedding
 from sparsam.torch.transformers_models import announce
@@ -184,7 +184,7 @@ def _by_examples(
     decision = _decide(swap, times, min_gain, lookups)
     if not decision.swap:
         return Outcome(seen.calls, decision, reasons, _dense(runner))
-    gain = settle(runner, swap, decision, budget, lookups)
+    gain = keep_what_gains(runner, swap, decision, budget, lookups)
     swap.show(gain.swap)
     apart = difference(runner.outputs(), seen.outputs) if gain.swap else None
     return Outcome(seen.calls, decision, reasons, gain, apart)

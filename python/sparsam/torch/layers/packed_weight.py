@@ -46,7 +46,7 @@ _HEADER, _KIND, _BYTES = 128, 12, 112  # of a form: the size of its header; wher
 _SPARSE = ("bitmask", "panels", "slots")
 # Memory that two forms may take together, of the dense weight in float32: at 50, 80 and 90 % zeros what one
 # form of float32 values is to stay below (0.8, 0.4, 0.22), so only narrower values have room for two.
-_MOST, _MOST_PER_DENSITY = 0.8, 2.0
+_LARGEST_SHARE, _LARGEST_SHARE_PER_DENSITY = 0.8, 2.0
 
 _known: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # the bytes -> their PackedWeight
 
@@ -104,7 +104,7 @@ class PackedWeight:
         if not weight.nnz or weight.rounded:
             return self.forms
         expected = expect(weight, self._dense)
-        room = 4 * min(_MOST * weight.rows * weight.cols, _MOST_PER_DENSITY * weight.nnz)
+        room = 4 * min(_LARGEST_SHARE * weight.rows * weight.cols, _LARGEST_SHARE_PER_DENSITY * weight.nnz)
         times = [expected.times(batch, _SPARSE) for batch in batches]
         forms = needed_kernels(times, most=2)
         if sum(form_bytes(form, weight) for form in forms) > room:

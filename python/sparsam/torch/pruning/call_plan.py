@@ -87,7 +87,7 @@ def plan_calls(
             move([trace])
         finally:
             end([trace])
-        trace.settle()
+        trace.complete_plan()
         reached.update(trace.calls)
         if reached.issuperset(weights):
             return plan
@@ -194,7 +194,7 @@ class _Trace(Pass):
     def _is_total(self, tracked: Tracked) -> bool:
         return tracked is self._totals.get(tracked.name)
 
-    def settle(self) -> None:
+    def complete_plan(self) -> None:
         """Adds to the plan what is known only at the end of a pass."""
         for group in self._plan.groups:
             group.repeated = group.repeated or any(self.calls[name] > 1 for name in group.names)

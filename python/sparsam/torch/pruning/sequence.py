@@ -196,7 +196,7 @@ class LayerSequence:
         if self._parts is None or self._parts.holds(new.name, lent=True):
             new.put(self.layers[new.name])
 
-    def settle(self, group: Group) -> None:
+    def finish_group(self, group: Group) -> None:
         """Notes that a group has its new weights."""
         self._fitted.update(group.names)
         if self._parts is not None:

@@ -69,7 +69,7 @@ def prune_in_sequence(
             sequence.put(new)
             known[new.name] = new.without_values()
         del found
-        sequence.settle(group)
+        sequence.finish_group(group)
         step(group.names[-1], len(group.names), skipped=skipped)
     if short:
         said.append(_short(*short[0], others=len(short) - 1))

@@ -1,0 +1,15 @@
+"""Pruning with calibration, from file to file, killed at random moments."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from killed_runs import check_killed_runs
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="this machine cannot fork a run and kill it")
+def test_killed_again_and_again(tmp_path: Path) -> None:
+    check_killed_runs("blocks", tmp_path, times=60, seed=2)

@@ -45,7 +45,7 @@ def run(code: str) -> str:
     environment = {**os.environ, "OPENBLAS_NUM_THREADS": "1"}
     done = subprocess.run(
         [sys.executable, "-c", HEAD + textwrap.dedent(code)],
-        capture_output=True, text=True, check=False, timeout=120, env=environment,
+        capture_output=True, text=True, check=False, timeout=600, env=environment,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     return done.stdout

@@ -43,7 +43,7 @@ def prune(
     config: PruningConfig | None = None,
     calibration: Iterable[Any] | None = None,
     *,
-    targets: str = "dense",
+    targets: Literal["dense", "own"] = "dense",
     values: Literal["int8", "int4"] | None = None,
     group: int | None = None,
     loss_fn: Callable[[nn.Module, Any], Tensor] | None = None,

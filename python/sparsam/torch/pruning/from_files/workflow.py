@@ -45,7 +45,7 @@ def prune_files(
     calibration: Iterable[Any],
     config: PruningConfig | None = None,
     *,
-    targets: str = "dense",
+    targets: Literal["dense", "own"] = "dense",
     values: Literal["int8", "int4"] | None = None,
     group: int | None = None,
     calibration_samples: int = 1024,

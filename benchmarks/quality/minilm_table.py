@@ -22,13 +22,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from transformers.utils import logging
 
 import sparsam.torch
 import torch
 from minilm_sts import Encoder, calibration, check, load
-from sparsam.torch.compression.timing import example, time_in_turn
+from sparsam.torch.compression.timing import Timing, example, time_in_turn
+from sparsam.torch.compression.training_texts import TrainingTexts
 from torch import Tensor, nn
 
 SHAPES = ((1, 16), (8, 64), (32, 128))  # sentences x tokens
@@ -85,13 +85,25 @@ def main(arguments: Sequence[str] | None = None) -> None:
     source, evaluated = load(Path(options.data))
     top, floor = (encoder.spearman(model, evaluated) for model in (encoder.model, encoder.floor()))
     batches = calibration(encoder, source, evaluated, 1024, options.seed)
-    unlabelled = {*source.sentences, *(one for file in options.text for one in prose(file))}
+    texts = {*source.sentences, *(one for file in options.text for one in prose(file))}
+    texts -= set(evaluated.sentences)
     size = int(encoder.model.config.vocab_size)  # type: ignore[union-attr, arg-type]
     examples = [example(shape, size) for shape in SHAPES]
     names = " | ".join(f"{rows} x {tokens}, ms" for rows, tokens in SHAPES)
     print(f"dense {top:.2f}, all encoder matrices zero {floor:.2f}\n")
     print(f"| zeros | model | Spearman x 100 (kept) | MB | {names} |\n" + "|---" * (4 + len(SHAPES)) + "|")
     print(f"| 0 % | dense | {top:.2f} (100 %) | {megabytes(encoder.model):.1f} |" + " - |" * len(SHAPES))
+
+    def row(
+        sparsity: float, name: str, score: float, model: nn.Module, times: Sequence[Timing] | None
+    ) -> str:
+        kept = 100 * (score - floor) / (top - floor)
+        cells = ["-"] * len(SHAPES)
+        if times is not None:
+            cells = [f"{t.accelerated_ms:.2f} (dense {t.dense_ms:.2f}: {t.speedup:.2f}x)" for t in times]
+        size = f"{megabytes(model):.1f}"
+        return f"| {sparsity:.0%} | {name} | {score:.2f} ({kept:.0f} %) | {size} | {' | '.join(cells)} |"
+
     for sparsity in options.sparsities:
         stem = f"minilm-{sparsity:g}-{options.seed}"
         model = left_in(options.keep, f"{stem}-pruned.pt", encoder.model)
@@ -107,7 +119,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
             report = sparsam.torch.distill(
                 distilled,
                 encoder.model,
-                batches_of(encoder, unlabelled - set(evaluated.sentences), options.batch, options.seed),
+                TrainingTexts(
+                    sorted(texts),
+                    encoder.tokenizer,
+                    running=False,
+                    longest=256,
+                    rows=options.batch,
+                    seed=options.seed,
+                ),
                 steps=options.steps,
                 seconds=None if options.steps else options.seconds,
                 output=pooled,
@@ -115,24 +134,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
             )
             print(f"{report}; {clock}", file=sys.stderr, flush=True)
             leave_in(options.keep, f"{stem}-distilled.pt", distilled)
-        fast = copy.deepcopy(distilled)
-        for one in (model, distilled):
-            check(one, f"{sparsity}")
-        sparsam.torch.accelerate(fast, examples, verbose=False)
-        times = time_in_turn(encoder.model, fast, examples, 2.0)
-        for name, one in (("pruned", model), ("distilled", distilled), ("accelerated", fast)):
-            score = encoder.spearman(one, evaluated)
-            cells = ["-"] * len(SHAPES)
-            if one is fast:
-                cells = [f"{t.accelerated_ms:.2f} (dense {t.dense_ms:.2f}: {t.speedup:.2f}x)" for t in times]
-                assert abs(score - encoder.spearman(distilled, evaluated)) < 0.05
-            share = 100 * (score - floor) / (top - floor)
-            print(
-                f"| {sparsity:.0%} | {name} | {score:.2f} ({share:.0f} %) | {megabytes(one):.1f} | "
-                + " | ".join(cells)
-                + " |",
-                flush=True,
-            )
+        check(model, f"{sparsity}")
+        check(distilled, f"{sparsity}")
+        last = encoder.spearman(distilled, evaluated)
+        for name, one in (("pruned", model), ("distilled", distilled)):
+            print(row(sparsity, name, encoder.spearman(one, evaluated), one, None), flush=True)
+        for name, values in (("accelerated", None), ("accelerated, int8", "int8")):
+            fast = copy.deepcopy(distilled)
+            sparsam.torch.accelerate(fast, examples, values=values, keep_dense=values is None, verbose=False)
+            times = time_in_turn(encoder.model, fast, examples, 2.0)
+            score = encoder.spearman(fast, evaluated)
+            assert abs(score - last) < (0.05 if values is None else 0.5), f"{name}: {last:.2f} -> {score:.2f}"
+            print(row(sparsity, name, score, fast, times), flush=True)
 
 
 def left_in(folder: Path | None, name: str, like: nn.Module) -> nn.Module | None:
@@ -160,15 +173,6 @@ def prose(file: Path) -> list[str]:
         for part in re.split(r"(?<=[a-z)\"] [.?!]) |(?<=[a-z][.?!]) ", line)
     )
     return [part for part in parts if 20 <= len(part) <= 300 and not part.startswith("=")]
-
-
-def batches_of(encoder: Encoder, texts: set[str], size: int, seed: int) -> list[dict[str, Tensor]]:
-    """Batches of sentences of about the same length, in a random order."""
-    own = sorted(texts, key=lambda text: (len(text), text))
-    options = {"padding": True, "truncation": True, "max_length": 256, "return_tensors": "pt"}
-    parts = [own[start : start + size] for start in range(0, len(own), size)]
-    order = np.random.default_rng(seed).permutation(len(parts))
-    return [dict(encoder.tokenizer(parts[i], **options)) for i in order]
 
 
 if __name__ == "__main__":

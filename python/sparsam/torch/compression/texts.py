@@ -11,7 +11,18 @@ import torch
 from sparsam.inputs.checks import expected
 from torch import Tensor
 
-__all__ = ["TextBatches", "batches_of", "distinct_texts", "read_texts"]
+__all__ = [
+    "Batch",
+    "TextBatches",
+    "batches_of",
+    "distinct_texts",
+    "joined_tokens",
+    "read_texts",
+    "sentence_batches",
+    "sentence_length",
+    "window_length",
+    "windows_of",
+]
 
 Batch = dict[str, Tensor]
 
@@ -27,14 +38,16 @@ class TextBatches:
     """Texts as keyword inputs of a model.
 
     Attributes:
-        calibration: The batches to prune and distill with.
+        calibration: The batches to prune with.
         held_out: Other texts, for measuring quality.
         unit: What a row of a batch is, "sentences" or "windows".
+        texts: The texts of `calibration`.
     """
 
     calibration: list[Batch]
     held_out: list[Batch]
     unit: str
+    texts: list[str]
 
     def rows(self, batches: Sequence[Batch]) -> int:
         """How many sentences or windows."""
@@ -89,34 +102,48 @@ def batches_of(texts: Sequence[str], tokenizer: Any, *, running: bool, longest: 
     taken = set(apart)
     kept = [text for text in texts if text not in taken]
     if running:
-        length = min(_WINDOW, longest)
-        return TextBatches(_windows(kept, tokenizer, length), _windows(apart, tokenizer, length), "windows")
-    length = min(_TOKENS, longest)
-    return TextBatches(_sentences(kept, tokenizer, length), _sentences(apart, tokenizer, length), "sentences")
-
-
-def _sentences(texts: Sequence[str], tokenizer: Any, length: int) -> list[Batch]:
-    """Batches of about the same length each, in an order that mixes short and long ones."""
-    ordered = sorted(range(len(texts)), key=lambda i: (len(texts[i]), i))
-    groups = [ordered[start : start + _SENTENCES] for start in range(0, len(ordered), _SENTENCES)]
-    groups.sort(key=min)
-    return [
-        dict(
-            tokenizer(
-                [texts[i] for i in sorted(group)],
-                padding=True,
-                truncation=True,
-                max_length=length,
-                return_tensors="pt",
-            )
+        kept_windows, apart_windows = (
+            windows_of(joined_tokens(part, tokenizer), window_length(longest)) for part in (kept, apart)
         )
-        for group in groups
-    ]
+        return TextBatches(kept_windows, apart_windows, "windows", kept)
+    length = sentence_length(longest)
+    return TextBatches(
+        sentence_batches(kept, tokenizer, length),
+        sentence_batches(apart, tokenizer, length),
+        "sentences",
+        kept,
+    )
 
 
-def _windows(texts: Sequence[str], tokenizer: Any, length: int) -> list[Batch]:
-    """Windows of running text, without padding."""
-    ids = tokenizer("\n".join(texts), return_tensors="pt", verbose=False)["input_ids"][0]
+def sentence_length(longest: int) -> int:
+    """Returns the largest number of tokens of a sentence; longer ones are cut off."""
+    return min(_TOKENS, longest)
+
+
+def window_length(longest: int) -> int:
+    """Returns the number of tokens of a window."""
+    return min(_WINDOW, longest)
+
+
+def sentence_batches(
+    texts: Sequence[str], tokenizer: Any, length: int, rows: int = _SENTENCES
+) -> list[Batch]:
+    """Returns batches of texts of about the same length, in an order that mixes short and long ones."""
+    ordered = sorted(range(len(texts)), key=lambda i: (len(texts[i]), i))
+    groups = [ordered[start : start + rows] for start in range(0, len(ordered), rows)]
+    groups.sort(key=min)
+    options = {"padding": True, "truncation": True, "max_length": length, "return_tensors": "pt"}
+    return [dict(tokenizer([texts[i] for i in sorted(group)], **options)) for group in groups]
+
+
+def joined_tokens(texts: Sequence[str], tokenizer: Any) -> Tensor:
+    """Returns the tokens of all texts, a line each."""
+    ids: Tensor = tokenizer("\n".join(texts), return_tensors="pt", verbose=False)["input_ids"][0]
+    return ids
+
+
+def windows_of(ids: Tensor, length: int) -> list[Batch]:
+    """Returns tokens cut into windows, a batch each, without padding; ValueError if there is not one."""
     count = len(ids) // length
     if not count:
         wanted = f"at least {length} tokens to calibrate with and {length} to measure with"

@@ -29,6 +29,7 @@ from sparsam.torch.compression.model_directory import (
 from sparsam.torch.compression.quality import QualityMeasure, check_outputs, mean_state
 from sparsam.torch.compression.texts import TextBatches, batches_of, distinct_texts, read_texts
 from sparsam.torch.compression.timing import example, time_in_turn
+from sparsam.torch.compression.training_texts import TrainingTexts
 from sparsam.torch.pruning.distillation import distill
 from sparsam.torch.pruning.gradients import GRADIENT_METHODS
 from sparsam.torch.pruning.one_shot import prune
@@ -102,7 +103,10 @@ def compress(
         progress("distilling", 2, parts)
         before = {name: tensor.detach().clone() for name, tensor in work.model.named_parameters()}
         pooled = mean_state if work.stages[0].quality.measure == "similarity" else None
-        distill(work.model, work.dense, batches.calibration, seconds=60 * distill_minutes, output=pooled)
+        texts_in_turn = TrainingTexts(
+            batches.texts, source.tokenizer, running=source.causal, longest=source.longest
+        )
+        distill(work.model, work.dense, texts_in_turn, seconds=60 * distill_minutes, output=pooled)
         work.reach("distilled")
         work.keep_the_better(before)
 

@@ -3,23 +3,23 @@
 With s the target, n the number of groups of a tensor (of weights, unless the pattern is `Block` or `Slices`),
 and N that of all tensors:
 
-============ =============== ====================================================================
-name         object          sparsity of a tensor
-============ =============== ====================================================================
-"uniform"    `Uniform()`     s
-"erk"        `ERK()`         1 - c sum(dims) / prod(dims); where that density passes 1, dense [1, 2]
-"lamp"       `Global("lamp")` what one threshold over the LAMP scores of all tensors prunes of it [3]
-"global"     `Global()`      the same with magnitudes
-             `OWL(...)` lower, the more outliers the Wanda scores of its block have [4]
-             a mapping       what it says of the name; the rest is uniform, so that the total holds
-============ =============== ====================================================================
+============ ================ ===================================================================
+name         object           sparsity of a tensor
+============ ================ ===================================================================
+"uniform"    `Uniform()`      s
+"erk"        `ERK()`          1 - c sum(dims) / prod(dims); 0 where that density exceeds 1 [1, 2]
+"lamp"       `Global("lamp")` the share that one threshold over all LAMP scores prunes of it [3]
+"global"     `Global()`       the same with magnitudes
+             `OWL(...)`       lower, the more outliers the Wanda scores of its block have [4]
+             a mapping        the mapped value; unnamed tensors share the rest of the total uniformly
+============ ================ ===================================================================
 
-`allocate` rounds these to whole groups by largest remainder: every tensor gets the whole part of its count,
-and the groups that the total `round(s N)` still lacks go, one each, to the largest fractions, the earlier
-tensor first. So no tensor is further than one group from its share, and the total is exact.
+`allocate` rounds these to whole groups by largest remainder: every tensor gets the integer part of its count,
+and the groups still missing from the total `round(s N)` go, one each, to the largest fractions, the earlier
+tensor first. So every tensor is within one group of its share, and the total is exact.
 
 [1] Mocanu et al., "Scalable training of artificial neural networks with adaptive sparse connectivity", 2018.
-[2] Evci et al., "Rigging the lottery: making all tickets winners", 2020, arXiv:1911.11134: with kernels.
+[2] Evci et al., "Rigging the lottery: making all tickets winners", 2020, arXiv:1911.11134: kernel sizes too.
 [3] Lee et al., "Layer-adaptive sparsity for the magnitude-based pruning", 2021, arXiv:2010.07611.
 [4] Yin et al., "Outlier weighed layerwise sparsity (OWL)", 2024, arXiv:2310.05175.
 """
@@ -69,12 +69,13 @@ class Uniform:
 class ERK:
     """Erdos-Renyi kernel: the density of a tensor is c (sum(dims) / prod(dims))^power, at most 1.
 
-    dims are (out, in), or (out, in, kh, kw) of a convolution: small and thin tensors stay denser. c is such
-    that the total holds; while a density passes 1, that tensor is made dense and c solved again for the rest.
+    dims are (out, in), or (out, in, kh, kw) of a convolution: small and thin tensors stay denser. c is chosen
+    so that the total holds; while a density exceeds 1, that tensor is made dense and c is solved again for
+    the rest.
 
     Attributes:
         power: At least 0; 1 in the papers, 0 is uniform.
-        include_kernel: Whether the axes after the second count; without them it is Erdos-Renyi (ER).
+        include_kernel: Whether dims include the axes after the second; if not, this is Erdos-Renyi (ER).
     """
 
     power: float = 1.0
@@ -104,7 +105,7 @@ class ERK:
         density = dict.fromkeys(weights, 1.0)
         kept = (1 - target) * sum(sizes.values())
         while free:
-            # Relative to the largest, no power overflows, nor do all of them vanish.
+            # Divided by the largest ratio, no power overflows, and they do not all underflow to 0.
             top = max(ratios[name] for name in free)
             raw = {name: (ratios[name] / top) ** self.power for name in free}
             left = kept - sum(sizes[name] for name in sizes if name not in free)
@@ -119,7 +120,9 @@ class ERK:
 
 @dataclass(frozen=True)
 class Global:
-    """What one threshold over the scores of all tensors would prune of each: the counts, not the choice.
+    """The share that one threshold over the scores of all tensors would prune of each.
+
+    Only these shares are used: the weights themselves are selected by the configuration's method.
 
     Attributes:
         scorer: A method's name or object; "lamp" makes this the LAMP allocation. Groups of different tensors
@@ -157,11 +160,12 @@ def block_of(name: str) -> str:
 class OWL:
     """Blocks with more outliers are pruned less (Yin et al. 2024).
 
-    With A the Wanda scores abs(W_ij) rms(x_j) of all tensors of a block, D = the share of A above
-    `multiple` times its mean. The densities are D, stretched to a range of 2 `spread` (all the same where D
-    is), and shifted so that the total holds: the sparsities of two blocks differ by 2 `spread` at most. The
-    paper shifts by the plain mean over its blocks, which are of one size; here blocks count by their size. A
-    density that the shift brings out of [0, 1] stays at the end, and the rest is shifted on.
+    Let A be the Wanda scores abs(W_ij) rms(x_j) of all tensors of a block, and D the share of them above
+    `multiple` times their mean. The densities of the blocks are D rescaled to a range of 2 `spread` (all
+    equal if all D are) and shifted so that the total holds: the sparsities of two blocks differ by at most
+    2 `spread`. The paper shifts by the plain mean over its blocks, which have equal sizes; here blocks are
+    weighted by their size. Densities that the shift would move out of [0, 1] are clipped, and the others are
+    shifted further.
 
     Attributes:
         statistics: Name -> `InputStatistics`, as for `sparsam.scores.Wanda`.
@@ -221,21 +225,22 @@ class OWL:
         each = [wanda.score(name, weights.outputs_first(name)) for name in names]
         for name, own in zip(names, each, strict=True):
             if not np.isfinite(own).all():
-                msg = f"OWL: tensor {name!r}: expected finite weights; got others; repair or exclude it"
+                msg = f"OWL: tensor {name!r}: expected finite weights; got NaN or infinity; exclude it"
                 raise ValueError(msg)
         size = sum(own.size for own in each)
         if not size:
             return 0.0
-        bar = self.multiple * (sum(float(own.sum()) for own in each) / size)
-        return sum(int((own > bar).sum()) for own in each) / size
+        cutoff = self.multiple * (sum(float(own.sum()) for own in each) / size)
+        return sum(int((own > cutoff).sum()) for own in each) / size
 
 
 @dataclass(frozen=True)
 class Explicit:
-    """Sparsities by name or shell-style pattern, the last match wins; the rest shares the total uniformly.
+    """Sparsities by name or shell-style pattern; the last match wins, and unmatched tensors are uniform.
 
-    A tensor that is named gets exactly `round(sparsity * n)`. Where every tensor is named, the total must
-    agree with the target up to that rounding; what the rounding leaves goes to the largest remainders.
+    A matched tensor has exactly `round(sparsity * n)` groups pruned; the others share the rest of the total.
+    Where every tensor is matched, the total must agree with the target up to that rounding; the difference
+    goes to the largest remainders.
 
     Attributes:
         sparsities: Name or pattern (`fnmatch.fnmatchcase`) -> sparsity.
@@ -351,7 +356,7 @@ def allocate_groups(
     *,
     floors: Mapping[str, int] | None = None,
 ) -> dict[str, float]:
-    """`allocate` over tensors of any rank, none of which gets less than its floor, a number of groups."""
+    """`allocate` over tensors of any rank, each of which is pruned by at least `floors[name]` groups."""
     if not isinstance(pattern, Grouping):
         why = f"pattern {pattern}, which has one sparsity" if isinstance(pattern, NM) else repr(pattern)
         msg = (

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 
 def raise_to_floors(wanted: Mapping[str, float], floors: Mapping[str, int], total: int) -> dict[str, float]:
-    """At least the floors; the surplus is taken in proportion from what exceeds them."""
+    """Raises counts to their floors, and lowers the others in proportion to their excess over theirs."""
     if not any(floors.values()):
         return dict(wanted)
     base = {name: float(floors[name]) for name in wanted}
@@ -23,7 +23,7 @@ def raise_to_floors(wanted: Mapping[str, float], floors: Mapping[str, int], tota
 def round_to_total(
     wanted: Mapping[str, float], sizes: Mapping[str, int], floors: Mapping[str, int], total: int
 ) -> dict[str, int]:
-    """Whole counts with that total, by largest remainder; rounding errors are no remainders."""
+    """Rounds to integers with that total, by largest remainder, ignoring rounding errors below 1e-6."""
     counts = {name: min(math.floor(count + 1e-6), sizes[name]) for name, count in wanted.items()}
     fractions = {name: wanted[name] - counts[name] for name in counts}
     left = total - sum(counts.values())
@@ -43,7 +43,7 @@ def round_to_total(
 def shift_to_mean(
     values: NDArray[np.float64], sizes: NDArray[np.float64], mean: float
 ) -> NDArray[np.float64]:
-    """clip(values + t, 0, 1) with the t that gives it this mean, weighted by sizes; by bisection."""
+    """Returns clip(values + t, 0, 1), with t such that the mean weighted by sizes is `mean`; by bisection."""
     low, high = -float(values.max()), 1 - float(values.min())
     for _ in range(100):
         shift = (low + high) / 2

@@ -32,11 +32,11 @@ def check_ties(ties: Iterable[Tied], arrays: Mapping[str, NDArray[Any]]) -> None
 
     Args:
         ties: The couplings.
-        arrays: Name -> array, of which only the shapes are looked at.
+        arrays: Name -> array; only the shapes are used.
 
     Raises:
-        ValueError: A member is no tensor, or has no such axis, or of a length that the size does not divide;
-            members differ in their number of groups; a tensor is in two couplings across one axis.
+        ValueError: A member is not a tensor, or lacks the axis, or its length is not a multiple of the slice
+            size; members differ in their number of groups; a tensor is in two couplings across one axis.
     """
     seen: set[tuple[str, int]] = set()
     for tied in ties:
@@ -91,7 +91,7 @@ def tied_sparsities(config: PruningConfig, arrays: Mapping[str, NDArray[Any]]) -
 def _own_sparsity(
     tied: Tied, config: PruningConfig, overridden: NamePatterns, arrays: Mapping[str, NDArray[Any]]
 ) -> float | None:
-    """The sparsity of all members together, which is that of each to within one weight."""
+    """The sparsity of the coupling, which equals the override of each member to within one weight."""
     keys = {name: key for name in tied.members if (key := overridden.last(name)) is not None}
     values = {name: config.overrides[key] for name, key in keys.items()}
     if not values:
@@ -131,16 +131,16 @@ def tied_patterns(ties: Iterable[Tied]) -> dict[str, str]:
 class _Rival:
     """A competitor in a selection: the tilings of coupled tensors, or that of one tensor by itself.
 
-    A single tensor may be `turned`: stored as (in, out) and viewed as (out, in).
+    A single tensor may be `is_transposed`: stored as (in, out) and viewed as (out, in).
     """
 
     tilings: Mapping[str, tuple[int, int, int, int]]
     scored: Sequence[str]
     groups: int
-    turned: bool = False
+    is_transposed: bool = False
 
     def view(self, array: NDArray[Any]) -> NDArray[Any]:
-        return outputs_first(array) if self.turned else array
+        return outputs_first(array) if self.is_transposed else array
 
 
 def select_tied(
@@ -156,15 +156,15 @@ def select_tied(
 ) -> dict[str, Mask]:
     """Selects among the groups of couplings, and of tensors that compete with them.
 
-    A group's score is the sum of |score| (`norm` 1) or of its square (2) over its weights in the members that
-    count, in float64, in the order of `arrays`. If there are several rivals it is divided by the number of
-    those weights, so that groups of different sizes are compared by score per weight.
+    A group's score is the sum of |score| (`norm` 1) or of its square (2) over its weights in the scored
+    members, in float64, in the order of `arrays`. If several couplings or tensors compete, it is divided by
+    the number of those weights, so that groups of different sizes are compared by score per weight.
 
     Args:
         arrays: Name -> array of every tensor, in the order that decides between equal scores.
         sparsity: In [0, 1], of all groups together.
         ties: Couplings that `check_ties` accepted.
-        score: Name -> scores of that tensor. Asked only for members whose scores count.
+        score: Name -> scores of that tensor. Called only for scored members.
         alone: Name -> `Block` or `Slices` of the other tensors that compete; members of couplings are left
             out.
         transposed: Which tensors are stored as (in, out). Couplings have the axes of the tensors as stored.
@@ -182,10 +182,10 @@ def select_tied(
     for name, pattern in (alone or {}).items():
         if any(name in tied.members for tied in ties) or not isinstance(pattern, (Block, Slices)):
             continue
-        turned = name in transposed
-        shape = outputs_first(arrays[name]).shape if turned else arrays[name].shape
+        is_transposed = name in transposed
+        shape = outputs_first(arrays[name]).shape if is_transposed else arrays[name].shape
         count = count_groups(name, shape, pattern)
-        rivals.append(_Rival({name: tiling_of(name, shape, pattern)}, (name,), count, turned))
+        rivals.append(_Rival({name: tiling_of(name, shape, pattern)}, (name,), count, is_transposed))
     rivals.sort(key=lambda rival: min(place[name] for name in rival.tilings))
     names = sorted({name for rival in rivals for name in rival.tilings}, key=place.__getitem__)
     _refuse_nan([arrays[name] for name in names], names)
@@ -207,7 +207,7 @@ def select_tied(
                 masks[name] = Mask.ones(arrays[name].shape)
                 continue
             mask = Mask(_core.expand_tiles(groups._words, *tiling), rival.view(arrays[name]).shape)
-            mask = mask_as_stored(mask) if rival.turned else mask
+            mask = mask_as_stored(mask) if rival.is_transposed else mask
             masks[name] = masks[name] & mask if name in masks else mask
     return {name: masks[name] for name in names}
 

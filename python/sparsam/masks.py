@@ -183,8 +183,8 @@ class Mask:
             raise ValueError(msg)
         if size % 8 and data[-1] >> size % 8:
             msg = (
-                "data: expected bits of 0 past the last element; got others; write the mask again, this one "
-                "is damaged"
+                "data: expected bits of 0 past the last element; got bits that are set; write the mask "
+                "again, this one is damaged"
             )
             raise ValueError(msg)
         _check_shape(shape)
@@ -219,8 +219,8 @@ class Mask:
     def __bool__(self) -> bool:
         """Raises ValueError: the truth value of a mask is ambiguous, as of an array."""
         msg = (
-            f"Mask of shape {self._shape}: expected a question with one answer; got bool(mask); compare "
-            "mask.count, or use mask.to_array().any() or .all()"
+            f"Mask of shape {self._shape}: expected a single truth value; got bool(mask), which is "
+            "ambiguous; compare mask.count, or use mask.to_array().any() or .all()"
         )
         raise ValueError(msg)
 
@@ -272,14 +272,14 @@ def _check_overlap(weights: NDArray[Any], out: NDArray[Any]) -> None:
         raise ValueError(msg)
 
 
-def _check_apart(arrays: Mapping[str, NDArray[Any]], outs: Mapping[str, NDArray[Any]]) -> None:
+def _check_separate_memory(arrays: Mapping[str, NDArray[Any]], outs: Mapping[str, NDArray[Any]]) -> None:
     """Raise for an output that shares memory with an array or output of another name.
 
     A sweep over byte ranges. Where two ranges overlap, NumPy says whether they share an element: two columns
     of one matrix do not.
     """
     others = [out for name, out in outs.items() if out is not arrays[name]]
-    if len(arrays) < 2 or not _ranges_meet([*arrays.values(), *others]):
+    if len(arrays) < 2 or not _ranges_overlap([*arrays.values(), *others]):
         return
     ranges = sorted(
         (start, end, name, group is outs, array)
@@ -304,7 +304,7 @@ def _check_apart(arrays: Mapping[str, NDArray[Any]], outs: Mapping[str, NDArray[
         open_ranges.append((start, end, name, written, array))
 
 
-def _ranges_meet(arrays: list[NDArray[Any]]) -> bool:
+def _ranges_overlap(arrays: list[NDArray[Any]]) -> bool:
     if len(arrays) < 2:
         return False
     ranges = _core.byte_ranges([array for array in arrays if array.size])

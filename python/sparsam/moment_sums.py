@@ -12,7 +12,8 @@ from sparsam import _core
 
 __all__ = ["MomentSums", "Scaled"]
 
-_EDGE, _PANEL = 128, 32  # of a tile, and what its edge is a multiple of
+_EDGE = 128  # rows and columns of a tile, at most
+_PANEL = 32  # rows and columns of a tile are a multiple of this
 
 
 @dataclass(frozen=True)

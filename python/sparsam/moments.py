@@ -5,10 +5,11 @@ by the formula of Chan, Golub and LeVeque ("Updating formulae and a pairwise alg
 variances", 1979).
 
 Products, and sums of 128 of them, are float32 unless the inputs are float64; these sums are added up in
-float64. With c_j column j of the centred rows, each row times the root of its weight, the moment of i and j
-is then off by at most 2^-16 ||c_i|| ||c_j|| (each number, product and sum is rounded to 2^-24, 130 times at
-most), in practice by some 2^-22 of it; with float64 numbers by at most 2^-43 of it, for means of up to 8000
-standard deviations. Columns are scaled by powers of two, so that this holds for numbers of every size.
+float64. Let c_j be column j of the centred rows, each row multiplied by the square root of its weight. The
+error of the moment of i and j is then at most 2^-16 ||c_i|| ||c_j|| (each number, product and sum has a
+relative error of 2^-24, and at most 130 of these add up), in practice about 2^-22 of that norm product; with
+float64 inputs at most 2^-43 of it, for means of up to 8000 standard deviations. Columns are scaled by powers
+of two, so that this holds for numbers of every size.
 """
 
 from __future__ import annotations
@@ -32,8 +33,8 @@ class CentredMoments:
     The last three are None without targets.
 
     Attributes:
-        gram: The sum of (x - mean)(x - mean)^T, (in_features, in_features), symmetric. Each term of this sum
-            and of those below counts with the weight of its row.
+        gram: The sum of (x - mean)(x - mean)^T, (in_features, in_features), symmetric. In this sum and those
+            below, each term is multiplied by the weight of its row.
         mean: The mean of each input, (in_features,).
         count: How many inputs were seen.
         precision: The rounding unit of the products that went into `gram` and `cross`.
@@ -136,7 +137,7 @@ class Moments:
         """Adds a block of finite rows x, or x and y, in float32 or float64, with positive weights."""
         x = arrays[0]
         added = float(len(x)) if weights is None else float(weights.sum())
-        self.count += len(x)  # first, so that an interrupted addition shows
+        self.count += len(x)  # first, so that an interrupted addition can be detected
         total = self.weight + added
         between = math.sqrt(self.weight * added / total)
         wide = np.float64 in [array.dtype for array in arrays]
@@ -188,9 +189,9 @@ class _Centred:
     """A block less its mean.
 
     Attributes:
-        scaled: The centred rows times the roots of their weights, and Chan's term for two means as one more,
-            (rows + 1, width). The scales are powers of two, with which the largest number of a column is
-            between 1/2 and 1.
+        scaled: The centred rows times the square roots of their weights, and one more row with Chan's term
+            for the difference of two means, (rows + 1, width). The scales are powers of two that bring the
+            largest number of each column between 1/2 and 1.
         distance: The block's mean minus the mean so far, (width,).
         squares: The sums of the squares of each column, (width,).
     """
@@ -207,7 +208,7 @@ def _centre(
     between: float,
     dtype: type[np.floating[Any]],
 ) -> _Centred:
-    """Centres a block; `between` is the root of n m / (n + m) for rows of weight n so far and m here."""
+    """Centres a block; `between` is sqrt(n m / (n + m)) for rows of total weight n so far and m here."""
     wide = np.empty((len(block) + 1, block.shape[1]))
     # The first row is subtracted before the mean, so that constant columns give exactly 0.
     centred = np.subtract(block, block[0], out=wide[:-1], dtype=np.float64)

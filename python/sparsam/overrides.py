@@ -20,7 +20,7 @@ class Override:
         pattern: None: the pattern of the configuration.
 
     Raises:
-        ValueError: Both are None, one is of another kind, or the sparsity is not that of an N:M pattern.
+        ValueError: Both are None, one has the wrong type, or the sparsity is not that of the N:M pattern.
     """
 
     sparsity: float | None = None
@@ -95,7 +95,7 @@ def _decode(what: str, value: object, pattern: Pattern) -> Override:
 
 
 def _nm_sparsity(what: str, pattern: NM, sparsity: float | None) -> float:
-    """The sparsity of the pattern; ValueError if another one is asked for."""
+    """The sparsity of the pattern; ValueError if another one is requested."""
     if sparsity is not None and not same_sparsity(sparsity, pattern.sparsity):
         wanted = f"{pattern.sparsity}, the sparsity of pattern {pattern}"
         raise ValueError(expected(what, sparsity, wanted, "leave one of them out"))

@@ -21,7 +21,7 @@ class Unstructured:
 
 @dataclass(frozen=True)
 class NM:
-    """Keep `n` of every `m` neighbours along the input axis; `NM(2, 4)` is what sparse tensor cores take.
+    """Keep `n` of every `m` neighbours along the input axis; sparse tensor cores need `NM(2, 4)`.
 
     A tensor of any rank is seen as its matrix `(shape[0], prod(shape[1:]))`, a 1-D tensor as one row; `m`,
     at most 256, must divide the length of a row. `n` counts the weights that stay, as in jaxpruner. tfmot and
@@ -119,7 +119,7 @@ class Tied:
     have no score for it. `scored` overrides this.
 
     Attributes:
-        members: Name of a tensor -> the `Slices` of it.
+        members: Name of a tensor -> its `Slices`.
         scored: The members whose scores count. By default those with two axes or more; if there are none,
             all.
 

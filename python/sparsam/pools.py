@@ -20,7 +20,7 @@ from sparsam.orientation import Weights, mask_outputs_first
 from sparsam.patterns import NM, Block, Pattern, Slices, Tied
 from sparsam.tiles import count_pruned
 
-# How many weights come to selection at once, since the scores of all are in memory; a tensor may have more.
+# The most weights in one call of selection, which holds all their scores; a single tensor may have more.
 _BATCH = 1 << 20
 
 
@@ -114,7 +114,7 @@ def make_pools(
     alone: Scope = "row" if config.scope == "row" else "layer"
     pooled: list[str] = []
     overrides: dict[tuple[Pattern, Scope], dict[str, float]] = {}
-    accepted = None  # The last dtype found to be one of weights: mostly that of all tensors.
+    accepted = None  # The dtype that was checked last; most often all tensors have the same.
     for name, array in arrays.items():
         if name in excluded:
             continue
@@ -163,7 +163,7 @@ def make_pools(
 
 
 def batched(pools: Iterable[Pool], arrays: Mapping[str, NDArray[Any]]) -> Iterator[Pool]:
-    """Yields pools that are small enough to have scores in memory, and amount to the same."""
+    """Yields pools small enough for their scores to be held in memory, with the same result as the given."""
     for pool in pools:
         if pool.scope == "global":
             yield pool

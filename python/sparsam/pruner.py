@@ -23,7 +23,7 @@ from sparsam.inputs.checks import to_arrays
 from sparsam.inputs.float_mode import standard_floats
 from sparsam.inputs.tensors import is_tensor, to_torch
 from sparsam.inputs.weights import check_writeable, warn_of_flags
-from sparsam.masks import Mask, _check_apart
+from sparsam.masks import Mask, _check_separate_memory
 from sparsam.orientation import mask_as_stored, outputs_first
 from sparsam.patterns import Unstructured
 from sparsam.pools import Pool, batched, check_patterns, make_pools
@@ -91,11 +91,11 @@ def prune(
 
     Args:
         weights: Name -> array of float16, bfloat16, float32 or float64, of any shape and strides; or one
-            array. Torch tensors and Parameters on the CPU, such as a state dict, are returned as tensors
-            without gradient. Nested lists are converted by NumPy, integers to float64. Tensors with fewer
-            than two axes and arrays of integers or booleans stay dense unless named in `overrides`; a single
-            array is pruned whatever its shape; its name in `exclude` and `overrides` is "weights". Arrays
-            with the same memory under two names are pruned once, counted once, and returned as one.
+            array. Torch tensors and Parameters on the CPU, such as those of a state dict, are returned as
+            tensors without gradient. Nested lists are converted by NumPy, integers to float64. Tensors with
+            fewer than two axes and arrays of integers or booleans stay dense unless named in `overrides`; a
+            single array is pruned whatever its shape; its name in `exclude` and `overrides` is "weights".
+            Arrays with the same memory under two names are pruned once, counted once, and returned as one.
         config: What to do; `PruningConfig()` if left out.
         inplace: Zero the pruned weights in the caller's arrays and return those. If a tensor cannot be
             pruned, or the user stops the call (KeyboardInterrupt), others may already be pruned; each is
@@ -189,7 +189,8 @@ def configured(config: PruningConfig | None, changes: ConfigFields | None = None
         return PruningConfig(**changes)
     if not isinstance(config, PruningConfig):
         msg = (
-            f"config: expected a PruningConfig; got {config!r}; fields go by name, as in target_sparsity=0.9"
+            f"config: expected a PruningConfig; got {config!r}; pass fields by name, as in "
+            "target_sparsity=0.9"
         )
         raise TypeError(msg)
     return config.with_changes(**changes) if changes else config
@@ -263,31 +264,35 @@ def _prune_pool(
     """`prune_pools` for one pool without ties."""
     norm, pattern, scope = scores.traits(method).norm, pool.pattern, pool.scope
     transposed = pool.transposed.intersection(pool.names)
-    turned = transposed if scope == "row" or pattern != Unstructured() else frozenset()
+    to_transpose = transposed if scope == "row" or pattern != Unstructured() else frozenset()
     ranked = {
         name: score_tensor(method, name, arrays[name], transposed=name in transposed) for name in pool.names
     }
-    if turned:
-        within = [name for name in ranked if name in turned]
+    if to_transpose:
+        within = [name for name in ranked if name in to_transpose]
         _refuse_nan(
             [ranked[name] for name in within], within
         )  # With its place in the tensor as it is stored.
     fused = (
-        previous is None and not turned and all(map(is_, ranked.values(), map(arrays.__getitem__, ranked)))
+        previous is None
+        and not to_transpose
+        and all(map(is_, ranked.values(), map(arrays.__getitem__, ranked)))
     )
 
     if fused and not checked:
         check_outputs(ranked, outs)
 
     def select(scored: dict[str, NDArray[Any]]) -> Pruned:
-        viewed = scored | {name: outputs_first(scored[name]) for name in turned} if turned else scored
+        viewed = (
+            scored | {name: outputs_first(scored[name]) for name in to_transpose} if to_transpose else scored
+        )
         found = select_into(
             viewed, pool.sparsity, pattern, scope=scope, norm=norm, out=outs if fused else None
         )
-        if not turned:
+        if not to_transpose:
             return found
         return Pruned(
-            found.masks | {name: mask_as_stored(found.masks[name]) for name in turned}, found.nonzero
+            found.masks | {name: mask_as_stored(found.masks[name]) for name in to_transpose}, found.nonzero
         )
 
     chosen, nonzero = select(ranked)
@@ -314,7 +319,7 @@ def describe(
     for pool in pools:
         patterns |= dict.fromkeys(pool.names, str(pool.pattern))
     patterns |= tied_patterns(tied for pool in pools for tied in pool.ties)
-    # What rows are made from later: nothing that may change until then, nothing that is large.
+    # The deferred rows are made from these: nothing that may change until then, and nothing large.
     shapes, dtypes = [array.shape for array in arrays.values()], [array.dtype for array in arrays.values()]
     kept = {name: mask.count for name, mask in masks.items()}
     uncounted = [name for name in arrays if name not in nonzero and name not in shared]
@@ -351,7 +356,7 @@ def _prune(
         for name in names:
             check_writeable(name, weights[name], arrays[name])
         outs = {name: arrays[name] for name in names}
-        _check_apart(arrays, outs)
+        _check_separate_memory(arrays, outs)
     else:
         shared = find_shared(arrays, pools)
         if shared:

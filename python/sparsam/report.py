@@ -81,7 +81,7 @@ def count_nonzero(array: NDArray[Any]) -> int:
 def row_of(
     name: str, shape: tuple[int, ...], dtype: np.dtype[Any], pruned: int, nonzero: int, pattern: str
 ) -> LayerStats:
-    """Returns the statistics of a tensor of which all is known that was counted."""
+    """Returns the statistics of a tensor whose weights were counted already."""
     size = math.prod(shape)
     dense = size * dtype.itemsize
     packed = min(dense, (size + 7) // 8 + nonzero * dtype.itemsize)
@@ -90,10 +90,10 @@ def row_of(
 
 
 class Readable:
-    """The base of reports, dataclasses with a text: `print(report)`, and the same in a notebook."""
+    """The base class of reports: dataclasses that `print` as text, and show the same in a notebook."""
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns everything in types of JSON; keys in the order of the attributes."""
+        """Returns the attributes, in their order, as values that JSON can hold."""
         return {field.name: plain(getattr(self, field.name)) for field in fields(self)}  # type: ignore[arg-type]
 
     def to_json(self, *, indent: int | None = 2) -> str:
@@ -127,7 +127,7 @@ class Report(Readable):
 
     @classmethod
     def deferred(cls, layers: Callable[[], Iterable[LayerStats]]) -> Report:
-        """Returns a report whose rows are made when they are first asked for.
+        """Returns a report whose rows are made when they are first needed.
 
         To make 10,000 of them takes as long as to prune as many small tensors.
         """

@@ -72,7 +72,7 @@ def refuse_not_finite(subject: str, numbers: NDArray[np.float64]) -> None:
             expected(
                 subject,
                 float(numbers[at]),
-                f"finite numbers, at index {at} too",
+                f"a finite number at index {at}",
                 "correct them, or exclude the tensor",
             )
         )

@@ -7,7 +7,7 @@ lowest score, 0, so that a growing schedule prunes again what it pruned before.
 name       object                       score of the weight w = W_ij, input x_j                needs
 ========== ============================ ====================================================== =======
 magnitude  `Magnitude()`                abs(w)                                                 nothing
-random     `Random(seed)`               a draw                                                 nothing
+random     `Random(seed)`               a random number                                        nothing
 lamp       `LAMP()`                     w^2 / sum of the w'^2 that are not smaller [1]         nothing
 saliency   `Saliency(gradients)`        abs(w g) [2, 3]                                        g
 fisher     `Fisher(squared_gradients)`  w^2 E[g^2] [4, 5]                                      E[g^2]
@@ -93,10 +93,9 @@ class Magnitude:
 
 @dataclass(frozen=True)
 class Random:
-    """A draw in (0, 1] for every weight that is not zero: the baseline that a criterion has to beat.
+    """A random number in (0, 1] for every weight that is not zero: the baseline for every other method.
 
-    The draws depend on the seed, the tensor's name and its shape, not on its place among the tensors or on
-    the others.
+    The numbers depend on the seed, the tensor's name and its shape, not on the other tensors or their order.
     """
 
     seed: int = 0
@@ -113,7 +112,7 @@ class Random:
 
     @standard_floats
     def score(self, name: str, weights: NDArray[Any], /) -> NDArray[np.float32]:
-        """Returns float32 draws; 0 where a weight is 0, and NaN where it is NaN, which selection refuses."""
+        """Returns float32 numbers; 0 where a weight is 0, NaN where it is NaN, which selection refuses."""
         key = int.from_bytes(
             hashlib.blake2b(name.encode(errors="surrogatepass"), digest_size=16).digest(), "little"
         )

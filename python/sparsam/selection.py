@@ -19,7 +19,7 @@ from sparsam.config import Scope
 from sparsam.inputs.checks import check_sparsity, expected
 from sparsam.inputs.dtypes import check_dtype
 from sparsam.inputs.float_mode import standard_floats
-from sparsam.masks import Mask, _check_apart, _check_overlap
+from sparsam.masks import Mask, _check_overlap, _check_separate_memory
 from sparsam.orientation import mask_as_stored, outputs_first
 from sparsam.patterns import NM, Block, Pattern, Slices, Unstructured
 from sparsam.tiles import matrix_shape, tile_sizes, tiling_of
@@ -95,7 +95,7 @@ def select(
             fixed order.
         transposed: the scores are (in, out), as in Hugging Face's Conv1D and Keras, or (..., in, out):
             pattern and rows are those of (out, in). Ties go to the lower flat index of that.
-        name: what errors call the array.
+        name: the array's name in error messages.
 
     Returns:
         The mask, of the shape of `scores`.
@@ -239,7 +239,7 @@ def _vanished(pool: Sequence[NDArray[Any]], names: Sequence[str] | None) -> Valu
     _refuse_nan(pool, names)
     what = "the arrays" if names is None else f"tensors {', '.join(map(repr, names[:3]))}"
     msg = (
-        f"{what}: expected weights that stay as they are during the call; got a NaN that has been "
+        f"{what}: expected weights that do not change during the call; got a NaN that has been "
         "overwritten since; stop the thread that writes to them, or pass copies"
     )
     return ValueError(msg)
@@ -260,7 +260,7 @@ def check_outputs(arrays: Mapping[str, NDArray[Any]], outs: Mapping[str, NDArray
     """Raises for an output that an array cannot be written to, or that shares memory with another array."""
     for name, array in arrays.items():
         _check_out(name, array, outs.get(name))
-    _check_apart(arrays, {name: outs[name] for name in arrays})
+    _check_separate_memory(arrays, {name: outs[name] for name in arrays})
 
 
 def _check_out(name: str, array: NDArray[Any], out: object) -> None:

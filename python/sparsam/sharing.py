@@ -8,7 +8,7 @@ from typing import Any
 from numpy.typing import NDArray
 
 from sparsam import _core
-from sparsam.masks import _check_apart, _ranges_meet
+from sparsam.masks import _check_separate_memory, _ranges_overlap
 from sparsam.pools import Pool
 
 
@@ -20,7 +20,7 @@ def find_shared(arrays: Mapping[str, NDArray[Any]], pools: Iterable[Pool]) -> di
     """
     pools = list(pools)
     named = dict.fromkeys(name for pool in pools for name in pool.names)
-    if not named or not _ranges_meet([arrays[name] for name in named]):
+    if not named or not _ranges_overlap([arrays[name] for name in named]):
         return {}
     pool_of: dict[str, Pool] = {}
     for pool in pools:
@@ -35,7 +35,7 @@ def find_shared(arrays: Mapping[str, NDArray[Any]], pools: Iterable[Pool]) -> di
         other = first.setdefault(place, name)
         if other == name:
             continue
-        if not _alike(name, pool_of[name], other, pool_of[other], array.size):
+        if not _pruned_alike(name, pool_of[name], other, pool_of[other], array.size):
             msg = (
                 f"tensors {other!r} and {name!r} share memory: expected one sparsity and pattern for both, "
                 "and no ties; got two; exclude one of them, or give both the same override"
@@ -43,11 +43,11 @@ def find_shared(arrays: Mapping[str, NDArray[Any]], pools: Iterable[Pool]) -> di
             raise ValueError(msg)
         shared[name] = other
     own = {name: arrays[name] for name in first.values()}
-    _check_apart(own, own)
+    _check_separate_memory(own, own)
     return shared
 
 
-def _alike(name: str, pool: Pool, other: str, other_pool: Pool, size: int) -> bool:
+def _pruned_alike(name: str, pool: Pool, other: str, other_pool: Pool, size: int) -> bool:
     """Whether two tensors are pruned the same way, up to the rounding of an allocation."""
     return (
         not pool.ties

@@ -77,8 +77,8 @@ def shrink(
     emptied = {name for tied, keep in kept if not keep.any() for name in tied.members}
     for tied, keep in kept:
         # A tensor that another coupling removes entirely has no slices left to compare.
-        said = {name: masks[name] for name in tied.members if name in masks and name not in emptied}
-        _check_masks(tied, keep, arrays, said)
+        present = {name: masks[name] for name in tied.members if name in masks and name not in emptied}
+        _check_masks(tied, keep, arrays, present)
     for tied, keep in kept:
         for name, slices in tied.members.items():
             arrays[name] = np.compress(np.repeat(keep, slices.size), arrays[name], axis=slices.axis)
@@ -117,7 +117,7 @@ def _check_masks(
             other = next(
                 other for other, slices in tied.members.items() if _any(arrays[other] != 0, slices)[group]
             )
-            raise ValueError(_torn(tied, group, name, other, arrays[other]))
+            raise ValueError(_partly_removed(tied, group, name, other, arrays[other]))
 
 
 def _any(flags: NDArray[np.bool_], slices: Slices) -> NDArray[np.bool_]:
@@ -127,7 +127,7 @@ def _any(flags: NDArray[np.bool_], slices: Slices) -> NDArray[np.bool_]:
     return np.asarray(lines.any(axis=1).reshape(-1, slices.size).any(axis=1))
 
 
-def _torn(tied: Tied, group: int, name: str, other: str, array: NDArray[Any]) -> str:
+def _partly_removed(tied: Tied, group: int, name: str, other: str, array: NDArray[Any]) -> str:
     """The error for a group that is removed in one member and not in another."""
     slices = tied.members[other]
     axis = slices.axis % array.ndim

@@ -19,8 +19,8 @@ from sparsam.moments import CentredMoments, Moments
 
 __all__ = ["CentredMoments", "InputStatistics"]
 
-_ROWS = 512  # of a block: fewer make the accumulation in float64 slower
-_PIECE = 1 << 22  # elements of a block at most
+_ROWS = 512  # most rows of a block; with fewer, the accumulation in float64 takes longer
+_PIECE = 1 << 22  # most elements of a block
 
 
 class InputStatistics:
@@ -234,7 +234,7 @@ class InputStatistics:
             msg = "InputStatistics: expected gram=True; got gram=False; collect them again with gram=True"
             raise ValueError(msg)
         if self._moments.count != self._count:
-            msg = "InputStatistics: expected whole updates; got an interrupted one; collect them again"
+            msg = "InputStatistics: expected complete updates; got an interrupted one; collect them again"
             raise ValueError(msg)
         return self._moments
 
@@ -285,7 +285,7 @@ def _checked(name: str, values: ArrayLike, width: int) -> NDArray[Any]:
         msg = f"{name}: expected floating-point numbers; got dtype {array.dtype}; convert with .astype()"
         raise TypeError(msg)
     if array.ndim == 0 or array.shape[-1] != width:
-        msg = f"{name}: expected shape (..., {width}); got {array.shape}; pass the inputs of this layer"
+        msg = f"{name}: expected shape (..., {width}); got {array.shape}; pass the {name} of this layer"
         raise ValueError(msg)
     return array
 

@@ -21,18 +21,18 @@ def matrix_shape(shape: tuple[int, ...]) -> tuple[int, int]:
 
 
 def tiling_of(name: str, shape: tuple[int, ...], pattern: Block | Slices) -> tuple[int, int, int, int]:
-    """Rows, columns of a matrix of the tensor, and of the tile that a group is."""
+    """Returns (rows, columns) of the matrix that the tensor is viewed as, then those of one group's tile."""
     if isinstance(pattern, Block):
         rows, cols = matrix_shape(shape)
         return rows, cols, min(pattern.rows, max(rows, 1)), min(pattern.cols, max(cols, 1))
     if not -len(shape) <= pattern.axis < len(shape):
-        msg = f"tensor {name!r}: expected an axis for {pattern!r}; got shape {shape}; take one it has"
+        msg = f"tensor {name!r}: expected an axis for {pattern!r}; got shape {shape}; choose one that it has"
         raise ValueError(msg)
     axis = pattern.axis % len(shape)
     if shape[axis] % pattern.size:
         msg = (
             f"tensor {name!r}: expected an axis of a multiple of {pattern.size} for {pattern!r}; got shape "
-            f"{shape}; take a size that divides it, or exclude the tensor"
+            f"{shape}; choose a size that divides it, or exclude the tensor"
         )
         raise ValueError(msg)
     outer, inner = math.prod(shape[:axis]), math.prod(shape[axis + 1 :])

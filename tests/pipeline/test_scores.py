@@ -200,7 +200,7 @@ def test_infinite_weights() -> None:
         assert not np.isnan(method.score("w", weights)).any()
     assert Saliency({"w": 1 - data}).score("w", weights)[1, 2] == np.inf
     for relative in (LAMP(), RIA({"w": seen(weights)})):
-        with pytest.raises(ValueError, match=r"tensor 'w': expected finite numbers, at index \(1, 2\)"):
+        with pytest.raises(ValueError, match=r"tensor 'w': expected a finite number at index \(1, 2\)"):
             relative.score("w", weights)
 
 
@@ -321,7 +321,7 @@ def test_what_is_missing_or_does_not_fit_is_named() -> None:
         (Wanda(inputs), "w", "tensor 'w': expected some inputs; got none"),  # type: ignore[arg-type]
         (RIA(inputs), "u", "tensor 'u': expected InputStatistics; got array"),  # type: ignore[arg-type]
         (Saliency({"v": [["a"]]}), "v", "gradients of tensor 'v': dtype: expected real numbers; got '<U1'"),
-        (Saliency({"v": weights * np.nan}), "v", r"tensor 'v': expected finite numbers, at index \(0, 0\)"),
+        (Saliency({"v": weights * np.nan}), "v", r"tensor 'v': expected a finite number at index \(0, 0\)"),
         (Fisher({"v": -weights}), "v", "squared_gradients of tensor 'v': expected at least 0; got -1.0"),
     ]
     for method, name, message in cases:

@@ -147,7 +147,7 @@ def test_errors_say_what_to_do() -> None:
         select_many({"fc": x}, 0.5, NM(2, 4))
     with pytest.raises(ValueError, match=r"tensor 'fc': expected an axis of a multiple of 4"):
         select_many({"fc": x}, 0.5, Slices(1, 4))
-    with pytest.raises(ValueError, match=r"expected an axis for .*take one it has"):
+    with pytest.raises(ValueError, match=r"expected an axis for .*choose one that it has"):
         select(x, 0.5, Slices(2))
     with pytest.raises(ValueError, match=r"expected 0\.5 .or 0., as .* keeps 2 of every 4"):
         select(np.ones((4, 8), np.float32), 0.7, NM(2, 4))

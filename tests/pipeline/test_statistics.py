@@ -183,7 +183,7 @@ def test_an_interrupted_update_is_noticed(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(moments, "_centre", interrupted)
     with pytest.raises(KeyboardInterrupt):
         s.update(inputs(5, 4))
-    with pytest.raises(ValueError, match="expected whole updates; got an interrupted one"):
+    with pytest.raises(ValueError, match="expected complete updates; got an interrupted one"):
         s.gram  # noqa: B018
 
 

@@ -170,7 +170,7 @@ def test_a_second_form_must_win_clearly(times: dict[str, float]) -> None:
     times |= {"bitmask": 1.2, "panels": 1.0}
     matrix.prepare(64)
     assert matrix._state.forms.kernels == ("bitmask",)
-    assert "panels is not faster by enough to hold a further form" in matrix.explain(64).reason
+    assert "panels is not faster by enough to hold another form" in matrix.explain(64).reason
     times |= {"bitmask": 2.0}
     matrix.prepare(64)
     assert set(matrix._state.forms.kernels) == {"bitmask", "panels"}
@@ -182,7 +182,7 @@ def test_prepare_with_a_kernel_measures_nothing(monkeypatch: pytest.MonkeyPatch)
     matrix = SparseMatrix.from_dense(weights())
     matrix.prepare([3, 100], kernel="panels")
     assert matrix._state.forms.kernels == ("panels",)
-    assert [matrix.explain(n).reason for n in (3, 97)] == ["as prepare() was told"] * 2
+    assert [matrix.explain(n).reason for n in (3, 97)] == ["as requested with prepare()"] * 2
     assert "by default costs" in matrix.explain(1).reason
     assert matrix.explain(1).kernel == "panels"
 
@@ -253,7 +253,7 @@ def test_what_the_user_told_does_not_expire() -> None:
     for name in sparsam.available_isas():
         with sparsam.use_isa(name):
             matrix.linear(inputs(8))
-            assert matrix.explain(8).reason == "as prepare() was told"
+            assert matrix.explain(8).reason == "as requested with prepare()"
 
 
 # Fork

@@ -1,7 +1,7 @@
 """Arithmetic that does not depend on the floating-point mode of the caller.
 
 A program may make the processor treat subnormal numbers as zero (`torch.set_flush_denormal(True)`), in
-NumPy's arithmetic too. Weights and scores must be compared without that.
+NumPy's arithmetic too. Weights and scores must be compared with subnormal numbers intact.
 """
 
 from __future__ import annotations

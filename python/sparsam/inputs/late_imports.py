@@ -1,4 +1,4 @@
-"""Names of a package that are imported when they are first asked for: its own import stays fast (PEP 562)."""
+"""Lazy imports: names of a package that are imported on first use, so that its import is fast (PEP 562)."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def on_demand(package: str, homes: Mapping[str, str]) -> Callable[[str], Any]:
 
     Args:
         package: Its name.
-        homes: Public name -> the module that has it; a name that ends the module's name is the module itself.
+        homes: Public name -> the module that defines it; where that is `package.name`, the module itself.
     """
 
     def get(name: str) -> Any:

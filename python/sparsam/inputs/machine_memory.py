@@ -17,7 +17,7 @@ _CGROUPS = (
 
 
 def available_memory() -> int | None:
-    """Bytes that are free or can be freed, of the machine and of its container; None where nothing tells."""
+    """Returns the free and reclaimable bytes of the machine or its container; None if neither is known."""
     found = [_of_machine(), *(_of_group(limit, used) for limit, used in _CGROUPS)]
     return min((size for size in found if size is not None), default=None)
 

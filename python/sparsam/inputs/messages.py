@@ -1,4 +1,4 @@
-"""What calls say with `verbose=True`: to the logger `sparsam` where a program listens, else on stdout."""
+"""Messages of `verbose=True`: to the logger `sparsam` if a program has set it up, else to stdout."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ _WILDCARDS = re.compile(r"[*?[]")
 
 
 class NamePatterns:
-    """Names and shell-style patterns in an order, compiled once."""
+    """An ordered list of names and shell-style patterns, compiled once."""
 
     def __init__(self, patterns: Iterable[str]) -> None:
         self._patterns = tuple(patterns)
@@ -42,7 +42,7 @@ class NamePatterns:
         return self.last(name) is not None
 
     def among(self, names: Iterable[str]) -> dict[str, str]:
-        """Returns name -> the last pattern that matches it, for names that one matches, in their order."""
+        """Returns name -> the last pattern that matches it, for those that have one, in their order."""
         if not self._patterns:
             return {}
         return {name: key for name in names if (key := self.last(name)) is not None}

@@ -1,4 +1,4 @@
-"""What is asked of weights that a caller passes, beyond their shapes and dtypes."""
+"""Checks of a caller's weights beyond shape and dtype."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["check_writeable", "warn_of_flags"]
 
 
 def warn_of_flags(arrays: Mapping[str, NDArray[Any]], names: Collection[str], *, stacklevel: int) -> None:
-    """Warns of tensors of zeros and ones only, such as attention masks, which are hardly weights."""
+    """Warns of tensors that hold only zeros and ones, such as attention masks: probably not weights."""
     for name in names:
         array = arrays[name]
         if array.ndim < 2 or not array.size or array.item(0) not in {0.0, 1.0}:

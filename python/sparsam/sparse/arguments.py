@@ -1,4 +1,4 @@
-"""The arguments of SparseMatrix, checked and converted."""
+"""Checks and conversions of the arguments of SparseMatrix."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def weights(w: ArrayLike, dtype: DTypeLike | None) -> NDArray[Any]:
 
 
 def inputs(x: ArrayLike, matrix: tuple[int, int]) -> Floats:
-    """X (..., in) as float32 in C order, itself if it is that already."""
+    """Returns x (..., in) as float32 in C order, without a copy if it is that already."""
     array = _floats("x", x)
     if array.ndim < 1 or array.shape[-1] != matrix[1]:
         msg = (
@@ -123,7 +123,7 @@ def check_out(out: NDArray[Any], shape: tuple[int, ...], x: ArrayLike, bias: Arr
         if other is None:
             continue
         if np.shares_memory(out, other if type(other) is np.ndarray else np.asarray(other)):
-            msg = f"out: expected separate memory; got an overlap with {name}; leave out away, or copy {name}"
+            msg = f"out: expected separate memory; got an overlap with {name}; omit out, or copy {name}"
             raise ValueError(msg)
 
 

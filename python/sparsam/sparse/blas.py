@@ -1,4 +1,4 @@
-"""Which BLAS multiplies for NumPy, and with how many threads."""
+"""The BLAS that NumPy uses, and its number of threads."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _VARIABLES = ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "BLIS_NUM_THREADS", "OM
 
 
 def numpy_blas() -> tuple[str, int]:
-    """Name and version, and the threads that it uses now."""
+    """Returns the name and version, and the number of threads that it uses now."""
     name, count = _found()
     return name, max(1, count())
 
@@ -34,7 +34,7 @@ def numpy_blas() -> tuple[str, int]:
 @cache
 def _found() -> tuple[str, Callable[[], int]]:
     name = "unknown BLAS"
-    with suppress(Exception):  # show_config(mode=) is of NumPy 1.26, and what it gives is not promised
+    with suppress(Exception):  # show_config(mode=) needs NumPy 1.26, and its result is not documented
         blas = np.show_config(mode="dicts")["Build Dependencies"]["blas"]
         name = f"{blas['name']} {blas['version']}"
     for path in _loaded():

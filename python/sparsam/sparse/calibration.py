@@ -1,4 +1,4 @@
-"""Measuring what products cost, when asked to: `sparsam calibrate`, and benchmarks/fit_costs.py.
+"""Measures the costs of products, on request: `sparsam calibrate`, and benchmarks/fit_costs.py.
 
 Every kind of product is timed on matrices of different shapes and densities, and the coefficients of the cost
 model are fitted: least squares of the relative error among coefficients of at least 0.
@@ -28,9 +28,9 @@ __all__ = ["Measured", "calibrate", "fastest", "measure_dense", "measure_kernels
 WARM_UP = 0.04  # OpenBLAS's threads wait actively for 2^26 ticks of the time stamp counter, 22 ms at 3 GHz
 
 DenseProduct = Callable[[NDArray[np.float32], NDArray[np.float32]], Callable[[], object]]
-"""(w, x) -> what computes x W^T."""
+"""(w, x) -> a function that computes x W^T."""
 
-# (out, in), the largest batch: large matrices are measured with the small batches, which memory limits.
+# ((out, in), largest batch): large matrices are measured with small batches, for which memory is the limit.
 SHAPES = (
     ((64, 64), 512),
     ((384, 384), 512),
@@ -42,8 +42,10 @@ SHAPES = (
     ((4096, 4096), 16),
 )
 _DENSITIES = (0.5, 0.25, 0.1, 0.05)
-_COLD = 1 << 22  # weights: from here on three copies are taken in turn, as the layers of a large model are
-_TRUSTED = 0.5  # median relative error: a fit that is off by more was disturbed, and is not worth keeping
+_COLD = (
+    1 << 22
+)  # from this many weights on, three copies take turns, so that caches are as cold as in a model
+_TRUSTED = 0.5  # a fit with a larger median relative error was disturbed by other work, and is not kept
 
 
 @dataclass(frozen=True)
@@ -99,7 +101,7 @@ def store(measured: Measured) -> bool:
     with suppress(OSError, ValueError, RuntimeError):
         file = cache_file(measured.costs.key)
         file.parent.mkdir(parents=True, exist_ok=True)
-        if file.is_symlink():  # whoever put it there, what it points to is not ours
+        if file.is_symlink():  # its target is not ours to overwrite
             file.unlink()
         content = measured.costs.to_json()
         publish({file: lambda path: path.write_text(content, encoding="utf-8")})
@@ -152,10 +154,10 @@ def fastest(run: Callable[[], object], *, warm_up: float = WARM_UP, seconds: flo
 
     Args:
         run: What to time.
-        warm_up: Seconds to warm up, at least once. By default long enough for the threads of another library
-            that ran just before to stop spinning, in the way of these.
-        seconds: Stop after at least 3 runs that took this time together, or after 20 runs; after one if
-            that is slow.
+        warm_up: Seconds to warm up, at least one run. By default long enough for spinning threads of another
+            library that ran just before to go to sleep.
+        seconds: Stop once at least 3 runs took this long in total, or after 20 runs; after one run if that
+            is longer than 0.05 s.
     """
     end = time.perf_counter() + warm_up
     while True:
@@ -215,10 +217,10 @@ def _fit_all(key: Key, seen: dict[tuple[str, int], list[tuple[tuple[float, ...],
 
 
 def _fit(features: NDArray[Any], seconds: NDArray[Any]) -> tuple[tuple[float, ...], list[float]]:
-    """The coefficients of at least 0 with the least squares of relative errors, and these errors.
+    """The non-negative coefficients that minimise the squared relative errors, and these errors.
 
-    They are the unconstrained best of those features whose coefficients are not 0; with so few features all
-    sets can be tried.
+    They are the unconstrained least-squares solution over the features with nonzero coefficients; with so few
+    features, all subsets can be tried.
     """
     relative = features / seconds[:, None]
     n = relative.shape[1]

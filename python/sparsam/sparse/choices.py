@@ -11,7 +11,7 @@ from sparsam.sparse.preparation import Preparation
 
 __all__ = ["Choices", "expect"]
 
-MAX_BATCHES = 256  # whose kernels are remembered
+MAX_BATCHES = 256  # the most batches whose kernel is cached
 
 
 class Choices:
@@ -36,7 +36,7 @@ class Choices:
         preparation: Preparation | None = None,
         dense: Callable[[], Key] = dense_key,
     ) -> None:
-        """With what `expect(weight, dense)` gives, if it is known; `dense` tells what multiplies densely."""
+        """Takes the result of `expect(weight, dense)`, if known; `dense` gives the dense library's key."""
         self.weight = weight
         self.held = held
         self.preparation = preparation or Preparation()

@@ -13,7 +13,7 @@ __all__ = ["csr_of", "dense_of", "keep_of"]
 
 
 def keep_of(packed: Packed) -> NDArray[np.bool_]:
-    """Which weights are stored, as a boolean array (rows, cols)."""
+    """Returns which weights are stored, as a boolean array (rows, cols)."""
     keep = np.unpackbits(packed.bits(), axis=1, count=packed.cols, bitorder="little")
     return keep.view(np.bool_)
 
@@ -37,6 +37,7 @@ def dense_of(matrix: Any) -> tuple[NDArray[Any], NDArray[np.bool_]]:
     Raises:
         ImportError: SciPy is not installed.
         TypeError: It is not a SciPy sparse matrix.
+        ValueError: It is not two-dimensional.
     """
     if not _scipy_sparse().issparse(matrix):
         msg = f"matrix: expected a SciPy sparse matrix; got {type(matrix).__name__}; use from_dense"

@@ -1,4 +1,4 @@
-"""What a product costs: defaults that ship with the package, or what `sparsam calibrate` measured.
+"""The costs of products: defaults that ship with the package, or those that `sparsam calibrate` measured.
 
 For every kernel, and every batch of a grid, the time is taken to be
 
@@ -60,7 +60,7 @@ BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 SMALL_BATCHES = 5  # of BATCHES: some kernels read the weights anew for every few rows of x
 DTYPES = ("float32", "bfloat16", "float16")
 KERNEL_REVISION = 4
-"""Count this up when kernels change so much that calibrations measured before mislead."""
+"""Increase this when kernels change so much that earlier calibrations would be misleading."""
 
 # Kind of product -> how many of BATCHES have coefficients. "blocks": panels of aligned groups of four rows
 # that share their columns.
@@ -74,7 +74,7 @@ KINDS = {
 
 _INNER, _OUTER = 2 << 20, 32 << 20
 _KNOWN = 64  # costs kept in memory: one for each instruction set, dtype and number of threads in use
-_REMEDY = "delete it, or measure anew with `sparsam calibrate`"
+_REMEDY = "delete it, or measure again with `sparsam calibrate`"
 
 Coefficient = Annotated[float, Meta(ge=0, le=1)]  # seconds
 Curve = tuple[float, ...]
@@ -101,7 +101,7 @@ class Weight:
 
     @property
     def rounded(self) -> bool:
-        """Whether values are integers: they have one form, and one kernel for all batches."""
+        """Whether values are rounded to integers, which have one form and one kernel for all batches."""
         return self.dtype in {"int8", "int4"}
 
     @classmethod
@@ -199,7 +199,7 @@ class Expectation:
 
     Attributes:
         curves: Kernel -> its seconds for the first of BATCHES.
-        settings: The instruction set and the number of threads that it is so under.
+        settings: The instruction set and number of threads for which this holds.
         source: Where the costs are from.
     """
 
@@ -208,7 +208,7 @@ class Expectation:
     source: str
 
     def seconds(self, kernel: str, batch: int) -> float:
-        """What one product of a kernel with so many rows of x is expected to take."""
+        """The expected seconds of one product of a kernel with `batch` rows of x."""
         curve = self.curves[kernel]
         above = min(bisect_left(BATCHES, batch), len(curve) - 1)
         if above == 0 or batch >= BATCHES[above]:
@@ -223,12 +223,12 @@ class Expectation:
 
 @dataclass(frozen=True)
 class CostModel:
-    """What every kernel costs: ours, and the dense product of one BLAS.
+    """The costs of every kernel: those of this package, and the dense product of one BLAS.
 
     Attributes:
         kernels: The costs of "bitmask", "panels" and "slots".
         dense: The costs of "dense".
-        source: "default costs" or "calibrated costs": where those of the kernels are from.
+        source: "default costs" or "calibrated costs": the origin of `kernels`.
     """
 
     kernels: Costs
@@ -236,7 +236,7 @@ class CostModel:
     source: str
 
     def expect(self, weight: Weight) -> Expectation:
-        """What products with a weight are expected to take."""
+        """The expected times of products with a weight."""
         panels = "blocks" if weight.blocked else "panels"
         return Expectation(
             {
@@ -255,7 +255,7 @@ class CostModel:
 
 
 def current_costs(dtype: str, dense: Key | None = None) -> CostModel:
-    """The costs that hold now: for the active instruction set, the threads, and a BLAS.
+    """The costs under the current settings: the active instruction set, the threads, and a BLAS.
 
     Args:
         dtype: Of the packed values.
@@ -266,7 +266,7 @@ def current_costs(dtype: str, dense: Key | None = None) -> CostModel:
 
 
 def kernel_key(dtype: str) -> Key:
-    """Our kernels as they run now, for packed values of a dtype."""
+    """The key of this package's kernels under the current settings, for packed values of a dtype."""
     version = f"revision {KERNEL_REVISION}"
     return Key(cpu(), _core.active_isa(), version, dtype, _core.num_threads())
 
@@ -274,14 +274,14 @@ def kernel_key(dtype: str) -> Key:
 def dense_key(
     library: str = "numpy", version: str | None = None, dtype: str = "float32", threads: int | None = None
 ) -> Key:
-    """Dense products of a library: NumPy's BLAS as it runs now, or what the caller says."""
+    """The key of dense products: of NumPy's BLAS under the current settings, or of the given library."""
     if version is None or threads is None:
         version, threads = numpy_blas()
     return Key(cpu(), library, version, dtype, threads)
 
 
 def lookup(key: Key) -> tuple[Costs, str]:
-    """The costs that were calibrated for the key, or else the shipped ones, and which of the two it was."""
+    """The costs that were calibrated for the key, else the shipped ones; and which of the two they are."""
     found = _known.get(key)
     if found is None:
         own = None if _is_off() else calibrated(key)
@@ -301,10 +301,11 @@ def forget() -> None:
 
 
 def shipped(key: Key) -> Costs:
-    """The default costs: those of the library and dtype with the most threads that the key has.
+    """The default costs of the library and dtype, measured with the most threads up to those of the key.
 
-    More threads than were measured share the work of those. A BLAS multiplies a dtype that was not measured
-    like float32, and an unknown instruction set costs what "generic" does.
+    With more threads than were measured, times are scaled down in proportion, except for the fixed cost of a
+    call. A dtype that was not measured is taken to cost what float32 does, and an unknown instruction set
+    what "generic" does.
     """
     known: dict[tuple[str, str], list[Costs]] = {}
     for costs in _defaults().costs:
@@ -327,7 +328,7 @@ def shipped(key: Key) -> Costs:
 @cache
 def _defaults() -> Defaults:
     file = files("sparsam.sparse") / "default_costs.json"
-    return Defaults.from_json(file.read_bytes(), "default_costs.json", "install sparsam anew")
+    return Defaults.from_json(file.read_bytes(), "default_costs.json", "install sparsam again")
 
 
 def calibrated(key: Key) -> Costs | None:
@@ -348,7 +349,7 @@ def cache_file(key: Key) -> Path:
 
 
 def features(kind: str, weight: Weight) -> tuple[float, ...]:
-    """What the coefficients multiply."""
+    """The terms that the coefficients multiply, in the order of the module's formula."""
     rows, cols, nnz = map(float, (weight.rows, weight.cols, weight.nnz))
     size = form_bytes(kind, weight)
     if kind == "dense":
@@ -357,19 +358,19 @@ def features(kind: str, weight: Weight) -> tuple[float, ...]:
 
 
 def form_bytes(kind: str, weight: Weight) -> float:
-    """About how many bytes the form takes that a kernel reads; headers and what pads rows left out."""
+    """The approximate bytes of the form that a kernel reads, without headers and the padding of rows."""
     width = 4 if weight.dtype == "float32" else 2
     if kind == "dense":
         return 4.0 * weight.rows * weight.cols
     if kind == "bitmask":
         return weight.rows * weight.cols / 8 + width * weight.nnz
-    if kind == "slots":  # of which some are not used: about so many, of random patterns
+    if kind == "slots":  # some slots stay empty: about this many with random patterns
         return width * weight.nnz + 0.7 * (weight.nnz + 0.09 * weight.rows * weight.cols)
     return (width + 1.0) * weight.nnz
 
 
 def bucket(batch: int) -> int:
-    """The batch, rounded up to four significant bits: products of one bucket cost much the same."""
+    """The batch rounded up to four significant bits; batches of one bucket cost about the same."""
     step = 1 << max((batch - 1).bit_length() - 4, 0)
     return -(-batch // step) * step
 

@@ -1,4 +1,4 @@
-"""Which kernel multiplies a batch, and which forms batches need: pure functions of what kernels cost."""
+"""Which kernel multiplies a batch, and which forms batches need: pure functions of the kernels' costs."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ SECOND_FORM = 1.25
 
 @dataclass(frozen=True)
 class Candidate:
-    """A kernel that could multiply, and what that costs.
+    """A kernel that could multiply, and its cost.
 
     Attributes:
         kernel: "dense", "bitmask", "panels" or "slots".
         expected: Microseconds by the cost model.
-        measured: Microseconds that it took on this very weight; None where it was not tried.
+        measured: Microseconds that it took on this weight; None where it was not measured.
     """
 
     kernel: str
@@ -54,7 +54,7 @@ class Explanation(Readable):
     """Which kernel multiplies a batch, and why. Prints as text.
 
     Attributes:
-        matrix: The matrix in words.
+        matrix: A description of the matrix, its repr.
         batch: The batch asked about.
         kernel: The kernel that runs for it.
         reason: Why.
@@ -76,7 +76,7 @@ def choose(expected: Expectation, batch: int, held: Sequence[str]) -> KernelChoi
     """The cheapest kernel for a batch; the same arguments give the same choice.
 
     Args:
-        expected: What products with the weight are expected to take.
+        expected: The expected times of products with the weight.
         batch: Rows of x.
         held: The kernels whose forms are held, one of which is chosen.
 

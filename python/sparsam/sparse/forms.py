@@ -20,13 +20,13 @@ _DTYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "float16": np.
 
 @dataclass(frozen=True, eq=False)
 class Forms:
-    """An immutable set of forms; what changes it returns another, which shares the memory.
+    """An immutable set of forms; methods that change it return a new one, which shares the memory.
 
-    So a product that has begun keeps what it multiplies with, and no lock is needed, which a forked child
-    could find held.
+    So a product in progress keeps the forms that it started with, without a lock, which a forked child could
+    inherit while it is held.
 
     Attributes:
-        weight: What the weight is.
+        weight: The properties of the weight.
         packed: The packed forms; None where the dense copy alone gives everything back.
         dense: The dense copy in float32, which "dense" multiplies with.
     """
@@ -59,7 +59,7 @@ class Forms:
         return packed if self.dense is None else packed + self.dense.nbytes
 
     def readable(self) -> Packed:
-        """Packed forms to read the weight from; made now if only the dense copy is held."""
+        """Packed forms from which the weight can be read; made on the spot if only the dense copy is held."""
         if self.packed is not None:
             return self.packed
         assert self.dense is not None
@@ -80,7 +80,7 @@ class Forms:
         return Forms(self.weight, packed, self.dense)
 
     def keeping(self, kernels: Collection[str]) -> Forms:
-        """What these kernels need, built where it is missing; a packed form too if dense loses something.
+        """The forms that these kernels need, built where missing; a packed one too if dense loses something.
 
         The dense copy alone cannot tell which zeros were kept on purpose.
         """

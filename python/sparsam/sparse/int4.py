@@ -1,13 +1,13 @@
 """int4 values: one of 16 levels, 0 among them, times the scale of 64 or 128 columns of a row.
 
-A matrix whose groups are all integers from -7 to 7 times a scale already, as `sparsam.quantize(bits=4)`
-makes them, is not rounded again: scale = max |w| / n for the largest n, 7 to 1, with which all of q times
-scale are w to the bit; scales are numbers that bfloat16 holds.
+A matrix whose groups are all integers q from -7 to 7 times a scale already, as `sparsam.quantize(bits=4)`
+makes them, is not rounded again: scale = max |w| / n for the largest n from 7 to 1 with which q times scale
+equals w exactly everywhere, and scale is a bfloat16 number.
 
-For any other the scale of a group is max |w| / 64, rounded up to bfloat16, and the levels are those 15
-integers of -64 to 64, beside 0, with the least sum of squared errors over the whole matrix, the outermost
-being -64 and 64. Kept weights of a pruned matrix are far from 0, so levels are where they are. A weight that
-is nearest to 0 is pruned. What has been rounded so is not changed by rounding it again.
+For any other matrix the scale of a group is max |w| / 64, rounded up to bfloat16. The levels are 0 and the 15
+integers from -64 to 64 with the least sum of squared errors over the whole matrix, -64 and 64 being among
+them. The kept weights of a pruned matrix are far from 0, and so are most levels then. A weight whose nearest
+level is 0 is pruned. Rounding the result again does not change it.
 """
 
 from __future__ import annotations
@@ -29,26 +29,26 @@ GROUPS = (64, 128)
 SYMMETRIC = np.array([0, *range(-7, 0), *range(1, 9)], np.int8)
 """The levels of a matrix whose groups are on a grid already."""
 
-_LARGEST = float(np.ldexp(1.0, 96))  # of a scale: sums of scaled levels stay within float32
+_LARGEST = float(np.ldexp(1.0, 96))  # the largest scale, so that sums of scaled levels stay within float32
 _TINY = np.finfo(np.float32).tiny
-_LEVELS = 15  # beside 0
+_LEVELS = 15  # in addition to 0
 _FINE = 8  # bins of the histogram between two integers
-_PROBES = 64  # groups that tell nearly always whether a matrix may be on a grid
+_PROBES = 64  # groups that are checked first: if they are not on a grid, the others need not be read
 
 
 def is_int4(dtype: DTypeLike | None) -> bool:
-    """Whether a dtype that values are asked to be stored as is int4."""
+    """Whether the requested dtype of the values is int4."""
     return dtype is not None and np.dtype(dtype) == np.dtype(ml_dtypes.int4)
 
 
 def check_no_group(group: int | None, dtype: DTypeLike | None) -> None:
-    """ValueError for a group of columns of values that are not int4."""
+    """Raises ValueError for a `group` together with a dtype other than int4."""
     if group is not None:
         raise ValueError(expected("group", group, f"None for dtype {dtype!r}", "pass dtype='int4'"))
 
 
 def group_of(columns: int, groups: int) -> int | None:
-    """How many columns share a scale where a row has so many scales; None if neither 64 nor 128 do."""
+    """How many columns share a scale, given the scales in a row; None if neither 64 nor 128 fits."""
     fitting = [group for group in GROUPS if -(-columns // group) == groups]
     return fitting[0] if fitting else None
 
@@ -59,12 +59,12 @@ def pack_int4(w: ArrayLike, keep: NDArray[np.bool_] | None = None, group: int | 
     Args:
         w: (out, in), of floats, finite where it is kept.
         keep: Where a weight is kept; by default where it is not 0.
-        group: 64 or 128 columns that share a scale; by default 128 where that is a grid that the weights are
-            on already, else 64.
+        group: How many columns share a scale, 64 or 128; by default 128 if the weights are on a grid with
+            such groups already, else 64.
 
     Raises:
-        ValueError: Another number of dimensions, too many columns, weights that are not finite or too large,
-            another group.
+        ValueError: Not two dimensions, too many columns, weights that are not finite or too large, or another
+            group.
         TypeError: Another dtype.
     """
     values = weights(w, None)
@@ -76,7 +76,7 @@ def pack_int4(w: ArrayLike, keep: NDArray[np.bool_] | None = None, group: int | 
 def rounded(
     values: NDArray[np.float32], group: int | None = None
 ) -> tuple[NDArray[np.int8], int, NDArray[np.float32], NDArray[np.int8]]:
-    """Integers, columns of a group, scales (out, groups) and levels; see the top of this module."""
+    """Returns integers, columns of a group, scales (out, groups) and levels; see the module's docstring."""
     if group is not None and (type(group) is not int or group not in GROUPS):
         raise ValueError(expected("group", group, "None, 64 or 128 columns", "pass one of them"))
     columns = values.shape[1]
@@ -115,7 +115,7 @@ def _ungrouped(q: NDArray[np.int8], columns: int) -> NDArray[np.int8]:
 
 
 def _grid_scales(grouped: NDArray[np.float32]) -> NDArray[np.float32] | None:
-    """The scales (out, groups) of groups that are integers from -7 to 7 times one; None if any is not."""
+    """The scales (out, groups) if every group is integers from -7 to 7 times a scale, else None."""
     flat = grouped.reshape(-1, grouped.shape[2]) if grouped.size else np.zeros((0, 1), np.float32)
     scales = np.ones(len(flat), np.float32)
     for part in (slice(0, _PROBES), slice(None)):
@@ -162,7 +162,7 @@ def _with_levels(
 
 
 def _best_levels(histogram: NDArray[np.float64]) -> NDArray[np.int8]:
-    """0, and 15 integers with which the values of a histogram over [-64, 64] have the least squared error."""
+    """0, and the 15 integers that give the values of a histogram over [-64, 64] the least squared error."""
     middle = LARGEST_CODE * _FINE
     upper, lower = _one_side(histogram[middle:]), _one_side(histogram[middle::-1])
     total = [upper[0][n] + lower[0][_LEVELS - n] for n in range(_LEVELS + 1)]
@@ -174,8 +174,8 @@ def _best_levels(histogram: NDArray[np.float64]) -> NDArray[np.int8]:
 def _one_side(histogram: NDArray[np.float64]) -> tuple[list[float], list[list[int]]]:
     """For n = 0 to 15 levels above 0, the last of which is 64: the least error, and the levels.
 
-    Error of the values between two neighbouring levels a and b, each going to the nearer one, from sums of
-    the histogram up to a place; then the least of all ways from 0 to 64 in n steps.
+    Prefix sums of the histogram give the error of rounding the values between two neighbouring levels a and b
+    to the nearer one; dynamic programming finds the path from 0 to 64 in n steps with the least total error.
     """
     place = np.arange(len(histogram)) / _FINE
     moments = [np.concatenate(([0.0], np.cumsum(histogram * place**k))) for k in range(3)]

@@ -2,11 +2,11 @@
 
     scale[r] = max |w[r]| / 64        q[r, k] = round(w[r, k] / scale[r]), ties to even
 
-among the weights that are kept. A kept weight that rounds to 0 is pruned: it would multiply nothing. The
-error of the others is at most scale / 2, 1/128 of their row's largest weight.
+over the kept weights of row r. A kept weight that rounds to 0 is pruned, since it would contribute nothing.
+The error of the others is at most scale / 2, 1/128 of their row's largest weight.
 
-A row that is integers times a step already, as `sparsam.quantize` makes them, is not rounded again:
-scale[r] = max |w[r]| / n for the largest n, 64 to 1, with which all of q times scale are w to the bit.
+A row of integers times one step, as `sparsam.quantize` makes them, is not rounded again: scale[r] =
+max |w[r]| / n for the largest n from 64 to 1 with which q times scale equals w exactly everywhere.
 """
 
 from __future__ import annotations
@@ -21,23 +21,23 @@ from sparsam.sparse.arguments import weights
 __all__ = ["MAX_COLUMNS", "check_no_scales", "is_int8", "pack_int8", "with_slots"]
 
 LARGEST_CODE = 64
-"""Two products with bytes fit 16 bits, in which instructions of AVX2 add them up."""
+"""The sum of two products with bytes then fits 16 bits, in which AVX2 instructions accumulate them."""
 
 MAX_COLUMNS = 65536
 """Sums of more products might not fit 32 bits."""
 
 _TINY = np.finfo(np.float32).tiny
 
-_PROBES = 8  # weights of a row that tell nearly always whether it may be on a grid
+_PROBES = 8  # weights of a row that are checked first: if they are not on a grid, the others need not be
 
 
 def is_int8(dtype: DTypeLike | None) -> bool:
-    """Whether a dtype that values are asked to be stored as is int8."""
+    """Whether the requested dtype of the values is int8."""
     return dtype is not None and np.dtype(dtype) == np.int8
 
 
 def check_no_scales(scales: ArrayLike | None, dtype: DTypeLike | None) -> None:
-    """ValueError for scales of values that are floats."""
+    """Raises ValueError for scales together with a dtype other than int8."""
     if scales is not None:
         msg = f"scales: expected none for dtype {dtype!r}; got some; pass dtype='int8', or leave them out"
         raise ValueError(msg)
@@ -55,12 +55,12 @@ def pack_int8(
     Args:
         w: (out, in), of floats, finite where it is kept.
         keep: Where a weight is kept; by default where it is not 0.
-        scales: (out,), positive; by default as the top of this module says.
-        form: "slots", which kernels multiply with, or "rows", in which rows are looked up.
+        scales: (out,), positive; by default as in the module's docstring.
+        form: "slots", for multiplication, or "rows", for looking up rows (embeddings).
 
     Raises:
-        ValueError: Another number of dimensions, too many columns, weights that are not finite, or, of given
-            scales, more than 64.5 of them; scales that are not positive, normal numbers of float32.
+        ValueError: Not two dimensions, too many columns, weights that are not finite, or above 64.5 times
+            their given scale; given scales that are not positive, normal float32 numbers.
         TypeError: Another dtype.
     """
     values = weights(w, None)
@@ -73,7 +73,7 @@ def pack_int8(
 def rounded(
     values: NDArray[np.float32], scales: ArrayLike | None = None
 ) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
-    """The integers and the scales of a matrix; see the top of this module."""
+    """Returns the integers and the scales of a matrix; see the module's docstring."""
     if values.shape[1] > MAX_COLUMNS:
         msg = f"w: expected at most {MAX_COLUMNS} columns for int8; got {values.shape[1]}; use float values"
         raise ValueError(msg)
@@ -120,7 +120,7 @@ def _on_grid(values: NDArray[np.float32], steps: NDArray[np.float32]) -> NDArray
 
 
 def _checked(scales: ArrayLike, largest: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Scales that were given, as float32."""
+    """Returns the given scales as float32; ValueError if they do not fit the weights."""
     given = array_of("scales", scales)
     with np.errstate(over="ignore"):
         steps = given.astype(np.float32) if given.dtype.kind == "f" else np.zeros(0, np.float32)

@@ -1,4 +1,4 @@
-"""The ways to multiply with a packed matrix, called alike.
+"""The ways to multiply with a packed matrix, behind one call.
 
 "bitmask", "panels" and "slots" are kernels of the core, each over the form of its name; int8 and
 int4 values have "slots" alone. "dense" is NumPy's BLAS over an unpacked copy.
@@ -56,12 +56,12 @@ def multiply(
         return
     assert dense is not None
     if not math.isfinite(np.vdot(x, x)):
-        # A dense product would multiply pruned weights with infinities and NaN in x, and 0 times those is
-        # NaN. Where the sum of large squares overflows, the packed product is only slower.
+        # A dense product would multiply pruned weights by infinities and NaN in x, and 0 times those is NaN.
+        # If only the sum of squares overflowed, the packed product is still right, just slower.
         packed = packed or Packed.pack(dense)
         packed.linear(packed.forms[-1], x, bias, activation, out)
         return
-    with np.errstate(all="ignore"):  # as in the kernels, infinities and NaN are results like others
+    with np.errstate(all="ignore"):  # as in the kernels, infinities and NaN are valid results
         np.dot(x, dense.T, out=out)
         if bias is not None:
             out += bias

@@ -46,7 +46,7 @@ _MARK = {"sparsam": "SparseMatrix 1"}
 
 @dataclass(frozen=True)
 class _State:
-    """What a product reads, published as a whole: what multiplies, and which of it which batch."""
+    """The state that a product reads, replaced as a whole: the forms, and which kernel each batch uses."""
 
     forms: Forms
     choices: Choices
@@ -73,18 +73,18 @@ class SparseMatrix:
     """A matrix (out, in), like that of `torch.nn.Linear`, of which only the nonzero weights are stored.
 
     It is held in the forms that batches of 1 to 512 rows need: bits and values, panels of rows or slots
-    (docs/formats.md), or a dense copy. That is one of them, or two where some batch would be slower by more
-    than a quarter with one. A cost model tells, and which of them multiplies a batch: defaults of this
-    package, or what `sparsam calibrate` measured. Products build nothing, measure nothing, write nothing.
+    (docs/formats.md), or a dense copy. One form is held, or two if some batch would be more than a quarter
+    slower with one. A cost model chooses them, and the kernel for each batch, from the defaults of this
+    package or the results of `sparsam calibrate`. Products build nothing, measure nothing and write nothing.
 
-    int8 and int4 values have one form, slots, for all batches. Each row of x is rounded to int8 too; sums are
-    exact (of int4: those of a group of columns), results the same to the last bit on every machine. An
-    infinity or a NaN in a row of x gives NaN in all of its outputs; a row whose largest magnitude is below
-    2^-96 counts as 0.
+    int8 and int4 values have one form, slots, for all batches. Each row of x is rounded to int8 too. Sums are
+    exact (with int4: those within a group of columns), so results are the same to the last bit on every
+    machine. An infinity or a NaN in a row of x gives NaN in all of its outputs; a row whose largest magnitude
+    is below 2^-96 is treated as 0.
 
     `prepare(batches)` measures the kernels on this matrix and keeps only the forms that these batches need.
-    `explain(batch)` says which kernel runs and why, `nbytes` counts all memory that is held. Kernels round
-    differently, in the last bits; `prepare(batch, kernel=...)` fixes one.
+    `explain(batch)` says which kernel runs and why, `nbytes` counts all memory that is held. Kernels differ
+    in the last bits of their results; `prepare(batch, kernel=...)` fixes one.
 
     A pruned weight multiplies nothing: an infinity or a NaN in x reaches those outputs that have a stored
     weight for it. A matrix may be used by several threads at once, and after a fork.
@@ -102,7 +102,7 @@ class SparseMatrix:
         Args:
             packed: The weights.
             kernels: Those for which forms are held; by default the cost model decides.
-            preparation: What it was prepared for.
+            preparation: The results of earlier calls of `prepare`.
         """
         self._shape = (packed.rows, packed.cols)
         self._pattern: NM | Block | Unstructured | None = None
@@ -120,22 +120,22 @@ class SparseMatrix:
         scales: ArrayLike | None = None,
         group: int | None = None,
     ) -> SparseMatrix:
-        """Pack a matrix; pruned is what is exactly 0, -0.0 included.
+        """Pack a matrix; weights that are exactly 0, -0.0 included, are pruned.
 
         Args:
             w: Two-dimensional, float16, bfloat16, float32 or float64, of any strides.
-            dtype: What to store values as: float32, bfloat16 or float16; sums are float32 in any case. By
-                default the dtype of `w`, and float32 for float64. Or int8, integers with a scale for each row
-                (docs/quantization.md): what rounds to 0 is pruned. Or int4, 16 levels with a scale for each
-                `group` columns of a row, for batches of 1 to 8.
-            scales: For int8, (out,): the step of each row, as `quantize` gives it. By default max |w| / 64,
-                or that of a row which is integers times a step already.
-            group: For int4, how many columns share a scale: 64 or 128. By default 64, and 128 where all
-                groups of 128 are integers from -7 to 7 times a step already.
+            dtype: The dtype of the stored values: float32, bfloat16 or float16; sums are always float32. By
+                default the dtype of `w`, or float32 for float64. Or int8, integers with a scale for each row
+                (docs/quantization.md), where weights that round to 0 are pruned. Or int4, 16 levels with a
+                scale for each `group` columns of a row, meant for batches of 1 to 8.
+            scales: For int8, (out,): the scale of each row, as `quantize` returns it. By default max |w| /
+                64, or the exact scale of a row that is integers times a scale already.
+            group: For int4, how many columns share a scale: 64 or 128. By default 64, or 128 if all groups of
+                128 are integers from -7 to 7 times a scale already.
 
         Raises:
-            ValueError: `w` is not two-dimensional; for int8 and int4, not finite, too wide, or too large for
-                its scales; another `group`.
+            ValueError: `w` is not two-dimensional; for int8 and int4, it is not finite, too wide, or too
+                large for its scales; `scales` or `group` do not go with the dtype.
             TypeError: Another dtype.
         """
         return cls(pack(w, dtype, scales, group))
@@ -144,10 +144,10 @@ class SparseMatrix:
     def from_mask(
         cls, w: ArrayLike, mask: Mask | NDArray[np.bool_], *, dtype: DTypeLike | None = None
     ) -> SparseMatrix:
-        """Pack what a mask keeps; a weight that is kept stays so, even if it is 0 (except as int8 and int4).
+        """Pack the weights that a mask keeps, zeros among them included (except with int8 and int4).
 
         Args:
-            w: As for `from_dense`; what it holds where the mask prunes does not matter.
+            w: As for `from_dense`; its values where the mask prunes are not used.
             mask: Of the shape of `w`; True where a weight is kept.
             dtype: As for `from_dense`.
 
@@ -198,7 +198,7 @@ class SparseMatrix:
 
     @property
     def pattern(self) -> NM | Block | Unstructured:
-        """The regularity found: Block(4k, 1), NM(n, m) with m up to 32, or Unstructured()."""
+        """The recognised pattern: Block(4k, 1), NM(n, m) with m up to 32, or Unstructured()."""
         if self._pattern is None:
             self._pattern = recognise(self._state.forms.readable())
         return self._pattern
@@ -228,10 +228,10 @@ class SparseMatrix:
         if bias is None and activation is None and out is None and type(x) is np.ndarray and x.ndim == 2:
             packed, kernel = (state := self._state).forms.packed, state.choices.kernel(len(x))
             if packed is not None and kernel != "dense" and (fast := packed.product(kernel, x)) is not None:
-                return fast  # a small product takes no longer than the checks below
+                return fast  # a small product takes less time than the checks below
         rows, cols = self._shape
         if type(x) is np.ndarray and x.dtype == _FLOAT32 and x.flags.c_contiguous and x.shape[-1:] == (cols,):
-            rows_of_x = x  # nothing to check or convert: small products take no longer than this function
+            rows_of_x = x  # nothing to check or convert, which would take as long as a small product
         else:
             rows_of_x = inputs(x, self._shape)
         addend = None if bias is None else vector(bias, self._shape)
@@ -274,7 +274,7 @@ class SparseMatrix:
         """The dense content, for NumPy's functions.
 
         Raises:
-            ValueError: `copy` is False: what is packed cannot be seen without a copy.
+            ValueError: `copy` is False: packed weights cannot be viewed as an array without a copy.
         """
         if copy is False:
             msg = "copy: expected True or None, since the matrix is packed; got False; use to_dense()"
@@ -282,7 +282,7 @@ class SparseMatrix:
         return np.asarray(self.to_dense(), dtype)
 
     def __array_ufunc__(self, ufunc: np.ufunc, method: str, *inputs: Any, **kwargs: Any) -> NoReturn:
-        """Arithmetic by NumPy would unpack the matrix for every operation: it is an error."""
+        """Raises TypeError: NumPy's arithmetic would unpack the matrix in every operation."""
         msg = f"np.{ufunc.__name__}: expected arrays; got a SparseMatrix; use .linear or .to_dense()"
         raise TypeError(msg)
 
@@ -296,14 +296,15 @@ class SparseMatrix:
 
     @classmethod
     def from_scipy(cls, matrix: Any, *, dtype: DTypeLike | None = None) -> SparseMatrix:
-        """Pack a SciPy sparse matrix or array of any format; what it stores stays stored, even zeros.
+        """Pack a SciPy sparse matrix or array of any format, explicitly stored zeros included.
 
         Args:
-            matrix: Two-dimensional, of floats; entries of one place are added up.
+            matrix: Two-dimensional, of floats; duplicate entries are summed.
             dtype: As for `from_dense`.
 
         Raises:
-            TypeError: It is no SciPy sparse matrix, or of another dtype.
+            ImportError: SciPy is not installed.
+            TypeError: It is not a SciPy sparse matrix, or has another dtype.
             ValueError: It is not two-dimensional.
         """
         w, keep = dense_of(matrix)
@@ -312,13 +313,13 @@ class SparseMatrix:
     def prepare(self, batches: int | Sequence[int], *, kernel: str | None = None) -> None:
         """Measure the kernels on this matrix, and keep only the forms that the batches need.
 
-        Takes some hundredths of a second per batch. One form is kept, unless a batch would be slower by more
-        than a quarter. What earlier calls prepared stays prepared; other batches are multiplied with the
-        forms that are held. What was measured holds for the instruction set and the number of threads that
-        it was measured with; under others the cost model chooses.
+        Takes some hundredths of a second per batch. One form is kept, unless a batch would be more than a
+        quarter slower with it. Batches of earlier calls stay prepared; all others are multiplied with the
+        forms that are held. Measurements hold for the instruction set and the number of threads that they
+        were made with; under others the cost model chooses.
 
         Args:
-            batches: The numbers of rows of x. What is chosen holds for batches of about these sizes.
+            batches: The numbers of rows of x. The choice holds for batches of about these sizes.
             kernel: "dense", "bitmask", "panels" or "slots", without measuring; of int8 and int4 values
                 "slots" alone.
 
@@ -350,7 +351,7 @@ class SparseMatrix:
         return Explanation(repr(self), batch, choice.kernel, choice.reason, choice.candidates)
 
     def save(self, path: StrPath) -> None:
-        """Write a safetensors file of the stored form (docs/formats.md), whole or not at all.
+        """Write a safetensors file of the stored form (docs/formats.md), atomically.
 
         Raises:
             OSError: The file cannot be written.
@@ -360,7 +361,7 @@ class SparseMatrix:
 
     @classmethod
     def load(cls, path: StrPath) -> SparseMatrix:
-        """Read what `save` wrote; sizes, bits and counts are checked before anything multiplies.
+        """Read a file that `save` wrote; sizes, bits and counts are checked first.
 
         Raises:
             ValueError: The file is damaged, or holds something else.

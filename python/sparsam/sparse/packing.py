@@ -1,4 +1,4 @@
-"""A matrix of floats, packed with values of the dtype that is asked for."""
+"""Packs a matrix of floats with values of the requested dtype."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["pack", "pack_kept"]
 
 
 def pack(w: ArrayLike, dtype: DTypeLike | None, scales: ArrayLike | None, group: int | None) -> Packed:
-    """What is not 0; the arguments are those of `SparseMatrix.from_dense`."""
+    """Packs the weights that are not 0; arguments as for `SparseMatrix.from_dense`."""
     if not is_int4(dtype):
         check_no_group(group, dtype)
     if is_int8(dtype):
@@ -25,7 +25,7 @@ def pack(w: ArrayLike, dtype: DTypeLike | None, scales: ArrayLike | None, group:
 
 
 def pack_kept(w: ArrayLike, mask: Mask | NDArray[np.bool_], dtype: DTypeLike | None) -> Packed:
-    """What a mask keeps; the arguments are those of `SparseMatrix.from_mask`."""
+    """Packs the weights that a mask keeps; arguments as for `SparseMatrix.from_mask`."""
     rounds = is_int8(dtype) or is_int4(dtype)
     values = weights(w, None if rounds else dtype)
     kept = mask if isinstance(mask, Mask) else Mask.from_array(mask)

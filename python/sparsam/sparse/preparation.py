@@ -16,8 +16,8 @@ from sparsam.sparse.matmul import KERNELS
 
 __all__ = ["Preparation", "measure", "measure_all"]
 
-_ROUNDS = 2  # rounds; kernels take turns, so that a disturbance does not hit only one of them
-_PLAUSIBLE = 2.5  # times the least expected cost: beyond it a kernel is not tried
+_ROUNDS = 2  # of measurement, in which kernels take turns, so that a disturbance affects them all
+_PLAUSIBLE = 2.5  # kernels expected to take longer than this many times the fastest are not measured
 
 
 @dataclass(frozen=True)
@@ -35,11 +35,11 @@ class Preparation:
     settings: tuple[str, int] | None = None
 
     def with_told(self, batches: Sequence[int], kernel: str) -> Preparation:
-        """With a kernel that the user chose."""
+        """Returns a copy with the kernel that the user chose for these batches."""
         return replace(self, told={**self.told, **{bucket(batch): kernel for batch in batches}})
 
     def with_times(self, times: Mapping[int, Mapping[str, float]], settings: tuple[str, int]) -> Preparation:
-        """With times measured; they replace what the user chose for these batches before."""
+        """Returns a copy with measured times, which replace the user's earlier choices for these batches."""
         told = {n: kernel for n, kernel in self.told.items() if n not in times}
         return Preparation(told, {**self.under(settings).times, **times}, settings)
 
@@ -49,7 +49,7 @@ class Preparation:
 
     @property
     def kernels(self) -> tuple[str, ...]:
-        """The kernels whose forms have to stay; none where nothing was prepared."""
+        """The kernels whose forms have to be kept; empty if nothing was prepared."""
         required = list(dict.fromkeys(self.told.values()))
         return needed_kernels(list(self.times.values()), required) if self.told or self.times else ()
 
@@ -57,13 +57,13 @@ class Preparation:
         """The kernel for a batch, among those whose forms are held.
 
         Args:
-            expected: What the cost model would choose.
+            expected: The choice of the cost model.
             batch: Rows of x.
             held: The kernels that can run.
         """
         told, times = self.told.get(bucket(batch)), self.times.get(bucket(batch), {})
         if told in held:
-            return KernelChoice(str(told), "as prepare() was told", expected.candidates)
+            return KernelChoice(str(told), "as requested with prepare()", expected.candidates)
         measured = [kernel for kernel in held if kernel in times]
         if not measured:
             return expected
@@ -73,7 +73,7 @@ class Preparation:
         best = min(times, key=lambda name: times[name])
         why = "measured by prepare() on this matrix"
         if best != kernel:
-            why += f": {best} is not faster by enough to hold a further form"
+            why += f": {best} is not faster by enough to hold another form"
         return KernelChoice(kernel, why, tuple(candidates))
 
 
@@ -95,12 +95,12 @@ def measure(forms: Forms, batch: int, expected: Expectation) -> tuple[Forms, dic
     """Times the kernels that may be the fastest for a batch.
 
     Args:
-        forms: What to multiply with.
+        forms: The forms of the weight.
         batch: Rows of x.
-        expected: Tells which kernels need not be tried.
+        expected: The expected times, which rule out slow kernels.
 
     Returns:
-        The forms with what was built for it, and the seconds that each kernel took.
+        The forms, with those that had to be built, and the seconds that each kernel took.
     """
     seconds = expected.times(batch, KERNELS)
     likely = [k for k in KERNELS if seconds[k] <= _PLAUSIBLE * min(seconds.values())]

@@ -18,11 +18,11 @@ from sparsam.sparse.int8 import MAX_COLUMNS, with_slots
 __all__ = ["from_arrays", "recognise", "to_arrays"]
 
 _GROUPS = (2, 4, 8, 16, 32)
-_MAX_EMPTY_ROWS = 1 << 24  # of a matrix without columns, which takes memory for its rows all the same
+_MAX_EMPTY_ROWS = 1 << 24  # the most rows of a matrix without columns, which still takes memory for its rows
 
 
 def to_arrays(packed: Packed) -> dict[str, NDArray[Any]]:
-    """What docs/formats.md describes: shape, bits, values; of int8 and int4 scales, of int4 levels too."""
+    """Returns shape, bits, values (docs/formats.md); for int8 and int4 also scales, for int4 also levels."""
     shape = np.array([packed.rows, packed.cols], np.int64)
     arrays: dict[str, NDArray[Any]] = {"shape": shape, "bits": packed.bits(), "values": packed.values()}
     if packed.dtype == "int8":
@@ -34,14 +34,14 @@ def to_arrays(packed: Packed) -> dict[str, NDArray[Any]]:
 
 
 def from_arrays(arrays: Mapping[str, NDArray[Any]]) -> Packed:
-    """The core's object; whatever does not fit together is a ValueError."""
+    """Returns the core's object; ValueError for arrays that do not fit together."""
     int4 = "levels" in arrays
     int8 = "scales" in arrays and not int4
     beside = {"scales", "levels"} if int4 else {"scales"} if int8 else set()
     if arrays.keys() != {"shape", "bits", "values"} | beside:
         msg = (
-            "tensors: expected shape, bits and values, of int8 scales, of int4 scales and levels; got "
-            f"{', '.join(map(repr, arrays))}; name a file that SparseMatrix.save wrote"
+            "tensors: expected shape, bits and values, with int8 also scales, with int4 also scales and "
+            f"levels; got {', '.join(map(repr, arrays))}; name a file that SparseMatrix.save wrote"
         )
         raise ValueError(msg)
     shape, bits, values = arrays["shape"], arrays["bits"], arrays["values"]

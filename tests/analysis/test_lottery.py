@@ -348,7 +348,7 @@ def test_arguments() -> None:
         (TypeError, {"rewind": 3}, "rewind: expected a mapping"),
         (ValueError, {"rewind": {**INIT, "a": np.zeros(3)}}, r"rewind: tensor 'a': expected .*; got \(3,\)"),
         (ValueError, {"reinit_fn": lambda _: {}}, "reinit_fn: expected the tensors"),
-        (ValueError, {"train_fn": lambda *_: {"c": 1}}, "train_fn: expected no tensors but"),
+        (ValueError, {"train_fn": lambda *_: {"c": 1}}, "train_fn: expected only the tensors"),
         (
             ValueError,
             {"train_fn": lambda w, *_: {"a": w["a"] * np.nan}},

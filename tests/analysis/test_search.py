@@ -80,7 +80,7 @@ def test_evaluations_are_bounded() -> None:
         assert calls == result.evaluations <= bound
         assert result.finished == (bound == 40)
         assert result.score >= 0.41
-        assert ("ran out" in str(result)) == (not result.finished)
+        assert ("the limit was reached" in str(result)) == (not result.finished)
     assert result.sparsity == pytest.approx(0.59, abs=0.01)
 
 
@@ -149,7 +149,7 @@ def test_recovery_in_place_and_its_errors() -> None:
     kept = result.masks["a"].to_array()
     assert np.array_equal(result.weights["a"][kept], WEIGHTS["a"][kept] + 1)
     for returned, kind, message in [
-        ({"c": 1}, ValueError, r"recover_fn: expected no tensors but .*; got \['c'\]"),
+        ({"c": 1}, ValueError, r"recover_fn: expected only the tensors .*; got \['c'\]"),
         ({"a": np.zeros(3)}, ValueError, r"tensor 'a': expected .*; got \(3,\)"),
         ({"a": np.full((40, 25), np.nan)}, ValueError, "recover_fn at sparsity 0.5: tensor 'a': .* got NaN"),
         (3, TypeError, "recover_fn: expected a mapping"),
@@ -221,7 +221,7 @@ def test_what_the_configuration_takes(allocation: Any) -> None:
     target = next(probe.target for probe in result.curve if probe.sparsity == result.sparsity)
     assert result.masks == prune(weights, target_sparsity=target, allocation=allocation).masks
     assert 0 < result.sparsity < 1
-    with pytest.raises(ValueError, match="allocation: expected what shares out any total; got fixed"):
+    with pytest.raises(ValueError, match="allocation: expected a rule that divides any total; got fixed"):
         find_smallest(weights, network.accuracy, 0.6, allocation={"in.*": 0.25})
 
 
@@ -291,5 +291,5 @@ def test_plain_data() -> None:
     assert low["curve"][-1]["score"] == "-inf"
     assert "Infinity" not in json.dumps(low)
     assert str(result).startswith(
-        "50.00 % of the weights pruned: score 0.5, dense 1, asked for 0.5".replace(" %", "%")
+        "50.00 % of the weights pruned: score 0.5, dense 1, required 0.5".replace(" %", "%")
     )

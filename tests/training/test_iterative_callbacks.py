@@ -97,7 +97,7 @@ def test_one_array_stays_one_array() -> None:
         (
             {"fc3": np.ones(3)},
             ValueError,
-            r"recover_fn: expected no tensors but \['fc2.weight', .*; got \['fc3'\] too",
+            r"recover_fn: expected only the tensors \['fc2.weight', .*; got \['fc3'\] too",
         ),
         ({"fc2.bias": np.ones(3)}, ValueError, r"tensor 'fc2.bias': expected shape \(12,\); got \(3,\)"),
     ],

@@ -12,10 +12,10 @@ class SearchProbe(NamedTuple):
     """One sparsity that was tried.
 
     Attributes:
-        target: The total sparsity asked for.
+        target: The requested total sparsity.
         sparsity: The sparsity reached, over the tensors that are pruned.
         score: What `eval_fn` returned, after recovery if there is any.
-        passed: Whether that is at least the lowest score asked for.
+        passed: Whether that is at least the lowest acceptable score.
     """
 
     target: float

@@ -14,7 +14,7 @@ from sparsam.analysis.knapsack import Level, choose
 
 __all__ = ["Step", "fastest"]
 
-_UNITS = 1 << 20  # of the budget: errors are rounded against it to this accuracy
+_UNITS = 1 << 20  # into which the error above the budget is divided; savings are rounded down to whole ones
 
 
 @dataclass(frozen=True)
@@ -43,12 +43,12 @@ def fastest(steps: Mapping[str, Sequence[Step]], max_error: float) -> dict[str, 
         ValueError: No choice is within the budget; a layer has no steps, or numbers below 0 or not finite.
     """
     if not 0 <= max_error < math.inf:
-        msg = f"max_error: expected a number of at least 0; got {max_error!r}; pass what uniform costs, say"
+        msg = f"max_error: expected a number of at least 0; got {max_error!r}; pass a uniform choice's, say"
         raise ValueError(msg)
     for name, found in steps.items():
         if not found or any(not 0 <= x < math.inf for step in found for x in (step.seconds, step.error)):
             wanted = "finite times and errors of at least 0"
-            msg = f"steps of {name!r}: expected {wanted}; got {found!r}; measure anew"
+            msg = f"steps of {name!r}: expected {wanted}; got {found!r}; measure again"
             raise ValueError(msg)
     fronts = {name: _front(found) for name, found in steps.items()}
     least = sum(front[-1].error for front in fronts.values())
@@ -61,7 +61,7 @@ def fastest(steps: Mapping[str, Sequence[Step]], max_error: float) -> dict[str, 
     excess = sum(front[0].error for front in fronts.values()) - max_error
     if excess <= 0:
         return {name: front[0] for name, front in fronts.items()}
-    # From the fastest steps on: what a denser one saves of the error, and what it takes more.
+    # Relative to the fastest steps: how much error a denser step saves, and how much more time it takes.
     unit = excess / _UNITS
     rising = {name: _levels(front, unit) for name, front in fronts.items()}
     needed = min(_UNITS, sum(levels[-1][0].pruned for levels in rising.values()))

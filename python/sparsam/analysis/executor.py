@@ -25,7 +25,7 @@ TaskT = TypeVar("TaskT")
 ResultT = TypeVar("ResultT")
 
 _HEADROOM = 4
-"""How many tasks are on their way beyond two for each worker that has answered: they find the other ones."""
+"""How many tasks are submitted beyond two for each known worker, so that they reach workers not yet known."""
 
 _own: dict[str, Callable[[Any], Any]] = {}
 """The jobs that this process started, by token."""
@@ -35,7 +35,7 @@ _sent: dict[str, Callable[[Any], Any]] = {}
 
 
 class TaskError(Exception):
-    """A task failed: `task` says which, `__cause__` why. Tasks that ran meanwhile were yielded before."""
+    """A task failed: `task` says which, `__cause__` why. Results of other tasks were yielded before."""
 
     def __init__(self, task: Any, reason: str) -> None:
         super().__init__(reason)
@@ -62,7 +62,7 @@ class TaskRunner(Generic[TaskT, ResultT]):
         self._executor = executor
         self._token = secrets.token_hex(16)
         self._workers: set[tuple[str, int, int]] = set()
-        self._cold: set[tuple[str, int, int]] = set()
+        self._without_job: set[tuple[str, int, int]] = set()
         self._attempts = 0
 
     def __enter__(self) -> TaskRunner[TaskT, ResultT]:
@@ -75,7 +75,7 @@ class TaskRunner(Generic[TaskT, ResultT]):
     def run(self, tasks: Iterable[TaskT]) -> Generator[tuple[TaskT, ResultT], None, None]:
         """Yields each task with its result: in order without an executor, else as they are finished.
 
-        Closed before its end, it cancels what has not begun.
+        If it is closed early, it cancels the tasks that have not begun.
 
         Raises:
             TaskError: The job raised, or the executor could not run it. No further task is begun, and those
@@ -90,10 +90,10 @@ class TaskRunner(Generic[TaskT, ResultT]):
                     raise TaskError(task, _described(error)) from error
                 yield task, result
         else:
-            yield from _Flight(self, self._executor, tasks).land()
+            yield from _Submissions(self, self._executor, tasks).results()
 
     def submit(self, executor: Executor, task: TaskT, *, with_job: bool) -> Future[_Answer[ResultT]]:
-        """Sends a task on its way."""
+        """Submits a task to the executor."""
         # The count makes each attempt a different call: Dask answers an equal call with the result it has.
         self._attempts += 1
         job = self._job if with_job else None
@@ -103,14 +103,14 @@ class TaskRunner(Generic[TaskT, ResultT]):
             return executor.submit(_work, self._token, self._attempts, task, job)
 
     def seen(self, worker: tuple[str, int, int], *, missing: bool) -> None:
-        """Takes note of a worker that answered, and whether it has the job."""
+        """Records a worker that answered, and whether it has the job."""
         self._workers.add(worker)
-        (self._cold.add if missing else self._cold.discard)(worker)
+        (self._without_job.add if missing else self._without_job.discard)(worker)
 
     @property
     def without_job(self) -> int:
         """How many workers said that they do not have the job."""
-        return len(self._cold)
+        return len(self._without_job)
 
     @property
     def room(self) -> int:
@@ -118,7 +118,7 @@ class TaskRunner(Generic[TaskT, ResultT]):
         return 2 * len(self._workers) + _HEADROOM
 
 
-class _Flight(Generic[TaskT, ResultT]):
+class _Submissions(Generic[TaskT, ResultT]):
     """The tasks of one run, and the futures of those submitted."""
 
     def __init__(
@@ -127,25 +127,25 @@ class _Flight(Generic[TaskT, ResultT]):
         self._runner = runner
         self._executor = executor
         self._waiting = deque(enumerate(tasks))
-        self._flying: dict[Future[_Answer[ResultT]], tuple[int, TaskT, bool]] = {}
-        self._held: list[tuple[int, TaskT]] = []
+        self._submitted: dict[Future[_Answer[ResultT]], tuple[int, TaskT, bool]] = {}
+        self._postponed: list[tuple[int, TaskT]] = []
         self._failures: list[tuple[int, TaskT, Exception, str]] = []
 
-    def land(self) -> Iterator[tuple[TaskT, ResultT]]:
+    def results(self) -> Iterator[tuple[TaskT, ResultT]]:
         try:
             while True:
-                while self._waiting and len(self._flying) < self._runner.room:
+                while self._waiting and len(self._submitted) < self._runner.room:
                     self._submit(*self._waiting.popleft(), with_job=False)
-                if not self._flying:
+                if not self._submitted:
                     break
-                done, _ = wait(self._flying, return_when=FIRST_COMPLETED)
-                for future in [future for future in self._flying if future in done]:
+                done, _ = wait(self._submitted, return_when=FIRST_COMPLETED)
+                for future in [future for future in self._submitted if future in done]:
                     yield from self._receive(future)
-                if not self._carrying():
-                    self._waiting.extendleft(reversed(self._held))
-                    self._held.clear()
+                if not self._submitted_with_job():
+                    self._waiting.extendleft(reversed(self._postponed))
+                    self._postponed.clear()
         finally:
-            for future in self._flying:
+            for future in self._submitted:
                 future.cancel()
         if self._failures:
             _, task, error, reason = min(self._failures, key=lambda failure: failure[0])
@@ -157,14 +157,14 @@ class _Flight(Generic[TaskT, ResultT]):
         except Exception as error:
             self._fail(place, task, error, _undelivered(error))
         else:
-            self._flying[future] = place, task, with_job
+            self._submitted[future] = place, task, with_job
 
-    def _carrying(self) -> int:
+    def _submitted_with_job(self) -> int:
         """How many submitted tasks carry the job."""
-        return sum(with_job for *_, with_job in self._flying.values())
+        return sum(with_job for *_, with_job in self._submitted.values())
 
     def _receive(self, future: Future[_Answer[ResultT]]) -> Iterator[tuple[TaskT, ResultT]]:
-        place, task, _ = self._flying.pop(future)
+        place, task, _ = self._submitted.pop(future)
         if future.cancelled():
             return
         if (broken := future.exception()) is not None:
@@ -176,11 +176,11 @@ class _Flight(Generic[TaskT, ResultT]):
         self._runner.seen(answer.worker, missing=answer.missing)
         if answer.missing and self._failures:
             return
-        if answer.missing and self._carrying() < self._runner.without_job:
+        if answer.missing and self._submitted_with_job() < self._runner.without_job:
             self._submit(place, task, with_job=True)
         elif answer.missing:
-            # As many jobs are on their way as there are workers without one.
-            self._held.append((place, task))
+            # There is a task with the job under way for each worker without it.
+            self._postponed.append((place, task))
         elif answer.error is not None:
             if answer.error.__traceback__ is None:
                 answer.error.__cause__ = RuntimeError(f"in the worker:\n{answer.trace}")
@@ -191,10 +191,10 @@ class _Flight(Generic[TaskT, ResultT]):
     def _fail(self, place: int, task: TaskT, error: Exception, reason: str) -> None:
         self._failures.append((place, task, error, reason))
         self._waiting.clear()
-        self._held.clear()
-        # What could be cancelled is not waited for: not every executor says when it is done with it.
-        for future in [future for future in self._flying if future.cancel()]:
-            del self._flying[future]
+        self._postponed.clear()
+        # Cancelled tasks are not waited for: not every executor reports them as done.
+        for future in [future for future in self._submitted if future.cancel()]:
+            del self._submitted[future]
 
 
 def _work(token: str, attempt: int, task: TaskT, job: Callable[[TaskT], ResultT] | None) -> _Answer[ResultT]:

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 _COST_BITS = 40
 _TIE_BITS = 20
 _LARGE_COST, _SHRINK = 2.0**896, 2.0**-128  # sums of costs must stay finite; a power of two changes no choice
-_SLACK = 2.0**-40  # of a cost: the bounds are sums in float64
+_SLACK = 2.0**-40  # relative: the bounds on costs are float64 sums
 
 
 @dataclass(frozen=True)
@@ -165,7 +165,7 @@ class _Bounds:
         self._curves.reverse()
 
     def least(self, i: int, needed: NDArray[np.int64]) -> NDArray[np.float64]:
-        """A lower bound on what the items from i on cost; what cannot be reached is not looked at."""
+        """A lower bound on the cost of the items from i on, for numbers that they can reach."""
         return np.interp(needed, *self._curves[i])
 
     def rounded_up(self, needed: int) -> float:

@@ -164,21 +164,21 @@ def find_ticket(
         train_fn: (weights, masks, seed) -> the trained weights, or None if it changed the given ones in
             place. The masks say what must stay zero; weights that training revived are zeroed again at the
             end, but `train_fn` itself has to train under the mask. The seed is for the order of the data and
-            other random choices. Masks of the dense network are all ones. What starts from `rewind` starts at
-            that step of training.
+            other random choices. Masks of the dense network are all ones. Training that starts from `rewind`
+            starts at its step.
         eval_fn: Weights -> score; the larger, the better. It is given a copy.
         rounds: How many rounds of pruning.
         fraction: The share of the remaining weights that each round prunes.
         rewind: The weights of an early step of training from `init_weights`, to which the kept weights are
             reset, and from which the random mask starts, after [2]; all tensors. Left out: `init_weights`.
-            The dense network and what is reinitialised start from initial weights in any case.
+            The dense network and the "reinitialised" control always start from initial weights.
         config: Which tensors are pruned, by which method and pattern; the scope. A sparsity in `overrides` is
             those tensors' own `fraction`; [1] prunes the output layer at half the rate. Its target and
             schedule are not used.
         controls: Which controls are trained: "reinitialised", "random mask".
         reinit_fn: Seed -> new initial weights of all tensors.
-        seeds: What to train the ticket and the controls with; the rounds use the first. Several seeds show
-            how much of a margin is chance.
+        seeds: The seeds to train the ticket and the controls with; the rounds use the first. Several seeds
+            show how much of a margin is chance.
         callback: Called after each training with what was trained ("dense", "ticket" or a control), the seed,
             the sparsity and the score.
 
@@ -331,7 +331,7 @@ def _like(what: str, weights: object, initial: Arrays) -> Arrays:
 
 
 def _masked(weights: Arrays, masks: Masks) -> Arrays:
-    """New arrays, with what the masks prune zeroed."""
+    """Copies of the arrays, with the weights that the masks prune zeroed."""
     return {
         name: masks[name].apply(array) if name in masks else array.copy() for name, array in weights.items()
     }

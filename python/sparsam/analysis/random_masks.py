@@ -21,7 +21,7 @@ _Arrays = Mapping[str, NDArray[Any]]
 
 
 def generator(purpose: str, name: str, seed: int) -> np.random.Generator:
-    """Draws that depend on the seed and the tensor's name, not on its place among the others."""
+    """A generator that depends on the purpose, the seed and the tensor's name, not on its position."""
     text = f"{purpose} {name}".encode(errors="surrogatepass")
     key = hashlib.blake2b(text, digest_size=16).digest()
     return np.random.default_rng([seed, int.from_bytes(key, "little")])
@@ -80,7 +80,7 @@ def _drawn_tie(tie: Tied, arrays: _Arrays, masks: Mapping[str, Mask], seed: int)
 
 
 def _expanded(groups: NDArray[np.bool_], tiling: tuple[int, int, int, int], shape: tuple[int, ...]) -> Mask:
-    """One bit for each group, as one for each weight."""
+    """Expands one flag for each group to one for each weight."""
     rows, cols, tile_rows, tile_cols = tiling
     whole = groups.repeat(tile_rows, axis=0).repeat(tile_cols, axis=1)[:rows, :cols]
     return Mask.from_array(whole.reshape(shape))

@@ -93,8 +93,8 @@ class SearchResult(Readable):
         }
 
     def __str__(self) -> str:
-        scores = f"score {self.score:.6g}, dense {self.dense_score:.6g}, asked for {self.min_score:.6g}"
-        end = "" if self.finished else "; they ran out before the search ended"
+        scores = f"score {self.score:.6g}, dense {self.dense_score:.6g}, required {self.min_score:.6g}"
+        end = "" if self.finished else "; the limit was reached before the search converged"
         lines = [
             f"{self.sparsity:.2%} of the weights pruned: {scores}",
             f"{self.evaluations} evaluations{end}",
@@ -106,9 +106,9 @@ class SearchResult(Readable):
             for probe in self.curve
         ]
         if not self.monotone:
-            lines += ["", "The score does not only fall with sparsity: what was not tried may differ."]
+            lines += ["", "The score does not always fall with sparsity: sparsities not tried may differ."]
         if self.beyond:
-            lines.append("What passed beyond a sparsity that failed is not trusted.")
+            lines.append("Results that passed beyond a sparsity that failed are not trusted.")
         return "\n".join(lines)
 
 
@@ -301,8 +301,8 @@ def _pruner(
     config = replace(config, **changes)
     if isinstance(config.allocation, Mapping):
         msg = (
-            "allocation: expected what shares out any total; got fixed sparsities, which leave no room; "
-            "pass a function from a total to sparsities, or put fixed ones in overrides"
+            "allocation: expected a rule that divides any total; got fixed sparsities; pass a function from "
+            "a total to sparsities, or put fixed ones in overrides"
         )
         raise ValueError(msg)
 

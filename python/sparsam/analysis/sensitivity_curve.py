@@ -16,7 +16,7 @@ class SensitivityPoint(NamedTuple):
 
     Attributes:
         name: The tensor or group that was pruned, everything else being dense; "" for the dense weights.
-        sparsity: The sparsity asked for.
+        sparsity: The requested sparsity.
         pruned: How many weights were pruned.
         score: What `eval_fn` returned.
     """
@@ -49,7 +49,7 @@ class SensitivityCurve:
         return sum(size for _, size in self.tensors)
 
     def in_groups(self, groups: Mapping[str, int]) -> SensitivityCurve:
-        """Returns the curve with groups of a pattern, so many in each tensor, in the place of weights."""
+        """Returns the curve counted in groups of a pattern instead of weights; `groups`: tensor -> number."""
         tensors = tuple((name, groups[name]) for name, _ in self.tensors)
         count = sum(size for _, size in tensors)
         points = tuple(

@@ -1,4 +1,4 @@
-"""What a sensitivity sweep measured: ranked, printed, kept as JSON, and turned into sparsities per tensor."""
+"""The results of a sensitivity sweep: ranked, printed, kept as JSON, and turned into sparsities."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ class SensitivityReport(Readable):
         return {curve.name: self._mean_loss(curve) for curve in self.curves}
 
     def ranking(self) -> tuple[str, ...]:
-        """The names by mean loss, the most tolerant first; of equals in the order of the sweep."""
+        """The names by mean loss, the most tolerant first; equals are in the order of the sweep."""
         means = self.mean_losses()
         return tuple(sorted(means, key=lambda name: means[name]))
 
@@ -117,10 +117,10 @@ class SensitivityReport(Readable):
         1. Among all ways to give each curve one of its measured sparsities (or 0) such that at least
            `round(target * n)` of the n weights are pruned, the one with the least predicted loss is found by
            dynamic programming; it is the optimum, not an estimate. Among ways of equal loss (to 2^-40 of it)
-           the most even one is taken, that with the least sum of pruned^2 / size; a plateau is therefore
-           shared out.
-        2. What is pruned beyond `round(target * n)` is given back where that saves most: to the curve whose
-           last step, from the measured sparsity below, costs most per weight (of equals the earlier one).
+           the most even one is taken, that with the least sum of pruned^2 / size, so that curves on a plateau
+           share the pruning.
+        2. The surplus over `round(target * n)` is given back where that saves most: to the curve whose last
+           step, from the measured sparsity below, costs most per weight (among equals, the earlier one).
 
         Curves that are not monotone count as the running maximum of their loss; a score above the dense one
         counts as no loss; a measurement of infinite loss is never chosen.
@@ -251,10 +251,10 @@ class SensitivityReport(Readable):
 
         Args:
             text: The JSON.
-            source: What errors call it.
+            source: The name of the document in error messages.
 
         Raises:
-            ValueError: It is no sensitivity report, or of another version, or damaged; names the field.
+            ValueError: It is not a sensitivity report, has another version, or is damaged; names the field.
         """
         document = ReportDocument.from_json(text, source, REMEDY)
         curves = restored(document.curves, source)
@@ -266,7 +266,7 @@ class SensitivityReport(Readable):
         return cls.from_json(read(Path(file), REMEDY), source=str(file))
 
     def save(self, file: str | PathLike[str]) -> None:
-        """Writes `to_json` to a file, wholly or not at all."""
+        """Writes `to_json` to a file, completely or not at all."""
         text = self.to_json() + "\n"
         publish({Path(file): lambda path: path.write_text(text, encoding="utf-8")})
 
@@ -276,7 +276,7 @@ class SensitivityReport(Readable):
         return "\n".join([*before, "", lines[0], "-" * len(lines[0]), *lines[1:], "", *after])
 
     def _repr_html_(self) -> str:
-        """The table and what it says, as notebooks show it."""
+        """The table with the lines around it, as notebooks show it."""
         header, *rows = self._rows()
         before, after = (f"<p>{'<br/>'.join(map(as_html, lines))}</p>" for lines in self._around())
         return "\n".join([before, html_table(header, rows), after])

@@ -50,7 +50,7 @@ class EvaluationError(ValueError):
     Attributes:
         name: The tensor or group that was pruned; "" for the dense weights.
         sparsity: How far it was pruned.
-        report: What was measured before and beside it; None if the dense weights were not.
+        report: All measurements that succeeded; None if that of the dense weights did not.
     """
 
     def __init__(self, message: str, name: str, sparsity: float, report: SensitivityReport | None) -> None:
@@ -65,7 +65,7 @@ class EvaluationError(ValueError):
 
 @dataclass(frozen=True)
 class _Curve:
-    """What is swept: the tensors that are pruned together, and the sparsities that they can have."""
+    """One curve of the sweep: tensors that are pruned together, and the sparsities that they can have."""
 
     tensors: tuple[str, ...]
     grid: tuple[float, ...]
@@ -98,8 +98,8 @@ def sensitivity(
         weights: Name -> array, as for `sparsam.prune`. Not modified.
         eval_fn: Weights -> score; the larger, the better (return the negative of a loss). It is given a copy
             of all weights. For processes and Dask it must pickle.
-        sparsities: What to measure; order, repeats and 0 do not matter. Tensors with an N:M pattern are
-            measured at its own sparsity alone.
+        sparsities: The sparsities to measure; order, repeats and 0 do not matter. Tensors with an N:M pattern
+            are measured only at the pattern's sparsity.
         config: Its method and patterns are used, and `exclude`; of `overrides` the patterns (and which
             vectors they name); the scope within a group. Its sparsities, allocation and schedule are not.
         groups: Group -> the names of its tensors, or shell-style patterns; only these are swept then. Left
@@ -109,19 +109,19 @@ def sensitivity(
             counts too.
         callback: Called in the caller's thread after each evaluation has been stored in `state`, with the
             number done, the total number, and the point.
-        state: A file, replaced after each evaluation. If it exists, what it holds is not evaluated again; it
-            must be of the same weights, method, patterns and groups. Whether `eval_fn` is still the same is
-            not checked. One run at a time may use a file.
+        state: A file, replaced after each evaluation. If it exists, evaluations that it holds are not
+            repeated; it must be of the same weights, method, patterns and groups. Whether `eval_fn` is still
+            the same is not checked. One run at a time may use a file.
         executor: Any `concurrent.futures.Executor`: a pool of threads or processes, or Dask's
-            `client.get_executor()`. Weights and functions travel about once to each process, and not with
-            each evaluation. The results are those without one.
+            `client.get_executor()`. Weights and functions are sent about once to each process, not with each
+            evaluation. The results do not depend on it.
 
     Returns:
         The report.
 
     Raises:
         EvaluationError: `eval_fn` raised, or returned NaN or no number, or the executor failed: with the
-            tensor, the sparsity, and the report of all that was measured. What was running was waited for.
+            tensor, the sparsity, and the report of all that was measured. Running evaluations finish first.
         ValueError: As for `sparsam.prune`; a group matches nothing or shares a tensor with another; the
             budget is less than one evaluation for each curve and the dense one; `state` is of another run.
         TypeError: `weights` is no mapping; as for `sparsam.prune`.
@@ -177,7 +177,7 @@ def sensitivity(
 
 @dataclass(frozen=True)
 class _Job:
-    """What one evaluation needs, apart from its task; it travels to the workers."""
+    """The data that all evaluations share; it is sent to the workers."""
 
     weights: Arrays
     eval_fn: Callable[[Arrays], float]

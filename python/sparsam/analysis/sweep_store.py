@@ -1,4 +1,4 @@
-"""The state of a sensitivity sweep on disk: one JSON file, replaced whole after each evaluation."""
+"""The state of a sensitivity sweep on disk: one JSON file, replaced atomically after each evaluation."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class SweepStore:
     """The file that holds the points of one sweep."""
 
     def __init__(self, path: Path, identity: RunIdentity) -> None:
-        """Takes the file and what the sweep is: weights, configuration, groups."""
+        """Takes the file and the identity of the sweep: weights, configuration, groups."""
         self._path = path
         self._identity = identity
 
@@ -37,7 +37,7 @@ class SweepStore:
         """Returns the points that the file holds, none if there is none.
 
         Raises:
-            ValueError: It belongs to another sweep, is damaged, or is no state of ours.
+            ValueError: It belongs to another sweep, is damaged, or is not a saved state.
             OSError: It cannot be read, or there is no folder for it.
         """
         check_target(self._path)
@@ -53,7 +53,7 @@ class SweepStore:
         return [SensitivityPoint(name, s, pruned, from_number(v)) for name, s, pruned, v in state.points]
 
     def save(self, points: Iterable[SensitivityPoint]) -> None:
-        """Puts the points in the place of what the file holds, wholly or not at all."""
+        """Replaces the content of the file by the points, atomically."""
         rows = [(p.name, p.sparsity, p.pruned, to_number(p.score)) for p in points]
         text = _State(identity=self._identity, points=rows).to_json()
         publish({self._path: lambda path: path.write_text(text, encoding="utf-8")})

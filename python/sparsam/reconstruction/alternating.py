@@ -29,7 +29,8 @@ from sparsam.reconstruction.layer_problem import (
 from sparsam.reconstruction.least_squares import solve
 from sparsam.selection import select
 
-_POLISH, _GAIN = 100, 1e-5  # steps of conjugate gradients at most, and the gain of a step that ends them
+_POLISH = 100  # the most steps of conjugate gradients
+_GAIN = 1e-5  # they end with the first step that reduces the error by less than this share
 _RESTARTS = 5
 
 
@@ -55,17 +56,17 @@ def admm(
     With a mask (Boza, "Fast and effective weight update for pruned large language models", 2024): one
     inverse of G + rho I serves all iterations Z = mask (W' + U), U += W' - Z,
     W' = (W G + rho (Z - U)) (G + rho I)^-1. Up to 100 steps of conjugate gradients on the support follow,
-    until one gains less than 1e-5 of the error. It works with products of whole matrices, and approaches
-    `refit`, which factorises each row's own system: to within 1 % of its error. Only where errors are below a
-    millionth of the outputs' energy and G is nearly singular (condition 1e9) can it be several times as
-    large.
+    until one reduces the error by less than 1e-5 of it. All steps are products of whole matrices; the error
+    is within 1 % of that of `refit`, which factorises a system for each row. Only if errors are below a
+    millionth of the outputs' energy and G is nearly singular (condition number 1e9) can it be several times
+    as large.
 
     Without a mask, `admm_mask` finds it, and the weights are then fitted on it as `refit` does.
 
     Args:
         w: Dense weights, (out, in) or (out, in, ...), which is taken as (out, in * ...); float16, bfloat16,
             float32 or float64. Computed in float64. Not modified.
-        h: The sum or mean of x x^T, (in, in), float32 or float64; or what has it as `gram`
+        h: The sum or mean of x x^T, (in, in), float32 or float64; or an object that has it as `gram`
             (`InputStatistics`).
         mask: Which weights are kept, of the shape of w.
         sparsity: Without a mask: in [0, 1], exactly `round(sparsity * n)` groups of the pattern are pruned;
@@ -73,10 +74,10 @@ def admm(
         pattern: Without a mask: any.
         iterations: The maximum number; if left out 20 with a mask, 300 without.
         rho: The initial penalty; if left out 1 with a mask, 0.1 without.
-        damping: Added to the diagonal of G: draws weights back to W.
+        damping: Added to the diagonal of G, which pulls the weights towards W.
         bias: (out,); its correction `corrected_bias(bias, w, new weights, mean)` is returned.
         mean: The mean input, (in,), for the bias; `h.mean` of statistics if left out.
-        name: What errors call the tensor.
+        name: The tensor's name in error messages.
 
     Returns:
         New weights of the shape and dtype of w, the mask, the corrected bias, the damping. Weights of dead
@@ -85,7 +86,7 @@ def admm(
     Raises:
         ValueError: Shapes that do not fit together; numbers that are not finite; an h that is not symmetric
             or has a negative diagonal; both or neither of mask and sparsity; new weights beyond the dtype.
-        TypeError: Another dtype, or a mask that is no `Mask`.
+        TypeError: Another dtype, or a mask that is not a `Mask`.
     """
     layer = to_layer(w, h, name)
     inputs = layer.matrix.shape[1]
@@ -132,15 +133,15 @@ def admm_mask(
     Args:
         w: Dense weights, (out, in) or (out, in, ...), which is taken as (out, in * ...); float16, bfloat16,
             float32 or float64. Computed in float32, or in float64 if w is. Not modified.
-        h: The sum or mean of x x^T, (in, in), float32 or float64; or what has it as `gram`
+        h: The sum or mean of x x^T, (in, in), float32 or float64; or an object that has it as `gram`
             (`InputStatistics`).
         sparsity: In [0, 1], exactly `round(sparsity * n)` groups of the pattern are pruned; for NM 1 - n/m or
             0, and 1 - n/m if left out.
         pattern: Any; groups are compared by the sum of squares of B + V / rho.
         iterations: The maximum number; 300 if left out.
         rho: The initial penalty; 0.1 if left out.
-        damping: Added to the diagonal of G: draws weights back to W.
-        name: What errors call the tensor.
+        damping: Added to the diagonal of G, which pulls the weights towards W.
+        name: The tensor's name in error messages.
 
     Returns:
         The mask, of the shape of w: that of `admm` with the same arguments.
@@ -157,7 +158,7 @@ def admm_mask(
 def _scaled(layer: Layer) -> tuple[Layer, NDArray[np.float64]]:
     """The layer scaled so that H has diagonal 1, and the factors of its columns, up to a constant."""
     roots = np.sqrt(np.where(layer.live, layer.gram.diagonal(), 1.0))
-    # Relative to the largest, which changes no choice: so float32 is wide enough for all inputs.
+    # Dividing by the largest changes no choice, and keeps all inputs within the range of float32.
     scale = np.where(layer.live, roots / (roots.max(initial=0, where=layer.live) or 1.0), 1.0)
     return replace(layer, matrix=layer.matrix * scale, gram=layer.gram / np.outer(roots, roots)), scale
 

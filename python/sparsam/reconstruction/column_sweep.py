@@ -28,8 +28,8 @@ from sparsam.reconstruction.layer_problem import (
 )
 from sparsam.selection import select
 
-_MAX_BLOCK_COLUMNS = 256  # columns of a block that the kernel takes
-_TRIANGLE = 64  # below this size a triangle is inverted as any matrix
+_MAX_BLOCK_COLUMNS = 256  # the most columns of a block that the kernel supports
+_TRIANGLE = 64  # up to this size, a triangular matrix is inverted as a whole
 
 
 def obs(
@@ -68,7 +68,7 @@ def obs(
     Args:
         w: Weights, (out, in) or (out, in, ...), which is taken as (out, in * ...). float64 is computed in
             float64; float16, bfloat16 and float32 in float32 with U from float64. Not modified.
-        h: The sum or mean of x x^T, (in, in), float32 or float64; or what has it as `gram`
+        h: The sum or mean of x x^T, (in, in), float32 or float64; or an object that has it as `gram`
             (`InputStatistics`).
         mask: Which weights are kept, of the shape of w; the sweep then only updates values.
         sparsity: In [0, 1]. For NM 1 - n/m or 0, and 1 - n/m if left out. Not with `mask`.
@@ -82,7 +82,7 @@ def obs(
             result says what was used.
         bias: (out,); its correction `corrected_bias(bias, w, new weights, mean)` is returned.
         mean: The mean input, (in,), for the bias; `h.mean` of statistics if left out.
-        name: What errors call the tensor.
+        name: The tensor's name in error messages.
 
     Returns:
         New weights of the shape and dtype of w, the mask, the corrected bias, the damping.
@@ -90,7 +90,7 @@ def obs(
     Raises:
         ValueError: Shapes that do not fit together; numbers that are not finite; an h that is not symmetric
             or not positive semidefinite; a sparsity or pattern that the weights or the method do not support.
-        TypeError: Another dtype, or a mask that is no `Mask`.
+        TypeError: Another dtype, or a mask that is not a `Mask`.
     """
     array = np.asarray(w)
     layer = to_layer(array, h, name, np.float64 if array.dtype == np.float64 else np.float32)
@@ -111,11 +111,11 @@ sparsegpt = obs
 
 @dataclass(frozen=True)
 class Grid:
-    """Where rounded weights lie: integers of at most `most` times the scales of their row and group.
+    """The grid of rounded weights: integers from -`most` to `most` times the scale of their row and group.
 
     Attributes:
-        scales: (out, groups), in the dtype that is computed in; their products with such integers are exact.
-        group: Columns of a group, at least 1; the last one may be shorter.
+        scales: (out, groups), in the dtype of the computation; their products with these integers are exact.
+        group: Columns of a group, at least 1; the last group may be shorter.
         most: The largest integer.
     """
 
@@ -124,7 +124,7 @@ class Grid:
     most: int
 
     def codes(self, w: NDArray[Any]) -> NDArray[np.int8]:
-        """The integers whose products are nearest, ties to even, (out, in)."""
+        """The integers whose products with the scales are nearest to `w`, ties to even, (out, in)."""
         scales = np.repeat(self.scales, self.group, axis=1)[:, : w.shape[1]]
         codes: NDArray[np.int8] = np.clip(np.rint(w / scales), -self.most, self.most).astype(np.int8)
         return codes
@@ -137,7 +137,7 @@ class Grid:
 
 
 def check_block(block: int) -> None:
-    """ValueError for a number of columns that the kernel does not take."""
+    """Raises ValueError for a number of columns that the kernel does not support."""
     if positive("block", block) > _MAX_BLOCK_COLUMNS:
         raise ValueError(expected("block", block, f"1 to {_MAX_BLOCK_COLUMNS} columns", "pass 128, say"))
 
@@ -197,7 +197,7 @@ def _groups(layer: Layer, sparsity: float | None, pattern: NM) -> NM | None:
     columns = layer.matrix.shape[1]
     if columns % pattern.m:
         msg = (
-            f"tensor {layer.name!r}: expected rows that are a multiple of {pattern.m} long, for {pattern!r}; "
+            f"tensor {layer.name!r}: expected rows of a multiple of {pattern.m} weights, for {pattern!r}; "
             f"got {columns}, of shape {layer.weights.shape}; exclude the tensor, or use another pattern"
         )
         raise ValueError(msg)

@@ -1,4 +1,4 @@
-"""The moments that one layer is fitted to, and the errors that they tell."""
+"""The moments that one layer is fitted to, and the errors computed from them."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from numpy.typing import NDArray
 from sparsam.reconstruction.layer_problem import quadratic
 from sparsam.statistics import InputStatistics
 
-__all__ = ["Seen"]
+__all__ = ["FitMoments"]
 
 
-class Seen:
+class FitMoments:
     """Moments as the fit uses them: centred or not, with the targets of one layer only.
 
-    It has what `obs` and others read of statistics: `gram`, `mean`, `count`, `precision`.
+    It has the attributes of statistics that `obs` and the others use: `gram`, `mean`, `count`, `precision`.
     """
 
     def __init__(self, statistics: InputStatistics, rows: slice | None, *, centred: bool) -> None:
@@ -41,7 +41,7 @@ class Seen:
         bias: NDArray[Any],
         subset: NDArray[np.int64] | None = None,
     ) -> NDArray[Any]:
-        """The bias that makes the mean output equal to the mean target; for a subset of outputs if given."""
+        """The bias with which the mean output equals the mean target; for a subset of outputs if given."""
         new = weights.reshape(len(weights), -1).astype(np.float64)
         if self.target_mean is not None:
             wanted = self.target_mean if subset is None else self.target_mean[subset]

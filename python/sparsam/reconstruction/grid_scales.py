@@ -1,4 +1,4 @@
-"""Scales of integer weights, with so few digits that their products are exact in the weights' dtype."""
+"""Scales of integer weights, with few enough binary digits for exact products in the weights' dtype."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from sparsam.reconstruction.column_sweep import Grid
 __all__ = ["LARGEST_INTEGER", "grid_for"]
 
 LARGEST_INTEGER = {8: 64, 4: 7}
-"""The largest integer for each number of bits; of 8 bits, what the int8 kernels take."""
+"""The largest integer for each number of bits; with 8 bits, the largest that the int8 kernels support."""
 
 _CLIPS = {8: (1.0,), 4: (1.0, 0.95, 0.9, 0.85, 0.8)}
-"""Scales that are tried, as shares of that for which the largest weight is the largest integer."""
+"""The scales that are tried, relative to the one that maps the largest weight to the largest integer."""
 
 _BFLOAT16_DIGITS = 8
-"""Of scales of 4-bit integers, which are packed as bfloat16."""
+"""The most digits of the scales of 4-bit integers, which are packed as bfloat16."""
 
 _TINY = float(np.finfo(np.float32).tiny)
 
@@ -29,14 +29,14 @@ def grid_for(
 ) -> Grid:
     """The grid for the kept weights of a matrix (out, in).
 
-    Of each row and group the scale is max |w| / most, or that share of it which makes the sum of
-    costs_j (w_j - rounded)^2 least, rounded up to the digits which leave products exact. A group without
-    kept weights has the scale 1.
+    The scale of each row and group is max |w| / most, or with 4 bits that multiple of it from 0.8 to 1 which
+    gives the least sum of costs_j (w_j - rounded)^2, rounded up to few enough digits for exact products. A
+    group without kept weights has the scale 1.
 
     Args:
         w: Finite, (out, in), float32 or float64.
         keep: Which weights are kept.
-        costs: (in,), of a squared error in each column.
+        costs: (in,), the cost of a squared error in each column.
         bits: 8 or 4.
         group: Columns that share a scale, at least 1.
         dtype: The dtype in which products must be exact: float16, bfloat16, float32 or float64.
@@ -64,7 +64,7 @@ def grid_for(
 
 
 def _rounded_up(scales: NDArray[np.float64], most: int, dtype: Any) -> NDArray[np.float64]:
-    """The next numbers of so few digits that all products with integers up to `most` are exact."""
+    """Rounds up to few enough digits that all products with integers up to `most` are exact."""
     info = ml_dtypes.finfo(np.float32 if dtype == np.float64 else dtype)  # type: ignore[no-untyped-call]
     digits = info.nmant + 1 - (most - 1).bit_length()
     if most == LARGEST_INTEGER[4]:

@@ -110,8 +110,8 @@ def to_gram(h: Moments, inputs: int, name: str) -> NDArray[np.float64]:
     gram = np.ascontiguousarray(given, np.float64)
     if not inputs:
         return gram
-    # One product from each side with random signs: numbers that are not finite show, and asymmetry makes them
-    # differ.
+    # Products with random signs from both sides show numbers that are not finite, and differ if the matrix is
+    # not symmetric.
     signs = np.random.default_rng(0).choice([-1.0, 1.0], inputs)
     with np.errstate(invalid="ignore", over="ignore"):
         down, across = gram @ signs, signs @ gram
@@ -149,7 +149,7 @@ def _dtype_error(what: str, dtype: np.dtype[Any]) -> str:
 
 
 def tolerance(h: Moments, inputs: int) -> float:
-    """Below which share of its diagonal a pivot is noise: 4 sqrt(in) times the rounding unit of h."""
+    """The share of its diagonal below which a pivot is noise: 4 sqrt(in) times the rounding unit of h."""
     precision = getattr(h, "precision", None)
     if precision is None:
         precision = np.finfo(np.asarray(_gram(h)).dtype).eps
@@ -289,7 +289,7 @@ def reconstruction_error(w: ArrayLike, w_new: ArrayLike, h: Moments) -> float:
     Args:
         w: Weights before, (out, in) or (out, in, ...); float16, bfloat16, float32 or float64.
         w_new: Weights after, of the same shape.
-        h: The sum or mean of x x^T, (in, in), float32 or float64; or what has it as `gram`.
+        h: The sum or mean of x x^T, (in, in), float32 or float64; or an object that has it as `gram`.
 
     Returns:
         The ratio, at least 0, in float64; 0 where both are 0, infinite where only the denominator is.

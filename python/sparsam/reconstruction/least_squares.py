@@ -20,7 +20,7 @@ from sparsam.reconstruction.layer_problem import (
     tolerance,
 )
 
-# Rows of one support that share a factorisation: a bound, so that threads find tasks.
+# The most rows with equal supports that share a factorisation; a larger number would leave threads idle.
 _SHARED = 64
 
 
@@ -61,14 +61,14 @@ def refit(
     Args:
         w: Dense weights, (out, in) or (out, in, ...), which is taken as (out, in * ...); float16, bfloat16,
             float32 or float64. Not modified.
-        h: The sum or mean of x x^T, (in, in), float32 or float64; or what has it as `gram`
+        h: The sum or mean of x x^T, (in, in), float32 or float64; or an object that has it as `gram`
             (`InputStatistics`).
         mask: Which weights are kept, of the shape of w.
         cross: The sum of y x^T, (out, in), float32 or float64, over the same inputs as h (or the mean, if h
             is the mean).
         damping: Add c tr(D D^T) to what is minimised, with D = W - W' and c damping times the mean of H's
             diagonal over live inputs.
-        name: What errors call the tensor.
+        name: The tensor's name in error messages.
 
     Returns:
         New weights, of the shape and dtype of w, 0 where pruned.
@@ -76,7 +76,7 @@ def refit(
     Raises:
         ValueError: Shapes that do not fit together; numbers that are not finite; an h that is not symmetric
             or has a negative diagonal; new weights beyond the dtype.
-        TypeError: Another dtype, or a mask that is no `Mask`.
+        TypeError: Another dtype, or a mask that is not a `Mask`.
     """
     layer = to_layer(w, h, name)
     keep = to_keep(mask, layer)

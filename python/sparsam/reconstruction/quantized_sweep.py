@@ -24,7 +24,7 @@ from sparsam.reconstruction.layer_problem import (
 )
 
 GROUPS = (32, 64, 128)
-"""How many columns may share a scale, where not all of a row do."""
+"""How many columns may share a scale, if not a whole row does."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ def quantize(
     mean: ArrayLike | None = None,
     name: str = "weights",
 ) -> Quantization:
-    """Prunes a layer as `obs` does and rounds what stays to integers times scales, in one sweep.
+    """Prunes a layer as `obs` does and rounds the kept weights to integers times scales, in one sweep.
 
     Column by column, with U as in `obs`, s_j the scale of the row in the group of column j, and
     most = 64 with 8 bits, 7 with 4:
@@ -68,14 +68,15 @@ def quantize(
         q_j = clip(round(w_j / s_j), -most, most) where kept, 0 where pruned
         e = (w_j - s_j q_j) / U_jj,    w_i -= e U_ji for i > j,    w_j = s_j q_j
 
-    so that later columns make up for pruning and rounding alike (Frantar and Alistarh, "SparseGPT", 2023,
+    so that later columns compensate for both pruning and rounding (Frantar and Alistarh, "SparseGPT", 2023,
     section 3.5; Frantar et al., "GPTQ", 2022). Ties are rounded to even.
 
-    The mask, where none is given, and the scales come from a first sweep without rounding, which is `obs`: a
-    scale is max |w_j| / most over those weights that stay, as they have become by then. With 4 bits the
-    share of it, from 1 to 0.8 in steps of 0.05, with the least sum of ((w_j - s q_j) / U_jj)^2. Scales are
-    rounded up to so few binary digits that each product s_j q_j is exact in the dtype of w: 18 of float32
-    with 8 bits, 5 of float16, 2 of bfloat16. With 4 bits 8 (bfloat16: 5), which bfloat16 holds.
+    The mask, if none is given, and the scales come from a first sweep without rounding, which is `obs`: a
+    scale is max |w_j| / most over the kept weights as that sweep left them. With 4 bits it is multiplied by
+    whichever of 1, 0.95, 0.9, 0.85 and 0.8 gives the least sum of ((w_j - s q_j) / U_jj)^2. Scales are
+    rounded up to few enough binary digits that each product s_j q_j is exact in the dtype of w: with 8 bits,
+    18 digits for float32, 5 for float16, 2 for bfloat16; with 4 bits, 8 digits (5 for bfloat16), which
+    bfloat16 holds.
 
     A weight that rounds to 0 is pruned: the mask keeps what `obs` keeps, without these. Weights of dead
     inputs (H_jj = 0) are rounded to nearest.
@@ -83,20 +84,20 @@ def quantize(
     Args:
         w: Weights, (out, in) or (out, in, ...), which is taken as (out, in * ...). float64 is computed in
             float64; float16, bfloat16 and float32 in float32 with U from float64. Not modified.
-        h: The sum or mean of x x^T, (in, in), float32 or float64; or what has it as `gram`
+        h: The sum or mean of x x^T, (in, in), float32 or float64; or an object that has it as `gram`
             (`InputStatistics`).
         mask: Which weights are kept, of the shape of w.
         sparsity: As for `obs`; 0 only rounds. Not with `mask`.
         pattern: As for `obs`: `Unstructured()` or `NM(n, m)`.
         bits: 8 or 4.
-        group: Columns that share a scale: 32, 64 or 128, the last group being what is left; None for one
+        group: Columns that share a scale: 32, 64 or 128, the last group being the remainder; None for one
             scale for each row.
         scope: As for `obs`.
         block: As for `obs`.
         damping: As for `obs`.
         bias: (out,); its correction `corrected_bias(bias, w, new weights, mean)` is returned.
         mean: The mean input, (in,), for the bias; `h.mean` of statistics if left out.
-        name: What errors call the tensor.
+        name: The tensor's name in error messages.
 
     Returns:
         Weights, mask, bias and damping as of `obs`; codes and scales.
@@ -141,7 +142,7 @@ def _check_grid(bits: int, group: int | None, name: str) -> None:
 
 
 def _finite(layer: Layer, matrix: NDArray[Any]) -> NDArray[Any]:
-    """The matrix, whose scales float32 can hold; ValueError for another."""
+    """Returns the matrix; ValueError if its scales would exceed the range of float32."""
     largest = float(np.abs(matrix).max(initial=0))
     if not largest <= float(np.finfo(np.float32).max):
         msg = (

@@ -20,10 +20,10 @@ from sparsam.masks import Mask
 from sparsam.patterns import NM, Pattern, Unstructured
 from sparsam.reconstruction.alternating import admm_mask
 from sparsam.reconstruction.column_sweep import obs
+from sparsam.reconstruction.fit_moments import FitMoments
 from sparsam.reconstruction.layer_problem import corrected_bias
 from sparsam.reconstruction.least_squares import refit
 from sparsam.reconstruction.quantized_sweep import quantize
-from sparsam.reconstruction.seen_moments import Seen
 from sparsam.selection import select
 from sparsam.statistics import InputStatistics
 
@@ -40,14 +40,14 @@ __all__ = [
 ]
 
 RECONSTRUCTIONS = ("obs", "admm")
-"""The methods that choose a mask and new values for the weights that stay."""
+"""The methods that choose a mask and new values for the kept weights."""
 
 DAMPINGS = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0)
-"""Of least squares, relative to the mean diagonal of H: the best on held-out inputs is taken."""
+"""Candidates for the damping of least squares, relative to the mean diagonal of H."""
 
-_DAMPING = 1e-2  # of the optimum for which the mask is chosen; and without held-out inputs, of all
-_OF_OBS = (Unstructured, NM)  # the patterns that it knows
-_ROWS = 32  # by which dampings are compared
+_DAMPING = 1e-2  # when the mask is chosen, and everywhere if there are no held-out inputs
+_OBS_PATTERNS = (Unstructured, NM)
+_ROWS = 32  # the most rows with which dampings are compared
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class Rounding:
     Attributes:
         bits: 8 or 4.
         group: Columns that share a scale, or None.
-        dtype: The one that the model keeps its weights in, which is to hold what is rounded exactly.
+        dtype: The dtype of the model's weights, in which the rounded weights must be exact.
     """
 
     bits: int
@@ -67,7 +67,7 @@ class Rounding:
 
 @dataclass(frozen=True)
 class LayerProblem:
-    """The data for pruning one layer.
+    """The data for pruning one layer, complete: it can be solved in any process.
 
     Attributes:
         name: The name of its weights in errors and reports.
@@ -122,9 +122,9 @@ class LayerFit:
 
 def check_method(name: str, method: str, pattern: Pattern, scope: str) -> None:
     """Raises ValueError for a pattern or scope that a method of `RECONSTRUCTIONS` does not support."""
-    if method == "obs" and not isinstance(pattern, _OF_OBS):
+    if method == "obs" and not isinstance(pattern, _OBS_PATTERNS):
         wanted = f"Unstructured() or NM(n, m) for {name!r} with method 'obs'"
-        raise ValueError(expected("pattern", str(pattern), wanted, "use method 'admm', which has them all"))
+        raise ValueError(expected("pattern", str(pattern), wanted, "use method 'admm', which supports all"))
     if scope == "global" or (scope == "row" and method == "admm"):
         scopes = "'layer' or 'row'" if method == "obs" else "'layer'"
         wanted = f"{scopes} with method {method!r}"
@@ -155,9 +155,9 @@ def fit_layer(problem: LayerProblem) -> LayerFit:
     """
     check_method(problem.name, problem.method, problem.pattern, problem.scope)
     dense, old = problem.weights, problem.bias
-    seen = held = Seen(problem.inputs, problem.rows, centred=old is not None)
+    seen = held = FitMoments(problem.inputs, problem.rows, centred=old is not None)
     if problem.held_out is not None:
-        held = Seen(problem.held_out, problem.rows, centred=seen.centred)
+        held = FitMoments(problem.held_out, problem.rows, centred=seen.centred)
     trial = _Trial(problem, seen, held)
     aim = dense
     if seen.cross is not None:
@@ -168,7 +168,7 @@ def fit_layer(problem: LayerProblem) -> LayerFit:
     if seen.cross is not None or problem.method != "obs":
         if problem.held_out is not None:
             damping, error = trial.best(lambda tried: trial.mask_error(mask, tried))
-            seen = Seen(problem.inputs + problem.held_out, problem.rows, centred=seen.centred)
+            seen = FitMoments(problem.inputs + problem.held_out, problem.rows, centred=seen.centred)
         weights = refit(dense, seen, mask, cross=seen.cross, damping=damping, name=problem.name)
     bias = None if old is None else seen.bias(dense, weights, old)
     if error is None:
@@ -179,19 +179,19 @@ def fit_layer(problem: LayerProblem) -> LayerFit:
 def round_layer(problem: LayerProblem, fit: LayerFit) -> LayerFit:
     """Rounds the weights of a fit as its problem says: `quantize` on their mask, and the bias after them.
 
-    The error grows by what rounding adds to it, by all rows.
+    The error of the fit increases by what rounding adds to it, measured over all rows.
     """
     if problem.rounding is None:
         return fit
     how, held_out = problem.rounding, problem.held_out
     inputs = problem.inputs if held_out is None else problem.inputs + held_out
-    seen = Seen(inputs, None, centred=problem.bias is not None)
+    seen = FitMoments(inputs, None, centred=problem.bias is not None)
     start = fit.weights.astype(how.dtype)
     found = quantize(start, seen, fit.mask, bits=how.bits, group=how.group, name=problem.name)
     weights, bias = found.weights.astype(fit.weights.dtype), fit.bias
     if bias is not None:
         bias = corrected_bias(bias, fit.weights, weights, seen.mean)
-    held = Seen(held_out or problem.inputs, problem.rows, centred=seen.centred)
+    held = FitMoments(held_out or problem.inputs, problem.rows, centred=seen.centred)
     before, after = (
         held.error(problem.weights, w, b, problem.bias) for w, b in ((fit.weights, fit.bias), (weights, bias))
     )
@@ -206,7 +206,7 @@ def refit_layer(
 
     Args:
         problem: The layer, with targets y.
-        fit: What became of it.
+        fit: Its fit so far.
         cross: The sum of d x^T over all inputs, held out or not, (out, in).
         total: The sum of d, (out,).
 
@@ -214,7 +214,7 @@ def refit_layer(
         The new weights and bias, with the mask, error and damping of `fit`.
     """
     inputs = problem.inputs if problem.held_out is None else problem.inputs + problem.held_out
-    seen = Seen(inputs, problem.rows, centred=problem.bias is not None)
+    seen = FitMoments(inputs, problem.rows, centred=problem.bias is not None)
     assert seen.cross is not None
     assert seen.target_mean is not None
     moved = cross - np.outer(total, seen.mean) if seen.centred else cross
@@ -240,7 +240,7 @@ def _ridge(
     return np.ascontiguousarray(optimum.reshape(weights.shape), np.float32)
 
 
-def _choose(problem: LayerProblem, aim: NDArray[Any], seen: Seen) -> tuple[NDArray[Any], Mask]:
+def _choose(problem: LayerProblem, aim: NDArray[Any], seen: FitMoments) -> tuple[NDArray[Any], Mask]:
     """The mask, and the weights that come with it."""
     name, sparsity, pattern = problem.name, problem.sparsity, problem.pattern
     alive = problem.weights != 0
@@ -255,11 +255,11 @@ def _choose(problem: LayerProblem, aim: NDArray[Any], seen: Seen) -> tuple[NDArr
 
 
 def _without_zeros(
-    problem: LayerProblem, aim: NDArray[Any], alive: NDArray[np.bool_], seen: Seen, mask: Mask
+    problem: LayerProblem, aim: NDArray[Any], alive: NDArray[np.bool_], seen: FitMoments, mask: Mask
 ) -> Mask:
-    """The mask, or where it would revive zeros, another of the same count that prunes these first.
+    """The mask, or if it would revive zeros, another of the same count that prunes these first.
 
-    What it kept beside them stays before the rest, in the order of |w_j| sqrt(H_jj).
+    Weights that it kept are preferred to the others; within both, the order is that of |w_j| sqrt(H_jj).
     """
     keep = mask.to_array()
     if not (keep & ~alive).any():
@@ -279,7 +279,7 @@ def _scope(problem: LayerProblem) -> Literal["layer", "row"]:
 class _Trial:
     """Some rows of a layer, fitted to the inputs and compared on the held-out inputs."""
 
-    def __init__(self, problem: LayerProblem, seen: Seen, held: Seen) -> None:
+    def __init__(self, problem: LayerProblem, seen: FitMoments, held: FitMoments) -> None:
         count = len(problem.weights)
         self.rows = np.unique(np.linspace(0, count - 1, min(_ROWS, count)).astype(np.int64))
         self.name, self.seen, self.held = problem.name, seen, held
@@ -288,12 +288,12 @@ class _Trial:
         self.cross = None if seen.cross is None else seen.cross[self.rows]
 
     def ridge_error(self, damping: float) -> float:
-        """That of the optimum without a mask."""
+        """The error of the optimum without a mask."""
         assert self.cross is not None
         return self._error(_ridge(self.dense, self.seen.gram, self.cross, damping))
 
     def mask_error(self, mask: Mask, damping: float) -> float:
-        """That of the fit on a mask."""
+        """The error of the fit on a mask."""
         keep = Mask.from_array(mask.to_array()[self.rows])
         new = refit(self.dense, self.seen, keep, cross=self.cross, damping=damping, name=self.name)
         return self._error(new)

@@ -1,4 +1,4 @@
-"""Checks of what the caller's functions return: scores are numbers, weights keep names and shapes."""
+"""Checks of the results of the caller's functions: scores are numbers, weights keep names and shapes."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def validate_returned_weights(
         given: The mapping that was passed to it, which is used if it returned None.
         returned: What it returned; tensors missing from it stay as they are in `arrays`.
         arrays: The weights before.
-        masks: What is zeroed again.
+        masks: The masks, whose pruned weights are zeroed again.
         where: The place in the run, for errors.
 
     Raises:
@@ -67,7 +67,7 @@ def validate_returned_weights(
         raise TypeError(msg)
     unknown = [name for name in source if name not in arrays]
     if unknown:
-        msg = f"{by}: expected no tensors but {list(arrays)!r}; got {unknown!r} too; return those only"
+        msg = f"{by}: expected only the tensors {list(arrays)!r}; got {unknown!r} too; leave these out"
         raise ValueError(msg)
     accepted = {}
     for name, array in arrays.items():

@@ -101,11 +101,12 @@ def set_update(weights: ArrayLike, mask: Mask, fraction: float, *, seed: int) ->
     Exactly k = round(fraction * mask.count) kept weights are dropped: the smallest abs(w), of equal ones the
     higher flat index first. (Mocanu et al. take the smallest positive and the largest negative weights, a
     fraction of each.) As many grow, drawn without replacement from those that were not kept before.
-    Where fewer than k were not kept, k is their number: what was just dropped never comes back.
+    If fewer than k weights were not kept, k is their number, since a weight that was just dropped never grows
+    in the same update.
 
     Args:
-        weights: Of the mask's shape; float16, bfloat16, float32 or float64. What they are where the mask is
-            False does not matter.
+        weights: Of the mask's shape; float16, bfloat16, float32 or float64. Values where the mask is False
+            are not used.
         mask: The weights that are kept now.
         fraction: In [0, 1]; see `drop_fraction`.
         seed: Of the draw, at least 0. The draw depends on it alone: pass another one for each update and each
@@ -117,7 +118,7 @@ def set_update(weights: ArrayLike, mask: Mask, fraction: float, *, seed: int) ->
     Raises:
         ValueError: The shapes differ, the fraction is outside [0, 1], a kept weight is NaN, or the seed is no
             integer of at least 0.
-        TypeError: `mask` is no `Mask`, or `weights` have another dtype.
+        TypeError: `mask` is not a `Mask`, or `weights` have another dtype.
     """
     if integer("seed", seed) < 0:
         raise ValueError(expected("seed", seed, "an integer of at least 0", "pass 0, say"))
@@ -129,15 +130,15 @@ def set_update(weights: ArrayLike, mask: Mask, fraction: float, *, seed: int) ->
 def rigl_update(weights: ArrayLike, mask: Mask, gradients: ArrayLike, fraction: float) -> Mask:
     """One mask update of RigL: the smallest kept weights are dropped, those with the largest gradients grow.
 
-    As `set_update`, but of the weights that were not kept before those with the largest abs(g) grow, of equal
-    ones those with the lower flat index. (In the paper what was just dropped competes too; here it does not,
-    as a weight that lost its value to come back as zero would be neither dropped nor kept.)
+    As `set_update`, but of the weights that were not kept before, those with the largest abs(g) grow; among
+    equals, those with the lower flat index. (In the paper, weights that were just dropped compete too; here
+    they do not, since a weight that came back as zero would be neither dropped nor kept.)
 
     Args:
         weights: As for `set_update`.
         mask: The weights that are kept now.
         gradients: The gradient of the loss for every weight, kept or not, of the mask's shape and one of the
-            four dtypes. What they are where the mask is True does not matter.
+            four dtypes. Values where the mask is True are not used.
         fraction: In [0, 1]; see `drop_fraction`.
 
     Returns:
@@ -161,7 +162,7 @@ def drop_fraction(step: int, end: int, initial: float = 0.3) -> float:
         initial: The fraction at step 0, in [0, 1].
 
     Raises:
-        ValueError: One of them is something else.
+        ValueError: An argument is out of range.
     """
     if integer("step", step) < 0:
         raise ValueError(expected("step", step, "an integer of at least 0", "count steps from 0"))

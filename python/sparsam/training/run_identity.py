@@ -30,14 +30,14 @@ class TiedIdentity(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class RunIdentity(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """What makes a run, or a sweep, the same; as JSON holds it.
+    """The identity of a run or a sweep, as JSON stores it.
 
     Attributes:
         schedule: The sparsity of each iteration; of a sweep none.
         weights: Tensor -> a hash of its dense content.
         groups: Of a sweep: curve -> its tensors.
 
-    The others are the fields of the configuration, in words.
+    The others are the fields of the configuration, as text.
     """
 
     method: str

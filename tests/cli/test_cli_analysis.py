@@ -159,7 +159,7 @@ def test_functions_of_the_working_directory(model: Path, capsys: pytest.CaptureF
             "owned_module:number",
             "eval owned_module:number: expected a function from weights to a score; got 3",
         ),
-        ("broken_module:f", "got from importing broken_module: RuntimeError: not today ("),
+        ("broken_module:f", "got an error from importing broken_module: RuntimeError: not today ("),
         ("owned_module:fails", "eval owned_module:fails: expected a score; got KeyError: 'nothing' ("),
         ("owned_module:nan", "the dense weights: "),
     ],

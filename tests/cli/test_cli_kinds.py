@@ -22,7 +22,7 @@ EMBEDDING = RNG.standard_normal((16, 8), dtype=np.float32)
 LAYER = RNG.standard_normal((8, 8), dtype=np.float32)
 PRUNED = prune({"fc.weight": LAYER}, PruningConfig(0.5)).weights["fc.weight"]
 NOTE = (
-    "sparsam: dense stay the embeddings lm_head.weight, model.embed_tokens.weight; "
+    "sparsam: embeddings left dense: lm_head.weight, model.embed_tokens.weight; "
     "prune them with --embeddings\n"
 )
 

@@ -49,7 +49,7 @@ def test_a_hugging_face_directory_loads_again(
         assert main(["prune", str(bert), "-o", str(out), "--sparsity", "0.75"]) == 0
         captured = capsys.readouterr()
         assert captured.err.startswith(
-            "sparsam: dense stay the embeddings embeddings.position_embeddings.weight"
+            "sparsam: embeddings left dense: embeddings.position_embeddings.weight"
         )
         assert {path.name for path in out.iterdir()} == {path.name for path in bert.iterdir()}
     assert AutoConfig.from_pretrained(out).hidden_size == 16
@@ -230,6 +230,6 @@ def test_an_interrupt_says_what_was_kept(
     monkeypatch.setattr(checkpoint, "prune_files", interrupt)
     assert main(["prune", str(bert), "-o", str(tmp_path / "out"), "--embeddings"]) == 130
     error = capsys.readouterr().err.strip()
-    assert error == "sparsam: interrupted; kept: what is done so far; the same command goes on from there"
+    assert error == "sparsam: interrupted; kept: what is done so far; the same command continues from there"
     with pytest.raises(Interrupted, match="half"), kept("half"):
         raise KeyboardInterrupt

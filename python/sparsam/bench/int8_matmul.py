@@ -1,4 +1,4 @@
-"""What `sparsam bench matmul --values int8|int4` measures: against dense int8 of PyTorch and ONNX Runtime."""
+"""The measurements of `sparsam bench matmul --values int8|int4`, against int8 of PyTorch and ONNX Runtime."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from sparsam.sparse.matrix import SparseMatrix
 
 __all__ = ["Int8Row", "multiply_int8"]
 
-_APART = 0.05  # of the largest output: what rounding inputs, and dense weights, to int8 may change
+_TOLERANCE = 0.05  # relative to the largest output, for rounding inputs and dense weights to int8
 
 
 @dataclass(frozen=True)
 class Int8Row:
     """One measurement of x W^T for x (batch, cols) in float32 and W (rows, cols) in integers; milliseconds.
 
-    All of them quantise x at run time, which counts.
+    All of them quantise x at run time, and the times include that.
 
     Attributes:
         name: "random", or the file that the pattern comes from.
@@ -64,12 +64,12 @@ class Int8Row:
 def multiply_int8(
     problems: Iterable[Problem], batches: Sequence[int], *, cold: bool = False, values: str = "int8"
 ) -> Iterator[Int8Row]:
-    """Measures every problem with every batch; all results are compared: ours with what our weights say.
+    """Measures every problem with every batch; all results are checked, sparsam's with its rounded weights.
 
-    Arguments as for `multiply`; `values`, "int8" or "int4", are ours.
+    Arguments as for `multiply`; `values`, "int8" or "int4", is the dtype of sparsam's values.
 
     Raises:
-        RuntimeError: Somebody's result is not the product.
+        RuntimeError: A result is not the product.
     """
     for problem in problems:
         weights = problem.make()
@@ -159,7 +159,7 @@ def _run(session: Any, x: NDArray[np.float32]) -> NDArray[np.float32]:
 
 def _check(name: str, values: str, y: NDArray[np.float32], reference: NDArray[np.float32]) -> None:
     apart = float(np.abs(y - reference).max(initial=0)) / max(float(np.abs(reference).max(initial=0)), 1e-30)
-    if not apart <= _APART:
+    if not apart <= _TOLERANCE:
         msg = (
             f"{name}'s {values} and NumPy's product differ by {apart:.3g} of the largest; please report this"
         )

@@ -141,7 +141,7 @@ def multiply(
     Args:
         problems: See `random_problems` and `read_dlmc`.
         batches: Rows of x.
-        cold: Take eight copies of each matrix in turn, as the layers of a model are, so that large ones come
+        cold: Use eight copies of each matrix in turn, like the layers of a model, so that large ones are read
             from memory and not from a cache.
 
     Yields:
@@ -259,7 +259,7 @@ def milliseconds(products: Sequence[Callable[[Any], object]], x: Any) -> float:
 
 
 def _reference_product(x: NDArray[np.float32], weights: NDArray[np.float32]) -> tuple[Any, Any]:
-    """NumPy's product, and how far from it another order of the additions may lead."""
+    """NumPy's product, and a bound on its difference from one with another order of additions."""
     eps = float(np.finfo(np.float32).eps)
     return x @ weights.T, 2 * eps * max(weights.shape[1], 1) * (np.abs(x) @ np.abs(weights.T))
 

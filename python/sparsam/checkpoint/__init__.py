@@ -1,7 +1,8 @@
-"""Checkpoints on disk: safetensors files, sharded or not, read and replaced whole or not at all.
+"""Checkpoints on disk: safetensors files, sharded or not, validated when read and replaced atomically.
 
-`exchange` has the formats of others for pruned weights; `json_state` decodes the JSON that other folders keep
-on disk; `streaming` prunes files larger than memory, with the pipeline. Imports nothing else of this package.
+`exchange` has the formats of other libraries for pruned weights; `json_state` decodes the JSON that other
+folders keep on disk; `streaming` prunes files larger than memory, with the pipeline. Imports nothing else of
+this package.
 """
 
 from __future__ import annotations

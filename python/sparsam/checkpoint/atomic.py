@@ -20,7 +20,7 @@ from sparsam.inputs.messages import LOGGER
 __all__ = ["LOCK", "check_target", "flush", "open_folder", "publish", "remove_abandoned", "short"]
 
 LOCK = "lock"
-"""The file in a folder of temporary files that says, by being locked, that its process is alive."""
+"""A file in each folder of temporary files, which its process keeps locked while it is alive."""
 
 
 def check_target(path: Path) -> Path:
@@ -43,12 +43,12 @@ def open_folder(what: str, path: str | os.PathLike[str]) -> Path:
     """Makes a folder, with its parents, if it is missing; returns its path.
 
     Args:
-        what: What errors call it: the argument.
-        path: Where.
+        what: The argument's name in error messages.
+        path: The folder.
 
     Raises:
-        ValueError: There is a file, there or on the way.
-        TypeError: It is no path.
+        ValueError: The path, or a part of it, is a file.
+        TypeError: It is not a path.
         OSError: It cannot be made.
     """
     do = "name a folder"

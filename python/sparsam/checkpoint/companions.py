@@ -15,11 +15,11 @@ _WEIGHTS = (
     *(".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".keras", ".msgpack", ".npz", ".npy", ".gguf"),
     *(".onnx", ".onnx_data", ".data", ".tflite", ".ot", ".pb", ".mlmodel", ".index.json"),
 )
-"""How the names of files end that hold weights: those of the dense model must not stand beside the pruned."""
+"""The endings of files with weights: those of the dense model must not be copied beside the pruned ones."""
 
 
 def files_beside(folder: Path, leave: Path) -> Iterator[Path]:
-    """Yields the regular files of a directory that are no weights, not hidden, not in `leave`."""
+    """Yields the regular files of a directory that hold no weights, are not hidden and not in `leave`."""
     for place, folders, names in os.walk(folder):
         folders[:] = sorted(
             name

@@ -1,4 +1,4 @@
-"""From one format of pruned weights to another: dense files, compressed-tensors, PyTorch, scipy, DLMC."""
+"""Converts pruned weights between formats: dense files, compressed-tensors, PyTorch, SciPy, DLMC."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Conversion:
         converted: The names of the tensors that are in this format now; all of them, if it is dense.
         others: The names of those that it cannot hold, or not in less space: they stay dense.
         bytes_before: Bytes of all tensors as they were stored.
-        bytes_after: And as they are.
+        bytes_after: Bytes of all tensors as they are stored now; of "scipy" and "smtx", of the file.
     """
 
     format: Format
@@ -56,7 +56,7 @@ class Conversion:
 
 
 class _Codec(NamedTuple):
-    """How a tensor becomes several of a checkpoint: `only_weights` are named `.weight`, and lose that."""
+    """How a tensor is stored as several; `only_weights`: only those named `*.weight`, whose suffix goes."""
 
     names: tuple[str, ...]
     only_weights: bool
@@ -66,7 +66,7 @@ class _Codec(NamedTuple):
 
 
 def convert(src: StrPath, dst: StrPath, to: Format | None = None, *, tensor: str | None = None) -> Conversion:
-    """Writes a checkpoint, or one matrix of it, in another format; which one it has is seen.
+    """Writes a checkpoint, or one matrix of it, in another format; that of the source is detected.
 
     Args:
         src: What `load` takes; also .pt, .bin, .npz, .onnx, .smtx, and .npz of scipy.sparse.
@@ -173,7 +173,7 @@ def _encode(form: Format, source: Path, target: Path, whole: Whole, before: int)
 
 
 def _recut(like: Checkpoint | None, homes: Mapping[str, str]) -> Checkpoint | None:
-    """A cut into shards for tensors of other names: each lies where its home did."""
+    """The same division into shards for renamed tensors: each goes to the shard of its `homes` entry."""
     if like is None or like.shards is None:
         return like
     weight_map = {name: like.shards.weight_map[home] for name, home in homes.items()}
@@ -181,7 +181,7 @@ def _recut(like: Checkpoint | None, homes: Mapping[str, str]) -> Checkpoint | No
 
 
 def _one(file: Path, weights: Arrays, name: str | None) -> tuple[str, NDArray[Any]]:
-    """The matrix that was asked for, or the only one."""
+    """The requested matrix, or the only one."""
     matrices = [key for key, array in weights.items() if array.ndim == 2]
     if name is None and len(matrices) != 1:
         shown = ", ".join(map(repr, matrices[:3])) or "none"
@@ -198,7 +198,7 @@ def _one(file: Path, weights: Arrays, name: str | None) -> tuple[str, NDArray[An
 
 
 def _described(form: str, names: list[str], sparsity: float) -> dict[str, Any]:
-    """What compressed-tensors wants to read in config.json of its formats."""
+    """The `quantization_config` that compressed-tensors expects in config.json."""
     return {
         "quant_method": _METHOD,
         "version": _VERSION,

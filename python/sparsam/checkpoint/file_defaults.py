@@ -1,4 +1,4 @@
-"""What of a checkpoint a command leaves dense unless asked: vectors, embeddings, tied heads."""
+"""Which tensors of a checkpoint commands leave dense by default: vectors, embeddings, tied heads."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def adapt(
 
     Args:
         config: The requested configuration.
-        arrays: Name -> array, of which the shapes are looked at.
+        arrays: Name -> array; only shapes and dtypes are used.
         tied: Names of heads that share an embedding's weight (`heads_tied`), and of other embeddings.
         constants: Names of tensors that are not weights of layers.
         vectors: Let patterns of `overrides` prune tensors of one axis too; their exact names always do.
@@ -89,7 +89,7 @@ def adapt(
 
 
 def _divisible(config: PruningConfig, arrays: Arrays, indivisible: Indivisible) -> PruningConfig:
-    """The configuration with what N:M patterns do not divide left out, or unstructured."""
+    """The configuration with tensors that their N:M pattern does not divide left out, or unstructured."""
     overridden, excluded = NamePatterns(config.overrides), NamePatterns(config.exclude)
     stored = NamePatterns(config.transposed)
     ragged: dict[str, tuple[NM, tuple[int, ...]]] = {}
@@ -143,13 +143,13 @@ def heads_among(arrays: Arrays) -> list[str]:
 
 
 def _equal(one: NDArray[Any], other: NDArray[Any]) -> bool:
-    """Whether two arrays are one memory or hold the same bytes."""
+    """Whether two arrays share their memory or hold the same bytes."""
     if (one.dtype, one.shape) != (other.dtype, other.shape):
         return False
     if one.ctypes.data == other.ctypes.data:
         return True
     left, right = (np.ascontiguousarray(a).reshape(-1).view(np.uint8) for a in (one, other))
-    return left.data == right.data  # no array of comparisons: these are the largest of a model
+    return left.data == right.data  # without a temporary array: these are the largest tensors of a model
 
 
 def _placed(path: str | os.PathLike[str]) -> list[tuple[Path, Entry]]:

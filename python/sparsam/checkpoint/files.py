@@ -36,7 +36,7 @@ StrPath: TypeAlias = "str | os.PathLike[str]"
 
 @dataclass(frozen=True)
 class Shards:
-    """How a checkpoint is cut into files, as its index says.
+    """How a checkpoint is divided into files, according to its index.
 
     Attributes:
         index_name: File name of the index.
@@ -58,7 +58,7 @@ class Checkpoint:
     Attributes:
         weights: Tensor name -> array, sorted by name. The caller may change the arrays.
         metadata: The text that the file carries beside its tensors; of several shards, the union.
-        shards: How the checkpoint was cut into files; None where it was one file.
+        shards: How the checkpoint was divided into files; None if it was one file.
     """
 
     weights: dict[str, NDArray[Any]]
@@ -114,8 +114,8 @@ def save(
         path: The file to write, or a directory that takes a `model.safetensors`. Where `like` is sharded: the
             directory, which is made if it is missing, or the index in it.
         weights: Tensor name -> array of any shape and strides, of a dtype that `load` returns.
-        metadata: Text to carry along. None takes that of `like`, shard by shard.
-        like: A checkpoint whose metadata and cut into files are taken over. Its weights are not used.
+        metadata: Text to store beside the tensors. None: that of `like`, shard by shard.
+        like: A checkpoint whose metadata and division into files are used. Its weights are not.
 
     Raises:
         TypeError: A dtype that the format lacks; names or metadata that are not text.
@@ -178,7 +178,7 @@ def check_readable(folder: Path, shards: Shards | None) -> None:
 
 
 def resolve(path: StrPath) -> tuple[Path, Shards | None]:
-    """Returns the file or the index that `path` means, and what the index says; raises as `load` does."""
+    """Returns the file or the index that `path` refers to, and the content of the index; raises as `load`."""
     file = Path(path)
     if file.is_dir():
         found = [file / name for name in (FILE_NAME, INDEX_NAME) if (file / name).exists()]

@@ -27,7 +27,7 @@ _KINDS: dict[str, Kind] = {".pt": "torch", ".pth": "torch", ".bin": "torch", ".n
 
 
 def kind_of(path: str | os.PathLike[str]) -> Kind:
-    """Returns what the name of a file says it is; of a directory, and of other names, safetensors."""
+    """Returns the kind of a file by its name; for a directory and for other names, safetensors."""
     file = Path(path)
     if file.is_dir():
         return "safetensors"
@@ -46,10 +46,10 @@ def source_of(path: Path) -> Path:
 
 
 def read(path: Path) -> Foreign:
-    """Reads a file that is no safetensors; of torch's, only what `weights_only` allows.
+    """Reads a file that is not safetensors; of PyTorch's, only content that `weights_only` allows.
 
     Raises:
-        ValueError: It is no such file, or damaged; what reads it is not installed.
+        ValueError: It is not such a file, or damaged; the package that reads it is not installed.
         OSError: It cannot be read.
     """
     check_regular(path)
@@ -63,22 +63,22 @@ def read(path: Path) -> Foreign:
             return Foreign({name: archive[name] for name in archive.files})
     except OSError:
         raise
-    except Exception as error:  # zipfile and NumPy have many
+    except Exception as error:  # zipfile and NumPy raise many kinds
         msg = f"{path}: expected a NumPy archive without objects; got another file ({error}); get it again"
         raise ValueError(msg) from error
 
 
 def write(path: Path, weights: Mapping[str, NDArray[Any]], like: Foreign | None = None) -> None:
-    """Writes a file of the kind that its name says, wholly or not at all.
+    """Writes a file of the kind that its name says, completely or not at all.
 
     Args:
         path: The file, not a safetensors file.
         weights: Name -> array.
-        like: What was read: the rest of what torch.save wrote is kept, and its tensors that share memory; for
-            ONNX the graph, without which there is none.
+        like: The content that was read. Other content of a torch.save file is kept, and so are tensors that
+            share memory; for ONNX it has the graph, and is required.
 
     Raises:
-        ValueError: What writes it is not installed; weights without the graph that ONNX needs; an index.
+        ValueError: The package that writes it is not installed; ONNX weights without a graph; an index.
         TypeError: A dtype that the file cannot hold.
         OSError: It cannot be written.
     """

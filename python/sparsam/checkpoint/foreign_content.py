@@ -1,4 +1,4 @@
-"""What is read from a checkpoint that is no safetensors."""
+"""The content of a checkpoint that is not safetensors."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ class Foreign:
 
     Attributes:
         weights: Name -> array.
-        whole: What torch.load or onnx gave, of which the weights are a part; None otherwise.
-        cut: How the weights are cut into shards of safetensors, as they were into torch's; None for one.
+        whole: The object that torch.load or onnx returned, with the weights in it; None otherwise.
+        cut: The division of the weights into safetensors shards like those of PyTorch's; None for one file.
         transposed: The names of weights that are stored as (in, out), where the file tells.
-        tables: The names of weights that the file itself says are embeddings.
-        constants: The names of what is no weight of a layer, though it has a weight's shape.
+        tables: The names of weights that are embeddings according to the file.
+        constants: The names of tensors that have the shape of a weight but are not a layer's.
     """
 
     weights: dict[str, NDArray[Any]]

@@ -40,7 +40,7 @@ __all__ = [
 T = TypeVar("T")
 
 Count: TypeAlias = Annotated[int, Meta(ge=0, le=2**53 - 1)]
-"""A number of things: what both JSON and float64 hold exactly."""
+"""A count, limited to numbers that JSON and float64 both hold exactly."""
 
 Finite: TypeAlias = Annotated[float, Meta(ge=-sys.float_info.max, le=sys.float_info.max)]
 Positive: TypeAlias = Annotated[int, Meta(ge=1, le=2**53 - 1)]
@@ -48,7 +48,7 @@ Seconds: TypeAlias = Annotated[float, Meta(ge=0, le=sys.float_info.max)]
 Share: TypeAlias = Annotated[float, Meta(ge=0, le=1)]
 
 Number: TypeAlias = float | Literal["inf", "-inf", "nan"]
-"""Any float64. What is not finite is text, since JSON has no word for it; see `to_number`."""
+"""Any float64. Infinities and NaN are text, since JSON has no numbers for them; see `to_number`."""
 
 _STEP = re.compile(r"\.(\w+)|\[(\d+)\]")
 _FIELD = re.compile(r"Object (contains unknown|missing required) field `(.*)`", re.DOTALL)
@@ -75,8 +75,8 @@ class Document(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
         Args:
             text: The JSON.
-            source: What errors call it, such as the file.
-            remedy: What errors tell the user to do.
+            source: The name of the document in error messages, such as the file.
+            remedy: The last part of error messages: what the user should do.
 
         Raises:
             ValueError: It is another document, of another version, or damaged.
@@ -101,10 +101,10 @@ class Document(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 def decode(text: str | bytes, kind: type[T], source: str, remedy: str, *, what: str = "JSON") -> T:
     """Returns JSON as a value of a type that msgspec can check: builtins, Structs, Annotated with Meta.
 
-    Source and remedy are as for `Document.from_json`; `what` says what was expected where it is no JSON.
+    Source and remedy are as for `Document.from_json`; `what` says what was expected if it is not JSON.
 
     Raises:
-        ValueError: It is no JSON, names a key twice, or is of another type; says where, and what is there.
+        ValueError: It is not JSON, has a key twice, or is of another type; names the field and its value.
     """
     return convert(_parse(text, source, what, remedy), kind, source, remedy)
 

@@ -1,6 +1,6 @@
 """Where the tensors of a safetensors file lie: its header, read and checked without the data.
 
-Dtypes that this package does not know are no obstacle: their tensors have a place, and can be copied.
+Tensors of dtypes that this package does not know can still be located and copied.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from sparsam.checkpoint.safetensors_format import DTYPES, check_number, check_re
 __all__ = ["Entry", "Layout", "read_layout"]
 
 _LONGEST_HEADER = 100_000_000
-"""What the safetensors library accepts."""
+"""Bytes of the longest header that the safetensors library accepts."""
 
 _WIDTHS = {name: np.dtype(kind).itemsize for name, kind in DTYPES.items()}
 
@@ -39,7 +39,7 @@ class Entry(NamedTuple):
 
     @property
     def numpy_dtype(self) -> np.dtype[Any] | None:
-        """Its dtype in NumPy, None for one that NumPy has no word for."""
+        """Its dtype in NumPy; None if NumPy lacks it."""
         return np.dtype(DTYPES[self.dtype]) if self.dtype in DTYPES else None
 
 
@@ -50,8 +50,8 @@ class Layout:
     Attributes:
         file: The file.
         head: Its first bytes, up to the data: the length of the header and the header.
-        entries: The tensors in the order in which they lie.
-        metadata: The text beside them.
+        entries: The tensors in the order of their data.
+        metadata: The text stored beside them.
         mtime_ns: When the file was changed last.
     """
 

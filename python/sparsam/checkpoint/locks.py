@@ -34,11 +34,11 @@ def real_path(path: Path) -> Path:
 def locked(file: Path) -> Iterator[bool]:
     """Locks a file, which is made if it is missing, until the block ends; yields whether it was free.
 
-    The system gives the lock back when the process that took it ends, however that happens, and children that
-    live on do not keep it.
+    The system releases the lock when the process that took it ends, however that happens; child processes do
+    not keep it.
 
     Raises:
-        ValueError: It is there and no regular file, or a link to itself.
+        ValueError: It exists and is not a regular file, or it is a link to itself.
         OSError: It cannot be opened.
     """
     if file.exists() and not file.is_file():

@@ -1,7 +1,7 @@
 """ONNX models: the initializers of a graph as weights, replaced in place.
 
-What an initializer is, the nodes that read it tell: the weights of a MatMul are stored as (in, out), those of
-a Gather are an embedding, and what only arithmetic of single elements reads is a constant.
+The nodes that read an initializer tell what it is: the weights of a MatMul are stored as (in, out), those of
+a Gather are an embedding, and a tensor that only element-wise arithmetic reads is a constant.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from sparsam.checkpoint.foreign_content import Foreign
 __all__ = ["read", "write"]
 
 _LARGEST = (1 << 31) - (1 << 20)
-"""Bytes of a protocol buffer; larger models keep their weights in a file beside it."""
+"""The most bytes of weights in a protocol buffer; larger models keep theirs in a file beside it."""
 
 _ALIGNED = 4096
 
@@ -41,11 +41,11 @@ _UNCHANGED = {"Identity", "Cast"}
 
 
 class _Use(NamedTuple):
-    """Where a value goes: an operator, the place among its inputs, and whether it is turned on the way."""
+    """A use of a value: the operator, the position among its inputs, and whether it arrives transposed."""
 
     operator: str
     place: int
-    turned: bool
+    transposed: bool
 
 
 def read(path: Path) -> Foreign:
@@ -60,7 +60,7 @@ def read(path: Path) -> Foreign:
         model = onnx.load(path, load_external_data=False)
     except OSError:
         raise
-    except Exception as error:  # protobuf has many
+    except Exception as error:  # protobuf raises many kinds
         msg = f"{path}: expected an ONNX model; got another file ({error}); get it again"
         raise ValueError(msg) from error
     if not model.graph.node and not model.graph.initializer:
@@ -97,7 +97,7 @@ def read(path: Path) -> Foreign:
             tables.append(name)
         elif not layers:
             constants.append(name)
-        elif _LAYERS[layers[0].operator][1] != layers[0].turned:
+        elif _LAYERS[layers[0].operator][1] != layers[0].transposed:
             transposed.append(name)
     return Foreign(weights, model, None, tuple(transposed), tuple(tables), tuple(constants))
 
@@ -108,7 +108,7 @@ def write(path: Path, weights: Mapping[str, NDArray[Any]], like: Foreign | None)
     Values that lay outside the file, and those of a model of 2 GiB or more, go into `NAME.data` beside it.
 
     Raises:
-        ValueError: What was read is no ONNX model.
+        ValueError: `like` is not the content of an ONNX model.
         OSError: It cannot be written.
     """
     onnx = _onnx(path)
@@ -171,28 +171,28 @@ def _constants(graph: Any) -> Iterator[Any]:
 
 
 def _all_uses(graph: Any) -> dict[str, list[_Use]]:
-    """Value -> what reads it, seen through nodes that leave it as it is or turn it around."""
+    """Value -> its uses, looking through nodes that pass it on unchanged or transposed."""
     nodes = [node for inner in _graphs(graph) for node in inner.node]
     readers: dict[str, list[tuple[Any, int]]] = defaultdict(list)
     for node in nodes:
         for place, name in enumerate(node.input):
             readers[name].append((node, place))
 
-    def uses(name: str, *, turned: bool, depth: int) -> Iterator[_Use]:
+    def uses(name: str, *, transposed: bool, depth: int) -> Iterator[_Use]:
         for node, place in readers[name] if depth < 8 else ():
             if node.op_type in _UNCHANGED:
-                yield from uses(node.output[0], turned=turned, depth=depth + 1)
+                yield from uses(node.output[0], transposed=transposed, depth=depth + 1)
             elif node.op_type == "Transpose":
-                yield from uses(node.output[0], turned=not turned, depth=depth + 1)
+                yield from uses(node.output[0], transposed=not transposed, depth=depth + 1)
             else:
                 key = "transB" if place else "transA"
                 flipped = node.op_type == "Gemm" and any(a.name == key and a.i for a in node.attribute)
                 # On the left of a product, W x: the inputs are the last axis already.
                 left = place == 0 and node.op_type in ("MatMul", "Gemm")
-                yield _Use(node.op_type, place, turned ^ flipped ^ left)
+                yield _Use(node.op_type, place, transposed ^ flipped ^ left)
 
     names = {tensor.name for inner in _graphs(graph) for tensor in inner.initializer}
-    return {name: list(uses(name, turned=False, depth=0)) for name in sorted(names)}
+    return {name: list(uses(name, transposed=False, depth=0)) for name in sorted(names)}
 
 
 def _check_place(path: Path, tensor: Any) -> None:

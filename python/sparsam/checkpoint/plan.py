@@ -30,7 +30,7 @@ __all__ = ["FilePlan", "Pooling", "parse_size", "shapes_of"]
 _UNITS = {"": 1, "B": 1, **{f"{u}iB": 1024**i for i, u in enumerate("KMGT", 1)}}
 _UNITS |= {f"{u}B": 1000**i for i, u in enumerate("KMGT", 1)}
 
-# Bytes for each weight that a scorer which computes takes: LAMP takes 56, by tracemalloc.
+# Bytes per weight that a scorer needs to compute scores: 56 for LAMP, measured with tracemalloc.
 _SCORE_BYTES = 64
 
 
@@ -43,7 +43,7 @@ def parse_size(what: str, value: int | str) -> int:
 
 
 def shapes_of(entries: Sequence[Entry]) -> dict[str, NDArray[Any]]:
-    """Returns an array without memory for each tensor, by name in order: its shape, its dtype, and NaN.
+    """Returns name -> an array of the tensor's shape and dtype that takes no memory, by name, full of NaN.
 
     Code that reads their values finds a NaN and raises an error. A dtype that NumPy lacks becomes
     uint8.
@@ -179,7 +179,7 @@ class FilePlan:
         return make_pools(self.arrays, self.config.with_changes(allocation="uniform"))
 
     def pools(self, shares: Mapping[str, float] | None) -> list[Pool]:
-        """The pools of the configuration, an allocation's threshold having given these shares."""
+        """The pools of the configuration, with the shares that an allocation's threshold gave, if any."""
         config = self.config if shares is None else self.config.with_changes(allocation=_Measured(shares))
         return [one for pool in make_pools(self.arrays, config) for one in pool.split()]
 

@@ -1,9 +1,9 @@
-"""One threshold over tensors that memory does not hold at once: exact, by counting.
+"""One exact threshold over tensors that do not fit into memory together, by counting passes.
 
-A sample gives two values that very likely enclose the threshold. Each tensor by itself is then counted
-against them, and the few scores between are collected. A pass whose values missed, or between which too much
-lay, still narrows the range, by half at least from the fourth on. The answer is that of `selection.threshold`
-over all of them (Floyd and Rivest, 1975, with the data on disk).
+A sample gives two values that very likely enclose the threshold. A pass over the tensors, one at a time,
+counts the scores below and at these values, and collects the few between. A pass that missed the threshold,
+or collected too many, still narrows the range, by at least half from the fourth pass on. The result is that
+of `selection.threshold` over all tensors (Floyd and Rivest, 1975, with the data on disk).
 """
 
 from __future__ import annotations
@@ -61,11 +61,11 @@ class Cut(NamedTuple):
 
 @dataclass(frozen=True)
 class Ranking:
-    """What is compared over all tensors of a pool: the score of each weight or group.
+    """The scores that are compared over all tensors of a pool, of each weight or group.
 
     Attributes:
         method: The scorer.
-        pattern: What is a group.
+        pattern: The pattern, which defines the groups.
         several: Whether the pool has several tensors: groups then compare by score per weight.
         transposed: The tensors that are stored as (in, out).
     """
@@ -81,7 +81,7 @@ class Ranking:
         return bool(traits(self.method).ranks_by_magnitude) and self.pattern == Unstructured()
 
     def values(self, name: str, array: NDArray[Any]) -> NDArray[Any]:
-        """Returns what is compared: of a tensor in its shape, or of its groups; the larger, the better."""
+        """Returns the scores of a tensor, in its shape, or of its groups; the larger, the better."""
         check_dtype(name, array)
         ranked = score_tensor(self.method, name, array, transposed=name in self.transposed)
         if self.pattern == Unstructured():
@@ -94,18 +94,18 @@ class Ranking:
         return sums / tile_sizes(*tiling) if self.several else sums
 
     def count(self, name: str, array: NDArray[Any], low: float, high: float, room: int) -> Counts:
-        """Returns how the scores of a tensor lie to two values; ValueError for a NaN."""
+        """Counts the scores of a tensor around two values; ValueError for a NaN."""
         values = self.values(name, array)
         found = _core.bracket(values, low, high, room)
         if found is None:
             _refuse_nan([values], [name])
-            msg = f"tensor {name!r}: expected a file that stays as it is; got one that changed; run it again"
+            msg = f"tensor {name!r}: expected a file that does not change; got one that did; run it again"
             raise ValueError(msg)
         below, equal, inside, between = found
         return Counts(below, equal, inside, None if between is None else between.copy())
 
     def apply(self, name: str, array: NDArray[Any], cut: Cut) -> tuple[int, int]:
-        """Zeroes in place what is pruned; returns how many weights those are, and how many are not zero."""
+        """Zeroes the pruned weights in place; returns how many were pruned, and how many are not zero."""
         values = self.values(name, array)
         outs = [array] if values is array else []
         (words,), _, (nonzero,) = _core.threshold_mask([values], cut.value, cut.ties_kept, outs)
@@ -134,7 +134,7 @@ class Found(NamedTuple):
     equal: Mapping[str, int]
 
     def cuts(self, k: int, names: Iterable[str]) -> dict[str, Cut]:
-        """Returns the cut of each tensor, such that k are pruned; of equals the earlier tensor's are kept."""
+        """Returns the cut of each tensor, so that k scores are pruned; ties keep those of earlier tensors."""
         kept = sum(self.equal.values()) - (k - sum(self.below.values()))
         cuts = {}
         for name in names:
@@ -150,17 +150,17 @@ def find_threshold(
     sample: Callable[[int], NDArray[np.float64]],
     count: Callable[[float, float], Mapping[str, Counts]],
 ) -> Found:
-    """Returns the k-th smallest of all scores, in one pass over them as a rule.
+    """Returns the k-th smallest of all scores, usually in one pass over them.
 
     Args:
         k: From 0 to the number of scores.
         sizes: Tensor -> how many scores it has.
-        sample: Attempt -> some of the scores, drawn anew each time.
-        count: (low, high) -> how the scores of each tensor lie to the two.
+        sample: Attempt -> a random sample of the scores, another one in each attempt.
+        count: (low, high) -> tensor -> the counts of its scores around the two values.
     """
     total = sum(sizes.values())
     if k == 0:
-        # One pass all the same: it refuses NaN.
+        # One pass nevertheless, since it refuses NaN.
         count(0.0, 0.0)
         return Found(0.0, dict.fromkeys(sizes, 0), dict(sizes))
     least, most, before, upto, width = 0.0, math.inf, 0, total, _DEVIATIONS

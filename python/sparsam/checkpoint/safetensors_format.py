@@ -58,7 +58,7 @@ def check_regular(file: Path) -> None:
 
 
 def check_number(file: Path, header: bytes) -> None:
-    """Raises ValueError for a header of more tensors than any model has, which would take minutes to read."""
+    """Raises ValueError for a header with more tensors than any model has, which takes minutes to parse."""
     number = header.count(b'"data_offsets"')
     if number > _MAX_TENSORS:
         msg = f"{file}: expected at most {_MAX_TENSORS} tensors; got {number}; split the file"
@@ -66,7 +66,7 @@ def check_number(file: Path, header: bytes) -> None:
 
 
 def misfit(file: Path, head: bytes, size: int, problem: str) -> ValueError:
-    """Returns the error that says what a file is that is no checkpoint.
+    """Returns the error for a file that is not safetensors, which says what the file is.
 
     Args:
         file: The file.
@@ -98,7 +98,7 @@ def _archive(file: Path) -> tuple[str, str]:
 
 
 def _is_pickle(head: bytes) -> bool:
-    """Whether a file is a pickle of protocol 2 to 5, and no checkpoint whose header's length begins alike."""
+    """Whether a file is a pickle of protocol 2 to 5, not safetensors whose header length begins alike."""
     if head[:1] != b"\x80" or head[1:2] not in (b"\2", b"\3", b"\4", b"\5") or head[8:9] == b"{":
         return False
     return head[2:3] == b"\x95" or any(head[4:8]) or len(head) < 16
@@ -132,7 +132,7 @@ def open_file(file: Path, framework: str = "np") -> Iterator[Any]:
 
 
 def tensors(file: Path) -> Iterator[tuple[str, NDArray[Any]]]:
-    """Yields the tensors of a file by name, each read only when it is asked for."""
+    """Yields the tensors of a file by name, each read only when it is needed."""
     with open_file(file) as handle:
         for name in sorted(handle.keys()):
             part = handle.get_slice(name)

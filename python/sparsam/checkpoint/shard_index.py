@@ -58,7 +58,7 @@ def check_placed(index: Path, file: Path, placed: Collection[str], held: Collect
         came = f"a shard without {listed(lacks)}" if lacks else f"one that also holds {listed(extra)}"
         msg = (
             f"{file}: expected exactly the tensors that {index.name} places there; got {came}; "
-            "get the index and its shards from one and the same version"
+            "get the index and its shards from the same version"
         )
         raise ValueError(msg)
 

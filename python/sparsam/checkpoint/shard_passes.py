@@ -1,6 +1,6 @@
-"""One shard at a time: drawing a sample of it, counting it, pruning it into another file.
+"""Work on one shard: draw a sample of it, count its scores, prune it into another file.
 
-Each is a task that any executor can run: it takes paths and numbers, and gives numbers back.
+Each is a task that any executor can run: it takes paths and numbers, and returns numbers.
 """
 
 from __future__ import annotations
@@ -41,14 +41,14 @@ __all__ = [
 ]
 
 PIECE = 1 << 24
-"""Tensors that lie together are read and written in pieces of so many bytes: less than a shared cache."""
+"""Neighbouring tensors are read and written in pieces of this many bytes, less than a shared cache."""
 
 _MARK = 1 << 30
-"""After so many bytes what is written is flushed, and counts when the run is resumed."""
+"""After this many bytes the file is flushed, and a resumed run continues from there."""
 
 
 Advance: TypeAlias = Callable[[int], object]
-"""Called with the bytes of a file that are done with."""
+"""Called with the number of bytes of a file that were processed since the last call."""
 
 
 def _nothing(size: int) -> None:
@@ -75,7 +75,7 @@ class SampleTask:
 
 @dataclass(frozen=True)
 class CountTask:
-    """Count the tensors of a pool against two values; `room` has the name -> how many scores may be found."""
+    """Count the scores of a pool around two values; `room`: name -> how many between may be collected."""
 
     layout: Layout
     ranking: Ranking
@@ -94,10 +94,10 @@ class PruneTask:
         method: The scorer.
         pools: Tensor -> its pool, for those that are decided by themselves.
         cuts: Tensor -> what is pruned of it, and its ranking, for those of a global threshold.
-        shown: Tensor -> its pattern in words.
+        shown: Tensor -> its pattern as text.
         memory: Bytes for the buffers.
-        run: A word that no other run has: the part of a name.
-        values: Tensor -> what gives its new values, in its shape and dtype, for those that are fitted.
+        run: A string unique to this run, for the names of temporary files.
+        values: Tensor -> a function that returns its new values, in its shape and dtype, for fitted ones.
     """
 
     layout: Layout
@@ -131,7 +131,7 @@ def sample_shard(task: SampleTask, advance: Advance = _nothing) -> NDArray[np.fl
 
 
 def count_shard(task: CountTask, advance: Advance = _nothing) -> dict[str, Counts]:
-    """Returns how the scores of each tensor of a shard lie to two values."""
+    """Returns the counts of the scores of each tensor of a shard around two values."""
     counts: dict[str, Counts] = {}
     entries = [entry for entry in task.layout.entries if entry.name in task.room]
     buffer = np.empty(max((entry.nbytes for entry in entries), default=0), np.uint8)
@@ -155,7 +155,7 @@ class _Progress(msgspec.Struct):
 def prune_shard(task: PruneTask, advance: Advance = _nothing) -> list[LayerStats]:
     """Writes a shard with its weights pruned and all else unchanged; returns the statistics of its tensors.
 
-    The file is flushed to the disk before it gets its name. What a killed run wrote of it is taken over.
+    The file is flushed to the disk before it gets its name. It continues what a killed run wrote of it.
     """
     done = task.target.with_name(task.target.name + ".done")
     if task.target.exists() and done.exists():
@@ -295,7 +295,7 @@ def _prune_piece(
 
 
 def _view(data: NDArray[np.uint8], part: Part) -> NDArray[Any]:
-    """The bytes of a part as what they are."""
+    """The bytes of a part as an array of their dtype, uint8 if NumPy lacks it."""
     kind = part.entry.numpy_dtype
     if kind is None:
         return data
@@ -327,7 +327,7 @@ def _read_into(source: BinaryIO, begin: int, data: NDArray[np.uint8]) -> None:
         count = source.readinto(view[done:])  # type: ignore[attr-defined]
         if not count:
             name = source.name
-            msg = f"{name}: expected a file that stays as it is; got one that was cut short; run it again"
+            msg = f"{name}: expected a file that does not change; got one that was cut short; run it again"
             raise ValueError(msg)
         done += count
 

@@ -1,7 +1,7 @@
-"""A folder in which the files of a long run grow, and from which all of them move to their places at the end.
+"""A folder in which a long run writes its files, and from which all of them are moved to their places.
 
-A run that is killed leaves the folder; the same run goes on in it, another one clears it. Nothing of it is
-seen under the names of the target before all is complete.
+A run that is killed leaves the folder; the same run continues in it, another one clears it. No file appears
+under its final name before all are complete.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _STATE = "state.json"
 
 
 class _State(Document, frozen=True):
-    """What a folder is for: the run, and whether its files are on the move; `notes` is the run's own."""
+    """The run that a folder belongs to, whether its files are being moved, and the notes of the run."""
 
     WHAT: ClassVar[str] = "the state of a run over files"
     MARK: ClassVar[str] = "sparsam_files"
@@ -34,7 +34,7 @@ class _State(Document, frozen=True):
 
 
 class Staging:
-    """The folder of one run: its results grow in `files`, and `work` has what it needs for them."""
+    """The folder of one run: it writes its results in `files`, and intermediate data in `work`."""
 
     def __init__(self, folder: Path, target: Path, *, is_folder: bool, run: str) -> None:
         """Takes the folder; `open_staging` makes it."""
@@ -47,12 +47,12 @@ class Staging:
 
     @property
     def notes(self) -> str:
-        """What the run wrote down, "" if nothing."""
+        """The notes that the run saved; "" if there are none."""
         state = self._read()
         return state.notes if state and state.run == self._run else ""
 
     def note(self, text: str) -> None:
-        """Writes something down for the case that the run is killed."""
+        """Saves notes for the case that the run is killed and continued."""
         self._write(notes=text, moving=False)
 
     def start(self) -> None:
@@ -77,7 +77,7 @@ class Staging:
         self._move()
 
     def _move(self) -> None:
-        """The index goes last, and one that it replaces goes first: what lies between is no checkpoint."""
+        """Removes an old index first and moves the new one last, so that no mixture is a checkpoint."""
         if not self.files.is_dir():
             return
         if self._is_folder and not self._target.exists():
@@ -131,7 +131,7 @@ def open_staging(target: Path, *, is_folder: bool, run: str) -> Iterator[Staging
     Args:
         target: The file or folder that the run makes. A folder may exist; what lies in it is kept.
         is_folder: Which of the two.
-        run: What makes two runs the same.
+        run: The identity of the run.
 
     Raises:
         ValueError: Another run is at work on this target.

@@ -1,4 +1,4 @@
-"""Pruning checkpoints that memory does not hold: shard by shard, tensor by tensor, from file to file."""
+"""Pruning checkpoints that do not fit into memory: shard by shard, tensor by tensor, from file to file."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ __all__ = ["Progress", "name_files", "parts_of", "prune_files", "target_of"]
 
 StrPath: TypeAlias = "str | os.PathLike[str]"
 Progress: TypeAlias = Callable[[str, int, int], object]
-"""Called with what is being done, how many bytes of it are done, and of how many."""
+"""Called with the name of the current pass, the bytes processed in it, and their total."""
 
 _TaskT = TypeVar("_TaskT")
 _ResultT = TypeVar("_ResultT")
@@ -58,15 +58,15 @@ def prune_files(
     memory: int | str = "2GiB",
     progress: Progress | None = None,
 ) -> Report:
-    """Prunes a checkpoint from file to file, in bounded memory, to the bits that `sparsam.prune` gives.
+    """Prunes a checkpoint from file to file in bounded memory; the weights are bit for bit `sparsam.prune`'s.
 
-    Shards keep their names, headers and metadata; what is not pruned is copied byte for byte, dtypes that
-    NumPy lacks among it. In global scope, and for the allocations "global" and "lamp", the threshold is found
-    by counting passes over the shards. What else a Hugging Face directory holds is copied too.
+    Shards keep their names, headers and metadata; tensors that are not pruned are copied byte for byte, those
+    of dtypes that NumPy lacks included. In global scope, and for the allocations "global" and "lamp", the
+    threshold is found by counting passes over the shards. Other files of a Hugging Face directory are copied.
 
-    Until all files are complete, none is seen under its name: they grow in a hidden folder by `dst`. A run
-    that was killed leaves that, and the same call goes on in it: finished shards, and of a large one what was
-    flushed every GiB, are not done again.
+    No file appears under its name until all are complete: they are written in a hidden folder beside `dst`. A
+    run that was killed leaves that folder, and the same call continues in it: finished shards are not done
+    again, nor is the part of a large shard up to the last flush, one per GiB.
 
     Args:
         src: As for `load`: a file, an index, or a directory.
@@ -74,12 +74,12 @@ def prune_files(
             .safetensors. It may be `src`.
         config: What to do; `PruningConfig()` if left out. Not with ties, nor with allocations that read
             weights, other than "global" and "lamp".
-        executor: Where the work on each shard is done: any of `concurrent.futures`, with processes or other
-            machines that see the files under the same paths. None: here, one after the other.
-        memory: How many bytes the call may take beside what the process has, or each task of an executor:
-            a number, or text like 2GiB. The largest tensor that is pruned must fit, with 20 % of its size;
-            methods that compute scores take 64 bytes more for each of its weights.
-        progress: Called with what is done, how many bytes of it are, and of how many.
+        executor: Runs the work on each shard: any of `concurrent.futures`, with processes or other machines
+            that see the files under the same paths. None: in this process, one after the other.
+        memory: How many bytes the call, or each task of an executor, may take in addition to what the process
+            uses: a number, or text like 2GiB. The largest tensor that is pruned must fit, plus 20 % of its
+            size; methods that compute scores take 64 bytes more for each of its weights.
+        progress: Called with the name of the current pass, the bytes processed in it, and their total.
 
     Returns:
         The report of all tensors, by name.
@@ -121,7 +121,7 @@ def prune_files(
 def name_files(files: Path, file: Path, shards: Shards | None, *, is_folder: bool) -> None:
     """Gives the shards in a folder, all of them complete, the names and the index of a checkpoint.
 
-    What else is there, marks of progress and what killed runs left, is removed.
+    Other files there, progress marks and leftovers of killed runs, are removed.
     """
     names = {part.name for part in parts_of(file, shards)}
     for path in [path for path in files.iterdir() if path.name not in names]:
@@ -171,7 +171,7 @@ def _identity(plan: FilePlan, src: StrPath) -> str:
 
 
 class _Thresholds(msgspec.Struct):
-    """What the passes over the shards found, kept for a run that goes on. Floats are text.
+    """The results of the passes over the shards, kept for a run that is continued. Floats are text.
 
     Attributes:
         shares: Tensor -> sparsity, of an allocation that reads the weights.
@@ -195,7 +195,7 @@ class _Run:
         self._progress = progress
 
     def find_thresholds(self) -> _Thresholds:
-        """Passes over the shards for whatever is decided over several tensors."""
+        """Finds, by passes over the shards, the thresholds that span several tensors."""
         plan = self._plan
         shares: dict[str, float] | None = None
         if pooling := plan.allocation_pooling():

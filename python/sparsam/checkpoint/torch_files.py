@@ -1,4 +1,4 @@
-"""Files of torch.save: a state dict, what a training checkpoint holds beside one, shards of an index."""
+"""Files of torch.save: a state dict, a training checkpoint that contains one, or shards under an index."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ _NESTED = ("state_dict", "model_state_dict", "model", "module")
 
 
 def read(path: Path) -> Foreign:
-    """Reads a file or an index; only what `weights_only` allows.
+    """Reads a file or an index; only content that `weights_only` allows.
 
     Raises:
-        ValueError: It is no such file, or damaged; index and shards disagree; PyTorch is not installed.
+        ValueError: It is not such a file, or damaged; index and shards disagree; PyTorch is not installed.
         OSError: It cannot be read.
     """
     if not path.name.endswith(INDEX_SUFFIX):
@@ -82,7 +82,7 @@ def _load(path: Path) -> Any:
         return torch.load(path, map_location="cpu", weights_only=True)
     except OSError:
         raise
-    except Exception as error:  # pickle and torch have many
+    except Exception as error:  # pickle and torch raise many kinds
         reason = str(error).partition("\n")[0]
         msg = (
             f"{path}: expected tensors by name, as torch.save writes a state dict; got what "
@@ -100,7 +100,7 @@ def _arrays(path: Path, whole: Any) -> dict[str, NDArray[Any]]:
 
 
 def _tensors(whole: Any) -> dict[str, Any]:
-    """The tensors of a state dict, or of one that a training checkpoint holds."""
+    """The tensors of a state dict, or of the one inside a training checkpoint."""
     if not isinstance(whole, Mapping):
         return {}
     found = {name: value for name, value in whole.items() if isinstance(name, str) and is_tensor(value)}
@@ -110,7 +110,7 @@ def _tensors(whole: Any) -> dict[str, Any]:
 
 
 def _as_safetensors(shard: str) -> str:
-    """The name of a shard that takes what a shard of torch's holds, as transformers calls them."""
+    """The name of the safetensors shard for a shard of PyTorch's, as transformers names them."""
     stem = Path(shard).stem.removeprefix("pytorch_")
     return f"{stem}.safetensors"
 

@@ -41,13 +41,13 @@ def tensors(file: Path) -> Iterator[tuple[str, NDArray[Any]]]:
 
 
 def write(source: Path, output: Path, weights: Mapping[str, NDArray[Any]], whole: Whole) -> None:
-    """Writes weights as the kind that a name says; in a directory cut as they were, with what lay beside.
+    """Writes weights in the kind of file that `output` names; a directory keeps its shards and other files.
 
     Args:
-        source: What the command was given; a directory's companions are copied.
+        source: The path that was read; if it is a directory, its other files are copied to a directory.
         output: A file, or a directory, which is made if it is missing.
         weights: Name -> array.
-        whole: What was read.
+        whole: The content that was read.
     """
     if foreign.kind_of(output) != "safetensors":
         foreign.write(output, weights, whole.foreign)

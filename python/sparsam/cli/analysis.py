@@ -99,7 +99,7 @@ def sensitivity(
     spawn = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(jobs, mp_context=spawn) if jobs > 1 else nullcontext()
     saved = (
-        kept(f"what was measured, in {state}; the same command goes on from there")
+        kept(f"what was measured, in {state}; the same command continues from there")
         if state
         else nullcontext()
     )

@@ -21,7 +21,7 @@ __all__ = ["run"]
 # The base of all errors in arguments: click's class, or the copy of it that newer versions of typer carry.
 _UsageError: type[Exception] = typer.BadParameter.__mro__[1]
 
-# What a wrong path raises, as against a system that fails.
+# The errors of a wrong path, which the user can correct, as opposed to failures of the system.
 _WRONG_PATHS = (FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError, PermissionError)
 
 app = typer.Typer(
@@ -52,12 +52,12 @@ for group in (demos, pruning, conversion, compression, analysis, benchmarks, mac
 def run(arguments: Sequence[str] | None = None) -> int:
     """Runs a command and returns the exit code, with a line on stderr unless that is 0.
 
-    2 is for what the user can correct in the command or its files, 1 for what fails in spite of it (a full
-    disk, too little memory), 130 for Ctrl-C.
+    2 is for errors that the user can correct in the command or its files, 1 for other failures (a full disk,
+    too little memory), 130 for Ctrl-C.
     """
     command = typer.main.get_command(app)
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # names that the locale has no letters for come out escaped
+        if isinstance(stream, io.TextIOWrapper):  # characters that the locale lacks are then escaped
             stream.reconfigure(errors="backslashreplace")
     with warnings.catch_warnings():
         warnings.simplefilter("default", UserWarning)

@@ -114,7 +114,7 @@ def parse_groups(texts: Sequence[str]) -> dict[str, list[str]]:
 
 
 def check_sparsity_option(value: float | None) -> None:
-    """Raises ValueError for what is not a fraction; for a percentage the error names the fraction."""
+    """Raises ValueError for a number outside [0, 1]; for a percentage the error names the fraction."""
     if value is not None and not 0 <= value <= 1:
         percent = value if 1 < value <= 100 else 80
         meant = f"write {percent / 100:g} for {percent:g} %"
@@ -166,20 +166,23 @@ def parse_eval(text: str) -> EvalFunction:
     try:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
-        msg = f"eval: expected an importable module; got {error}; the working directory {here} is on the path"
+        msg = (
+            f"eval: expected an importable module; got {error}; correct the name (the working directory "
+            f"{here} is on the path)"
+        )
         raise ValueError(msg) from error
     except Exception as error:
         msg = (
-            f"eval: expected an importable module; got from importing {module_name}: {_located(error)}; "
-            "correct that module"
+            f"eval: expected an importable module; got an error from importing {module_name}: "
+            f"{_located(error)}; correct that module"
         )
         raise ValueError(msg) from error
     try:
         function = attrgetter(name)(module)
     except AttributeError as error:
         msg = (
-            f"eval: expected a function of {module.__file__ or module_name}; got {error}; name one that is "
-            "there"
+            f"eval: expected a function of {module.__file__ or module_name}; got {error}; name one that "
+            "exists"
         )
         raise ValueError(msg) from error
     if not callable(function):

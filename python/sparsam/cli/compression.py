@@ -53,14 +53,14 @@ def compress(
     ] = None,
     memory: Annotated[
         str | None,
-        typer.Option(metavar="SIZE", help="Take at most so much, as 8GiB: prune block by block from disk."),
+        typer.Option(metavar="SIZE", help="Memory to use, such as 8GiB: prunes block by block from disk."),
     ] = None,
     as_json: Json = False,
 ) -> None:
     """Prune a Hugging Face model with calibration, accelerate it, save it, and measure the result.
 
-    With --memory, and without it where three copies of the model do not fit into memory, it is only pruned,
-    block by block from its files, and such a run goes on when it is called again.
+    With --memory, or if three copies of the model do not fit into memory, it is only pruned, block by block
+    from its files; a run that was interrupted continues when the command is called again.
     """
     try:
         import transformers  # noqa: F401, PLC0415 - an extra
@@ -68,14 +68,14 @@ def compress(
         from sparsam.torch.compression import block_by_block, workflow  # noqa: PLC0415
     except ImportError as error:
         msg = (
-            f"compress: expected PyTorch and transformers; got not both of them ({error}); "
+            f"compress: expected PyTorch and transformers; got an import error ({error}); "
             "install them with: pip install 'sparsam[cli,huggingface]'"
         )
         raise ValueError(msg) from error
     apart = memory is not None or block_by_block.outgrows_memory(model)
     if apart and (distill or html):
         option = "--distill" if distill else "--html"
-        why = "with --memory" if memory is not None else f"for {model}, which outgrows memory"
+        why = "with --memory" if memory is not None else f"for {model}, which does not fit into memory"
         msg = f"{option}: expected none {why}, since it needs the whole model; got one; leave it out"
         raise ValueError(msg)
     if html:
@@ -117,7 +117,7 @@ def _from_disk(
     from sparsam.torch.compression.block_by_block import compress_files  # noqa: PLC0415 - it needs PyTorch
 
     note("block by block from disk: only pruned; packing and the table of quality need the whole model")
-    with kept("what is done so far; the same command goes on from there"), progress() as bar:
+    with kept("what is done so far; the same command continues from there"), progress() as bar:
         task = bar.add_task("reading")
 
         def show(what: str, done: int, total: int) -> None:

@@ -25,10 +25,10 @@ def render(report: CompressionReport) -> str:
         paragraph(f"Measured on {machine()}; medians in milliseconds, dense and accelerated in turn."),
         table(("texts", "tokens", "dense", "accelerated", "speed-up"), report.timing_rows()),
         f"<h2>{measure.capitalize()} against sparsity</h2>",
-        paragraph("As asked for, with calibration; and by magnitude, without."),
+        paragraph("As requested, with calibration; and by magnitude, without."),
         picture(
             plot.degradation(
-                {"as asked for": list(report.recovered), "magnitude": list(report.curve)},
+                {"as requested": list(report.recovered), "magnitude": list(report.curve)},
                 dense_score=report.stages[0].quality.value,
                 score=measure,
             ),
@@ -36,7 +36,7 @@ def render(report: CompressionReport) -> str:
         ),
         "<h2>Layers</h2>",
         paragraph(
-            "Error: the squared difference from the wanted outputs over held-out calibration, as a share of "
+            "Error: the squared difference from the target outputs over held-out calibration, as a share of "
             "their energy."
         ),
         picture(plot.sparsity_per_tensor(Report(pruned)), "sparsity of each weight"),

@@ -1,4 +1,4 @@
-"""What the command line prints, and its progress bar."""
+"""The output of the command line, and its progress bar."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from sparsam.inputs.display import printable
 
 
 class Interrupted(Exception):
-    """Ctrl-C, with what was kept of the work; no KeyboardInterrupt, which typer would answer itself."""
+    """Ctrl-C, with what was kept of the work; not a KeyboardInterrupt, which typer would handle itself."""
 
 
 @contextmanager
 def kept(what: str) -> Iterator[None]:
-    """Says, if the block is interrupted, what is kept of its work."""
+    """Reports what is kept of the block's work if it is interrupted."""
     try:
         yield
     except KeyboardInterrupt as error:
@@ -31,7 +31,7 @@ def kept(what: str) -> Iterator[None]:
 
 
 class _Description(ProgressColumn):
-    """What is being done; names in it come from files, and are shown as they are."""
+    """The current step; names in it come from files, and are shown literally."""
 
     def render(self, task: Task) -> Text:
         return Text(printable(task.description))

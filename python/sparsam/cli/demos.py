@@ -54,7 +54,7 @@ def demo(
     if model is DemoModel.digits:
         _demo_digits(seed, html, as_json=as_json)
     elif html:
-        msg = "--html: expected --model digits; got minilm, of which there is no page; leave --html out"
+        msg = "--html: expected --model digits; got minilm, which has no page; leave --html out"
         raise ValueError(msg)
     else:
         _demo_minilm(seed, as_json=as_json)
@@ -140,7 +140,7 @@ def _demo_minilm(seed: int, *, as_json: bool) -> None:
         from sparsam.demo import minilm  # noqa: PLC0415 - all it needs are extras
     except ImportError as error:
         msg = (
-            f"demo of MiniLM: expected PyTorch, transformers and the model; got not all of them ({error}); "
+            f"demo of MiniLM: expected PyTorch, transformers and the model; got an import error ({error}); "
             "install them with: pip install 'sparsam[minilm]'"
         )
         raise ValueError(msg) from error

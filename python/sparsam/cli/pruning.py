@@ -64,7 +64,7 @@ def prune(
             "--output",
             "-o",
             metavar="OUT",
-            help="A directory, new or not; or a file in .safetensors, .pt, .bin, .npz or .onnx: its kind.",
+            help="A directory, new or not; or a file in .safetensors, .pt, .bin, .npz or .onnx.",
         ),
     ],
     sparsity: Annotated[
@@ -96,15 +96,15 @@ def prune(
         typer.Option(help="Tensors that N:M does not divide: error, skip (dense) or unstructured."),
     ] = "error",
     memory: Annotated[
-        str, typer.Option(metavar="SIZE", help="How much to take of it; of safetensors only.")
+        str, typer.Option(metavar="SIZE", help="Memory to use; for safetensors only.")
     ] = "2GiB",
     force: Force = False,
     as_json: Json = False,
 ) -> None:
     """Prune a checkpoint and print the report. Names match shell-style patterns.
 
-    Vectors, embeddings and tied heads stay dense unless asked for or named exactly in --override. What else a
-    Hugging Face directory holds is copied along. A run that was stopped goes on when it is called again.
+    Vectors, embeddings and tied heads stay dense unless requested or named exactly in --override. Other files
+    of a Hugging Face directory are copied. An interrupted run continues when the command is called again.
     """
     check_sparsity_option(sparsity)
     if indivisible not in ("error", "skip", "unstructured"):
@@ -136,7 +136,7 @@ def prune(
         indivisible=cast(Any, indivisible),
     )
     if left:
-        note(f"dense stay the embeddings {', '.join(sorted(left))}; prune them with --embeddings")
+        note(f"embeddings left dense: {', '.join(sorted(left))}; prune them with --embeddings")
     if whole is None and foreign.kind_of(output) == "safetensors":
         report = _stream(file, output, config, memory)
     else:
@@ -145,7 +145,7 @@ def prune(
 
 
 def _stream(file: Path, output: Path, config: PruningConfig, memory: str) -> Report:
-    with kept("what is done so far; the same command goes on from there"), progress() as bar:
+    with kept("what is done so far; the same command continues from there"), progress() as bar:
         task = bar.add_task("reading")
 
         def show(what: str, done: int, total: int) -> None:
@@ -155,7 +155,7 @@ def _stream(file: Path, output: Path, config: PruningConfig, memory: str) -> Rep
 
 
 def _prune_whole(source: Path, output: Path, config: PruningConfig, whole: whole_files.Whole) -> Report:
-    """Prunes a checkpoint that is read or written as another kind, in memory."""
+    """Prunes a checkpoint in memory, if its input or output is not safetensors."""
     with progress() as bar:
         bar.add_task("pruning", total=None)
         result = prune_weights(whole.weights, config)

@@ -97,7 +97,7 @@ def run(seed: int = 0, progress: Callable[[str, int, int], None] = lambda *_: No
 
     Args:
         seed: At least 0.
-        progress: Called with what is being done, and how many of how many parts are finished.
+        progress: Called with the name of the current step, the number of finished steps and their total.
 
     Raises:
         RuntimeError: The two forms of the model disagree.

@@ -1,4 +1,4 @@
-"""What every picture is drawn with: the figure, its axes, colours, legend, and the file it is written to.
+"""The parts that all pictures share: the figure, its axes, colours, legend, and the file it is written to.
 
 Colour-blind readers can distinguish the colours; lines also differ in their markers.
 """
@@ -23,7 +23,7 @@ _MARKERS = "osD^vPX"
 _ROW = 0.24
 _TALLEST = 60
 _LABEL = 0.13
-"""Inches: a row, the tallest picture, and a label in the smallest row; of more tensors some are not named."""
+"""Inches: of a row, of the tallest picture, and of a label; where labels do not fit, some are left out."""
 
 _DPI = 150
 
@@ -79,13 +79,13 @@ def styles() -> Iterable[dict[str, Any]]:
 
 
 def reference(axes: Any, dense_score: float | None, min_score: float | None) -> None:
-    """Lines at the score of the dense weights and at the score that is asked for."""
+    """Lines at the score of the dense weights and at the required score."""
     if dense_score is not None:
         axes.axhline(
             dense_score, color="0.4", linewidth=1, linestyle="--", label=f"dense: {dense_score + 0.0:.4g}"
         )
     if min_score is not None:
-        axes.axhline(min_score, color="0.4", linewidth=1, linestyle=":", label=f"asked for: {min_score:.4g}")
+        axes.axhline(min_score, color="0.4", linewidth=1, linestyle=":", label=f"required: {min_score:.4g}")
 
 
 def percent_axis(axes: Any) -> None:

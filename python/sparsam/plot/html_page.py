@@ -1,4 +1,4 @@
-"""Parts of a page of HTML that holds everything it shows: nothing is loaded from elsewhere."""
+"""Parts of a self-contained HTML page: nothing is loaded from elsewhere."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ img { max-width: 100%; }
 
 
 def document(title: str, parts: Iterable[str]) -> str:
-    """Returns the page; `parts` are HTML already, as the functions here make it."""
+    """Returns the page; `parts` are HTML, as the other functions here return it."""
     body = "\n".join(parts)
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'

@@ -25,7 +25,7 @@ from sparsam.plot.canvas import (
 from sparsam.plot.shapes import Sensitivity
 
 _CURVES = 14
-"""More lines than that are no picture: the most sensitive ones are drawn."""
+"""The most lines in one picture; of more tensors, the most sensitive ones are drawn."""
 _LABELLED_CELLS = 240
 
 
@@ -41,10 +41,10 @@ def degradation(
 
     Args:
         curves: Label -> pairs (sparsity, score), in any order; sparsities in [0, 1].
-        file: Where the picture goes, if anywhere.
+        file: The file to write; None for none.
         dense_score: A line at the score of the dense weights.
-        min_score: A line at the score that is asked for.
-        score: What the vertical axis is, with its unit.
+        min_score: A line at the required score.
+        score: The label of the vertical axis, with its unit.
 
     Raises:
         ValueError: There is nothing to draw, a sparsity is outside [0, 1], or as `check`.
@@ -75,7 +75,7 @@ def sensitivity_map(report: Sensitivity, file: StrPath | None = None) -> Any:
 
     Args:
         report: What `sparsam.sensitivity` returned.
-        file: Where the picture goes, if anywhere.
+        file: The file to write; None for none.
 
     Raises:
         ValueError: The report has no measurements, or as `check`.
@@ -115,7 +115,7 @@ def sensitivity_curves(report: Sensitivity, file: StrPath | None = None) -> Any:
 
     Args:
         report: What `sparsam.sensitivity` returned.
-        file: Where the picture goes, if anywhere.
+        file: The file to write; None for none.
 
     Raises:
         ValueError: The report has no measurements, or as `check`.

@@ -24,7 +24,7 @@ def sparsity_per_tensor(sparsities: Report | Mapping[str, float], file: StrPath 
     Args:
         sparsities: A report, whose dense tensors are left out and whose total is marked; or tensor ->
             sparsity in [0, 1].
-        file: Where the picture goes, if anywhere.
+        file: The file to write; None for none.
 
     Raises:
         ValueError: There is no tensor to draw, a sparsity is outside [0, 1], or as `check`.
@@ -78,7 +78,7 @@ def histogram(
     Args:
         weights: One array, or several that share one threshold, as in global scope.
         sparsity: In [0, 1].
-        file: Where the picture goes, if anywhere.
+        file: The file to write; None for none.
         name: What the picture is of.
 
     Raises:

@@ -117,7 +117,7 @@ def test_a_model_that_outgrows_memory_is_taken_from_disk(
     assert "block by block from disk" in run(capsys, "compress", source, *options).err
     options = (*options[:3], tmp_path / "other", "--distill", "1")
     message = fail(capsys, "compress", source, *options)
-    assert "dense, which outgrows memory, since it needs the whole model" in message
+    assert "dense, which does not fit into memory, since it needs the whole model" in message
 
 
 def test_available_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,7 +20,7 @@ Arrays = Mapping[str, NDArray[Any]]
 
 
 def parts(array: NDArray[Any]) -> dict[str, NDArray[Any]]:
-    """Returns the parts of a tensor of one axis or more; what equals 0, -0.0 too, is left out."""
+    """Returns the parts of a tensor of one axis or more; elements equal to 0, or -0.0, are left out."""
     kept = array != 0
     counts = kept.sum(-1, dtype=np.int64)
     return {
@@ -32,11 +32,11 @@ def parts(array: NDArray[Any]) -> dict[str, NDArray[Any]]:
 
 
 def dense(name: str, given: Arrays) -> NDArray[Any]:
-    """Returns the tensor of its parts.
+    """Returns the dense tensor from its parts.
 
     Args:
-        name: What errors call it.
-        given: The parts; `row_offsets` follow from the others, and are not looked at.
+        name: The tensor's name in error messages.
+        given: The parts; `row_offsets` follow from the others, and are not used.
 
     Raises:
         ValueError: The parts do not fit together.

@@ -24,7 +24,7 @@ def is_scipy(content: Mapping[str, NDArray[Any]]) -> bool:
 
 
 def read_scipy(name: str, content: Mapping[str, NDArray[Any]]) -> NDArray[Any]:
-    """Returns the dense matrix of scipy's csr, csc, coo, bsr or dia; entries named twice are added up.
+    """Returns the dense matrix from SciPy's csr, csc, coo, bsr or dia; duplicate entries are summed.
 
     Raises:
         ValueError: Another format; parts that are missing, or do not fit together.
@@ -64,7 +64,7 @@ def write_scipy(file: Path, array: NDArray[Any]) -> None:
 
 
 def pattern_head(file: Path) -> tuple[tuple[int, int], int]:
-    """Returns shape and number of entries by the first line of a `.smtx` file; ValueError for another."""
+    """Returns the shape and number of entries in the first line of a `.smtx` file; ValueError if damaged."""
     real_path(file)
     if file.exists() and not file.is_file():
         msg = f"{file}: expected a regular file; got a folder, pipe or device; name another"

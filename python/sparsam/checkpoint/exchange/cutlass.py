@@ -1,4 +1,4 @@
-"""PyTorch's semi-structured tensors in the layout of CUTLASS: of every four weights two, and where they were.
+"""PyTorch's semi-structured tensors in the layout of CUTLASS: two of every four weights, and their positions.
 
 The parts are `packed` and `meta` of `torch.sparse.SparseSemiStructuredTensorCUTLASS`, bit for bit those of
 `torch/sparse/_semi_structured_conversions.py`. float32 is stored 1:2: of every two weights one. Metadata, 4
@@ -64,7 +64,7 @@ def parts(array: NDArray[Any]) -> dict[str, NDArray[Any]]:
 
 
 def dense(name: str, given: Mapping[str, NDArray[Any]]) -> NDArray[Any]:
-    """Returns the matrix of its parts; ValueError if they do not fit together."""
+    """Returns the dense matrix from its parts; ValueError if they do not fit together."""
     packed, meta = given["packed"], given["meta"]
     if packed.ndim != 2 or packed.dtype.name not in _KINDS:
         raise misfit(name, f"a matrix in one of {', '.join(_KINDS)}", f"{packed.dtype} {list(packed.shape)}")

@@ -1,7 +1,7 @@
-"""compressed-tensors' `sparse-24-bitmask`: of every four weights of a row two are stored, and a bit for each.
+"""compressed-tensors' `sparse-24-bitmask`: two of every four weights of a row, and a bit for each weight.
 
 Written as version 0.14.0.1 of that library does, in `compressors/sparse_compressors/sparse_24_bitmask.py`.
-Where fewer than two of four are nonzero, that leaves open which zeros are stored: here the first ones are.
+Where fewer than two of four are nonzero, it does not define which zeros are stored: here the first ones are.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def parts(array: NDArray[Any]) -> dict[str, NDArray[Any]]:
 
 
 def dense(name: str, given: Mapping[str, NDArray[Any]]) -> NDArray[Any]:
-    """Returns the matrix of its parts; ValueError if they do not fit together."""
+    """Returns the dense matrix from its parts; ValueError if they do not fit together."""
     shape = shape_of(name, given["shape"])
     if len(shape) != 2 or shape[1] % 4:
         raise misfit(name, "a matrix of rows of a multiple of four", f"{list(shape)}")

@@ -10,7 +10,7 @@ import pytest
 import torch
 from sparsam.torch.pruning import unfolded_rows
 from sparsam.torch.pruning.calibration import Batch
-from sparsam.torch.pruning.group_statistics import GroupStatistics, Seen
+from sparsam.torch.pruning.group_statistics import GroupBatch, GroupStatistics
 from sparsam.torch.pruning.prunable import prunable_weights
 from torch import nn
 
@@ -36,7 +36,7 @@ def bench_moments(places: str, benchmark: Any, monkeypatch: pytest.MonkeyPatch) 
     def gather() -> GroupStatistics:
         found = GroupStatistics([weight], BATCHES)
         for index in range(BATCHES):
-            found.add(Seen(batch, index, (inputs,), {}, batches=BATCHES))
+            found.add(GroupBatch(batch, index, (inputs,), {}, batches=BATCHES))
         return found
 
     found = benchmark.pedantic(gather, rounds=1)

@@ -208,9 +208,9 @@ REFUSED: dict[str, tuple[Change, str]] = {
     ),
     "tied to another kind": (
         text("tied", '{"0.bias": "2.bias"}'),
-        "tensors: expected those of the model; got '0.bias', which it has not",
+        "tensors: expected those of the model; got '0.bias', which it lacks",
     ),
-    "a tensor too many": (lambda t, _: t.update(x=torch.ones(1)), "got 'x', which it has not"),
+    "a tensor too many": (lambda t, _: t.update(x=torch.ones(1)), "got 'x', which it lacks"),
     "a tensor too few": (lambda t, _: t.pop("2.bias"), "got a file without '2.bias'"),
     "a weight without bits": (lambda t, _: t.pop("2.weight_bits"), "got a file without '2.weight_bits'"),
     "a bias of another shape": (

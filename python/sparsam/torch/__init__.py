@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 try:
     import torch
 except ImportError as error:
-    msg = "sparsam.torch needs PyTorch: pip install 'sparsam[torch]'"
+    msg = "sparsam.torch: expected PyTorch; got none; install it with: pip install 'sparsam[torch]'"
     raise ImportError(msg) from error
 
 from sparsam import _core

@@ -1,4 +1,4 @@
-"""Hugging Face transformers: `save_pretrained` and `from_pretrained` know packed weights.
+"""Hugging Face transformers: `save_pretrained` and `from_pretrained` support packed weights.
 
 import sparsam.torch  # registers the quantization method `sparsam`; needs transformers 5
 from transformers import AutoModel
@@ -44,7 +44,7 @@ from torch import Tensor, nn
 
 __all__ = ["SparsamConfig", "SparsamQuantizer", "attach"]
 
-_SPREAD = ("auto", "balanced", "balanced_low_0", "sequential")  # device maps that transformers works out
+_AUTOMATIC = ("auto", "balanced", "balanced_low_0", "sequential")  # device maps that transformers computes
 
 
 class _Method(str, enum.Enum):
@@ -53,10 +53,10 @@ class _Method(str, enum.Enum):
 
 @register_quantization_config("sparsam")
 class SparsamConfig(QuantizationConfigMixin):
-    """What config.json says of a folder with packed weights: that they are, and the version of the format."""
+    """The `quantization_config` in config.json of a folder with packed weights: the version of the format."""
 
     def __init__(self, version: str = MARK, quant_method: str = _Method.SPARSAM) -> None:
-        """What is stored, and how, stands in the metadata of the weights (docs/formats.md).
+        """Takes the version; all else is in the metadata of the weight files (docs/formats.md).
 
         Raises:
             ValueError: Another version, or another method.
@@ -69,7 +69,7 @@ class SparsamConfig(QuantizationConfigMixin):
         self.version = version
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields as JSON has them."""
+        """Returns the fields for config.json."""
         return {"quant_method": "sparsam", "version": self.version}
 
 
@@ -90,14 +90,14 @@ class SparsamQuantizer(HfQuantizer):
         self._before: dict[str, Any] = {}
 
     def update_device_map(self, device_map: Any) -> Any:
-        """The CPU where transformers would choose."""
-        return {"": "cpu"} if device_map in _SPREAD else device_map
+        """Returns the CPU if transformers would choose the devices."""
+        return {"": "cpu"} if device_map in _AUTOMATIC else device_map
 
     def validate_environment(self, *_: Any, device_map: Any = None, **__: Any) -> None:
         """Raises ValueError for other devices than the CPU."""
         places = device_map.values() if isinstance(device_map, dict) else [device_map]
         for place in places:
-            if place not in {None, *_SPREAD} and torch.device(_device(place)).type != "cpu":
+            if place not in {None, *_AUTOMATIC} and torch.device(_device(place)).type != "cpu":
                 msg = f"device_map: expected the CPU, where packed weights are; got {place!r}; leave it out"
                 raise ValueError(msg)
 
@@ -127,7 +127,7 @@ class SparsamQuantizer(HfQuantizer):
         self._stored = StoredWeights(manifest)
 
     def get_weight_conversions(self) -> list[Any]:
-        """What reads values and bits."""
+        """Returns the converter that reads values and bits."""
         if not self._names:
             return []
         names = "|".join(name.replace(".", r"\.") for name in self._names)
@@ -135,13 +135,13 @@ class SparsamQuantizer(HfQuantizer):
         return [WeightConverter(sources, r"\1", operations=[_Read(self)])]
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: Any) -> list[Any]:
-        """Nothing else: packed folders have the names that the model has in memory."""
+        """Returns no other converters: packed folders have the names that the model has in memory."""
         if self._stored is None:
             return super().update_weight_conversions(weight_conversions, model)  # type: ignore[no-any-return, no-untyped-call]
         return self.get_weight_conversions()
 
     def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> torch.dtype | None:
-        """None for what `_Read` reads, which converts it itself; else as ever."""
+        """Returns None for weights that `_Read` reads, which converts them; else what transformers would."""
         for operation in getattr(converter, "operations", ()):
             if isinstance(operation, _Read):
                 operation.dtype = dtype if _is_vector(param) else operation.dtype
@@ -152,7 +152,7 @@ class SparsamQuantizer(HfQuantizer):
     def take(
         self, name: str, values: Tensor, bits: Tensor | None, dtype: torch.dtype | None, model: Any
     ) -> Any:
-        """Takes a weight, and returns what stands in the model for it until all are there."""
+        """Stores a weight, and returns the placeholder for it in the model until all are read."""
         assert self._stored is not None
         weight = self._stored.manifest.weights[name]
         owner, _, own = name.rpartition(".")
@@ -172,7 +172,7 @@ class SparsamQuantizer(HfQuantizer):
             )  # values are stored rounded: they stay as they are
             self._stored.add(name, Encoded(values if narrow else values.to(wanted), bits))
         except ValueError as error:
-            self._failure = self._failure or error  # for transformers would hide it in a table
+            self._failure = self._failure or error  # raised later: transformers would hide it in a table
         return nn.Parameter(torch.empty_like(dense, dtype=wanted, device="meta"), dense.requires_grad)
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
@@ -195,7 +195,7 @@ class SparsamQuantizer(HfQuantizer):
         return model
 
     def get_state_dict_and_metadata(self, model: Any, *_: Any) -> tuple[dict[str, Tensor], dict[str, str]]:
-        """What save_pretrained writes."""
+        """Returns the tensors and the metadata that save_pretrained writes."""
         model.config.quantization_config = self.quantization_config
         contents = Contents.of(
             model,
@@ -224,14 +224,14 @@ class SparsamQuantizer(HfQuantizer):
         return True
 
     def put_on(self, model: Any) -> None:
-        """Makes save_pretrained of a model ask this object."""
+        """Makes save_pretrained of a model use this quantizer."""
         self._before = {key: vars(model)[key] for key in ("_weight_conversions",) if key in vars(model)}
         model.hf_quantizer = self
         model._weight_conversions = []  # the names in the folder are those in memory
         model.config.quantization_config = self.quantization_config
 
     def take_off(self, model: Any) -> None:
-        """Makes the model what it was before `put_on`."""
+        """Undoes `put_on`."""
         del model.hf_quantizer, model._weight_conversions
         vars(model).update(self._before)
         if isinstance(getattr(model.config, "quantization_config", None), SparsamConfig):
@@ -242,7 +242,7 @@ class _Read(ConversionOps):
     """Hands values and bits of a weight to the quantizer; one for each weight.
 
     Attributes:
-        dtype: What from_pretrained was asked for.
+        dtype: The dtype that from_pretrained was asked for.
     """
 
     def __init__(self, hf_quantizer: SparsamQuantizer, dtype: torch.dtype | None = None) -> None:
@@ -255,7 +255,7 @@ class _Read(ConversionOps):
     def convert(  # type: ignore[override]
         self, input_dict: Mapping[str, Any], *_: Any, full_layer_name: str, model: Any, **__: Any
     ) -> dict[str, Any]:
-        """Transformers calls it with all tensors of one weight, by the patterns that their names match."""
+        """Called by transformers with all tensors of one weight, by the patterns that their names match."""
         found = {pattern.endswith(f"{BITS}$"): tensors for pattern, tensors in input_dict.items()}
         values, bits = ((one[0] if isinstance(one, list) else one) for one in map(found.get, (False, True)))
         if values is None:
@@ -264,9 +264,9 @@ class _Read(ConversionOps):
 
 
 def attach(model: nn.Module) -> None:
-    """Lets `save_pretrained` write packed weights: of this model, and of those in it, that have any.
+    """Lets `save_pretrained` of this model, and of models inside it, write their packed weights.
 
-    `accelerate` does it. Call it where layers were packed by hand; `restore` undoes it.
+    `accelerate` does this. Call it if layers were packed by hand; `restore` undoes it.
     """
     for module in model.modules():
         free = isinstance(module, PreTrainedModel) and getattr(module, "hf_quantizer", None) is None
@@ -275,7 +275,7 @@ def attach(model: nn.Module) -> None:
 
 
 def _forget(model: nn.Module) -> None:
-    """Takes from a model what transformers gives to quantized ones."""
+    """Removes the attributes that transformers sets on quantized models."""
     for key in ("is_quantized", "quantization_method", "hf_quantizer"):
         vars(model).pop(key, None)
     for module in model.modules():
@@ -293,7 +293,7 @@ def _is_vector(param: Any) -> bool:
 
 
 def _read_manifest(files: Sequence[str]) -> Manifest | None:
-    """The metadata of a folder's files, of which each has all."""
+    """The metadata of a folder's files, which all have the same; None without packed weights."""
     found: dict[str, str] = {}
     for file in files:
         if not file.endswith(".safetensors"):
@@ -314,7 +314,7 @@ def _read_manifest(files: Sequence[str]) -> Manifest | None:
 
 
 def _places(names: Collection[str], known: Collection[str], prefix: str) -> dict[str, str]:
-    """Where a model has what is saved under names: a base model lacks the prefix, or the file does."""
+    """Saved name -> name in the model: a base model lacks the prefix, or the file does."""
     found = {}
     for name in names:
         for one in (name, name.removeprefix(prefix), prefix + name):
@@ -338,7 +338,7 @@ def _for_model(
         found = tuple(places[one] for one in into if one in places)
         if name in activations and len(found) == len(into):
             fused[activations[name]] = found
-        else:  # what computes it for the layers is not in this part
+        else:  # the activation, or a layer that computes it, is not in this part of the model
             layers |= {one: msgspec.structs.replace(layers[one], activation=None) for one in found}
     return Manifest(
         {weights[name]: weight for name, weight in manifest.weights.items() if name in weights},

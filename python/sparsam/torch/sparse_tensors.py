@@ -15,11 +15,11 @@ _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 def from_sparse_tensor(tensor: Tensor) -> SparseMatrix:
-    """Pack a sparse tensor; what it stores stays stored, even zeros.
+    """Pack a sparse tensor, explicitly stored zeros included.
 
     Args:
-        tensor: (out, in), of any sparse layout, on the CPU: float32, float64, bfloat16 or float16. Entries of
-            one place are added up; float64 is rounded to float32.
+        tensor: (out, in), of any sparse layout, on the CPU: float32, float64, bfloat16 or float16. Duplicate
+            entries are summed; float64 is rounded to float32.
 
     Raises:
         TypeError: It is not a sparse tensor, or has another dtype.

@@ -1,4 +1,4 @@
-"""What accelerated models of Hugging Face transformers need; it imports nothing of transformers."""
+"""Hooks for accelerated models of Hugging Face transformers, without importing transformers."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ __all__ = ["announce", "withdraw"]
 
 
 def announce(model: nn.Module) -> None:
-    """Lets `save_pretrained` write packed weights, where the model has it."""
+    """Lets the model's `save_pretrained` write packed weights, if it has that method."""
     if (huggingface := sys.modules.get("sparsam.torch.huggingface")) is not None:
         huggingface.attach(model)
 

@@ -286,7 +286,7 @@ REFUSED: list[tuple[Callable[[], nn.Module], Save, dict[str, Any], str]] = [
     (encoder, reshaped, {}, r"tensor 'layers.0.linear1.weight': expected the shape \[48, 32\] in .*; got"),
     (encoder, eight_bits, {}, "tensor 'layers.0.linear1.weight': expected one of F16, .*; got I8; convert"),
     (meta_buffers, saved, {}, "model: expected buffers on the CPU, .*; got \"?'scale' on meta"),
-    (encoder, saved, {"scope": "global", "method": "magnitude"}, "config: .* layer after layer, .*; got sc"),
+    (encoder, saved, {"scope": "global", "method": "magnitude"}, "config: .* layer by layer, .*; got sc"),
     (encoder, saved, {"allocation": "lamp"}, "allocation: expected one that needs no weights; got 'lamp'"),
     (encoder, saved, {"allocation": OWL({})}, "allocation: expected one that needs no weights; got OWL"),
     (encoder, saved, {"memory": "20kiB"}, "memory: expected a number of bytes"),

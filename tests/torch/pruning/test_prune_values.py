@@ -215,7 +215,7 @@ def test_reports() -> None:
         ("values: expected None, 'int8' or 'int4'; got 'int3'", {"values": "int3"}),
         ("values: .*; got 8", {"values": 8}),
         (r"values: .*; got \['int8'\]", {"values": ["int8"]}),
-        ("values: expected pruning layer after layer; got no cal", {"values": "int8", "calibration": None}),
+        ("values: expected pruning layer by layer; got no cal", {"values": "int8", "calibration": None}),
         (
             "values: .*; got method 'magnitude' in scope 'global'",
             {"values": "int8", "method": "magnitude", "scope": "global"},

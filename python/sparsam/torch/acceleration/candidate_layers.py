@@ -30,9 +30,10 @@ from torch import Tensor, nn
 __all__ = ["Candidate", "Place", "candidates", "has_hooks", "places"]
 
 _LARGEST_DENSITY = 0.9  # the density up to which a layer is tried
-_SCALE, _HEADER = 4, 320  # bytes of the scale of a row of int8, and at most of what is around rows
+_SCALE = 4  # bytes of the scale of a row of int8
+_HEADER = 320  # the most bytes that surround the rows
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-_WEIGHTY = (
+_UNSUPPORTED = (
     nn.Linear,
     nn.modules.conv._ConvNd,
     nn.Bilinear,
@@ -63,7 +64,7 @@ class Candidate:
         return dense_class(self.layer).__name__
 
     def row(self, reason: str = "") -> LayerRow:
-        """What the report says of it."""
+        """Its row in the report."""
         weights = [_weight(place) for place in self.weights]
         return LayerRow(
             self.name,
@@ -82,14 +83,17 @@ def candidates(
 
     Args:
         model: The model.
-        exclude: Patterns of names that are not.
-        embeddings: Whether embeddings are layers that could be.
+        exclude: Patterns of names of layers that stay dense.
+        embeddings: Whether embeddings may be packed.
     """
     found, left = _every_candidate(model, embeddings=embeddings)
     names = {one.name for one in found} | left.keys()
     for pattern in exclude:
         if not fnmatch.filter(names, pattern):
-            message = f"exclude: expected patterns of layer names; {pattern!r} matches none of this model's"
+            message = (
+                f"exclude: expected patterns of layer names; got {pattern!r}, which matches none of this "
+                "model's; correct it, or leave it out"
+            )
             warnings.warn(message, stacklevel=3)
     excluded = [one for one in found if any(fnmatch.fnmatchcase(one.name, pattern) for pattern in exclude)]
     left |= {one.name: one.row("excluded") for one in excluded}
@@ -129,7 +133,7 @@ def _every_candidate(model: nn.Module, *, embeddings: bool) -> tuple[list[Candid
                 found.append(candidate)
             else:
                 left[name] = candidate.row("too few zeros")
-        elif isinstance(layer, _WEIGHTY):
+        elif isinstance(layer, _UNSUPPORTED):
             left[name] = LayerRow(name, kind, _shape([(layer, "weight")]), reason=f"no kernel for {kind}")
         elif not isinstance(layer, parametrize.ParametrizationList):  # whose Parameters are no weights yet
             left |= {row.name: row for row in _stacks(name, layer)}
@@ -168,7 +172,7 @@ def has_hooks(module: nn.Module) -> bool:
 
 
 def _obstacle(places: Sequence[Place]) -> str:
-    """Why a layer of a kind that can be packed cannot be, by its weights."""
+    """Why the weights of a layer cannot be packed although its kind can; "" if they can."""
     for module, name in places:
         for hook in module._forward_pre_hooks.values():
             if isinstance(hook, (WeightNorm, SpectralNorm)) and hook.name == name:
@@ -204,7 +208,7 @@ def _users(model: nn.Module) -> Mapping[int, list[tuple[str, nn.Module]]]:
 
 
 def _obstacle_of_embedding(layer: nn.Module, users: Mapping[int, list[tuple[str, nn.Module]]]) -> str:
-    """Why rows of int8 would be no gain for an embedding, or wrong."""
+    """Why an embedding should not be stored as rows of int8; "" if it can be."""
     if layer.max_norm is not None:
         return "max_norm changes its weight as it is used"
     weight = _weight((layer, "weight"))

@@ -37,9 +37,10 @@ def decide(
 
     Args:
         times: The measured times.
-        fused: For each activation that can be fused the layers that it follows: all of them, or it is not.
+        fused: For each activation that can be fused, the layers that it follows; it is fused only if all of
+            them are packed.
         min_gain: How many times faster a packed layer must be.
-        lookups: Those that stay whatever they take: embeddings, which are packed for their memory.
+        lookups: Layers that stay packed whatever their time: embeddings, which are packed to save memory.
     """
     found = dict(times.layers)
     reasons: dict[str, str] = {}
@@ -71,7 +72,7 @@ def families(shapes: Mapping[str, object]) -> list[tuple[str, ...]]:
     """Groups similar layers: of one shape, and of one name except for numbers; each alone if all are similar.
 
     Args:
-        shapes: The shape of each layer, or whatever else tells unlike ones apart, by name.
+        shapes: Name -> the shape of the layer, or any other value that is equal for similar layers.
     """
     found: dict[tuple[str, object], list[str]] = {}
     for name, shape in shapes.items():

@@ -22,7 +22,7 @@ _FAR = (8.5, 10.5, 13.0, 20.5, 60.0, 200.0, 1e4)  # where clipped activations wo
 
 @dataclass(frozen=True)
 class Follower:
-    """An activation module that gets every output of some layers, the very tensors, and nothing else.
+    """An activation module whose inputs are exactly the outputs of some layers, unchanged.
 
     Attributes:
         module: The module.
@@ -35,23 +35,23 @@ class Follower:
     layers: tuple[str, ...]
 
 
-def _very_output(x: Tensor, activation: str, into: tuple[str, ...]) -> Tensor:
-    """X, if a layer marked it as activated; a function, for torch.fx to call it from its graphs as it is."""
+def _unchanged_output(x: Tensor, activation: str, into: tuple[str, ...]) -> Tensor:
+    """Returns x if a layer marked it as activated; a function, so that torch.fx graphs can call it."""
     if not is_activated(x):
         msg = (
-            f"{activation}: expected the very output of {', '.join(into)}, which computes it too since "
-            "accelerate; got another tensor; put adapters and what else comes between them in before "
+            f"{activation}: expected the unchanged output of {', '.join(into)}, which computes it too since "
+            "accelerate; got another tensor; insert adapters and other modules between them before "
             "accelerate, or call sparsam.torch.restore first"
         )
         raise RuntimeError(msg)
     return x
 
 
-torch.fx.wrap("_very_output")
+torch.fx.wrap("_unchanged_output")
 
 
 class Fused(nn.Module):
-    """The place of an activation that a packed layer computes: returns its input.
+    """Replaces an activation that packed layers compute: returns its input.
 
     Attributes:
         original: The activation.
@@ -80,12 +80,12 @@ class Fused(nn.Module):
         return self.original.train(self.training)
 
     def forward(self, x: Tensor) -> Tensor:
-        """X itself, if it is what one of the layers gave.
+        """Returns x if it is the output of one of the layers.
 
         Raises:
-            RuntimeError: It is another tensor, or was changed since: something came between them.
+            RuntimeError: It is another tensor, or was changed since: something is between them.
         """
-        return _very_output(x, type(self.original).__name__, self.into)
+        return _unchanged_output(x, type(self.original).__name__, self.into)
 
     def extra_repr(self) -> str:
         """What `repr` shows."""
@@ -98,8 +98,8 @@ class Fusion:
 
     Attributes:
         activation: Which one it is.
-        layers: The packed layers whose outputs, and nothing else, it is called with.
-        replacement: What stands in its place then.
+        layers: The packed layers whose outputs are its only inputs.
+        replacement: The module that takes its place.
         places: Where it is in the model.
     """
 
@@ -124,7 +124,7 @@ class Fusion:
 
 
 def recognise_activation(module: nn.Module) -> str | None:
-    """The activation that a module computes, in training as in eval mode; None if it is none of ours."""
+    """The activation that a module computes, in training and in eval mode; None if kernels lack it."""
     if any(True for _ in module.parameters()) or any(True for _ in module.buffers()):
         return None
     far = [sign * x for x in _FAR for sign in (1, -1)]
@@ -150,7 +150,7 @@ def _matches(y: Any, wanted: Tensor, close: Tensor) -> bool:
 def fusions(
     followers: Iterable[Follower], layers: Mapping[str, PackedLayer], where: Mapping[int, Sequence[Place]]
 ) -> list[Fusion]:
-    """What could become part of packed layers, where all of the layers that it follows are among them."""
+    """The activations that could become part of packed layers: those that follow only such layers."""
     found = []
     for follower in followers:
         packed = tuple(layers[name] for name in follower.layers if name in layers)

@@ -1,4 +1,4 @@
-"""Packed layers in and out of a model."""
+"""Puts packed layers into a model, and takes them out."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import nn
 
 __all__ = ["LayerSwap", "fast_path_owners", "fast_paths_off", "restore"]
 
-# Layers that, in eval mode, may read the weights of their children and never call them, and what stops that.
+# Layers that in eval mode may read their children's weights instead of calling them; what prevents that.
 _FAST_PATHS: tuple[tuple[type[nn.Module], str, int], ...] = (
     (nn.TransformerEncoderLayer, "activation_relu_or_gelu", 0),
     (nn.TransformerEncoder, "use_nested_tensor", False),
@@ -52,7 +52,7 @@ class LayerSwap:
         _set_fast_paths(self._model)
 
     def unfuse(self, fusion: Fusion) -> None:
-        """Gives an activation back its place, for good."""
+        """Puts an activation back into its place, permanently."""
         fusion.remove()
         self.fusions.remove(fusion)
 
@@ -63,7 +63,7 @@ class LayerSwap:
         self.layers.pop(name).remove()
 
     def undo(self) -> None:
-        """Makes the model what it was, weights that were freed included."""
+        """Restores the model, weights that were freed included."""
         self.show(())
         for layer in self.layers.values():
             layer.restore()
@@ -112,11 +112,11 @@ def _set_fast_paths(model: nn.Module, *, everywhere: bool = False) -> None:
 
 
 def restore(model: nn.Module) -> int:
-    """Puts back the very Parameters and activation modules that `accelerate`, `load` or `pack` replaced.
+    """Puts back the original Parameters and activation modules that `accelerate`, `load` or `pack` replaced.
 
-    Works on a copy of an accelerated model, and on an unpickled one. A weight whose memory was freed is
-    unpacked into its Parameter again: the same numbers, but that -0.0 becomes 0.0. What was changed in a
-    packed weight is there too.
+    Works on a copy of an accelerated model too, and on an unpickled one. A weight whose memory was freed is
+    unpacked into its Parameter again: the same numbers, except that -0.0 becomes 0.0. Changes made to a
+    packed weight are kept.
 
     Args:
         model: The model, or a single layer; one in which nothing is packed is left as it is.
@@ -125,7 +125,7 @@ def restore(model: nn.Module) -> int:
         The number of layers that were restored.
 
     Raises:
-        TypeError: `model` is no module.
+        TypeError: `model` is not a module.
     """
     if not isinstance(model, nn.Module):
         msg = f"restore: expected a torch.nn.Module; got {type(model).__name__}; pass the model"

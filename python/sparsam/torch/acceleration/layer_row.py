@@ -1,4 +1,4 @@
-"""What `accelerate` reports of one layer."""
+"""The row of one layer in the report of `accelerate`."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ class LayerRow:
         pattern: The pattern recognised in them; "" for a layer that was not packed.
         inputs: (shape of the input, number of calls) for each shape that the example inputs produced.
         dense_bytes: The size of the dense weight.
-        packed_bytes: That of the packed one with what kernels derived from it; None where there is none.
-            Layers whose weights are tied share it.
-        kernel: What multiplies now: "panels", "bitmask", "slots", "dense", or several where that depends
-            on the input; "rows" of an embedding, which are looked up.
+        packed_bytes: The size of the packed weight in all its forms; None if there is none. Layers whose
+            weights are tied share it.
+        kernel: The kernel in use: "panels", "bitmask", "slots", "dense", or several if that depends on the
+            input; "rows" for an embedding, whose rows are looked up.
         dense_ms: Milliseconds that the dense layer takes for all example inputs, with the activation after it
             where that is fused, or, where there were none, the geometric mean over `inputs`; None where not
             timed.

@@ -19,11 +19,12 @@ from torch import Tensor, nn
 
 __all__ = ["Budget", "Interruptions", "LayerTime", "Times", "compare", "layer_times", "model_times"]
 
-_LAYERS = (2, 6, 0.4)  # at least and at most so many rounds, and the share of the budget for them
+# The fewest and the most rounds of a measurement, and its share of the budget.
+_LAYERS = (2, 6, 0.4)
 _MODEL = (3, 10, 0.4)
 _AGAIN = (2, 4, 0.1)
 _SINGLE = (3, 10_000, 1.0)
-_OFTEN = 60  # a second; a process beside ours makes it hundreds
+_OFTEN = 60  # interruptions per second on a quiet machine, at most; another busy process causes hundreds
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ class LayerTime:
         return self.dense - self.packed
 
     def alone(self) -> LayerTime:
-        """The same where the activation is not fused; that it cost the packed layer nothing is assumed."""
+        """The times without the fused activation, assuming that it cost the packed layer nothing."""
         return LayerTime(self.dense - self.activation, self.packed)
 
 
@@ -71,7 +72,7 @@ class Interruptions:
         self._before = _switches()
 
     def many(self) -> bool:
-        """Whether, since this object was made, they came more often than on a quiet machine."""
+        """Whether there were more, since this object was made, than on a quiet machine."""
         return _switches() - self._before > _OFTEN * (time.perf_counter() - self._start) + 2
 
 
@@ -101,14 +102,14 @@ class Budget:
             yield number
 
     def choose(self, seconds: Seconds) -> float:
-        """Seconds by the clock, or, where other work disturbed since the beginning, of the CPU's own."""
+        """Wall-clock seconds, or CPU seconds if other work has disturbed since the beginning."""
         return seconds.cpu if self._interruptions.many() else seconds.wall
 
 
 def layer_times(model: nn.Module, runner: ModelRunner, swap: LayerSwap, budget: Budget) -> Times:
-    """What each layer of a swap takes within the model, dense and packed, the least over rounds.
+    """The times of each layer of a swap within the model, dense and packed, the least over rounds.
 
-    Weights are then read from memory as in use: a layer timed alone would find its own in the cache.
+    Weights are then read from memory as in real use: a layer timed alone would find its own in the cache.
 
     Args:
         model: The model.
@@ -150,7 +151,7 @@ def model_times(
 ) -> tuple[float, float]:
     """Seconds that the model takes for all examples: (dense, with these layers packed).
 
-    Medians by the clock; where other work disturbs, the least of the CPU's own.
+    Wall-clock medians; if other work disturbs, minima of the CPU time.
 
     Args:
         runner: Runs the model.
@@ -178,9 +179,9 @@ def compare(
 
     Args:
         packed: The layer; it is packed in the end.
-        activation: What follows the dense layer, and what the packed one computes too; or None.
+        activation: The activation after the dense layer, which the packed one computes too; or None.
         x: The input.
-        seconds: After so many no further round begins.
+        seconds: After this time no further round begins.
     """
     # Not called as a module: hooks of torch's pruning would compute the weight again.
     layer: Any = packed.layer
@@ -210,7 +211,7 @@ class _Best:
         self._least: dict[tuple[int, tuple[str, str]], Seconds] = {}
 
     def take(self, examples: list[dict[tuple[str, str], Seconds]]) -> None:
-        """Takes in a round: for each example, the times by module."""
+        """Adds a round: for each example, the times by module."""
         for example, found in enumerate(examples):
             for key, seconds in found.items():
                 before = self._least.get((example, key), seconds)

@@ -18,7 +18,7 @@ __all__ = ["parameter_bytes", "release"]
 
 
 def parameter_bytes(model: nn.Module) -> int:
-    """Bytes of a model's parameters, each counted once, of packed weights and of what is kept behind them."""
+    """Bytes of a model's parameters, each counted once, of packed weights and of dense ones they keep."""
     tensors: dict[tuple[int, int], int] = {}
     for module in model.modules():
         found = [parameter for parameter in module._parameters.values() if parameter is not None]
@@ -54,7 +54,7 @@ def release(model: nn.Module, layers: Sequence[PackedLayer], *, rounded: bool = 
     Args:
         model: The model.
         layers: Its packed layers.
-        rounded: Whether to free those too that packing rounded.
+        rounded: Whether to free dense weights that packing rounded, too.
     """
     if rounded:
         discard(model, [weight.tensor for layer in layers for weight in layer.weights])
@@ -66,7 +66,7 @@ def release(model: nn.Module, layers: Sequence[PackedLayer], *, rounded: bool = 
 
 
 def discard(model: nn.Module, weights: Sequence[PackedTensor]) -> list[PackedTensor]:
-    """Frees the dense weights that packed ones replace, whatever they hold; returns those still in use."""
+    """Frees the dense weights behind packed ones even if they differ; returns those that are still in use."""
     in_use = {id(parameter) for parameter in model.parameters()}
     kept = []
     for weight in weights:
@@ -95,9 +95,9 @@ def _owns_memory(tensor: Tensor) -> bool:
 
 
 def _references(content: Any) -> int:
-    """How many references Python knows to the dense weight."""
+    """How many references to the dense weight Python counts."""
     return sys.getrefcount(content.original)
 
 
-# What that is where one object holds it and nothing else.
+# The count if a single object holds it.
 _ONCE = _references(SimpleNamespace(original=nn.Parameter(torch.empty(1))))

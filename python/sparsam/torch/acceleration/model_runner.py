@@ -30,8 +30,8 @@ class Seconds(NamedTuple):
 
     Attributes:
         wall: By the clock.
-        cpu: Of the CPU, for the calling thread, which takes part in all that threads do together: what other
-            work takes in between is not in it. Of the others the kernel knows it to some milliseconds only.
+        cpu: CPU time of the calling thread, which takes part in all parallel work; it excludes the time of
+            other processes. (For other threads the kernel knows it only to some milliseconds.)
     """
 
     wall: float
@@ -45,7 +45,7 @@ class Example(NamedTuple):
     kwargs: dict[str, Any]
 
     def fresh(self) -> Example:
-        """A copy for one run, that the model may change: tensors cloned, caches and the like deep-copied."""
+        """A copy for one run, which the model may change: tensors are cloned, other objects deep-copied."""
         args, kwargs = pytree.tree_map(_fresh, (self.args, self.kwargs))
         return Example(args, kwargs)
 
@@ -100,7 +100,7 @@ def _fresh(value: Any) -> Any:
         return copy.deepcopy(value)
     except RuntimeError as error:
         msg = (
-            f"example_inputs: expected what can be copied for each run; got a {type(value).__name__} that "
+            f"example_inputs: expected values to copy for each run; got a {type(value).__name__} that "
             f"cannot ({error!s:.80}); make it under torch.no_grad()"
         )
         raise ValueError(msg) from error
@@ -132,7 +132,7 @@ class ModelRunner(AbstractContextManager["ModelRunner"]):
         return [self._run(example)[0] for example in self._examples]
 
     def first_outputs(self) -> list[Any]:
-        """The same, of a model that nothing was changed in yet: what it raises is about the examples.
+        """The same for the unchanged model, whose errors are therefore due to the examples.
 
         Raises:
             ValueError: The model raised something, which is the cause of this error.
@@ -150,7 +150,7 @@ class ModelRunner(AbstractContextManager["ModelRunner"]):
         return Seconds(sum(wall), sum(cpu))
 
     def module_seconds(self, modules: Mapping[Key, nn.Module]) -> list[dict[Key, Seconds]]:
-        """What modules take within the model: for each example the sums over their calls.
+        """The times of modules within the model: for each example, the sums over their calls.
 
         Their `forward` is replaced for that time, not hooked: hooks cost more, and keep transformer layers
         from their fast path.
@@ -192,7 +192,7 @@ def _clocks() -> Seconds:
 
 @contextmanager
 def _timed(module: nn.Module, key: Key, total: dict[Key, Seconds]) -> Iterator[None]:
-    """Adds what calls of a module take to the total, for the time of the block."""
+    """Adds the times of a module's calls to the total, for the duration of the block."""
     own = vars(module)
     patched = own.get("forward")
     forward = module.forward

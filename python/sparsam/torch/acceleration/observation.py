@@ -22,19 +22,19 @@ from torch import Tensor, nn
 
 __all__ = ["Observation", "observe", "observe_sequences"]
 
-_FUNCTION = 0  # the reader of an output that is no module
+_FUNCTION = 0  # stands for the reader of an output that is a function, not a module
 _ABOUT = (torch.Size, torch.dtype, torch.device, torch.layout, bool, int)
 
 
 @dataclass(frozen=True)
 class Observation:
-    """What was observed when the dense model ran the examples.
+    """The observations while the dense model ran the examples.
 
     Attributes:
         outputs: The model's outputs for each example.
         calls: Name of a layer -> shape of its input, or of the query of attention -> number of calls. The
             shape is None for a call with anything but one plain tensor, named `input` if at all.
-        to_itself: Names of the attention whose query is always the key and the value too.
+        to_itself: Names of the attention layers whose query is always also the key and the value.
         followers: Activations that could be fused into layers.
         autocast: Whether some layer was called under autocast.
     """
@@ -111,7 +111,7 @@ class _Trace:
                 yield module.register_forward_hook(self._returned)
 
     def to_itself(self) -> frozenset[str]:
-        """The attention that is only called with one tensor for queries, keys and values."""
+        """The attention layers that are only called with one tensor for queries, keys and values."""
         calls = self._to_itself.items()
         return frozenset(self._layers[key] for key, n in calls if n == self._module_calls[key])
 
@@ -132,7 +132,7 @@ class _Trace:
                 yield self._modules[reader], tuple(self._layers[layer] for layer in layers)
 
     def used(self, values: Any) -> None:
-        """Notes that a function got values; within a module, that is the module's affair."""
+        """Records that a function read values; inside of a module this does not count."""
         if self._depth == 0:
             for value in pytree.tree_leaves(values):
                 self._read(value, _FUNCTION)
@@ -173,7 +173,7 @@ class _Trace:
 
 
 def _inputs(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Any]:
-    """The tensors that a layer multiplies with; none where it is called in a way that is not known."""
+    """The tensors that a layer multiplies with; none if it is called in an unknown way."""
     if isinstance(module, nn.MultiheadAttention):
         return _attention_inputs(*args, **kwargs)
     if isinstance(module, (nn.RNNBase, nn.RNNCellBase)):
@@ -188,12 +188,12 @@ def _attention_inputs(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> l
 
 
 def _recurrent_input(input: Any, *_: Any, **__: Any) -> Any:
-    """Of a packed sequence, all that it holds."""
+    """The input; of a packed sequence, its data."""
     return input.data if isinstance(input, PackedSequence) else input
 
 
 class _Functions(TorchFunctionMode):
-    """Tells a trace which tensors functions and methods get, unless these only ask for a shape or so."""
+    """Tells a trace which tensors functions and methods read, unless they only return shapes and the like."""
 
     def __init__(self, trace: _Trace) -> None:
         super().__init__()

@@ -30,7 +30,7 @@ class Outcome:
     Attributes:
         calls: Shapes of the inputs of each candidate, with the number of calls.
         decision: About those that were measured.
-        reasons: Why candidates were left before that.
+        reasons: Why candidates were rejected before that.
         gain: Of the whole model; None where it was not timed.
         difference: Of the outputs; None where they could not be compared.
     """
@@ -48,7 +48,7 @@ class Outcome:
 
 
 def rows_of(found: Sequence[Candidate], swap: LayerSwap, outcome: Outcome) -> dict[str, LayerRow]:
-    """The rows of candidates by name, the model being as it stays."""
+    """The rows of candidates by name, for the final state of the model."""
     return {candidate.name: _row(candidate, swap, outcome) for candidate in found}
 
 

@@ -1,4 +1,4 @@
-"""Packed weights for layers, in the forms that suit what the layers are called with."""
+"""Packed weights for layers, in the forms that suit the layers' inputs."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ def pack(
 
     Args:
         found: The layers.
-        dtype: What to store values as; int8 and int4 in linear layers and attention (int8: and embeddings)
-            alone.
+        dtype: The dtype of stored values; int8 and int4 only in linear layers and attention (int8 also in
+            embeddings).
         shapes: The shapes of the inputs that layers are called with, by name.
-        to_itself: The layers that are attention of something to itself, and nothing else: then the product
-            with the three projections is one.
+        to_itself: Attention layers whose query is always also the key and the value: the three projections
+            are then one product.
     """
     layers: dict[str, PackedLayer] = {}
     made: dict[tuple[int, str, bool, int], PackedTensor] = {}
@@ -39,16 +39,16 @@ def pack(
         layer, weights = candidate.layer, []
         for module, name in candidate.weights:
             pieces = 1 if candidate.name in to_itself else groups(layer, name)
-            turned = is_transposed(layer)
+            transposed = is_transposed(layer)
             parameter = module._parameters.get(name)
             computed = (id(module), name) if parameter is None else (id(parameter), "")
-            key = (*computed, turned, pieces)
+            key = (*computed, transposed, pieces)
             if key not in made:
                 made[key] = PackedTensor.pack(
                     getattr(module, name),
                     dtype=_values(layer, dtype),
                     groups=pieces,
-                    transposed=turned,
+                    transposed=transposed,
                     looked_up=is_embedding(layer),
                 )
             weights.append(PackedParameter(module, name, made[key]))
@@ -69,13 +69,13 @@ def _values(layer: nn.Module, dtype: torch.dtype | None) -> torch.dtype | None:
 
 
 def _rows(layer: nn.Module, name: str, shape: Sequence[int]) -> int:
-    """How many rows a weight is multiplied with at once; those of a state are as many as the sequences."""
+    """How many rows a weight is multiplied with at once; a recurrent state has one per sequence."""
     if isinstance(layer, nn.RNNBase) and not name.startswith("weight_ih"):
         return max(1, shape[0 if layer.batch_first else 1]) if len(shape) == 3 else 1
     return max(1, math.prod(shape[:-1]))
 
 
 def needs_examples(layer: nn.Module) -> bool:
-    """Whether it is no linear layer, whose inputs are known but for the number of rows."""
+    """Whether the inputs of a layer are unknown; those of a linear layer are, except for their rows."""
     kinds = (nn.Conv1d, nn.Conv2d, nn.Embedding, nn.MultiheadAttention, nn.RNNBase, nn.RNNCellBase)
     return isinstance(layer, kinds)

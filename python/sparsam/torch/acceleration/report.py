@@ -16,20 +16,20 @@ __all__ = ["AccelerationReport"]
 class AccelerationReport(Readable):
     """The report of `accelerate`, layer by layer and in total.
 
-    `print(report)` shows an aligned table, a notebook shows one in HTML; like layers are one line there.
+    `print(report)` shows an aligned table, a notebook shows one in HTML; similar layers share a line.
 
     Attributes:
-        layers: The layers with weights that multiply, and with int8 values embeddings, in the order of the
+        layers: The layers whose weights multiply, and with int8 values also embeddings, in the order of the
             model, those left dense included.
         before_ms: Median milliseconds of the model for all example inputs before; None where not timed.
-        after_ms: The same with what is in the model now; equal to before_ms where nothing was swapped.
+        after_ms: The same with the layers that are in the model now; before_ms if none was swapped.
         weights_before: Bytes of the model's parameters before.
-        weights_after: Bytes of those that are still there, of the packed weights with what kernels derived
-            from them, and of what is kept for `restore`.
+        weights_after: Bytes of the parameters after, of the packed weights in all their forms, and of the
+            dense weights that are kept for `restore`.
         difference: The largest difference of an output from that of the dense model, relative to the largest
             output; None where no output could be compared.
-        disturbed: Whether other work kept the CPUs busy meanwhile. Times within the model are then the CPUs'
-            own for each thread, those of the model the least.
+        disturbed: Whether other work kept the CPUs busy meanwhile. All times are then CPU times of the
+            calling thread, those of the whole model minima.
         summary: The result in a sentence.
     """
 

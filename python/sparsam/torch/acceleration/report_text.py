@@ -1,4 +1,4 @@
-"""A report as text of at most 100 columns and as HTML, like layers in one line."""
+"""A report as text of at most 100 columns and as HTML, with similar layers in one line."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from sparsam.torch.acceleration.layer_row import LayerRow
 __all__ = ["fold", "folded_name", "paragraphs", "table", "to_html"]
 
 WIDTH = 100
-_LAST, _LEAST = 20, 12  # columns for what was done, if others can be left out for it, and in any case
-_NAME = 24  # and for the name, the end of which is what differs
+_LAST, _LEAST = 20, 12  # characters for what was done: if columns can be left out for it, and in any case
+_NAME = 24  # characters for the name, of which the end is shown
 _SHOWN = 2  # shapes of inputs in a row of text
-_LISTED = 4  # numbers in a name, where they are no range
+_LISTED = 4  # numbers in a name that are not a range
 _NUMBER = re.compile(r"\d+")
 
 Group = Sequence[LayerRow]
 
-# What a line shows of like layers, and the order in which it is left out if the line gets too long.
+# The columns of a line of similar layers; below, the order in which they are left out if it gets too long.
 _COLUMNS: dict[str, Callable[[Group], str]] = {
     "layer": lambda rows: folded_name([row.name for row in rows]),
     "kind": lambda rows: rows[0].kind,
@@ -39,7 +39,7 @@ _RIGHT = {"density", "dense ms", "sparse ms", "gain"}
 
 
 def fold(rows: Iterable[LayerRow]) -> list[Group]:
-    """Like layers together: those of which everything but numbers in their names and times is the same."""
+    """Groups similar layers: those that differ only in their times and in numbers in their names."""
     groups: dict[object, list[LayerRow]] = {}
     for row in rows:
         name, reason = (_NUMBER.sub("0", text) for text in (row.name, row.reason))
@@ -49,7 +49,7 @@ def fold(rows: Iterable[LayerRow]) -> list[Group]:
 
 
 def folded_name(names: Sequence[str]) -> str:
-    """Names that differ in numbers only as one: `layer.{0-5}.query  x6`; what a terminal obeys is escaped."""
+    """Names that differ only in numbers, as one: `layer.{0-5}.query  x6`; control characters are escaped."""
     if len(names) == 1:
         return printable(names[0])
     texts = _NUMBER.split(names[0])
@@ -86,7 +86,7 @@ def table(rows: Iterable[LayerRow]) -> list[str]:
 
 
 def paragraphs(lines: Iterable[str]) -> list[str]:
-    """Lines, those that are too long in several."""
+    """The lines, wrapped where they are too long."""
     return [
         part for line in lines for part in textwrap.wrap(printable(line), WIDTH, subsequent_indent=" " * 9)
     ]
@@ -117,7 +117,7 @@ def _shortened(name: str, width: int) -> str:
 
 
 def _several(numbers: Sequence[int]) -> str:
-    """Numbers as a name shows them: one as it is, a range, or a list."""
+    """Numbers as they are shown in a name: a single one, a range, or a list."""
     first, final = numbers[0], numbers[-1]
     if first == final:
         return str(first)

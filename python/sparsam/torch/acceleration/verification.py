@@ -1,4 +1,4 @@
-"""Checks that a model with packed layers computes the same and is faster; else leaves layers dense."""
+"""Checks that a model with packed layers computes the same and is faster; leaves other layers dense."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Trial:
 
     Attributes:
         outputs: What the model returned for each example.
-        reasons: Why layers must be left, by name.
+        reasons: Name -> why the layer must stay dense.
     """
 
     outputs: Sequence[Any]
@@ -37,10 +37,10 @@ class Gain:
     """The speed-up of the whole model.
 
     Attributes:
-        swap: The layers with which it gains most.
+        swap: The layers that are packed in the end.
         before: Seconds of the dense model for all examples.
         after: Seconds with those layers packed.
-        slower: Seconds with all layers that win by themselves, where that is no gain; else None.
+        slower: Seconds with all layers that win by themselves, if that is not faster than dense; else None.
     """
 
     swap: tuple[str, ...]
@@ -52,14 +52,14 @@ class Gain:
 def try_out(
     runner: ModelRunner, swap: LayerSwap, reference: Sequence[Any], *, tolerance: float, budget: Budget
 ) -> Trial:
-    """Runs the model with all layers packed, and finds those with which it fails or answers otherwise.
+    """Runs the model with all layers packed, and finds those with which it fails or returns other outputs.
 
     Args:
         runner: Runs the model.
-        swap: The layers; those that must be left are taken out of it.
-        reference: What the dense model returns.
-        tolerance: The largest difference of an output, relative to the largest, that is none.
-        budget: When it is spent, a whole family of layers is left for one of them.
+        swap: The layers; those that must stay dense are removed from it.
+        reference: The outputs of the dense model.
+        tolerance: The largest accepted difference of an output, relative to the largest output.
+        budget: When it is spent, a family of layers is rejected as a whole for any one of them.
     """
     outputs, why = _attempt(runner, swap, tuple(swap.layers), reference, tolerance)
     reasons: dict[str, str] = {}
@@ -92,14 +92,14 @@ def fuse(
     *,
     tolerance: float,
 ) -> None:
-    """Fuses the activations that leave the outputs as they are.
+    """Fuses the activations whose fusion does not change the outputs.
 
     Args:
         runner: Runs the model.
-        swap: Gets these fusions.
-        fusions: What could be fused.
-        unfused: What the model returns with packed layers and no fusion.
-        tolerance: The largest difference of an output, relative to the largest, that is none.
+        swap: Receives these fusions.
+        fusions: The candidates.
+        unfused: The outputs of the model with packed layers and no fusion.
+        tolerance: The largest accepted difference of an output, relative to the largest output.
     """
     swap.fusions = list(fusions)
     if not fusions or _alike(runner, swap, unfused, tolerance):
@@ -115,14 +115,14 @@ def fuse(
 def keep_what_gains(
     runner: ModelRunner, swap: LayerSwap, decision: Decision, budget: Budget, lookups: Collection[str] = ()
 ) -> Gain:
-    """Times the whole model; if it gains nothing, without the family of layers that saves least, and so on.
+    """Times the whole model; while it is not faster, removes the family of layers that saves least.
 
     Args:
         runner: Runs the model.
         swap: The layers.
         decision: Which of them win by themselves.
         budget: When it is spent, no further family is tried.
-        lookups: Those of them that stay whatever the model takes.
+        lookups: Those of them that stay packed whatever the time.
     """
     before, after = measurement.model_times(runner, swap, decision.swap, budget)
     if after < before or (lookups and set(decision.swap) <= set(lookups)):
@@ -149,7 +149,7 @@ def keep_what_gains(
 def _attempt(
     runner: ModelRunner, swap: LayerSwap, names: Collection[str], reference: Sequence[Any], tolerance: float
 ) -> tuple[Sequence[Any], str]:
-    """What the model returns with these layers packed, and what is wrong with that."""
+    """The outputs of the model with these layers packed, and what is wrong with them, "" if nothing."""
     swap.show(names)
     try:
         outputs = runner.outputs()

@@ -34,8 +34,8 @@ __all__ = ["accelerate"]
 
 _SINGLE = 0.1  # seconds at most for each of
 _ROWS = (1, 16, 128)  # batches that a linear layer is timed with where there are no examples
-# How far outputs may be from those of the dense model, relative to the largest: by fusing activations, which
-# changes the order of roundings only, and by all of it; with float32 values, and with narrower ones.
+# The largest accepted difference from the outputs of the dense model, relative to the largest output: for
+# fused activations, which only change the order of roundings, and in all; with float32 and narrower values.
 _FUSED, _FUSED_NARROW = 1e-4, 2e-2
 _WHOLE, _WHOLE_NARROW = 1e-3, 1e-1
 
@@ -59,40 +59,41 @@ def accelerate(
     MultiheadAttention, whose projections are packed, each within the model, in turn with the dense layer. An
     activation module (ReLU, GELU exact or by tanh, SiLU) is computed by the packed layer itself where a run
     shows that it gets every output of the layer and nothing else does; functions called in `forward` stay as
-    they are. Layers with which the model does not run, or answers otherwise, stay dense. In the end the whole
-    model is timed; where it gained nothing, the layers that save least are put back until it does, or all
-    are.
+    they are. Layers with which the model does not run, or returns other outputs, stay dense. In the end the
+    whole model is timed; if it is not faster, the layers that save least are made dense again until it is, or
+    until all are.
 
     The model runs without gradients and in eval mode; afterwards training flags, buffers and the random state
-    are as before. Packed layers are for inference (`restore` undoes it all). The memory of a dense weight is
-    freed if it can be unpacked again exactly and nothing else holds its Parameter, an optimizer say. Call it
-    before `torch.compile`.
+    are as before. Packed layers are for inference (`restore` undoes everything). The memory of a dense weight
+    is freed if it can be unpacked again exactly and nothing else, such as an optimizer, holds its Parameter.
+    Call it before `torch.compile`.
 
     Args:
-        model: A module that holds such layers, on the CPU. By whatever means it was pruned, what counts is
-            the zeros; `torch.nn.utils.prune` and parametrizations may still be on.
-        example_inputs: What it will be called with: a tensor, a tuple of arguments, a mapping of keyword
-            arguments, or a list of several such examples, which count alike. What is not among them (another
-            branch of `forward`, say) is not checked. None: linear layers are timed alone with 1, 16 and 128
-            rows, all others are left, activations are fused in `nn.Sequential` only.
-        dtype: What to store the weights as: `torch.bfloat16` halves them, and rounds; None keeps them.
-        values: "int8" rounds the weights of linear layers and attention, and what they are multiplied with,
-            to integers with a scale for each output and row; sums are exact. Weights that
-            `prune(..., values="int8")` rounded are packed as they are. Embeddings are rounded too, to
-            integers with a scale for each of their rows, for their memory and whatever a look-up takes,
-            unless another layer has the same Parameter. "int4": half of
-            the bits in linear layers and attention, 16 levels with a scale for each 64 or 128 inputs of an
-            output, for batches of 1 to 8; embeddings stay.
-        tolerance: How far outputs may be from those of the dense model, relative to the largest. Layers that
-            take them further stay dense. By default 0.001, or 0.1 where something is rounded; above 0, for
-            sums are rounded in another order. Needs `example_inputs`.
+        model: A module that holds such layers, on the CPU. Only its zeros matter, not how it was pruned;
+            `torch.nn.utils.prune` and parametrizations may still be in place.
+        example_inputs: Typical inputs: a tensor, a tuple of arguments, a mapping of keyword arguments, or a
+            list of several such examples, which have equal weight. Other inputs (which take another branch of
+            `forward`, say) are not checked. None: linear layers are timed alone with 1, 16 and 128 rows, all
+            others stay dense, activations are fused in `nn.Sequential` only.
+        dtype: The dtype of the stored weights: `torch.bfloat16` halves and rounds them; None keeps them.
+        values: "int8" rounds the weights of linear layers and attention, and their inputs, to integers with a
+            scale for each output and each row of the input; sums are exact. Weights that
+            `prune(..., values="int8")` rounded are packed without further rounding. Embeddings are rounded
+            too, with a scale for each of their rows, to save memory, whatever the time of a look-up, unless
+            another layer has the same Parameter. "int4" takes half of the bits in linear layers and
+            attention:
+            16 levels with a scale for each 64 or 128 inputs of an output, meant for batches of 1 to 8;
+            embeddings stay dense.
+        tolerance: The largest accepted difference from the outputs of the dense model, relative to the
+            largest output. Layers that exceed it stay dense. By default 0.001, or 0.1 if values are rounded;
+            above 0, since sums are rounded in another order. Needs `example_inputs`.
         min_gain: How many times faster than the dense layer a packed one must be.
         exclude: The name of a layer that stays dense, or several; shell-style patterns
             (`fnmatch.fnmatchcase`).
         keep_dense: Whether dense weights that packing rounded stay in memory for `restore`. False frees
-            them, as `save` and `load` do: `restore` then gives what the packed ones hold.
-        seconds: About how long measuring may take in all; once they are over, each measurement is made with
-            as few runs as it can be.
+            them, as `save` and `load` do: `restore` then returns the rounded values.
+        seconds: About how long all measurements may take; after that, each is made with as few runs as
+            possible.
         verbose: Whether to print the report.
 
     Returns:
@@ -240,12 +241,12 @@ def _unsuitable(calls: Counter[Any]) -> str:
 
 
 def _draw(rows: int, width: int, dtype: torch.dtype) -> Tensor:
-    """Some input of a linear layer; the random state stays as it is."""
+    """A random input of a linear layer; the global random state is not changed."""
     return torch.randn(rows, width, generator=torch.Generator().manual_seed(0), device="cpu").to(dtype)
 
 
 def _install(swap: LayerSwap, outcome: Outcome) -> None:
-    """Puts in what won, in the modes that the model is in now."""
+    """Installs the layers that won, in the model's present training or eval mode."""
     swap.show(outcome.swapped)
     for fusion in swap.fusions:
         fusion.replacement.training = fusion.replacement.original.training

@@ -1,4 +1,4 @@
-"""compress for a model that memory does not hold: pruned block by block, from directory to directory."""
+"""compress for a model that does not fit into memory: pruned block by block, from directory to directory."""
 
 from __future__ import annotations
 
@@ -48,10 +48,10 @@ def compress_files(
     memory: int | str | None = None,
     progress: streaming.Progress | None = None,
 ) -> PruningReport:
-    """Prunes a Hugging Face model block by block from its files, which memory need not hold.
+    """Prunes a Hugging Face model block by block from its files, which need not fit into memory.
 
     The pruning is that of `compress`. The result is a directory like the source, with zeros: nothing is
-    trained, packed or measured on the whole model. A call that was stopped goes on when it is made again.
+    trained, packed or measured on the whole model. A call that was interrupted continues when it is repeated.
 
     Args:
         model: As for `compress`, with its weights in safetensors.

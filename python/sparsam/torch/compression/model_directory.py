@@ -41,7 +41,7 @@ class ModelDirectory:
 
     @property
     def nbytes(self) -> int:
-        """Of its weight files."""
+        """Bytes of its weight files."""
         return weight_bytes(self.path / self.part)
 
 
@@ -51,7 +51,7 @@ def read_directory(path: Path, target: Path, *, loaded: bool = True) -> ModelDir
     Args:
         path: The directory.
         target: Where its folders will be copied to.
-        loaded: Whether the model gets its weights; else its Parameters are on the meta device.
+        loaded: Whether to load the weights; otherwise Parameters are on the meta device.
 
     Raises:
         ValueError: The directory holds no model for transformers, or one whose forward takes no plain text

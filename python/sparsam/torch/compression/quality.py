@@ -29,7 +29,7 @@ class Quality:
             (all, or 20,000) by this model and by the dense one; embeddings are the mean over the tokens of
             the last hidden state. "agreement": the share of predictions (the arg max of the logits)
             that are the dense model's. "perplexity": of the text itself.
-        value: 1 is as good as dense, but for the perplexity, of which less is better.
+        value: 1 is as good as dense; of the perplexity, less is better.
     """
 
     measure: str

@@ -26,7 +26,7 @@ __all__ = [
 
 Batch = dict[str, Tensor]
 
-HELD_OUT = 10  # one text in so many is held out
+HELD_OUT = 10  # one text in this many is held out
 _HELD_OUT_MOST = 256
 _SENTENCES = 16  # in a batch
 _TOKENS = 256  # of a sentence at most
@@ -58,7 +58,7 @@ def read_texts(file: Path) -> list[str]:
     """Returns the lines of a UTF-8 file that are not blank, each once, in their order.
 
     Raises:
-        ValueError: It is no text, or has fewer than 20 different lines.
+        ValueError: It is not text, or has fewer than 20 different lines.
         OSError: It cannot be read.
     """
     if not file.is_file():

@@ -63,13 +63,13 @@ def compress(
         model: A directory that transformers reads: an encoder or a decoder, with its tokenizer.
         calibration: A UTF-8 file with a text on each line, or the texts; no labels.
         output: The directory to write; it must not exist. Everything in `model` besides its weights is
-            copied, but for folders with the dense model in other forms, such as `onnx`; `from_pretrained`
+            copied, except folders with the dense model in other formats, such as `onnx`; `from_pretrained`
             reads it once `sparsam.torch` is imported.
         config: What to prune; `PruningConfig(target_sparsity=0.8, method="admm")` if left out.
         distill_minutes: How long to train on the texts afterwards; 0: not at all. If that does not improve
             the held-out quality, the weights from before are kept.
         shapes: (texts, tokens) of the inputs that the model is accelerated for and timed with.
-        progress: Called with what is being done, and how many of how many parts are finished.
+        progress: Called with the name of the current step, the number of finished steps and their total.
 
     Returns:
         Quality, bytes and time of each stage.
@@ -211,7 +211,7 @@ class _Work:
 
 
 def _save(model: nn.Module, source: ModelDirectory, target: Path) -> None:
-    """Writes the directory beside its place, and renames it when it is whole."""
+    """Writes the directory beside its place, and renames it when it is complete."""
     target.parent.mkdir(parents=True, exist_ok=True)
     beside = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     try:

@@ -1,4 +1,4 @@
-"""Outputs to which a layer has applied the activation after it, so that the activation's place knows them."""
+"""Marks outputs to which a layer has applied the next activation, for the module that replaces that."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ _MARK = "_sparsam_activated"
 
 
 def mark_activated(y: Tensor) -> Tensor:
-    """Returns an output with the mark on this very tensor and what it holds now; none while compiling."""
+    """Marks an output, with its present content, and returns it; does not mark while compiling."""
     if not torch.compiler.is_compiling():
         setattr(y, _MARK, _version(y))
     return y
 
 
 def is_activated(x: Tensor) -> bool:
-    """Whether it is a tensor that was marked, unchanged since; while compiling it is taken for one."""
+    """Whether a tensor was marked and is unchanged since; always True while compiling."""
     return torch.compiler.is_compiling() or getattr(x, _MARK, None) == _version(x)
 
 

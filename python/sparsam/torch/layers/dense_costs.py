@@ -1,4 +1,4 @@
-"""What dense linear layers of PyTorch cost, for the cost model; convolutions have no such costs."""
+"""The costs of PyTorch's dense linear layers, for the cost model; convolutions have none."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ DTYPES = ("float32", "bfloat16")  # of x and the weight; float16 is taken to cos
 
 
 def calibrate() -> list[Measured]:
-    """Measure `torch.nn.functional.linear` on this machine, and keep that in the cache directory.
+    """Measure `torch.nn.functional.linear` on this machine, and keep the costs in the cache directory.
 
-    `PackedTensor.explain` shows with it how long the dense layer would take. A fit that other work on the
-    machine disturbed is not kept.
+    `PackedTensor.explain` uses them for the time of the dense layer. A fit that other work on the machine
+    disturbed is not kept.
 
     Returns:
         The costs for each of DTYPES, with PyTorch's threads as they are now.

@@ -116,10 +116,10 @@ def conv2d(
         x: (n, in, height, width), float32, bfloat16 or float16.
         weight: W (out, in / groups, kernel height, kernel width).
         bias: (out,) or None.
-        taps: The size of the kernel, height and width, and so are
-        stride: and
-        padding: zeros on either side, and
-        dilation: the distance of taps.
+        taps: Height and width of the kernel.
+        stride: The vertical and the horizontal stride.
+        padding: Rows of zeros above and below, columns of zeros left and right.
+        dilation: The vertical and the horizontal distance of taps.
         activation: As for `linear`.
     """
     if x.dtype in {torch.float16, torch.bfloat16}:
@@ -152,8 +152,8 @@ def embedding(indices: Tensor, weight: PackedWeight, dtype: torch.dtype) -> Tens
     """Rows of a weight in a dtype, indices.shape + (cols,).
 
     Raises:
-        TypeError: `indices` are no int32 or int64.
-        IndexError: One of them is the number of no row.
+        TypeError: `indices` are not int32 or int64, or not on the CPU.
+        IndexError: An index is out of range.
     """
     if indices.dtype not in {torch.int64, torch.int32} or not indices.is_cpu:
         got = f"{indices.dtype} on {indices.device}"
@@ -168,7 +168,7 @@ def embedding(indices: Tensor, weight: PackedWeight, dtype: torch.dtype) -> Tens
 
 
 def unpack(data: Tensor, rows: int, cols: int, dtype: torch.dtype) -> Tensor:
-    """The dense weight (rows, cols), in a dtype, of the bytes of a packed one."""
+    """The dense weight (rows, cols), in a dtype, from the bytes of a packed one."""
     return PackedWeight.read(data).unpack().to(dtype).reshape(rows, cols)
 
 
@@ -271,7 +271,7 @@ def _keep_inputs(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # 
 
 
 def _backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
-    """Raises when it runs, and not before: a graph may be traced with it."""
+    """Raises when it runs, not when it is traced into a graph."""
     x, *bias = (torch.ops.sparsam.refuse(gradient, saved) for saved in ctx.saved_tensors)
     return x, None, bias[0] if bias else None, *(None,) * ctx.others
 

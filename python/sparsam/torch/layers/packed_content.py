@@ -1,4 +1,4 @@
-"""What a packed tensor, its aliases and its views share: the bytes, and how they are to be read."""
+"""The content that a packed tensor, its aliases and its views share: the bytes and their layout."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ class Layout:
     Attributes:
         shape: The shape of the dense tensor.
         dtype: Its dtype; the values may be stored as another.
-        groups: How many matrices of as many outputs are packed one by one: the groups of a convolution, or
-            the projections of an attention layer.
+        groups: The number of matrices with equal numbers of outputs that are packed separately: the groups of
+            a convolution, or the projections of an attention layer.
         transposed: Whether it is (in, out), as in the Conv1D of Hugging Face's GPT-2.
         looked_up: Whether rows of it are looked up, as in an embedding; nothing is multiplied with it then.
     """
@@ -46,21 +46,21 @@ class Layout:
 
     @property
     def is_matrix(self) -> bool:
-        """Whether one matrix is multiplied: no convolution, nor several matrices, one below the other."""
+        """Whether it is one matrix for products: not a convolution, an embedding or several matrices."""
         return len(self.shape) == 2 and self.groups == 1 and not self.looked_up
 
 
 class Content:
-    """What a packed tensor, its aliases and its views share.
+    """The content that a packed tensor, its aliases and its views share.
 
     Attributes:
         data: The bytes (uint8).
-        layout: How they are to be read.
+        layout: Their layout.
         outs: The number of outputs of a linear layer; 0 for a convolution and for an embedding.
         original: The Parameter that was packed, or None.
         released: Whether `original` is empty, which saves its memory, until the weight is unpacked again.
         changed: Whether the weight was changed after it was packed.
-        place: The module that it was last installed in, and its name there; None if in none.
+        place: The module that it was last installed in, and its name there; None if there is none.
         trainable: Whether the dense weight required a gradient: a backward pass must then raise an error
             instead of leaving the weight out.
     """
@@ -79,12 +79,12 @@ class Content:
 
     @classmethod
     def find(cls, original: Tensor, layout: Layout, values: torch.dtype) -> Content | None:
-        """Returns the content that a tied layer made of a Parameter, if packing it now would give the same.
+        """Returns a tied layer's content for the same Parameter, if packing it now would give the same.
 
         Args:
             original: The Parameter, as it is now.
-            layout: How it is to be packed.
-            values: What its values are to be stored as.
+            layout: The requested layout.
+            values: The requested dtype of the values.
         """
         found = _known.get(id(original))
         if found is None or found.original is not original or found.layout != layout:

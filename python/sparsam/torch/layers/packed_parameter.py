@@ -209,7 +209,7 @@ class _Pruned:
 
 
 def _versions(module: nn.Module, name: str) -> tuple[int, ...]:
-    """Changes when the tensors that torch.nn.utils.prune computes a weight from do."""
+    """Memory and versions of the tensors from which torch.nn.utils.prune computes a weight."""
     sources: Any = (getattr(module, f"{name}_orig"), getattr(module, f"{name}_mask"))
     return tuple(n for t in sources for n in (t.data_ptr(), 0 if t.is_inference() else t._version))
 
@@ -247,7 +247,7 @@ class _TorchScript:
     """Prepares packed weights for TorchScript: an error in torch.jit.script, dense memory in torch.jit.trace.
 
     A trace has the Parameters of the model, and their memory is read when it is saved. Before it takes them
-    it asks every callable of a module for `_torchscript_modifier`; nobody else does.
+    it asks every callable of a module for `_torchscript_modifier`; nothing else does.
     """
 
     def __init__(self, parameters: dict[str, Any]) -> None:

@@ -30,14 +30,14 @@ _SAME = frozenset((_aten.detach.default, _aten.alias.default))
 
 
 class PackedTensor(Tensor):
-    """A pruned weight of a layer on the CPU, packed; it has the shape, dtype and so on of the dense tensor.
+    """A packed weight of a layer on the CPU, with the shape, dtype and other properties of the dense tensor.
 
-    Put in the place of a layer's weight (`sparsam.torch.pack(layer)` does that), it lets the layer run as it
-    is: linear layers and convolutions multiply with the packed weight; what else is computed with it gets
-    the dense numbers, unpacked again each time. In-place changes of it, of its `data` and of its views are
-    packed again. `to` another floating dtype packs it in that; another device is an error. It has no
-    gradient: going backward through a product with it raises. Exported and traced programs own the packed
-    bytes; where one is loaded, `import sparsam.torch` comes first.
+    It replaces a layer's weight (`sparsam.torch.pack(layer)` does that), and the layer runs unchanged: linear
+    layers and convolutions multiply with the packed weight; all other operations get the dense numbers,
+    unpacked each time. In-place changes of it, of its `data` and of its views are packed again. `to` another
+    floating dtype packs it in that dtype; another device is an error. It has no gradient: a backward pass
+    through a product with it raises. Exported and traced programs own the packed bytes; import
+    `sparsam.torch` before loading one.
     """
 
     _content: Content
@@ -55,7 +55,7 @@ class PackedTensor(Tensor):
         """For this package; use `pack`."""
         shape = content.layout.shape if like is None else like.shape
         strides = None if like is None else like.stride()
-        with torch.inference_mode(False):  # a view is none of inference if its base is not
+        with torch.inference_mode(False):  # a view must not be an inference tensor if its base is not
             made: PackedTensor = without_memory(
                 cls, shape, strides, content.layout.dtype, content.data.device
             )
@@ -77,15 +77,15 @@ class PackedTensor(Tensor):
         transposed: bool = False,
         looked_up: bool = False,
     ) -> PackedTensor:
-        """Packs a tensor (out, in / groups, ...); pruned is what is exactly 0.
+        """Packs a tensor (out, in / groups, ...); weights that are exactly 0 are pruned.
 
         Args:
             weight: float32, bfloat16 or float16, dense, on the CPU. A Parameter gives a Parameter, and is
                 remembered: `sparsam.torch.restore` puts it back.
-            dtype: What to store the values as, one of these, `torch.int8` or `torch.int4`; by default as they
-                are. Integers, with a scale for each output or for each 64 or 128 inputs of one, round them,
-                and what the product is computed with as well.
-            groups: Output channels split into so many groups, each a matrix of its own.
+            dtype: The dtype of the stored values: one of these, `torch.int8` or `torch.int4`; by default that
+                of the weight. Integers, with a scale for each output or for each 64 or 128 inputs of one,
+                round the values, and products round their inputs too.
+            groups: The number of groups of output channels, each a matrix of its own.
             transposed: `weight` is (in, out), as in the Conv1D of Hugging Face's GPT-2.
             looked_up: Rows of `weight` are looked up, as those of an embedding; values are int8 then.
 
@@ -146,12 +146,12 @@ class PackedTensor(Tensor):
         return self._content.data
 
     def prepare(self, batches: int | Sequence[int]) -> None:
-        """Packs the weight in the forms that these numbers of rows of x need, by what products cost.
+        """Packs the weight in the forms that these numbers of rows of x need, according to the cost model.
 
-        Costs are defaults of this package, or what `sparsam calibrate` measured on this machine; nothing is
-        measured now. It is one form, or two where one would be slower by more than a quarter for some of
-        them and both take less memory than a dense weight by far, which narrow values do. Until then, and
-        always in convolutions and other weights in groups, it is "panels", which suits all batches.
+        Costs are defaults of this package, or those that `sparsam calibrate` measured on this machine; this
+        call measures nothing. One form is held, or two if some batch would be more than a quarter slower with
+        one and both together take far less memory than a dense weight, as with narrow values. Before this
+        call, and always in convolutions and other weights in groups, it is "panels", which suits all batches.
 
         Raises:
             ValueError: There are no batches, or one below 1.
@@ -167,10 +167,10 @@ class PackedTensor(Tensor):
             content.data = content.weight.with_forms(forms)
 
     def explain(self, batch: int) -> Explanation:
-        """Which kernel multiplies so many rows of x, and what the others and the dense layer would take.
+        """Which kernel multiplies `batch` rows of x; the expected times of all kernels and the dense layer.
 
-        Costs as for `prepare`. Convolutions have one kernel, and no costs that could be compared: there
-        `accelerate` measures.
+        Costs as for `prepare`. Convolutions have one kernel and no costs to compare; `accelerate` measures
+        them.
 
         Raises:
             ValueError: `batch` is below 0.
@@ -190,7 +190,7 @@ class PackedTensor(Tensor):
 
     @property
     def data(self) -> PackedTensor:
-        """This weight without gradients; what is changed in it is changed here."""
+        """This weight without gradients; changes of it change this weight."""
         return self._alias()
 
     @data.setter
@@ -236,7 +236,7 @@ class PackedTensor(Tensor):
         return array
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> Any:
-        """For NumPy: as `numpy`; writeable if a copy is asked for."""
+        """For NumPy: as `numpy`; writeable if a copy is requested."""
         array = self.numpy()
         return array.astype(dtype or array.dtype, copy=bool(copy))
 
@@ -320,7 +320,7 @@ class PackedTensor(Tensor):
         return ["_inner"], (self._content.layout, self._views, self._start)
 
     def _stable_hash_for_caching(self) -> str:
-        """What PyTorch knows a compiled graph by: everything but the bytes, which the graph is passed."""
+        """The key of a compiled graph in PyTorch's cache: everything but the bytes, which are its input."""
         known = (self._content.layout, self._views, self._start, self.shape, self._inner.shape)
         return f"{type(self).__name__} {known} {self.dtype} {self.requires_grad}"
 

@@ -39,22 +39,23 @@ __all__ = [
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 INT4: torch.dtype = getattr(torch, "int4", torch.quint4x2)  # PyTorch before 2.6 has no other name for it
 ROUNDED = (torch.int8, INT4)
-VALUES = (*DTYPES, *ROUNDED)  # in which values can be stored
+VALUES = (*DTYPES, *ROUNDED)  # the dtypes of stored values
 
 _ALIGN = 64
-_HEADER, _KIND, _BYTES = 128, 12, 112  # of a form: the size of its header; where that has its kind and size
+_HEADER = 128  # the size of a form's header
+_KIND, _BYTES = 12, 112  # the offsets in it of the kind and the size of the form
 _SPARSE = ("bitmask", "panels", "slots")
-# Memory that two forms may take together, of the dense weight in float32: at 50, 80 and 90 % zeros what one
-# form of float32 values is to stay below (0.8, 0.4, 0.22), so only narrower values have room for two.
+# The most memory of two forms together, relative to the dense weight in float32: the limits of one form of
+# float32 values at 50, 80 and 90 % zeros (0.8, 0.4, 0.22), so that only narrower values have room for two.
 _LARGEST_SHARE, _LARGEST_SHARE_PER_DENSITY = 0.8, 2.0
 
 _known: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # the bytes -> their PackedWeight
 
 
 class PackedWeight:
-    """What the bytes of a packed weight hold: a matrix (rows x cols) for each group of channels.
+    """The matrices in the bytes of a packed weight: one (rows x cols) for each group of channels.
 
-    The bytes are a vector of uint8 that never changes: group after group, and of each its forms
+    The bytes are a vector of uint8 that never changes: group after group, each in its forms
     (docs/formats.md). Layers, files and graphs own the bytes; this is the core's view of them.
 
     Attributes:
@@ -80,7 +81,7 @@ class PackedWeight:
         """Returns the weight that these bytes hold; they are checked the first time.
 
         Raises:
-            ValueError: They hold none, or one that is damaged.
+            ValueError: They are not a packed weight, or a damaged one.
         """
         found: PackedWeight | None = _known.get(data)  # type: ignore[no-untyped-call]
         if found is None or found._address != data.data_ptr():  # torch may move what is shared
@@ -95,7 +96,7 @@ class PackedWeight:
     def needed_forms(self, batches: Sequence[int]) -> tuple[str, ...]:
         """The form that is expected to be the fastest for these batches, taken together.
 
-        Two, where a batch would be slower by more than a quarter with one, and memory allows.
+        Two, if a batch would be more than a quarter slower with one, and memory allows.
 
         Args:
             batches: The numbers of rows of x.
@@ -118,7 +119,7 @@ class PackedWeight:
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype that the values are stored as."""
+        """The dtype of the stored values."""
         name = self.parts[0].dtype
         dtype: torch.dtype = INT4 if name == "int4" else getattr(torch, name)
         return dtype
@@ -141,7 +142,7 @@ class PackedWeight:
 
     @property
     def pattern(self) -> NM | Block | Unstructured:
-        """The regularity found in the first group."""
+        """The pattern recognised in the first group."""
         return recognise(self.parts[0])
 
     def unpack(self) -> Tensor:
@@ -151,17 +152,17 @@ class PackedWeight:
 
 
 def torch_dense(dtype: str = "float32") -> Key:
-    """What multiplies a dense weight: torch.nn.functional.linear, for x of a dtype, with its threads now."""
+    """The key of PyTorch's dense products, torch.nn.functional.linear of a dtype, with its threads now."""
     return dense_key("torch", str(torch.__version__), dtype, torch.get_num_threads())
 
 
 def pack_matrix(
     matrix: NDArray[Any], *, groups: int = 1, forms: Sequence[str] = ("panels",), values: str = ""
 ) -> Tensor:
-    """The bytes of an array (groups x rows, cols) of floats; pruned is what is exactly 0.
+    """The bytes of an array (groups x rows, cols) of floats; weights that are exactly 0 are pruned.
 
-    With `values` "int8" or "int4" they are rounded to that; the form is "slots", or of int8 "rows" if that is
-    asked for.
+    With `values` "int8" or "int4" they are rounded to that; the form is then "slots", or with int8 "rows" if
+    `forms` has it.
     """
     parts = np.split(matrix, groups)
     if values == "int8":
@@ -210,7 +211,7 @@ def _adopt(data: Tensor, *, trusted: bool) -> PackedWeight:
             f"{tuple(data.shape)} on {data.device}; pack the layer again"
         )
         raise ValueError(msg)
-    whole = data.detach().contiguous()  # not `data`: what is known of it must not keep it alive
+    whole = data.detach().contiguous()  # not `data`, which the cached value must not keep alive
     if whole.data_ptr() % _ALIGN:
         copied = _aligned(len(whole))
         copied.numpy()[:] = whole.numpy()  # not by torch, whose threads a forked child lacks

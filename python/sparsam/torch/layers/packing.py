@@ -1,4 +1,4 @@
-"""Layers in which the weight is packed: how it gets there, what follows it, and the way back."""
+"""Layers with packed weights: packing them, fusing the activation after them, and restoring them."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ __all__ = [
 
 _CONVOLUTIONS = (nn.Conv1d.forward, nn.Conv2d.forward)
 _RECURRENT = (nn.RNNBase, nn.RNNCellBase)
-_OF_RECURRENT = re.compile(r"weight_(ih|hh|hr)(_l\d+(_reverse)?)?")
+_RECURRENT_WEIGHT = re.compile(r"weight_(ih|hh|hr)(_l\d+(_reverse)?)?")
 PROJECTIONS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
 
 
@@ -52,18 +52,18 @@ def pack(
 ) -> nn.Module:
     """Packs the weight of one layer in place: `layer.weight` is a `PackedTensor` then.
 
-    `sparsam.torch.restore` gives back the Parameter that was there. Of a `MultiheadAttention` all projections
-    are packed: `in_proj_weight` (or `q_proj_weight` and so on) and `out_proj.weight`; of an `LSTM`, `GRU`,
-    `RNN` or a cell of these all matrices.
+    `sparsam.torch.restore` puts the original Parameter back. In a `MultiheadAttention` all projections are
+    packed: `in_proj_weight` (or `q_proj_weight` and so on) and `out_proj.weight`; in an `LSTM`, `GRU`, `RNN`
+    or a cell of these, all matrices.
 
     Args:
         layer: A `torch.nn.Linear` (or the Conv1D of Hugging Face's GPT-2), `Conv1d`, `Conv2d`, `Embedding`,
             `MultiheadAttention`, `LSTM`, `GRU`, `RNN` or a cell of these, or one of a subclass; on the CPU,
-            float32, bfloat16 or float16. Its zeros are what is skipped.
-        dtype: What to store the values as, `torch.bfloat16` say; by default as they are. Sums are float32.
-            `torch.int8` and `torch.int4` (PyTorch 2.6), for linear layers and attention, round weights and
-            inputs to integers, whose sums are exact (`SparseMatrix.from_dense`). In a `torch.nn.Embedding`,
-            which takes no other than int8, that rounds the rows that are looked up.
+            float32, bfloat16 or float16. Its zeros are skipped.
+        dtype: The dtype of the stored values, such as `torch.bfloat16`; by default that of the weight. Sums
+            are float32. `torch.int8` and `torch.int4` (PyTorch 2.6), for linear layers and attention, round
+            weights and inputs to integers, whose sums are exact (`SparseMatrix.from_dense`). A
+            `torch.nn.Embedding` supports only int8, which rounds the rows that are looked up.
         activation: Applied to the layer's result: None, "relu", "gelu", "gelu_tanh" or "silu".
         batches: The numbers of rows that a linear layer will be called with, see `PackedTensor.prepare`.
 
@@ -115,10 +115,10 @@ class PackedLayer:
         weights = []
         for module, attribute in places:
             dense: Any = getattr(module, attribute)
-            pieces, turned = groups(layer, attribute), is_transposed(layer)
+            pieces, transposed = groups(layer, attribute), is_transposed(layer)
             looked_up = is_embedding(layer)
             packed = PackedTensor.pack(
-                dense, dtype=dtype, groups=pieces, transposed=turned, looked_up=looked_up
+                dense, dtype=dtype, groups=pieces, transposed=transposed, looked_up=looked_up
             )
             weights.append(PackedParameter(module, attribute, packed))
         return cls(layer, weights)
@@ -156,12 +156,12 @@ class PackedLayer:
 
     @property
     def weight(self) -> PackedTensor:
-        """The weight; the first, where there are several."""
+        """The weight; the first if there are several."""
         return self.weights[0].tensor
 
     @property
     def packed(self) -> PackedWeight:
-        """The matrices of that."""
+        """The matrices of `weight`."""
         return self.weight.packed
 
     @property
@@ -231,7 +231,7 @@ def is_embedding(layer: nn.Module) -> bool:
 
 def is_one_of_several(attribute: str) -> bool:
     """Whether that is the name of a weight in layers that have several: attention and recurrent ones."""
-    return attribute in PROJECTIONS or _OF_RECURRENT.fullmatch(attribute) is not None
+    return attribute in PROJECTIONS or _RECURRENT_WEIGHT.fullmatch(attribute) is not None
 
 
 def packed_together(layer: nn.Module) -> bool:
@@ -242,8 +242,8 @@ def packed_together(layer: nn.Module) -> bool:
 def groups(layer: nn.Module, attribute: str) -> int:
     """How many matrices a weight of a layer is packed as.
 
-    Three for the projections of queries, keys and values that are one Parameter: attention to something
-    else multiplies with parts of it.
+    Three for the projections of queries, keys and values in one Parameter: cross-attention multiplies with
+    parts of it.
     """
     return 3 if attribute == "in_proj_weight" else getattr(layer, "groups", 1)
 
@@ -264,7 +264,7 @@ def is_transposed(layer: nn.Module) -> bool:
 
 
 def dense_class(layer: nn.Module) -> type[Any]:
-    """Its class, before torch.nn.utils.parametrize changed that."""
+    """The class of a layer, before torch.nn.utils.parametrize changed it."""
     return type(layer).__bases__[0] if parametrize.is_parametrized(layer) else type(layer)
 
 
@@ -287,7 +287,7 @@ def _installed_activation(layer: nn.Module) -> str:
 
 
 def _forward_and_activate(layer: Any, activation: str, *args: Any, **kwargs: Any) -> Tensor:
-    """The forward of a layer and the activation after it; in one where the weight is packed."""
+    """The forward of a layer and the activation after it, in one product if the weight is packed."""
     weight = layer.weight
     found: Any = NotImplemented
     x = args[0] if args else next(iter(kwargs.values()))

@@ -1,4 +1,4 @@
-"""Which functions of PyTorch multiply with a packed tensor or look up its rows; how arguments are read."""
+"""PyTorch's functions that multiply with a packed tensor or look up its rows, with their arguments."""
 
 from __future__ import annotations
 
@@ -38,16 +38,16 @@ _FROZEN = torch._C._functions.DelayedError  # an identity with a derivative that
 
 
 def linear(
-    input: Tensor, weight: Any, bias: Tensor | None = None, activation: str = "", turned: bool = False
+    input: Tensor, weight: Any, bias: Tensor | None = None, activation: str = "", transposed: bool = False
 ) -> Any:
     """activation(input W^T + bias) where the weight is packed; else NotImplemented.
 
     Args:
         input: x.
         weight: W (out, in).
-        bias: Of each output.
+        bias: (out,) or None.
         activation: As for `operators.linear`.
-        turned: Whether the weight is (in, out) instead.
+        transposed: Whether the weight is (in, out) instead.
     """
     content = getattr(weight, "_content", None)
     plain_bias = type(bias) in _BIASES
@@ -58,10 +58,10 @@ def linear(
     ):
         return NotImplemented
     if weight._views:
-        if (shown := _shown(weight, content, turned=turned)) is None:
+        if (shown := _shown(weight, content, transposed=transposed)) is None:
             return NotImplemented
         first, outs = shown
-    elif content.layout.transposed is turned and content.outs:
+    elif content.layout.transposed is transposed and content.outs:
         first, outs = 0, content.outs
     else:
         return NotImplemented
@@ -90,11 +90,11 @@ def addmm(
     """activation(mat1 W + input) where the weight (in, out) is packed; else NotImplemented."""
     if beta != 1 or alpha != 1 or out is not None or input.ndim != 1:
         return NotImplemented
-    return linear(mat1, mat2, input, activation, turned=True)
+    return linear(mat1, mat2, input, activation, transposed=True)
 
 
 def _matmul(input: Tensor, other: Tensor, *, out: None = None) -> Any:
-    return NotImplemented if out is not None else linear(input, other, turned=True)
+    return NotImplemented if out is not None else linear(input, other, transposed=True)
 
 
 def _attend(*args: Any, **kwargs: Any) -> Any:
@@ -142,7 +142,7 @@ def convolve(
 def embed(
     input: Tensor,
     weight: Any,
-    padding_idx: int | None = None,  # noqa: ARG001 - it is about gradients, which there are none of
+    padding_idx: int | None = None,  # noqa: ARG001 - only affects gradients, of which there are none
     max_norm: float | None = None,
     *_: Any,
     **__: Any,
@@ -172,8 +172,8 @@ def _dimensions(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
     return weight.ndim
 
 
-# PyTorch's attention, but that it does not ask again whether a tensor has functions of its own: what it calls
-# does, so that its products are those of packed weights.
+# PyTorch's attention, except that it does not check again whether a tensor overrides functions: those that it
+# calls do, so that its products are those of packed weights.
 _ATTENTION = FunctionType(
     functional.multi_head_attention_forward.__code__,
     {**vars(functional), "has_torch_function": lambda _: False},
@@ -197,23 +197,23 @@ HANDLERS: Mapping[Any, Callable[..., Any]] = {
 }
 
 
-def _shown(weight: Any, content: Content, *, turned: bool) -> tuple[int, int] | None:
-    """The first of the outputs that a view of a packed matrix shows, and how many they are.
+def _shown(weight: Any, content: Content, *, transposed: bool) -> tuple[int, int] | None:
+    """The first output that a view of a packed matrix shows, and the number of outputs.
 
     Args:
         weight: The view.
-        content: Of it.
-        turned: Whether it is to be (in, out), and not (out, in).
+        content: Its content.
+        transposed: Whether it should be (in, out) instead of (out, in).
 
     Returns:
-        None for what is no whole rows of the matrix, in another orientation, or begins within a group.
+        None if the view is not whole rows of the matrix, has the other orientation, or begins inside a group.
     """
     layout = content.layout
     if not content.outs or weight.ndim != 2:
         return None
-    # Shape, strides and start say all about a view.
+    # Shape, strides and start determine a view.
     width, (height, breadth), strides = layout.shape[1], weight.shape, weight.stride()
-    if turned is not layout.transposed:  # the view is transposed
+    if transposed is not layout.transposed:  # the view is transposed
         height, breadth, strides = breadth, height, strides[::-1]
     if breadth != width or strides != (width, 1) or weight._start % width or height == 0:
         return None
@@ -264,10 +264,10 @@ def is_plain(x: Tensor) -> bool:
 
 
 def refuse(x: Tensor) -> None:
-    """Raises for an x that is no plain tensor, if the operator would give a wrong result or a cryptic error.
+    """Raises for an x that is not a plain tensor, if the operator would be wrong or its error cryptic.
 
-    Forward-mode AD and the transforms of torch.func would take the product for a constant. Going backward is
-    an error of its own.
+    Forward-mode AD and the transforms of torch.func would treat the product as a constant. A backward pass
+    raises an error of its own.
     """
     if torch.onnx.is_in_onnx_export():
         msg = "ONNX: expected dense layers; got a packed one; call sparsam.torch.restore(model) first"
@@ -283,7 +283,7 @@ def refuse(x: Tensor) -> None:
 
 
 def _autocast(x: Tensor) -> Tensor:
-    """X as autocast would hand it to a linear layer."""
+    """Returns x as autocast would pass it to a linear layer."""
     wanted = is_autocast_enabled("cpu") and x.dtype in DTYPES
     return x.to(torch.get_autocast_dtype("cpu")) if wanted else x
 
@@ -291,7 +291,7 @@ def _autocast(x: Tensor) -> Tensor:
 def _pad(
     x: Tensor, padding: str, taps: tuple[int, int], dilation: tuple[int, int], *, flat: bool
 ) -> tuple[Tensor, tuple[int, int]]:
-    """X with zeros where "same" wants unequally many on both sides, and how many are still to come."""
+    """Pads x if "same" needs unequal padding on both sides; returns x and the padding left to the kernel."""
     total = [d * (k - 1) if padding == "same" else 0 for k, d in zip(taps, dilation, strict=True)]
     if all(n % 2 == 0 for n in total):
         return x, (total[0] // 2, total[1] // 2)

@@ -1,6 +1,6 @@
 """Recurrent layers (LSTM, GRU, RNN and their cells) whose weights are packed.
 
-The products with the input are done for all steps at once; what must go step by step is one call of the core.
+The products with the input are computed for all steps at once; the recurrence is one call of the core.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ class _Direction:
     Attributes:
         of_input: W_ih (gates x hidden, in), packed or dense.
         of_state: W_hh (gates x hidden, width), packed.
-        input_bias: b_ih (gates x hidden) or None, and so is
-        state_bias: b_hh.
+        input_bias: b_ih (gates x hidden) or None.
+        state_bias: b_hh (gates x hidden) or None.
         projection: W_hr (width, hidden), packed, of an LSTM with projections; or None.
     """
 
@@ -41,7 +41,7 @@ class _Direction:
 
     @property
     def can_run(self) -> bool:
-        """Whether what goes step by step is packed."""
+        """Whether the weights of the recurrence are packed."""
         stepped = [self.of_state] if self.projection is None else [self.of_state, self.projection]
         return all(getattr(weight, "_content", None) and not weight._views for weight in stepped)
 
@@ -52,7 +52,7 @@ class _Steps:
 
     Attributes:
         rows: (sum of batches, in): all inputs of the first step, then of the second, and so on.
-        batches: The sequences that go on in each step; never more than in the one before.
+        batches: The number of sequences in each step, which never increases.
     """
 
     rows: Tensor
@@ -60,7 +60,7 @@ class _Steps:
 
 
 def _layer(name: str) -> Callable[..., Any]:
-    """What stands for `torch.lstm` and the like, which nn.LSTM calls."""
+    """Returns the replacement for `torch.lstm` and the like, which nn.LSTM calls."""
 
     def run(*args: Any) -> Any:
         if len(args) != 9:
@@ -87,7 +87,7 @@ def _layer(name: str) -> Callable[..., Any]:
 
 
 def _cell(name: str) -> Callable[..., Any]:
-    """What stands for `torch.lstm_cell` and the like, which nn.LSTMCell calls."""
+    """Returns the replacement for `torch.lstm_cell` and the like, which nn.LSTMCell calls."""
 
     def run(x: Tensor, states: Any, *weights: Any) -> Any:
         states = list(states) if name == "lstm" else [states]
@@ -113,7 +113,7 @@ def _directions(weights: Sequence[Any], *, biases: bool, count: int) -> list[_Di
 
 
 def _may_run(found: Sequence[_Direction], x: Tensor, states: Sequence[Tensor]) -> bool:
-    """Whether the core computes it; what traces or transforms tensors gets the dense function."""
+    """Whether the core can compute it; traced and transformed tensors need the dense function."""
     if not all(direction.can_run for direction in found):
         return False
     if is_plain(x) and all(is_plain(state) for state in states):
@@ -125,7 +125,7 @@ def _may_run(found: Sequence[_Direction], x: Tensor, states: Sequence[Tensor]) -
 def _watched(
     results: Sequence[Tensor], x: Tensor, states: Sequence[Tensor], found: Sequence[_Direction]
 ) -> tuple[Tensor, ...]:
-    """The results, of which going backward raises where a derivative would be expected."""
+    """The results, made so that a backward pass through them raises if a gradient is needed."""
     sources = [x, *states]
     for direction in found:
         sources += [b for b in (direction.input_bias, direction.state_bias) if b is not None]
@@ -200,12 +200,12 @@ def _recur(
 
 
 def _as_float(tensor: Any) -> Any:
-    """Dense numbers in float32; packed weights multiply with that anyway."""
+    """A dense tensor in float32; packed weights are returned as they are."""
     return tensor if tensor is None or hasattr(tensor, "_content") else tensor.float()
 
 
 def _check(name: str, inputs: Tensor, states: Sequence[Tensor], weight: Any, most: int) -> None:
-    """Raises where the core would read past what a state or an input has."""
+    """Raises ValueError if the core would read past the end of a state or an input."""
     hidden = weight.rows // _GATES[name]
     wanted = [(most, weight.cols), (most, hidden)][: len(states)]
     for what, state, shape in zip(("h", "c"), states, wanted, strict=False):

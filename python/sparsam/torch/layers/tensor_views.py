@@ -13,12 +13,12 @@ from torch import Tensor
 
 __all__ = ["change", "follow", "give_memory", "meta", "view", "without_memory", "written"]
 
-# Where PyTorch takes the memory to be: then no dense tensor takes it over (`dense.data = packed` raises).
+# The device on which PyTorch assumes the memory, so that `dense.data = packed` raises.
 _NOWHERE = torch.device("meta")
 
 
 class _Empty(Tensor):
-    """A tensor without memory, or of which PyTorch is to believe that."""
+    """A tensor without memory, or one that PyTorch should treat as such."""
 
     @classmethod
     def __torch_dispatch__(cls, *_: Any, **__: Any) -> Any:
@@ -33,7 +33,7 @@ def without_memory(
     dtype: torch.dtype,
     device: torch.device,
 ) -> Any:
-    """A tensor of a class with functions of its own; whoever reads its memory gets an error."""
+    """A tensor of a class that overrides functions; reading its memory is an error."""
     empty = Tensor._make_wrapper_subclass(
         _Empty, shape, strides=strides, dtype=dtype, device=device, requires_grad=False, storage_size=0
     )
@@ -65,7 +65,7 @@ def follow(dense: Tensor, views: tuple[tuple[Any, ...], ...]) -> Tensor:
 
 
 def view(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """A view that writes through; what it shows is unpacked when it is asked for."""
+    """A view that writes through; its numbers are unpacked on demand."""
     base = args[0]
     shown = func(meta(base), *args[1:], **kwargs)
     step = (func, _frozen(args[1:]), tuple(kwargs.items()))
@@ -96,9 +96,9 @@ def change(kind: type[Any], func: Any, args: tuple[Any, ...], kwargs: dict[str, 
 
     Args:
         kind: The class of packed tensors.
-        func: What changes its arguments.
-        args: Of it.
-        kwargs: Of it.
+        func: The function that changes its arguments.
+        args: Its positional arguments.
+        kwargs: Its keyword arguments.
     """
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
         msg = f"{func}: expected products with a packed weight in a graph; got a change; make it outside"

@@ -16,7 +16,7 @@ __all__ = ["UnpackedTensor", "is_foreign"]
 
 
 def is_foreign(tensor: Tensor) -> bool:
-    """Whether a class of another library computes with it, as torchao's do: it is no dense memory then."""
+    """Whether it is a tensor of another library's class, such as torchao's, and so without dense memory."""
     own = type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__
     return own and not isinstance(tensor, UnpackedTensor) and not hasattr(tensor, "_content")
 
@@ -30,22 +30,22 @@ class _Whole:
         self.dense = content.unpack()
 
     def refresh(self) -> None:
-        """Unpacks again what was changed since."""
+        """Unpacks the weight again if it was changed since."""
         if self._content.data is not self._seen:
             self._seen = self._content.data
             self.dense.copy_(self._content.unpack())
 
     def store(self) -> None:
-        """Packs what was changed here."""
+        """Packs the numbers, which were changed here."""
         self._content.pack(self.dense)
         self._seen = self._content.data
 
 
 class UnpackedTensor(Tensor):
-    """The dense numbers of a packed weight, or a view of them: what a state dict has of it.
+    """The dense numbers of a packed weight, or a view of them, as a state dict has them.
 
-    What is changed in place here is changed in the packed weight. Saved, pickled or copied it is a plain
-    tensor, and so is what is computed with it.
+    In-place changes change the packed weight. Saved, pickled or copied, it is a plain tensor; results
+    computed from it are plain tensors too.
     """
 
     _plain: Tensor
@@ -87,7 +87,7 @@ class UnpackedTensor(Tensor):
         return array
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> Any:
-        """For NumPy: as `numpy`; writeable if a copy is asked for."""
+        """For NumPy: as `numpy`; writeable if a copy is requested."""
         array = self.numpy()
         return array.astype(dtype or array.dtype, copy=bool(copy))
 
@@ -115,7 +115,7 @@ class UnpackedTensor(Tensor):
         return as_it_is.__reduce_ex__(protocol)  # type: ignore[no-untyped-call]
 
     def _current(self) -> Tensor:
-        """The plain tensor on the same memory, with what the weight holds now."""
+        """The plain tensor on the same memory, with the present values of the weight."""
         if self._whole is not None:
             self._whole.refresh()
         return self._plain

@@ -192,7 +192,7 @@ def distinct_tokens(batches: Iterable[Batch]) -> tuple[int, int] | None:
 
 
 def describe(batches: Sequence[Batch]) -> str:
-    """How much there is, for a report."""
+    """The amount of calibration data, for a report."""
     text = f"{sum(batch.samples for batch in batches)} samples in {len(batches)} batches"
     tokens = distinct_tokens(batches)
     return text if tokens is None else f"{text}, {tokens[1]} tokens, {tokens[0]} of them distinct"

@@ -74,7 +74,7 @@ def plan_calls(
     Args:
         network: The network.
         batches: The calibration.
-        weights: What is watched.
+        weights: The weights to watch.
         move: Lets passes continue.
 
     Raises:
@@ -146,7 +146,7 @@ class _Trace(Pass):
 
     def enter(self, gate: Gate) -> None:
         if gate.head and self.calls.keys() >= self._weights.keys():
-            raise Ended  # a vocabulary long, and there is nothing to see
+            raise Ended  # its outputs are as wide as the vocabulary, and not needed
         super().enter(gate)
 
     def after(self, name: str, output: Callable[[], Tensor | None]) -> None:

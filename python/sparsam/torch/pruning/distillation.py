@@ -27,8 +27,8 @@ from torch import Tensor, nn
 __all__ = ["distill"]
 
 _LEARNING_RATE = 5e-4
-_WARM = 0.1  # of the training, until the learning rate is at its largest
-_HIDDEN = 0.1  # how much hidden states count beside outputs
+_WARM = 0.1  # the share of the training in which the learning rate rises
+_HIDDEN = 0.1  # the weight of hidden states in the loss, relative to outputs
 
 
 def distill(
@@ -75,7 +75,7 @@ def distill(
         state_dir: A folder, made if needed, where the state is saved every `checkpoint_every` steps. If it
             holds one, training resumes from there with the same batches, also those of a DataLoader that
             shuffles. Other batches than before are refused.
-        checkpoint_every: The number of steps between saves; a killed run loses at most so many.
+        checkpoint_every: The number of steps between saves; a killed run loses at most that many.
         progress: Show a progress bar with the time left on standard error.
 
     Returns:
@@ -273,7 +273,7 @@ def _share(step: int, passed: float, steps: int | None, seconds: float | None) -
 
 
 def _rate(share: float) -> float:
-    """Of the learning rate, after a share of the training: Adam's first steps have the size of all others."""
+    """The factor of the learning rate after a share of the training: linear warm-up, then a cosine."""
     if share < _WARM:
         return max(share, _WARM / 10) / _WARM
     return (1 + math.cos(math.pi * (share - _WARM) / (1 - _WARM))) / 2

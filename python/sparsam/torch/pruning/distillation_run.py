@@ -1,4 +1,4 @@
-"""How far a distillation has come: steps, losses, its place among the batches, and the file of all that."""
+"""The progress of a distillation: steps, losses, its position in the batches, and the file of its state."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ _KEYS = ("identity", "progress", "batches", "student", "optimizer", "pruner", "r
 
 @dataclass
 class DistillationRun:
-    """How far a run has come, and its file.
+    """The progress of a run, and its file.
 
     Attributes:
-        student: What is trained.
-        optimizer: By which.
+        student: The model that is trained.
+        optimizer: Its optimizer.
         pruner: Its pruner, if there is one.
-        folder: Where the file is; None: nowhere.
-        identity: What makes two runs the same, in plain values.
-        step: How many steps there were.
-        seconds: How long they took.
-        stopped: What ended them.
-        losses: Of each.
-        place: How many batches of this pass over them there were.
+        folder: The folder of the file; None: nothing is saved.
+        identity: The identity of the run, in plain values.
+        step: The number of steps so far.
+        seconds: Their time, in seconds.
+        stopped: What ended the run: "steps", "seconds" or "batches".
+        losses: The loss of each step.
+        place: The number of batches used in the current pass over them.
     """
 
     student: nn.Module
@@ -58,7 +58,7 @@ class DistillationRun:
         return None if self.folder is None else self.folder / FILE
 
     def save(self) -> None:
-        """Writes the file, wholly or not at all."""
+        """Writes the file, completely or not at all."""
         if self.file is None:
             return
         state = {
@@ -73,10 +73,10 @@ class DistillationRun:
         publish({self.file: lambda path: torch.save(state, path)})
 
     def resume(self) -> bool:
-        """Takes over what the file holds, if it is there.
+        """Restores the state in the file, if there is one; returns whether there was.
 
         Raises:
-            ValueError: It is of another run, or is none.
+            ValueError: It belongs to another run, or is not a state.
         """
         if self.file is None or not self.file.is_file():
             return False
@@ -107,11 +107,11 @@ class DistillationRun:
         torch.set_rng_state(self._epoch_start)
         return True
 
-    def _go_on(self, seen: BatchDigest) -> None:
-        """Once the batches of before are skipped: random numbers are those that come next.
+    def _restore_random_state(self, seen: BatchDigest) -> None:
+        """Restores the random state, once the batches of the interrupted run are skipped.
 
         Raises:
-            ValueError: They were other batches.
+            ValueError: They differ from those of that run.
         """
         if self._random is None:
             return
@@ -125,7 +125,7 @@ class DistillationRun:
         self._random = None
 
     def through(self, batches: Iterable[Any]) -> Iterator[Batch]:
-        """The batches as calls of the student, again and again, from where the run stands."""
+        """Yields the batches as calls of the student, repeatedly, from the current position on."""
         signature = inspect.signature(self.student.forward)
         skip = self.place
         once = isinstance(batches, Iterator)
@@ -136,7 +136,7 @@ class DistillationRun:
             for given in batches:
                 count += 1
                 if count > skip:
-                    self._go_on(seen)
+                    self._restore_random_state(seen)
                 batch = to_batch("batches", signature, given, count - 1)
                 if self.folder is not None:
                     seen.add(batch)
@@ -146,7 +146,7 @@ class DistillationRun:
             if not count and not self.step:
                 msg = "batches: expected at least one batch; got none; an iterator is read only once"
                 raise ValueError(msg)
-            self._go_on(seen)
+            self._restore_random_state(seen)
             if once or not count:
                 return
             skip = self.place = 0

@@ -99,15 +99,15 @@ class Residual:
 
 
 class Rectifier:
-    """A ReLU that the output of a weight goes into, and nothing else does: directly, or as part of a sum.
+    """A ReLU that is the only reader of a weight's output, directly or as part of a sum.
 
     Attributes:
-        zero: The output with which the ReLU is given 0, of a shape that broadcasts to the output's.
-        rising: The sign with which the ReLU's input grows with the output, likewise; None: 1.
+        zero: The output for which the ReLU's input is 0, of a shape that broadcasts to the output's.
+        rising: The sign of the slope of the ReLU's input over the output, of such a shape; None: 1.
     """
 
     def __init__(self, own: Tracked, other: Tensor) -> None:
-        """Of an output plus `other`; 0 where it is no sum."""
+        """Takes the output and the other summand, which is 0 if there is no sum."""
         self.zero = Residual(own, other).wanted(torch.zeros(()), other)
         self.rising = None if own.scale is None else own.scale.sign()
 
@@ -148,7 +148,7 @@ class Pass:
         self._thread: threading.Thread | None = None
         self._tracked: dict[int, Tracked] = {}
 
-    # What subclasses do where they are told of calls; see `layer_inputs.Visitor`.
+    # Subclasses override these; see `layer_inputs.Visitor`.
 
     def before(self, name: str, inputs: Callable[[], Inputs], again: Callable[[], Tensor]) -> None:
         """A weight is about to be used."""
@@ -160,13 +160,13 @@ class Pass:
         """A tracked output is about to be added to something."""
 
     def added(self, name: str, total: Tensor) -> None:
-        """It was added."""
+        """A tracked output was added to something."""
 
     def lost(self, tracked: Tracked) -> None:
-        """A tracked output was used otherwise."""
+        """A tracked output was used in another way."""
 
     def rectified(self, tracked: Tracked, result: Tensor) -> None:  # noqa: ARG002
-        """It went into a ReLU, which gave `result`."""
+        """A tracked output went into a ReLU, which returned `result`."""
         self.lost(tracked)
 
     def joined(self, tracked: Sequence[Tracked]) -> Tracked:
@@ -247,7 +247,9 @@ class Pass:
             self._error = error
         except Exception as error:
             wanted = "inputs that the model runs with"
-            msg = f"calibration: batch {self._index}: expected {wanted}; got {_said(error)}; correct them"
+            msg = (
+                f"calibration: batch {self._index}: expected {wanted}; got {_described(error)}; correct them"
+            )
             self._error = ValueError(msg)
             self._error.__cause__ = error
         finally:
@@ -262,7 +264,7 @@ class Pass:
             return func(*args, **kwargs)
         name = getattr(func, "__name__", "")
         hits = [self._tracked[id(value)] for value in args if id(value) in self._tracked]
-        if hits and name in _SUMS and len(args) == 2 and not kwargs and _alike(*args):
+        if hits and name in _SUMS and len(args) == 2 and not kwargs and _can_add(*args):
             own = hits[0] if len(hits) == 1 else self.joined(hits)
             for one in hits:
                 self._forget(one)
@@ -314,12 +316,12 @@ class _Watch(TorchFunctionMode):
         return self._owner.function(func, args, kwargs or {})
 
 
-def _said(error: BaseException) -> str:
+def _described(error: BaseException) -> str:
     lines = str(error).splitlines()
     return f"{type(error).__name__}: {lines[0] if lines else ''}"
 
 
-def _alike(a: Any, b: Any) -> bool:
+def _can_add(a: Any, b: Any) -> bool:
     return (
         isinstance(a, Tensor)
         and isinstance(b, Tensor)

@@ -1,4 +1,4 @@
-"""Freed memory that goes back to the system: a deep network needs no more than a shallow one."""
+"""Returns freed memory to the system, so that a deep network needs no more than a shallow one."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ __all__ = ["return_freed_memory"]
 
 
 def return_freed_memory() -> None:
-    """Asks the C library to give back what was freed; does nothing where it has no `malloc_trim`.
+    """Asks the C library to return freed memory; does nothing if it has no `malloc_trim`.
 
     Activations are freed in other threads, at other times and in other sizes than the next ones are made.
     glibc keeps the gaps, and 2.36 was seen to reuse few of them: a process grew by two copies of all

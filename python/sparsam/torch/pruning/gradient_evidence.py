@@ -92,7 +92,7 @@ class GradientEvidence:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Takes over what `state_dict` returned; ValueError for anything else."""
-        if not _alike(state, {"steps": 0, "sums": self._sums, "weights": self._weights}):
+        if not _has_same_tensors(state, {"steps": 0, "sums": self._sums, "weights": self._weights}):
             got = list(state) if isinstance(state, Mapping) else state
             wanted = "the evidence of gradients that state_dict() returned"
             raise ValueError(expected("state", got, wanted, "pass the pruner's own state"))
@@ -102,7 +102,7 @@ class GradientEvidence:
                 tensor.copy_(stored[name])
 
 
-def _alike(state: object, own: Mapping[str, Any]) -> bool:
+def _has_same_tensors(state: object, own: Mapping[str, Any]) -> bool:
     """Whether a state has the tensors of another."""
     if not isinstance(state, Mapping) or set(state) != set(own) or not isinstance(state["steps"], int):
         return False

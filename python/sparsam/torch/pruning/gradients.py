@@ -46,7 +46,7 @@ def gradient_scorer(
     """Scores by the gradients of a loss over batches, of the dense model in evaluation mode.
 
     "saliency" takes the mean gradient, "fisher" the mean of the squared gradients of batches, "movement"
-    minus the sum of weight times gradient. `done` is told of each batch.
+    minus the sum of weight times gradient. `done` is called with the index of each batch.
 
     Raises:
         ValueError: The loss is not a scalar with a gradient, does not depend on a weight, or a gradient is

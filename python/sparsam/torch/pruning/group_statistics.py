@@ -15,14 +15,14 @@ from sparsam.torch.pruning.prunable import PrunableWeight
 from sparsam.torch.pruning.unfolded_rows import input_rows, output_rows, spacing
 from torch import Tensor
 
-__all__ = ["GroupStatistics", "OtherRows", "Seen", "row_weights", "split"]
+__all__ = ["GroupBatch", "GroupStatistics", "OtherRows", "row_weights", "split"]
 
-_HELD_OUT = 10  # one batch in so many is held out
+_HELD_OUT = 10  # one batch in this many is held out
 _FEW = 4  # batches: with fewer, the last rows of each are held out instead
 
 
 @dataclass(frozen=True)
-class Seen:
+class GroupBatch:
     """The inputs and target outputs of a group for one batch.
 
     Attributes:
@@ -45,7 +45,7 @@ class Seen:
     batches: int = 1
 
     def places(self, weight: PrunableWeight) -> slice:
-        """The places of a convolution that count, others in each batch; all of other layers."""
+        """The positions of a convolution that are used, others in each batch; all for other layers."""
         step = spacing(weight, self.inputs, self.batches)
         return slice(self.index % step, None, step)
 
@@ -69,7 +69,7 @@ class GroupStatistics:
         self.parts: list[tuple[InputStatistics, InputStatistics]] = []
         self.targets: dict[str, slice] = {}
 
-    def add(self, seen: Seen) -> None:
+    def add(self, seen: GroupBatch) -> None:
         """Adds the rows of a batch.
 
         Raises:
@@ -116,8 +116,8 @@ class GroupStatistics:
             self.parts.append((one, other))
 
 
-def row_weights(weight: PrunableWeight, seen: Seen, part: int, rows: int) -> Any:
-    """How much each row of a part counts, float64; None: all alike."""
+def row_weights(weight: PrunableWeight, seen: GroupBatch, part: int, rows: int) -> Any:
+    """The weight of each row of a part, float64; None: all have weight 1."""
     if weight.kind == "convolution":
         return None
     found = seen.batch.row_mask(seen.inputs[part].shape[:-1])

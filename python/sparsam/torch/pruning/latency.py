@@ -135,9 +135,9 @@ def latency_plan(
         The plan, for `prune(model, target_sparsity=plan.sparsity, allocation=plan.sparsities)`.
 
     Raises:
-        ValueError: The calibration reaches no linear layer to prune, or is not what the model takes; a level
+        ValueError: The calibration reaches no linear layer to prune, or the model does not accept it; a level
             is outside [0, 1].
-        TypeError: `model` is no module, `callback` no function.
+        TypeError: `model` is not a module, or `callback` not a function.
     """
     check_model(model)
     check_function("callback", callback, optional=True)
@@ -150,7 +150,7 @@ def latency_plan(
     batches = read_calibration(model, calibration, most)
     weights = [w for w in prunable_weights(model, exclude=exclude)[0] if w.kind == "linear"]
     with _evaluated(model):
-        seen = _Seen(model, weights, batches)
+        seen = _LayerInputs(model, weights, batches)
         weights = [weight for weight in weights if seen.rows.get(weight.name)]
         if not weights:
             msg = "calibration: expected inputs that reach a linear layer; got none that do; prune otherwise"
@@ -177,10 +177,10 @@ def latency_plan(
 
 
 class _NotFiniteError(ValueError):
-    """What a layer gets is not finite; the model could be called."""
+    """The inputs of a layer are not finite, although the model runs."""
 
 
-class _Seen:
+class _LayerInputs:
     """The moments of layers' inputs, and how many rows the first batch has for each."""
 
     def __init__(self, model: nn.Module, weights: Sequence[PrunableWeight], batches: Sequence[Batch]) -> None:

@@ -62,24 +62,24 @@ class NewLayer:
     targets: str
 
     def put(self, rows: Rows) -> None:
-        """Gives them to the weight."""
+        """Assigns them to the weight."""
         bias = None if self.bias is None else torch.from_numpy(self.bias)
         rows.put(torch.from_numpy(self.weights), bias)
 
     def without_values(self) -> NewLayer:
-        """What a report says of it."""
+        """A copy without values, for the report."""
         return replace(self, weights=np.empty(0), bias=None)
 
 
 @dataclass(frozen=True)
 class Method:
-    """How masks are chosen, by a reconstruction or by scores, and how what stays is rounded.
+    """How masks are chosen, by a reconstruction or by scores, and how kept weights are rounded.
 
     Attributes:
         name: "obs", "admm", "wanda" or "ria"; "" for a scorer that needs no statistics.
         scorer: The scorer without statistics, if `name` is "".
         values: "int8" or "int4" for weights that are integers times scales; None for any.
-        group: Columns that share a scale; None for one of each output.
+        group: Columns that share a scale; None for one scale for each output.
     """
 
     name: str
@@ -184,7 +184,7 @@ def _problems(
 
 
 def _score(name: str, parts: Parts, rows: Rows, pool: Pool, method: Method) -> NewLayer:
-    """Masks by scores; kept weights keep their values, but for rounding."""
+    """Masks by scores; kept weights keep their values, except for rounding."""
     matrix = to_array(rows.matrix())
     scorer = method.scorer or InputScores(method.name, {name: [fitted for fitted, _ in parts]})
     out = np.empty_like(matrix)

@@ -50,7 +50,7 @@ class MaskedWeights:
             if id(parameter) not in own:
                 msg = (
                     f"pruner: expected that of the {what}; got one of another model, of which it prunes "
-                    f"{name!r}; make it of the very model that is trained"
+                    f"{name!r}; make one of the model that is trained"
                 )
                 raise ValueError(msg)
 

@@ -57,11 +57,10 @@ def prune(
 ) -> PruningReport:
     """Prunes a model in place; it keeps its classes and state_dict keys and gets no hooks.
 
-    With calibration, layers are pruned from the first to the last. Each sees the inputs that the network
-    pruned so far gives, and with `targets="dense"` and the methods "obs" and "admm" it is fitted to the
-    outputs of the dense network; a weight whose output is added to a residual stream also compensates for
-    that stream's error. Which weights share inputs, and where residual branches end, is found by running a
-    batch.
+    With calibration, layers are pruned from the first to the last. Each gets its inputs from the network
+    pruned so far, and with `targets="dense"` and the methods "obs" and "admm" it is fitted to the outputs of
+    the dense network; a weight whose output is added to a residual stream also compensates for the error of
+    that stream. Which weights share inputs, and where residual branches end, is found by running a batch.
 
     Args:
         model: Any model on the CPU. Embeddings, norms, biases and heads of language models stay dense.
@@ -71,18 +70,19 @@ def prune(
             method is "admm" with calibration and "magnitude" without.
         calibration: Inputs without labels: an iterable of tensors, tuples, or mappings of keyword inputs as
             tokenizers give, or a DataLoader. Rows where an input called `attention_mask` is 0 do not
-            count; of wide convolutions (from about 2000 inputs) evenly spaced places are used where there are
-            more than needed. One batch in ten is held out, to choose the damping and to measure the errors in
-            the report.
+            count; of wide convolutions (from about 2000 inputs), only evenly spaced positions are used if
+            there are more than needed. One batch in ten is held out, to choose the damping and to measure the
+            errors in the report.
         targets: "dense", or "own": layers are fitted to the outputs of their own dense weights, as in
             SparseGPT, which is safer with little calibration. "own" always applies to weights of recurrent
             layers, weights that a forward pass uses several times, and experts to which the pruned network
             sends other rows.
-        values: "int8": what stays is rounded too, layer by layer, to integers times a scale for each output
-            (`sparsam.quantize` on the mask, after the fit), and later layers see that. The weights are floats
-            that lie on this grid exactly, so that `accelerate(model, inputs, values="int8")` packs them as
-            they are. "int4" is the same with 4 bits, packed as they are but for groups of 32.
-        group: With "int4": 32, 64 or 128 columns that share a scale; None: all.
+        values: "int8": kept weights are rounded too, layer by layer, to integers times a scale for each
+            output (`sparsam.quantize` on the mask, after the fit), and later layers are fitted to that. The
+            weights are floats exactly on this grid, so that `accelerate(model, inputs, values="int8")` packs
+            them without rounding again. "int4" is the same with 4 bits, except that packing rounds groups of
+            32 again.
+        group: With "int4": 32, 64 or 128 columns that share a scale; None: all columns.
         loss_fn: For the methods "saliency", "fisher" and "movement": called with the model and each batch of
             the calibration, labels included, it returns the loss.
         calibration_samples: About how many samples of the calibration to use at most; spread evenly if it has
@@ -91,7 +91,7 @@ def prune(
         progress: Show a progress bar with the time left on standard error.
         executor: Solves the problems of layers with the same inputs in parallel; the result is the same.
             For "obs" and "admm".
-        state_dir: A folder for progress, from which an interrupted call resumes when it is made again.
+        state_dir: A folder for progress, from which an interrupted call resumes when it is repeated.
         spill_dir: A folder in which activations are kept as files instead of in memory during the call. Like
             `state_dir` and `values` it is for pruning layer by layer: with calibration, in scope "layer" or
             "row", without ties and gradients.

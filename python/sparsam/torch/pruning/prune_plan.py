@@ -1,4 +1,4 @@
-"""What a call of `prune` is to do, checked as far as it can be before anything runs."""
+"""The plan of a call of `prune`, checked as far as possible before anything runs."""
 
 from __future__ import annotations
 
@@ -49,9 +49,9 @@ class PrunePlan:
     """What is to be pruned, and how.
 
     Attributes:
-        weights: By name.
-        config: With the names of the weights that are stored as (in, out).
-        pools: As `make_pools` gives them.
+        weights: Name -> weight.
+        config: The configuration, whose `transposed` has the names of the weights stored as (in, out).
+        pools: The result of `make_pools`.
         pool_of: Name -> its pool.
         method: How masks are chosen.
         by_layer: Whether layers are pruned in sequence.
@@ -74,7 +74,7 @@ class PrunePlan:
         values: str | None = None,
         group: int | None = None,
     ) -> PrunePlan:
-        """The plan for these weights; ValueError for a pattern, a scope or ties that the method lacks."""
+        """The plan for these weights; ValueError for a pattern, scope or ties that the method lacks."""
         named = {weight.name: weight for weight in weights}
         stored = tuple(name for name in named if named[name].transposed)
         config = given.with_changes(transposed=stored, exclude=())
@@ -108,14 +108,14 @@ class PrunePlan:
 
 
 def _array(tensor: Tensor) -> NDArray[Any]:
-    """A weight; of one that has no values its shape and dtype, and NaN."""
+    """The weight as an array; if it has no values, one of its shape and dtype filled with NaN."""
     if not tensor.is_meta:
         return to_array(tensor)
     return np.broadcast_to(to_array(torch.full((), math.nan, dtype=tensor.dtype)), tuple(tensor.shape))
 
 
 def check_values(values: object, group: object) -> None:
-    """Raises ValueError for a kind of values that is none, or groups that it does not have."""
+    """Raises ValueError for an unknown kind of values, or a group that it does not support."""
     if values is not None and (not isinstance(values, str) or values not in BITS):
         raise ValueError(expected("values", values, "None, 'int8' or 'int4'", "pass one of them"))
     if group is not None and (values != "int4" or group not in GROUPS):
@@ -139,7 +139,7 @@ def check_options(
     state_dir: str | Path | None,
     spill_dir: str | Path | None,
 ) -> None:
-    """Raises for options that are missing, or would do nothing; TypeError where one is of another kind."""
+    """Raises ValueError for options that are missing or would do nothing, TypeError for a wrong type."""
     word = plan.config.method
     if not calibrated and (plan.method.name or word in GRADIENT_METHODS):
         msg = f"calibration: expected batches of inputs for method {word!r}; got none; pass some"
@@ -160,7 +160,7 @@ def check_options(
         if value is not None and not plan.by_layer:
             got = f"method {word!r} in scope {plan.config.scope!r}" if calibrated else "no calibration"
             got += " and ties" if plan.config.ties else ""
-            msg = f"{what}: expected pruning layer after layer; got {got}, which is at once; leave it out"
+            msg = f"{what}: expected pruning layer by layer; got {got}, which is at once; leave it out"
             raise ValueError(msg)
     check_executor(plan, executor)
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
@@ -172,7 +172,7 @@ def check_options(
 
 
 def check_executor(plan: PrunePlan, executor: Executor | None) -> None:
-    """Raises TypeError for what is no executor, and ValueError for one that would have nothing to do."""
+    """Raises TypeError for anything but an executor, and ValueError for one that would have nothing to do."""
     if executor is not None and not callable(getattr(executor, "submit", None)):
         do = "pass ProcessPoolExecutor(), say"
         raise TypeError(expected("executor", executor, "a concurrent.futures.Executor", do))

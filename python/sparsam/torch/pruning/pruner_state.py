@@ -1,4 +1,4 @@
-"""The state of a `Pruner` as `torch.save` carries it, and back, checked before anything is taken over."""
+"""The state of a `Pruner` for `torch.save`, and back, checked before anything is restored."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ def packed(mask: Mask) -> Tensor:
 
 @dataclass(frozen=True)
 class SavedPruner:
-    """What a state says.
+    """The content of a state.
 
     Attributes:
-        identity: What makes two pruners the same.
-        steps: How many calls of `step` there were.
-        due: Whether an update waits.
-        sparsity: That of the last update.
+        identity: The identity of the pruner.
+        steps: The number of calls of `step`.
+        due: Whether an update is due.
+        sparsity: The sparsity of the last update.
         masks: Name -> mask.
-        evidence: Of the gradients, if the method needs them; not checked.
+        evidence: The sums of gradients, if the method needs them; not checked.
     """
 
     identity: Mapping[str, Any]
@@ -45,7 +45,7 @@ class SavedPruner:
 
     @classmethod
     def read(cls, state: object, keys: Collection[str]) -> SavedPruner:
-        """Takes a state apart; ValueError for what `state_dict` did not return."""
+        """Reads a state; ValueError for anything that `state_dict` did not return."""
         if not isinstance(state, Mapping) or set(state) != set(keys):
             got = sorted(map(str, state)) if isinstance(state, Mapping) else state
             raise ValueError(expected("state", got, f"what state_dict() returned: {sorted(keys)}", _DO))

@@ -1,9 +1,9 @@
-"""Weights whose outputs a ReLU takes, fitted again to what the ReLU lets through.
+"""Refits weights whose outputs go into a ReLU, with respect to the outputs of the ReLU.
 
-Where the dense network gives the ReLU less than 0, any such output will do. So there a weight is asked for
-what it gives, or for what gives 0 if that is above; elsewhere for the dense output, as before. A few rounds
-of that follow the fit, each towards what the one before gives: but for the damping, no round makes the
-squared error after the ReLU larger.
+Where the dense network's input of the ReLU is below 0, any output that keeps it there is as good. There the
+target is the weight's present output, clipped to the one for which the input is 0; elsewhere it is the dense
+output, as before. A few such rounds follow the fit, each with the outputs of the one before: except for the
+damping, no round increases the squared error after the ReLU.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable
 
 import torch
 from sparsam.reconstruction.sequential import LayerFit, LayerProblem, refit_layer, round_layer
-from sparsam.torch.pruning.group_statistics import Seen, row_weights
+from sparsam.torch.pruning.group_statistics import GroupBatch, row_weights
 from sparsam.torch.pruning.prunable import PrunableWeight
 from sparsam.torch.pruning.unfolded_rows import input_rows, output_rows
 from torch import Tensor
@@ -21,8 +21,8 @@ __all__ = ["Shown", "fit_to_rectified"]
 
 _ROUNDS = 3
 
-Shown = Callable[[], Iterable[Seen]]
-"""Gives what all batches show of a weight, again and again."""
+Shown = Callable[[], Iterable[GroupBatch]]
+"""Returns the inputs and targets of a weight in all batches; may be called repeatedly."""
 
 
 def fit_to_rectified(problem: LayerProblem, fit: LayerFit, weight: PrunableWeight, shown: Shown) -> LayerFit:
@@ -31,11 +31,11 @@ def fit_to_rectified(problem: LayerProblem, fit: LayerFit, weight: PrunableWeigh
     Args:
         problem: Its problem, with targets.
         fit: The solution.
-        weight: Where it is.
-        shown: What the batches show of it, with its `Rectifier`.
+        weight: The weight in the model.
+        shown: Its inputs and targets in all batches, with its `Rectifier`.
 
     Returns:
-        The fit, with the same mask and error but for what rounding changes, where the problem asks for it.
+        The fit, with the same mask and error, except for the changes by rounding if the problem has one.
     """
     for _ in range(_ROUNDS):
         matrix = torch.from_numpy(fit.weights.reshape(len(fit.weights), -1))
@@ -57,8 +57,8 @@ def fit_to_rectified(problem: LayerProblem, fit: LayerFit, weight: PrunableWeigh
     return round_layer(problem, fit)
 
 
-def _moved(weight: PrunableWeight, seen: Seen, given: Tensor) -> Tensor:
-    """What is wanted less the dense output, (rows, out), of a weight that gives `given`."""
+def _moved(weight: PrunableWeight, seen: GroupBatch, given: Tensor) -> Tensor:
+    """The target minus the dense output, (rows, out), of a weight whose present output is `given`."""
     output, rectifier = seen.outputs[weight.name], seen.rectifiers[weight.name]
     places = seen.places(weight)
     dense = output_rows(weight, output, places).to(given.dtype)

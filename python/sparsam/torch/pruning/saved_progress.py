@@ -125,7 +125,7 @@ class BatchDigest:
 
 
 def function_digest(function: Callable[..., Any]) -> str:
-    """What tells one function from another: its name and code, not the values that it refers to."""
+    """The identity of a function: its name and code, not the values that it refers to."""
     code = getattr(function, "__code__", None)
     name = getattr(function, "__qualname__", type(function).__qualname__)
     if code is None:

@@ -19,7 +19,7 @@ from sparsam.torch.pruning.forward_passes import (
     end,
 )
 from sparsam.torch.pruning.freed_memory import return_freed_memory
-from sparsam.torch.pruning.group_statistics import GroupStatistics, OtherRows, Seen
+from sparsam.torch.pruning.group_statistics import GroupBatch, GroupStatistics, OtherRows
 from sparsam.torch.pruning.layer_inputs import Inputs, watch
 from sparsam.torch.pruning.rectified_fits import Shown
 from sparsam.torch.pruning.twins import Rows, Twin
@@ -33,7 +33,7 @@ __all__ = ["LayerSequence"]
 
 
 class LayerSequence:
-    """The forward passes of all batches through a network that is pruned meanwhile.
+    """The forward passes of all batches through a network that is pruned at the same time.
 
     A context manager, which ends all passes on exit.
 
@@ -55,7 +55,7 @@ class LayerSequence:
             pruned: The network to prune, still dense.
             dense: The network whose outputs are the targets; None: each layer's own outputs.
             batches: The calibration.
-            parts: What brings the weights of both into memory; None: they are there.
+            parts: Brings the weights of both into memory; None: they are in memory.
         """
         self._batches = batches
         self._parts = parts
@@ -142,7 +142,7 @@ class LayerSequence:
         return found
 
     def _reach_part(self, group: Group, parts: PartsInTurn) -> None:
-        """Lets all passes leave the parts before that of a group, so that memory need not hold those."""
+        """Lets all passes leave the parts before that of a group, so that those can be released."""
         waiting = [one for one in self._passes if one.waits_at is None or one.waits_at in self._fitted]
         if parts.holds(group.names[0]):
             advance([one for one in waiting if one.begun and one.gate is None])
@@ -163,7 +163,7 @@ class LayerSequence:
             found.add(seen)
         return found
 
-    def _waiting(self, group: Group, targets: Sequence[Mapping[str, Tensor | None]]) -> Iterator[Seen]:
+    def _waiting(self, group: Group, targets: Sequence[Mapping[str, Tensor | None]]) -> Iterator[GroupBatch]:
         """Yields the inputs, and targets if any, of each pass that waits at a group."""
         names = set(group.names)
         for i, one in enumerate(self._passes):
@@ -180,10 +180,10 @@ class LayerSequence:
                         known = Rectifier(one.residual.own, one.residual.other)
                     if known is not None:
                         rectifiers[name] = known
-            yield Seen(one.batch, i, one.inputs, wanted, stream, rectifiers, len(self._batches))
+            yield GroupBatch(one.batch, i, one.inputs, wanted, stream, rectifiers, len(self._batches))
 
     def rectified(self, group: Group) -> dict[str, Shown]:
-        """The weights of a group that waits whose outputs a ReLU takes, and how to see what batches show."""
+        """Name -> the batches again, for weights of a waiting group whose outputs go into a ReLU."""
         targets = [one.captured for one in self._ahead]
         if not targets or group.repeated:
             return {}
@@ -192,12 +192,12 @@ class LayerSequence:
         }
 
     def put(self, new: NewLayer) -> None:
-        """Gives a weight its new values, if it is in memory; else it gets them when it is."""
+        """Assigns a weight its new values if it is in memory; otherwise it gets them when it is read."""
         if self._parts is None or self._parts.holds(new.name, lent=True):
             new.put(self.layers[new.name])
 
     def finish_group(self, group: Group) -> None:
-        """Notes that a group has its new weights."""
+        """Records that a group has its new weights, and releases what they needed."""
         self._fitted.update(group.names)
         if self._parts is not None:
             self._parts.take_back(group.names, used=self._wanted.issuperset(group.names))
@@ -229,7 +229,7 @@ class LayerSequence:
                 end(passes)
             for i, one in zip(part, passes, strict=True):
                 for inputs in one.inputs:
-                    found.add(Seen(one.batch, i, inputs, {}, batches=len(self._batches)))
+                    found.add(GroupBatch(one.batch, i, inputs, {}, batches=len(self._batches)))
 
 
 def _wanted(

@@ -15,12 +15,12 @@ from torch import nn
 
 __all__ = ["Step", "alike", "prune_in_sequence"]
 
-_ROWS_PER_INPUT = 2  # rows of calibration per input of a layer, below which its own targets are safer
-_DISTINCT, _VOCABULARY = 0.08, 0.25  # shares of all tokens, and of the vocabulary, that are too few
+_ROWS_PER_INPUT = 2  # with fewer rows of calibration per input of a layer, its own targets are safer
+_DISTINCT, _VOCABULARY = 0.08, 0.25  # the least share of distinct tokens in all tokens, and in the vocabulary
 
 
 class Step(Protocol):
-    """Told of each group that is done, and whether by an earlier call."""
+    """A function that is called after each group; `skipped`: an earlier call did it."""
 
     def __call__(self, what: str, count: int, *, skipped: bool = False) -> None:
         """`count` weights are done, the last of them `what`."""
@@ -34,18 +34,18 @@ def prune_in_sequence(
     step: Step,
     said: list[str],
 ) -> dict[str, NewLayer]:
-    """Prunes layer after layer.
+    """Prunes layer by layer.
 
     Args:
         sequence: The network.
         plan: What to do.
         executor: Solves the problems of a group; None: this thread.
-        saved: What earlier calls did, to which this one adds; None: nothing is kept.
-        step: Is told of progress.
-        said: Takes the texts of warnings.
+        saved: The results of earlier calls, to which this one adds; None: nothing is kept.
+        step: Called after each group.
+        said: The texts of warnings are appended to it.
 
     Returns:
-        Name -> what the report says of it.
+        Name -> the new layer without its values, for the report.
     """
     known: dict[str, NewLayer] = {}
     short: list[tuple[str, int, int]] = []
@@ -92,7 +92,7 @@ def alike(model: nn.Module, batches: Sequence[Batch]) -> str:
 
 
 def _short(name: str, rows: int, inputs: int, others: int) -> str:
-    more = f" (and of {others} others, in their way)" if others else ""
+    more = f" (and as many in proportion for {others} others)" if others else ""
     return (
         f"calibration: expected at least {_ROWS_PER_INPUT * inputs} rows for the {inputs} inputs of "
         f"{name!r}{more}; got {rows}; they are fitted to their own outputs, which is better there; give more "

@@ -40,7 +40,7 @@ class SmallestModel(Readable):
     Attributes:
         sparsity: The total sparsity reached, over the weights that are pruned; 0.0 if the model is dense.
         score: Its score.
-        min_score: The lowest that was good enough.
+        min_score: The lowest acceptable score.
         curve: All probes, the dense model first, by rising target.
         finished: Whether the search converged; False if `max_evaluations` ran out.
         report: The report of `prune`; None if the model is dense.
@@ -59,7 +59,7 @@ class SmallestModel(Readable):
         return self.curve[0].score
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns it in plain types."""
+        """Returns the result in plain types."""
         return {
             **{key: value for key, value in asdict(self).items() if key not in {"curve", "report"}},
             "dense_score": self.dense_score,
@@ -68,10 +68,11 @@ class SmallestModel(Readable):
         }
 
     def __str__(self) -> str:
-        scores = f"score {self.score:.6g}, dense {self.dense_score:.6g}, asked for {self.min_score:.6g}"
+        scores = f"score {self.score:.6g}, dense {self.dense_score:.6g}, required {self.min_score:.6g}"
         lines = [
             f"{self.sparsity:.2%} of the weights pruned: {scores}",
-            f"{len(self.curve)} evaluations" + ("" if self.finished else ", which ran out"),
+            f"{len(self.curve)} evaluations"
+            + ("" if self.finished else "; the limit was reached before the search converged"),
             "",
             f"{'sparsity':>9}  {'score':>10}",
         ]
@@ -129,7 +130,7 @@ def find_smallest(
         tolerance: The accuracy of the total sparsity.
         checks: The number of further probes that look for failures below the result.
         callback: Called with each probe, the dense model first.
-        state_dir: A folder for progress, from which an interrupted search resumes when it is made again. The
+        state_dir: A folder for progress, from which an interrupted search resumes when it is repeated. The
             dense model is then evaluated again, and its score must be the same as before.
         **changes: Fields of `PruningConfig` to set on top of `config`.
 
@@ -288,7 +289,7 @@ class _Known:
             self.probes = {target: (sparsity, score) for target, sparsity, score in saved.probes}
 
     def check_score(self, dense: float) -> None:
-        """Raises ValueError if the dense model had another score, as with another `eval_fn` or other data."""
+        """Raises ValueError if the dense model had another score, for example from another `eval_fn`."""
         if 0.0 in self.probes and not math.isclose(self.probes[0.0][1], dense, rel_tol=1e-6):
             before = self.probes[0.0][1]
             msg = (

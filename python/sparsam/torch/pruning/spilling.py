@@ -33,7 +33,7 @@ def spill_outputs(model: nn.Module, folder: str | Path, blocks: Collection[str] 
 
 
 def _spilled(args: Sequence[Any], output: Any, folder: Path) -> Any:
-    """The output as a tensor on a file; itself if it is small, not a plain tensor, or an input."""
+    """The output as a tensor in a mapped file; unchanged if it is small, not a plain tensor, or an input."""
     if type(output) is not Tensor or output.nbytes < _LEAST or any(output is value for value in args):
         return output
     with tempfile.NamedTemporaryFile(dir=folder, prefix="activations-") as file:

@@ -21,8 +21,8 @@ def trainer_callback(pruner: Pruner, *, mask_gradients: bool = False) -> Trainer
 
     Args:
         pruner: The pruner of the model that the Trainer trains.
-        mask_gradients: Zero the gradients of pruned weights before each optimizer step; this is after
-            gradient clipping, in which they count.
+        mask_gradients: Zero the gradients of pruned weights before each optimizer step, which is after
+            gradient clipping, so that the norms there include them.
 
     Raises:
         ImportError: transformers is not installed.

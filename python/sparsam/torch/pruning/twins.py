@@ -55,7 +55,7 @@ def _keep_no_cache(model: nn.Module) -> None:
 
 
 def set_values(parameter: Tensor, values: Tensor) -> None:
-    """Gives a tensor of a twin new values in separate memory."""
+    """Assigns new values, in separate memory, to a tensor of a twin."""
     parameter.data = values.to(parameter.dtype).contiguous()
 
 

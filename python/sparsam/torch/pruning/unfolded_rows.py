@@ -1,4 +1,4 @@
-"""Inputs and outputs of layers as rows: for convolutions im2col patches, of wide ones not at every place."""
+"""Inputs and outputs of layers as rows: im2col patches for convolutions, at some positions if wide."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from torch import Tensor
 
 __all__ = ["input_rows", "output_rows", "spacing", "unfolding"]
 
-_PRODUCTS = 2.5e12  # of two inputs, that the second moments of a convolution are summed over; half a minute
-_ROWS_PER_INPUT = 4  # that there are at least
+_PRODUCTS = 2.5e12  # the most products in the second moments of a convolution, about half a minute
+_ROWS_PER_INPUT = 4  # the fewest rows for each input
 
 
 def input_rows(weight: PrunableWeight, inputs: Inputs, places: slice = slice(None)) -> list[Tensor]:
     """The inputs as rows (n, in), one for each part of the weight's outputs that has its own.
 
     A convolution has one part for each of its groups, and its rows are im2col patches in the order of the
-    weight's axes (in, kernel); those of the places alone, which count through each sample.
+    weight's axes (in, kernel), at the given places: a slice of the positions of each sample.
     """
     if weight.kind != "convolution":
         return [x.reshape(-1, x.shape[-1]) for x in inputs]
@@ -59,10 +59,10 @@ def output_rows(weight: PrunableWeight, output: Tensor, places: slice = slice(No
 
 
 def spacing(weight: PrunableWeight, inputs: Inputs, batches: int) -> int:
-    """At every how many places of each sample a convolution is looked at, so that sums take no minutes.
+    """The distance of the positions of each sample that are used, so that sums do not take minutes.
 
-    Neighbouring patches overlap and say nearly the same: of wide convolutions evenly spaced ones do, about
-    2.5e12 / in^2 of them over all batches, and at least four for each input.
+    Neighbouring patches overlap and are nearly redundant: of wide convolutions, evenly spaced ones suffice,
+    about 2.5e12 / in^2 of them over all batches, and at least four for each input.
     """
     if weight.kind != "convolution":
         return 1
@@ -75,7 +75,7 @@ def spacing(weight: PrunableWeight, inputs: Inputs, batches: int) -> int:
 
 
 def unfolding(weight: PrunableWeight) -> tuple[Any, ...]:
-    """What the rows depend on beside the inputs: weights of equal values and inputs have equal rows."""
+    """The attributes on which rows depend besides the inputs; weights that agree in these have equal rows."""
     if weight.kind != "convolution":
         return (weight.kind,)
     module: Any = weight.module

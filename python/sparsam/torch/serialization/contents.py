@@ -1,4 +1,4 @@
-"""What to store of a model: its tensors (pruned ones as values and bits) and the manifest."""
+"""The content of a model's file: its tensors (pruned ones as values and bits) and the manifest."""
 
 from __future__ import annotations
 
@@ -41,17 +41,17 @@ class Contents:
         ties: Mapping[str, str] | None = None,
         buffers: bool = True,
     ) -> Contents:
-        """Collects what to store of a model.
+        """Collects the content of a model's file.
 
         Args:
             model: The model.
             ignored: Names in its state dict that are not stored.
-            ties: Those names whose tensors the reader shares by itself, as keys and values; others are stored
-                twice. None: the reader shares whatever the manifest says.
-            buffers: Whether to store what is not in the state dict, for models on the meta device.
+            ties: Pairs of names, as keys and values, whose tensors the reader shares by itself; other shared
+                tensors are stored twice. None: the reader shares tensors as the manifest says.
+            buffers: Whether to store buffers that are not in the state dict, for models on the meta device.
 
         Raises:
-            TypeError: The state dict holds something else than dense tensors.
+            TypeError: The state dict holds something other than dense tensors.
             ValueError: The model is itself a packed layer, or lacks the layers that compute an activation.
         """
         layers = {
@@ -79,8 +79,8 @@ class Contents:
                 tensors[name] = tensor.detach().clone() if again else _alone(tensor)
                 continue
             tensors |= {name: encoded.values, name + BITS: encoded.bits}
-            turned = packed[key]._content.layout.transposed if key in packed else False
-            weights[name] = Weight(tuple(tensor.shape), dtype_name(tensor.dtype), turned)
+            transposed = packed[key]._content.layout.transposed if key in packed else False
+            weights[name] = Weight(tuple(tensor.shape), dtype_name(tensor.dtype), transposed)
         if clash := sorted(name for name in weights if name + BITS in state):
             msg = f"{clash[0] + BITS}: expected no tensor beside the bits of that weight; got one; rename it"
             raise ValueError(msg)
@@ -117,7 +117,7 @@ def _fused(model: nn.Module, names: Mapping[int, str]) -> dict[str, tuple[str, .
 
 
 def _state(model: nn.Module, ignored: Collection[str]) -> dict[str, Tensor]:
-    """The state dict, packed weights as they are."""
+    """The state dict, with packed weights unchanged."""
     state = {name: value for name, value in model.state_dict(keep_vars=True).items() if name not in ignored}
     for name, value in state.items():
         foreign = not isinstance(value, Tensor) or is_foreign(value)
@@ -132,7 +132,7 @@ def _state(model: nn.Module, ignored: Collection[str]) -> dict[str, Tensor]:
 
 
 def _identities(state: Mapping[str, Tensor]) -> tuple[dict[Any, PackedTensor], dict[str, Any]]:
-    """The packed tensors by what those have in common that are one memory; and that of each, by name."""
+    """Key -> packed tensor, and name -> key, where tensors that share their memory have equal keys."""
     keys = {name: _identity(value) for name, value in state.items()}
     owners = {id(value): keys[name] for name, value in state.items() if not isinstance(value, PackedTensor)}
     packed: dict[Any, PackedTensor] = {}
@@ -154,7 +154,7 @@ def _identity(value: Tensor) -> Any:
 
 
 def _stands_for(packed: PackedTensor, dense: Tensor | None) -> bool:
-    """Whether one encoding is right for a packed weight and for the dense one that was packed."""
+    """Whether a packed weight and the dense one that was packed have the same encoding."""
     exact = packed.packed.dtype == packed.dtype and not packed._content.layout.transposed
     return dense is not None and exact and torch.equal(packed.to_dense(), dense.detach())
 
@@ -171,7 +171,7 @@ def _encoded(tensor: Tensor, packed: PackedTensor | None) -> Encoded | None:
 
 
 def _alone(tensor: Tensor) -> Tensor:
-    """The tensor with memory of its own, as files want it."""
+    """The tensor with memory of its own, as the file format requires."""
     whole = tensor.is_contiguous() and tensor.untyped_storage().nbytes() == tensor.nbytes
     return tensor.detach() if whole else tensor.detach().contiguous().clone()
 

@@ -1,4 +1,4 @@
-"""A weight in a file: the values that are not pruned, and a bit for each place (docs/formats.md)."""
+"""A weight in a file: the values that are not pruned, and a bit for each weight (docs/formats.md)."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ class Encoded:
     """A weight as two tensors.
 
     Attributes:
-        values: Row by row, those whose bit is set; a single 0 where none is. Of int4 values uint8: of each
-            group of rows the 16 levels, then a code for each, two in a byte.
-        bits: uint8 (rows, ceil(columns / 8)), the first column in the lowest bit; of int8 values each row
-            ends with its scale, four bytes more, and these alone are there where values are all of a weight;
-            of int4 values with its scales, two bytes each.
+        values: Row by row, those whose bit is set; a single 0 if there are none. For int4, uint8: for each
+            group of rows the 16 levels, then a code for each value, two in a byte.
+        bits: uint8 (rows, ceil(columns / 8)), the first column in the lowest bit. For int8, each row ends
+            with its scale, four more bytes, and has only these if `values` are all values of the weight; for
+            int4, it ends with its scales, two bytes each.
     """
 
     values: Tensor
@@ -40,17 +40,17 @@ class Encoded:
 
     @property
     def rounded(self) -> str:
-        """What values are if they are no floats: "int8" or "int4"."""
+        """The kind of integers that values are, "int8" or "int4"; "" for floats."""
         return {torch.int8: "int8", torch.uint8: "int4"}.get(self.values.dtype, "")
 
     def parts(self, name: str, rows: int, cols: int, groups: int = 1) -> list[Packed]:
         """The matrix, split into groups of rows.
 
         Args:
-            name: What errors call it.
-            rows: Of all groups.
-            cols: Of each.
-            groups: How many there are.
+            name: The name of the weight in error messages.
+            rows: Rows of all groups.
+            cols: Columns of each group.
+            groups: The number of groups.
 
         Raises:
             ValueError: Bits and values do not fit together, or do not make such a matrix.
@@ -98,7 +98,7 @@ class Encoded:
             raise ValueError(msg) from error
 
     def _whole_parts(self, name: str, rows: int, cols: int, groups: int) -> list[Packed]:
-        """What `parts` gives of int8 values that are all of a weight."""
+        """The result of `parts` for int8 if `values` are all values of the weight."""
         q, scales = self.values.numpy().reshape(rows, cols), self.bits.numpy().view(np.float32).reshape(-1)
         try:
             pieces = zip(np.split(q, groups), np.split(scales, groups), strict=True)
@@ -109,7 +109,7 @@ class Encoded:
             raise ValueError(msg) from error
 
     def _width(self, line: int, cols: int) -> int | None:
-        """How many columns share a scale of int4 values; None where the bits have the room for neither."""
+        """How many columns share a scale of int4 values; None if the size of `bits` fits neither number."""
         room = self.bits.shape[1] - line if self.bits.ndim == 2 else 0
         return group_of(cols, room // 2) if room % 2 == 0 else None
 
@@ -127,15 +127,15 @@ class Encoded:
 
     @classmethod
     def unpacked(cls, parts: Sequence[Packed], shape: Sequence[int]) -> Tensor:
-        """The dense tensor of what `parts` gave, to the last bit what was encoded."""
+        """The dense tensor from the result of `parts`, bit for bit as it was encoded."""
         arrays = [from_array(part.unpack()) for part in parts]
         return (arrays[0] if len(arrays) == 1 else torch.cat(arrays)).reshape(tuple(shape))
 
 
 def encode(dense: Tensor) -> Encoded | None:
-    """A dense tensor with at least two axes, to the last bit, or None where that is not smaller.
+    """Encodes a dense tensor of at least two axes exactly; None if the result would not be smaller.
 
-    What is left out is 0.0, and not -0.0.
+    Only 0.0 is left out, not -0.0.
     """
     if dense.ndim < 2 or dense.dtype not in DTYPES or not dense.numel():
         return None
@@ -149,7 +149,7 @@ def encode(dense: Tensor) -> Encoded | None:
 
 
 def encode_packed(weight: PackedWeight) -> Encoded:
-    """A packed weight, group after group; int8 values whole where bits would take more than zeros."""
+    """Encodes a packed weight, group after group; int8 with zeros where bits would take more memory."""
     size = weight.groups * weight.rows * weight.cols
     if weight.dtype is torch.int8 and size < weight.nnz + weight.groups * weight.rows * (
         (weight.cols + 7) // 8

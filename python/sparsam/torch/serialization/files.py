@@ -26,19 +26,19 @@ NAME = "sparsam.safetensors"  # not the name that other libraries read
 
 
 def save(model: nn.Module, directory: StrPath) -> None:
-    """Writes `sparsam.safetensors` into a directory: all of a model, pruned weights packed.
+    """Writes a model to `sparsam.safetensors` in a directory, with pruned weights packed.
 
-    Tensors of the state dict that share their memory are written once. Other files in the directory, a
-    `model.safetensors` of Hugging Face say, are left alone. The file is replaced whole or not at all.
+    Tensors of the state dict that share their memory are written once. Other files in the directory, such as
+    a `model.safetensors` of Hugging Face, are not touched. The file is replaced atomically.
 
     Args:
-        model: A model, accelerated, with layers packed by hand, or just pruned.
-        directory: Is made if it is missing.
+        model: A model: accelerated, with layers packed by hand, or just pruned.
+        directory: The directory, which is made if it is missing.
 
     Raises:
-        TypeError: The state dict holds something else than dense tensors.
+        TypeError: The state dict holds something other than dense tensors.
         ValueError: The model is itself a packed layer, or lacks the layers that compute a fused activation;
-            or a file of that name is there that `save` did not write.
+            or the directory has a file of that name that `save` did not write.
         OSError: The file cannot be written.
     """
     _check(model, directory)
@@ -61,15 +61,15 @@ def save(model: nn.Module, directory: StrPath) -> None:
 
 
 def load(directory: StrPath, model: nn.Module) -> int:
-    """Reads what `save` wrote into a dense model of the same architecture, and swaps its packed layers in.
+    """Reads a file of `save` into a dense model of the same architecture, and installs its packed layers.
 
-    Everything is checked before anything changes. `restore(model)` gives the dense model with these weights.
+    Everything is checked before anything changes. `restore(model)` makes it a dense model with these weights.
 
     Args:
-        directory: Holds `sparsam.safetensors`.
-        model: The dense model, on the CPU, of the dtypes that were saved. What is on the meta device
-            (`with torch.device("meta")`, Accelerate's `init_empty_weights`) gets memory here: packed layers
-            no more than they need.
+        directory: The directory with `sparsam.safetensors`.
+        model: The dense model, on the CPU, with the dtypes that were saved. Tensors on the meta device
+            (`with torch.device("meta")`, Accelerate's `init_empty_weights`) get memory here, packed layers
+            only as much as they need.
 
     Returns:
         The number of packed layers.
@@ -96,7 +96,7 @@ def load(directory: StrPath, model: nn.Module) -> int:
 
 
 def _check(model: object, directory: object) -> None:
-    """Raises a TypeError for what is no model, or no path."""
+    """Raises TypeError unless the arguments are a model and a path."""
     if not isinstance(model, nn.Module):
         got = type(model).__name__
         msg = f"model: expected a torch.nn.Module; got {got}; call save(model, folder) or load(folder, model)"

@@ -71,7 +71,7 @@ class Loaded:
         return cls(weights, rest, buffers)
 
     def swap_in(self, model: nn.Module) -> int:
-        """Gives the model these weights and packed layers; returns the number of packed layers."""
+        """Installs the weights and packed layers in the model; returns the number of packed layers."""
         with torch.inference_mode(False), torch.no_grad():
             tie(model, self.weights.manifest.tied)
             self.weights.pack(model)
@@ -120,13 +120,13 @@ def check_layers(manifest: Manifest, modules: Mapping[str, nn.Module]) -> None:
             )
             raise ValueError(msg)
         if layer.computed is None:
-            turned = manifest.weights[manifest.stored_weight(name)].transposed
-            if turned != is_transposed(module):
+            transposed = manifest.weights[manifest.stored_weight(name)].transposed
+            if transposed != is_transposed(module):
                 layouts = (
                     "a layer with a weight (out, in)",
                     "a Conv1D of transformers, with a weight (in, out)",
                 )
-                msg = f"layer {name!r}: expected {layouts[turned]}; got {layouts[not turned]}; {_DO}"
+                msg = f"layer {name!r}: expected {layouts[transposed]}; got {layouts[not transposed]}; {_DO}"
                 raise ValueError(msg)
     for name, into in manifest.fused.items():
         module, activation = modules.get(name), manifest.layers[into[0]].activation
@@ -156,7 +156,7 @@ def _check_names(manifest: Manifest, state: Mapping[str, Any], found: set[str]) 
     names |= {name + BITS for name in manifest.weights} | manifest.weights.keys()
     if odd := sorted((names ^ found) | (manifest.weights.keys() - state.keys())):
         more = f" and {len(odd) - 1} more" if odd[1:] else ""
-        one = f"a file without {odd[0]!r}" if odd[0] not in found else f"{odd[0]!r}, which it has not"
+        one = f"a file without {odd[0]!r}" if odd[0] not in found else f"{odd[0]!r}, which it lacks"
         msg = f"tensors: expected those of the model; got {one}{more}; {_DO}"
         raise ValueError(msg)
 

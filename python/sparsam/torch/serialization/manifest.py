@@ -22,7 +22,7 @@ __all__ = ["BITS", "MARK", "Layer", "Manifest", "Weight", "dtype_name", "place"]
 T = TypeVar("T")
 
 MARK = "accelerated 3"
-BITS = "_bits"  # what follows a weight's name in the name of its bits
+BITS = "_bits"  # the suffix of the tensor with a weight's bits
 
 _FORMS = tuple(forms for n in (1, 2) for forms in itertools.combinations(("bitmask", "panels", "slots"), n))
 _FORMS += (("rows",),)  # of an embedding
@@ -45,7 +45,7 @@ class Weight(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     transposed: bool
 
     def describe(self) -> str:
-        """What identifies it to a reader of an error."""
+        """Its shape and dtype, for error messages."""
         return f"{'x'.join(map(str, self.shape))} {self.dtype}"
 
 
@@ -165,7 +165,7 @@ _REMEDY = "save the model again"
 
 
 def place(name: str) -> tuple[str, str]:
-    """The module and the attribute of a layer: `weight`, unless the last part names one of several."""
+    """The module and the attribute of a layer's name: `weight`, unless its last part is one of several."""
     module, _, last = name.rpartition(".")
     return (module, last) if is_one_of_several(last) else (name, "weight")
 

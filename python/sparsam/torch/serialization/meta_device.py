@@ -21,7 +21,7 @@ _LARGE = 1 << 12  # elements; smaller tensors are made, and moved afterwards
 
 
 def unsaved_tensors(model: nn.Module) -> Iterator[str]:
-    """The names of the tensors on the meta device that are no Parameters: buffers and plain attributes."""
+    """The names of tensors on the meta device that are not Parameters: buffers and plain attributes."""
     for prefix, module in model.named_modules():
         computed = _computed(module)
         for own in (module._buffers, vars(module)):
@@ -34,7 +34,7 @@ def without_values(build: Callable[[], nn.Module]) -> nn.Module:
     """Makes a model whose Parameters are on the meta device, and whose buffers have their values.
 
     Args:
-        build: Makes it. What it makes with `torch.empty`, as layers make their weights, takes no memory.
+        build: Makes the model. Tensors made by `torch.empty`, as layers make their weights, take no memory.
     """
     with _Unfilled(), torch.no_grad():
         model = build()
@@ -79,11 +79,11 @@ def tie(model: nn.Module, tied: Mapping[str, str]) -> None:
 
 
 def materialize(model: nn.Module) -> None:
-    """Gives memory to what is on the meta device, and none to dense weights behind packed ones.
+    """Allocates memory for tensors on the meta device, except for dense weights behind packed ones.
 
     Shared tensors stay shared. Their values are undefined.
     """
-    made: dict[int, tuple[Tensor, Tensor]] = {}  # with the old one, whose id is not to be given again
+    made: dict[int, tuple[Tensor, Tensor]] = {}  # holds the old tensor too, so that its id is not reused
 
     def real(tensor: Tensor) -> Tensor:
         if id(tensor) not in made:

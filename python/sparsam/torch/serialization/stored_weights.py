@@ -67,7 +67,7 @@ class StoredWeights:
         return sorted(self.manifest.weights.keys() - {use[0] for use in self._parts})
 
     def pack(self, model: nn.Module) -> None:
-        """Puts the packed weights into the layers that have one of their own, and frees their dense ones."""
+        """Puts packed weights into layers whose weight is a tensor of its own, and frees their dense ones."""
         modules = dict(model.named_modules(remove_duplicate=False))
         claims = self._claims(model)
         users: dict[_Use, dict[tuple[int, str], tuple[nn.Module, Layer]]] = {}
@@ -147,7 +147,7 @@ class StoredWeights:
         return self.manifest.stored_weight(name), layer.groups, layer.forms
 
     def _claims(self, model: nn.Module) -> dict[int, set[str]]:
-        """Under which names the file stores what is one Parameter of the model."""
+        """Id of a Parameter of the model -> the names under which the file stores it."""
         claims: dict[int, set[str]] = {}
         for name, tensor in model.state_dict(keep_vars=True).items():
             claims.setdefault(id(tensor), set()).add(self.manifest.stored(name))
@@ -175,10 +175,10 @@ def _pack_computed(module: nn.Module, attribute: str, layer: Layer) -> PackedLay
     for hook in module._forward_pre_hooks.values():
         if isinstance(hook, prune.BasePruningMethod):
             hook(module, ())
-    dtype, turned = getattr(torch, layer.computed or ""), is_transposed(module)
+    dtype, transposed = getattr(torch, layer.computed or ""), is_transposed(module)
     dense = getattr(module, attribute)
     weight = PackedTensor.pack(
-        dense, dtype=dtype, groups=layer.groups, transposed=turned, looked_up=is_embedding(module)
+        dense, dtype=dtype, groups=layer.groups, transposed=transposed, looked_up=is_embedding(module)
     )
     packed = PackedLayer(module, [PackedParameter(module, attribute, weight)])
     packed.activation = layer.activation

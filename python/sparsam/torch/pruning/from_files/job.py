@@ -1,4 +1,4 @@
-"""What a run from files to files is to do, checked before anything is read."""
+"""The plan of a run from files to files, checked before anything is read."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ class Job:
         if not plan.by_layer:
             got = f"scope {given.scope!r}, method {given.method!r} and {len(given.ties)} ties"
             msg = (
-                f"config: expected pruning layer after layer, in scope 'layer' or 'row', without ties or "
+                f"config: expected pruning layer by layer, in scope 'layer' or 'row', without ties or "
                 f"gradients; got {got}; call sparsam.checkpoint.prune_files without calibration, or load the "
                 "model and call prune"
             )
@@ -79,7 +79,7 @@ class Job:
 
     @property
     def heads(self) -> set[str]:
-        """The parts that are output layers of language models, and of which nothing is pruned."""
+        """The parts that are output layers of language models, without a weight that is pruned."""
         found = heads_of(self.model)
         return {
             part.name
@@ -89,7 +89,7 @@ class Job:
         }
 
     def check_memory(self, limit: int, *, targets: bool) -> None:
-        """Raises ValueError if that is not enough."""
+        """Raises ValueError if `limit` bytes are not enough."""
         reconstructs = self.plan.method.reconstructs
         check_memory(
             limit,
@@ -102,7 +102,7 @@ class Job:
         )
 
     def identity(self, batches: Sequence[Batch], config: PruningConfig, settings: str) -> str:
-        """What makes two runs the same: model, files, calibration and configuration."""
+        """The identity of the run: model, files, calibration and configuration."""
         digest = hashlib.blake2b(digest_size=16)
         digest.update(identify(self.model, batches, config, f"from files {settings}").encode())
         for layout in self.layouts:

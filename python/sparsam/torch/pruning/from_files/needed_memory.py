@@ -1,4 +1,4 @@
-"""How much memory pruning a model part by part takes."""
+"""The memory that pruning a model part by part takes."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ def check_memory(
 ) -> None:
     """Raises ValueError if a part, and the work on its widest weight, do not fit.
 
-    Counted are matrices in float64, as many as were measured and rounded up: for a layer with n inputs two of
-    n^2 numbers, its second moments; for a fit six more, the inverse among them, and four of the weight's
-    size; for targets five more of that.
+    The estimate counts float64 matrices, their number measured and rounded up: for a layer with n inputs two
+    of n^2 numbers, its second moments; for a fit six more of these, including the inverse, and four of the
+    size of the weight; for targets five more of that size.
 
     Args:
-        memory: How many bytes there are.
+        memory: The available bytes.
         model: The model.
         parts: Its parts.
-        weights: What is pruned.
+        weights: Name -> the weights that are pruned.
         reconstructs: Whether the method fits weights.
         targets: Whether it fits them to the dense network's outputs.
-        skip: Names of parts of which no weight comes into memory.
+        skip: Names of parts that are never in memory.
     """
     most, which = 0, ""
     for part in parts:

@@ -1,4 +1,4 @@
-"""The parts of a network in memory in turn: each is read when passes come to it, until all have left it."""
+"""Keeps one part of a network in memory at a time: each is read when passes reach it, until all have left."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ __all__ = ["PartsInTurn"]
 
 @dataclass(frozen=True)
 class _Place:
-    """Where a Parameter is in one of the twins, and what stands there while it is not in memory."""
+    """Where a Parameter is in one of the twins, and its placeholder while it is not in memory."""
 
     module: nn.Module
     attribute: str
@@ -43,7 +43,7 @@ class PartsInTurn:
     def __init__(
         self, parts: Sequence[Part], source: SourceTensors, twins: Sequence[Twin], heads: Collection[str]
     ) -> None:
-        """Puts gates before all parts; small tensors and the tables of embeddings are there from now on.
+        """Puts gates before all parts; reads tensors outside of parts, and maps the tables of embeddings.
 
         Args:
             parts: The parts.
@@ -72,7 +72,7 @@ class PartsInTurn:
         self._fill(around)
 
     def follow(self, groups: Iterable[Sequence[str]], rows: Mapping[str, Rows], saved: SavedProgress) -> None:
-        """From now on parts come with the new values of the groups that are done.
+        """From now on, parts are read with the new values of the groups that are done.
 
         Args:
             groups: The names of weights, as they are saved together.
@@ -85,11 +85,11 @@ class PartsInTurn:
             self._release(held)
 
     def holds(self, name: str, *, lent: bool = False) -> bool:
-        """Whether a weight is in memory with its part; or, if asked, by itself."""
+        """Whether a weight is in memory with its part, or, with `lent`, by itself."""
         return self._part_of[name].gate.open or (lent and name in self._lent)
 
     def advance(self, passes: Iterable[Pass]) -> None:
-        """As `forward_passes.advance`, but that gates open for them, one after the other."""
+        """As `forward_passes.advance`, opening gates for the passes, one after the other."""
         moving = [one for one in passes if not one.finished]
         advance([one for one in moving if one.gate is None])
         while gate := self._first_gate(moving):
@@ -97,11 +97,11 @@ class PartsInTurn:
             advance([one for one in moving if one.gate is gate])
 
     def reach(self, name: str, passes: Sequence[Pass]) -> None:
-        """Lets passes go on to the part with a weight; no other is then in memory.
+        """Lets passes continue to the part with a weight, so that no other part is needed in memory.
 
         Args:
             name: The weight.
-            passes: All that stop nowhere but at gates.
+            passes: The passes, which stop only at gates.
         """
         goal = self._part_of[name].gate
         advance([one for one in passes if one.gate is None])
@@ -110,7 +110,7 @@ class PartsInTurn:
             advance([one for one in passes if one.gate is gate])
 
     def lend(self, names: Sequence[str]) -> None:
-        """Reads the weights and biases of these that are in other parts, for the pruned network."""
+        """Reads those of these weights, and their biases, that are not in memory, for the pruned network."""
         for name in names:
             if self.holds(name):
                 continue
@@ -123,7 +123,7 @@ class PartsInTurn:
             self._lent[name] = [place for places in wanted.values() for place in places]
 
     def take_back(self, names: Sequence[str], *, used: bool) -> None:
-        """Lets go of weights that were lent; and of the dense network's if they were `used`, for good."""
+        """Releases weights that were lent; with `used`, permanently those of the dense network too."""
         for name in names:
             for place in self._lent.pop(name, ()):
                 place.put(place.empty)
@@ -133,13 +133,13 @@ class PartsInTurn:
                         place.put(place.empty)
 
     def changed(self, weight: str) -> list[str]:
-        """The names of a weight that is pruned and of what may change with it."""
+        """The names of a pruned weight and of the tensors that may change with it."""
         return list(self._places_of(weight))
 
     def pruned(self, weight: str) -> dict[str, Tensor]:
-        """A weight and what changed with it, as they are in the end: name in the pruned network -> tensor.
+        """A weight and the tensors that changed with it, final: name in the pruned network -> tensor.
 
-        Its part stays in memory until another is asked for; all passes must have ended.
+        Its part stays in memory until another one is needed; all passes must have ended.
         """
         self._open(self._part_of[weight].gate)
         found = self._places_of(weight)
@@ -151,7 +151,7 @@ class PartsInTurn:
         return {f"{names[id(module)]}.{own}".removeprefix("."): (module, own) for module, own in found}
 
     def close(self) -> None:
-        """Lets go of everything."""
+        """Releases all parts."""
         for held in self._held.values():
             self._release(held)
 
@@ -170,7 +170,7 @@ class PartsInTurn:
         self._renew(held)
 
     def _fill(self, places: Mapping[str, Sequence[_Place]]) -> None:
-        """Reads Parameters; twins share memory, and what is one Parameter stays one."""
+        """Reads Parameters; twins share their memory, and shared Parameters stay shared."""
         read: dict[str, Tensor] = {}
         made: dict[int, nn.Parameter] = {}
         for name, ours in places.items():
@@ -183,7 +183,7 @@ class PartsInTurn:
                 place.put(made[id(place.empty)])
 
     def _renew(self, held: _Held) -> None:
-        """Gives a part that was just read the new values of the groups that are done."""
+        """Assigns a part that was just read the new values of the groups that are done."""
         if self._saved is None:
             return
         groups: dict[int, list[str]] = {}
@@ -194,7 +194,7 @@ class PartsInTurn:
         for place in sorted(groups):
             for new in self._saved.load(place, groups[place]) or ():
                 rows = self._rows[new.name]
-                if rows.mean_of is not None:  # from which a bias is subtracted
+                if rows.mean_of is not None:  # `put` subtracts a bias from this mean
                     path = next(path for path, module in pruned.named_modules() if module is rows.mean_of)
                     self._read_buffer(pruned, f"{path}.running_mean")
                 new.put(rows)
@@ -209,7 +209,7 @@ class PartsInTurn:
             return_freed_memory()
 
     def _take(self, model: nn.Module, part: str) -> None:
-        """Puts the gate before a part of a twin, and notes the places of its Parameters."""
+        """Puts the gate before a part of a twin, and records the places of its Parameters."""
         held, module = self._held[part], model.get_submodule(part)
         for own, _ in module.named_parameters(remove_duplicate=False):
             name = f"{part}.{own}"
@@ -219,7 +219,7 @@ class PartsInTurn:
         _guard(module, held.gate)
 
     def _settle_tables(self, model: nn.Module) -> None:
-        """Leaves the tables of embeddings in their files: only the rows that are used are read."""
+        """Maps the tables of embeddings from their files, so that only the rows in use are read."""
         for path, module in model.named_modules():
             name = f"{path}.weight".removeprefix(".")
             if type(module) is not nn.Embedding or name not in self._source:

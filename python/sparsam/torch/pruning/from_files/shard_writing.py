@@ -1,4 +1,4 @@
-"""Shards with the new values of the weights that are pruned, and all else as it was."""
+"""Writes shards with the new values of pruned weights, and everything else unchanged."""
 
 from __future__ import annotations
 
@@ -33,15 +33,15 @@ def write_shards(
     memory: int,
     progress: Progress,
 ) -> list[PrunedWeight]:
-    """Writes the shards under their names into a folder; those that are there are complete, and stay.
+    """Writes the shards into a folder, except those that are there already, which are complete.
 
     Args:
-        job: What was done.
-        known: Weight -> what is known of its fit.
-        parts: Where the new values are.
-        folder: Where to write.
+        job: The plan of the run.
+        known: Name -> the fit of the weight, without values.
+        parts: The parts, with the new values.
+        folder: The folder to write to.
         memory: Bytes for buffers.
-        progress: Called with bytes.
+        progress: Called with "writing", the bytes written and their total.
 
     Returns:
         The report's rows, in the order of the model.

@@ -19,20 +19,20 @@ _FLOATS = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "
 
 
 class SourceTensors:
-    """Reads weights, each when it is asked for.
+    """Reads weights on demand.
 
     Attributes:
-        stored: Name of a Parameter or buffer -> the name of its tensor in the files; of what shares memory,
-            every name has the same.
+        stored: Name of a Parameter or buffer -> the name of its tensor in the files, which is the same for
+            all names of a shared tensor.
     """
 
     def __init__(self, model: nn.Module, layouts: Sequence[Layout]) -> None:
         """Finds the model's tensors.
 
-        Names in files may have the model's `base_model_prefix` where the model's have not, or the other way.
+        Names in files may have the model's `base_model_prefix` and those in the model lack it, or vice versa.
 
         Raises:
-            ValueError: A Parameter is in no file, or is there in another shape or as no float.
+            ValueError: A Parameter is not in the files, or has another shape or an integer dtype there.
         """
         places = {entry.name: (layout, entry) for layout in layouts for entry in layout.entries}
         prefix = str(getattr(model, "base_model_prefix", "")) + "."
@@ -57,7 +57,7 @@ class SourceTensors:
         return name in self._place
 
     def dtype(self, name: str) -> torch.dtype:
-        """In which a tensor of floats is stored."""
+        """The dtype in which a tensor of floats is stored."""
         return _FLOATS[self._place[name][1].dtype]
 
     def read(self, name: str) -> Tensor:
@@ -67,7 +67,7 @@ class SourceTensors:
             return from_array(read_tensor(source, entry))
 
     def mapped(self, name: str) -> Tensor | None:
-        """A tensor that stays on the disk, but for the pages that are used; None if it lies oddly there."""
+        """A tensor that stays on disk except for the pages in use; None if its data are not aligned."""
         layout, entry = self._place[name]
         kind = entry.numpy_dtype
         if kind is None or entry.begin % kind.itemsize or not entry.nbytes:

@@ -1,4 +1,4 @@
-"""`prune_files`: prunes a model that memory does not hold, with calibration, from file to file."""
+"""`prune_files`: prunes a model that does not fit into memory, with calibration, from file to file."""
 
 from __future__ import annotations
 
@@ -57,21 +57,21 @@ def prune_files(
 ) -> PruningReport:
     """Prunes a model from files to files, with calibration, and holds one block of it in memory at a time.
 
-    It gives the bits of `prune` on the same model, loaded from these files, if that is then saved in the
-    dtypes of the files. Blocks, the elements of the model's lists of modules, are read when all batches have
-    come to them; what lies outside of blocks likewise, tables of embeddings row by row as they are used, and
-    the head of a language model not at all. The outputs of layers lie in files meanwhile, and so do the new
-    weights, in the dtype of the model. Shards keep their names, headers and metadata, and what is not pruned
-    is copied byte for byte.
+    The result is bit for bit that of `prune` on the same model, loaded from these files and then saved in
+    their dtypes. Blocks, the elements of the model's lists of modules, are read when all batches have reached
+    them, and so are parts outside of blocks; tables of embeddings are read row by row as they are used, and
+    the head of a language model not at all. Meanwhile the outputs of layers are kept in files, and so are the
+    new weights, in the dtype of the model. Shards keep their names, headers and metadata; tensors that are
+    not pruned are copied byte for byte.
 
-    All of it grows in a hidden folder by `dst`, and is seen only when it is complete. A run that was killed
-    leaves that folder; the same call goes on in it, and reads the weights that are done instead of fitting
+    Everything is written in a hidden folder beside `dst`, and moved when it is complete. A run that was
+    killed leaves that folder; the same call continues in it, and reads finished weights instead of fitting
     them again.
 
     Args:
-        model: On the meta device, with the names of the files: of transformers, made in
-            `with torch.device("meta")`, its buffers on the CPU and with their values. It is not changed.
-            Weights are computed with in its dtypes, whatever those of the files are.
+        model: A model on the meta device with the names of the files, for example one of transformers that
+            was made in `with torch.device("meta")`, but with its buffers on the CPU and with their values. It
+            is not changed. Computations use its dtypes, whatever those of the files are.
         src: As for `sparsam.checkpoint.load`: a file, an index, or a directory.
         dst: The directory to write, new or not. If `src` is one file: also a file in .safetensors.
         calibration: As for `prune`.
@@ -81,12 +81,14 @@ def prune_files(
         values: As for `prune`.
         group: As for `prune`.
         calibration_samples: As for `prune`.
-        memory: How many bytes the call may take beside what the process has: a number, or text like 2GiB. It
-            is compared with what blocks and the work on them take; None: not at all.
+        memory: How many bytes the call may take in addition to what the process uses: a number, or text like
+            2GiB. The estimated memory of each block and the work on it is checked against it; None: it is not
+            checked.
         executor: As for `prune`.
-        progress: Called with what is done, how much of it is, and of how much: weights, then bytes.
+        progress: Called with the name of the current step, how much of it is done, and the total: in weights
+            for "pruning", in bytes for "writing".
         copy_beside: Called with the directories to copy other files from and to, if both are directories;
-            None: all that are no weights are copied.
+            None: all files without weights are copied.
         **changes: Fields of `PruningConfig` to set on top of `config`.
 
     Returns:
@@ -142,7 +144,7 @@ def prune_files(
 
 
 class _Finished(msgspec.Struct):
-    """The report of a run whose files are on the move."""
+    """The report of a run whose files are being moved."""
 
     layers: list[PrunedWeight]
     calibration: str
@@ -160,7 +162,7 @@ def _prune(
     said: list[str],
     dense_targets: bool,
 ) -> list[PrunedWeight]:
-    """Fits all layers, whose new values lie in the folder of the run, and writes the shards."""
+    """Fits all layers, keeping their new values in the folder of the run, and writes the shards."""
     weights = list(job.plan.weights.values())
     twins = [Twin(job.model, weights) for _ in range(2 if dense_targets else 1)]
     parts = PartsInTurn(job.parts, job.source, twins, job.heads)

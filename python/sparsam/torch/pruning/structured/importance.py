@@ -46,7 +46,7 @@ class HeadImportance(Readable):
 
     def __str__(self) -> str:
         width = max(map(len, self.scores), default=0)
-        lines = [f"score {self.dense_score:.6g} with all heads; what it falls by without each one"]
+        lines = [f"score {self.dense_score:.6g} with all heads; its drop without each of them"]
         lines += [
             f"{printable(name).ljust(width)}  " + "  ".join(f"{drop:+.4g}" for drop in drops)
             for name, drops in self.drops.items()

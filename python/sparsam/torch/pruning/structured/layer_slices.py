@@ -33,7 +33,7 @@ def lengths(layer: nn.Module) -> tuple[int, int]:
 
 
 def output_slices(name: str, layer: object, indices: Indices) -> Slices | str:
-    """What is removed with outputs of a layer; or why none can be removed.
+    """The slices and attributes that are removed with outputs of a layer; or why none can be removed.
 
     Args:
         name: The layer's name in the model.
@@ -62,7 +62,7 @@ def output_slices(name: str, layer: object, indices: Indices) -> Slices | str:
 
 
 def input_slices(name: str, layer: object, indices: Indices) -> Slices | str:
-    """What is removed with inputs of a layer; or why none can be. Arguments as for `output_slices`."""
+    """As `output_slices`, for inputs of a layer."""
     if isinstance(layer, nn.Module) and is_transposed(layer):
         return _slices(name, layer, indices, {"weight": 0}, "nx")
     if isinstance(layer, nn.Linear):

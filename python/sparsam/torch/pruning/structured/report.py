@@ -93,7 +93,7 @@ class ShrinkReport(Readable):
         try:
             return msgspec.json.decode(text, type=cls)
         except (msgspec.MsgspecError, TypeError) as error:
-            msg = f"shrink report: expected what to_json wrote; got something else ({error}); save it anew"
+            msg = f"shrink report: expected what to_json wrote; got something else ({error}); save it again"
             raise ValueError(msg) from error
 
     def __str__(self) -> str:
@@ -114,7 +114,7 @@ class ShrinkReport(Readable):
             before, after = 1e3 * float(self.seconds_before or 0), 1e3 * float(self.seconds_after or 0)
             lines.append(f"{before:.3g} ms before, {after:.3g} ms after: {self.speedup:.2f} times as fast")
         if self.left:
-            lines += ["", "left alone:"]
+            lines += ["", "left unchanged:"]
             lines += [f"  {printable(name)}: {printable(why)}" for name, why in self.left.items()]
         return "\n".join(lines)
 

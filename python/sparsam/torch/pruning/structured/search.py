@@ -53,7 +53,7 @@ def without_cache(model: nn.Module) -> Iterator[None]:
 def find_structures(
     model: nn.Module, example: Example, kinds: Collection[str]
 ) -> tuple[list[Structure], dict[str, str]]:
-    """Finds what can be cut.
+    """Finds the structures that can be cut.
 
     Args:
         model: The model, in eval mode.

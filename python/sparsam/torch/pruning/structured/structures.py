@@ -1,4 +1,4 @@
-"""What can be cut from a model: units, each a set of slices of parameters that are removed together."""
+"""The units that can be cut from a model: each is a set of slices of parameters that are removed together."""
 
 from __future__ import annotations
 

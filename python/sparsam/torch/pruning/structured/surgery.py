@@ -66,7 +66,7 @@ class _Place:
         held: list[Any] = [] if module is None else [module._parameters, module._buffers]
         self._where: dict[str, Any] = next((own for own in held if own.get(attribute) is not None), {})
         if not self._where:
-            msg = f"model: expected a parameter or buffer {name!r}; got none; pass the model of before"
+            msg = f"model: expected a parameter or buffer {name!r}; got none; pass the original model"
             raise ValueError(msg)
         self._attribute = attribute
         self._whole: Tensor = self._where[attribute]
@@ -74,7 +74,7 @@ class _Place:
             if indices[-1] >= self._whole.shape[axis]:
                 msg = (
                     f"{name}: expected more than {indices[-1]} entries along axis {axis}; got shape "
-                    f"{tuple(self._whole.shape)}; pass the model of before, which is not cut yet"
+                    f"{tuple(self._whole.shape)}; pass the original model, which is not cut yet"
                 )
                 raise ValueError(msg)
         self._removed = removed

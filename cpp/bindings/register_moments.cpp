@@ -32,7 +32,7 @@ void bind_add_products(Plain<double> tiles, const Plain<T>& a, const Plain<doubl
   const std::size_t n = moment_numbers(left.cols, right.cols, edges.first, edges.second, upper);
   if (!tiles.writeable() || static_cast<std::size_t>(tiles.size()) != n)
     throw py::value_error(
-        expected("tiles", shape_text(tiles), std::to_string(n) + " writeable numbers", "make them anew"));
+        expected("tiles", shape_text(tiles), std::to_string(n) + " writeable numbers", "make them again"));
   double* to = tiles.mutable_data();
   const Released released;
   add_products(left, right, edges.first, edges.second, upper, to);

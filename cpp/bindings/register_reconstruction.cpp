@@ -78,13 +78,13 @@ void solve(const Matrix<double>& h, const Keep& keep, Matrix<double> sides, cons
   check_matrix("keep", keep, rows, h.shape(1), false);
   check_matrix("sides", sides, rows, h.shape(1), true);
   if (groups < 0 || starts.data()[0] != 0 || starts.data()[groups] != order.size())
-    throw py::value_error(expected("starts", "others", "0, ..., the length of order", "mend them"));
+    throw py::value_error(expected("starts", "others", "0, ..., the length of order", "correct them"));
   for (py::ssize_t g = 0; g < groups; ++g)
     if (starts.data()[g] >= starts.data()[g + 1])
       throw py::value_error(expected("starts", "others", "increasing numbers", "sort them"));
   for (py::ssize_t i = 0; i < order.size(); ++i)
     if (order.data()[i] < 0 || order.data()[i] >= rows)
-      throw py::value_error(expected("order", order.data()[i], "row numbers", "mend them"));
+      throw py::value_error(expected("order", order.data()[i], "row numbers", "correct them"));
   const SupportSystems systems{h.data(),
                                reinterpret_cast<const std::uint8_t*>(keep.data()),
                                sides.mutable_data(),

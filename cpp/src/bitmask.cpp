@@ -82,7 +82,7 @@ Memory words_of(std::size_t rows, std::size_t cols, const std::uint8_t* bits) {
     std::memcpy(words, bits + r * row_bytes, row_bytes);
     if (cols % 64 != 0 && words[row_words - 1] >> cols % 64 != 0)
       throw std::invalid_argument(
-          expected("bits of row " + std::to_string(r), "others", "0 past the last column", "mend the mask"));
+          expected("bits of row " + std::to_string(r), "others", "0 past the last column", "repair the mask"));
   }
   return memory;
 }
@@ -213,7 +213,7 @@ FormPtr pack_int4(std::size_t rows, std::size_t cols, std::size_t width, const s
         "pass those of the mask"));
   if (nnz % 2 != 0 && codes[nnz / 2] >> 4 != 0)
     throw std::invalid_argument(
-        expected("values", "another half byte", "0 past the last value", "mend the values"));
+        expected("values", "another half byte", "0 past the last value", "repair the values"));
   std::vector<std::int8_t> values(nnz);
   for (std::size_t i = 0; i < nnz; ++i) values[i] = levels[codes[i / 2] >> 4 * (i % 2) & 15];
   return int4_bitmask(words.as<std::uint64_t>(), rows, cols, width, values.data(),

@@ -39,7 +39,7 @@ def uncalibrated(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempP
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
-    """Every layer of a torch model is in panels (int8: slots) and wins by 2, unless a test says otherwise."""
+    """Every layer of a torch model is in panels (rounded: slots) and wins by 2, unless a test changes it."""
     from torch_cases import Clock  # noqa: PLC0415 - imports torch
 
     from sparsam.torch.acceleration import measurement  # noqa: PLC0415
@@ -49,7 +49,8 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     forms = PackedWeight.needed_forms
 
     def needed(weight: PackedWeight, batches: Sequence[int]) -> tuple[str, ...]:
-        return forms(weight, batches) if weight.parts[0].dtype == "int8" else ("panels",)
+        rounded = weight.parts[0].dtype in {"int8", "int4"}
+        return forms(weight, batches) if rounded else ("panels",)
 
     monkeypatch.setattr(PackedWeight, "needed_forms", needed)
     for name in ("layer_times", "model_times", "compare"):

@@ -14,49 +14,16 @@ from numpy.typing import NDArray
 import sparsam
 from matmul_cases import ORACLES, inputs, weights
 from messages import FORM
+from rounded_matmul import F32, grid_of
+from rounded_matmul import int4_product as product
 from sparsam import SparseMatrix, checkpoint
 from sparsam._core import Packed
 from sparsam.sparse.int4 import SYMMETRIC
 from sparsam.sparse.stored import to_arrays
 
 SHAPES = [(1, 1), (3, 7), (8, 16), (17, 100), (64, 64), (40, 200), (100, 300), (7, 0), (0, 7)]
-F32 = np.float32
 NAMES: tuple[Any, ...] = (None, *ORACLES)
 WIDEST = np.array([0, -64, *range(-6, 0), *range(1, 8), 64], np.int8)
-
-
-def product(
-    q: NDArray[Any],
-    scales: NDArray[np.float32],
-    width: int,
-    x: NDArray[Any],
-    bias: NDArray[Any] | None = None,
-) -> NDArray[np.float32]:
-    """The exact sums of each group of columns, and then one operation of float32 after the other."""
-    x = x.astype(F32)
-    largest = np.abs(x).max(axis=1, initial=0)
-    x_scales = np.where(largest < F32(2.0**-96), F32(0), largest / F32(127))
-    inverse = F32(127) / np.where(x_scales > 0, largest, F32(np.inf))
-    rounded = np.rint(x * inverse[:, None]).astype(np.int64) + 128
-    total = np.zeros((len(x), len(q)), F32)
-    zero = np.zeros(len(q), F32)
-    for group in range(scales.shape[1]):
-        part = q[:, group * width : (group + 1) * width].astype(np.int64)
-        total += (rounded[:, group * width : (group + 1) * width] @ part.T).astype(F32) * scales[:, group]
-        zero += (128 * part.sum(axis=1)).astype(F32) * scales[:, group]
-    y: NDArray[np.float32] = (total - zero) * x_scales[:, None]
-    return y if bias is None else y + bias
-
-
-def grid_of(matrix: SparseMatrix) -> tuple[NDArray[np.int64], NDArray[np.float32], int]:
-    """What a matrix says it is: integers, scales, columns of a group; checked against its content."""
-    packed = matrix._state.forms.readable()
-    scales, width, dense = packed.scales(), packed.width, matrix.to_dense()
-    columns = np.repeat(scales, width, axis=1)[:, : dense.shape[1]]
-    q = np.rint(dense / columns).astype(np.int64)
-    assert np.array_equal(q.astype(F32) * columns, dense)
-    assert np.isin(q, packed.levels()).all()
-    return q, scales, width
 
 
 def of_levels(
@@ -149,35 +116,6 @@ def test_every_machine_gives_the_same_bits(threads: int) -> None:
     for name, y in zip(ORACLES, found[0][1:], strict=True):
         z = ORACLES[name](exact.astype(np.float64))
         assert np.abs(y - z).max() < 2e-6 * (1 + np.abs(exact).max()), name
-
-
-def test_rows_of_very_different_lengths(isa: str) -> None:
-    """They are sorted, and results return to their places."""
-    rng = np.random.default_rng(0)
-    w = inputs(301, 400) * (rng.random((301, 400)) < rng.random((301, 1)) ** 4)
-    matrix = SparseMatrix.from_dense(w.astype(F32), dtype="int4")
-    bias = inputs(301, seed=5)
-    for batch in (1, 12):
-        x = inputs(batch, 400)
-        assert np.array_equal(matrix.linear(x, bias), product(*grid_of(matrix), x, bias))
-
-
-def test_special_rows_of_x(isa: str) -> None:
-    w, bias = weights(20, 200, 0.5), inputs(20, seed=3)
-    matrix = SparseMatrix.from_dense(w, dtype="int4")
-    x = inputs(7, 200)
-    x[1, 63] = np.inf
-    x[2, 0] = np.nan
-    x[3] = 0
-    x[4] *= F32(1e-30)
-    x[5] *= F32(1e37)
-    x[6] *= F32(1e-35)
-    y = matrix.linear(x, bias)
-    assert np.isnan(y[1:3]).all()
-    good = [0, 3, 4, 5, 6]
-    assert np.array_equal(y[good], product(*grid_of(matrix), x[good], bias))
-    assert np.array_equal(y[3], bias)
-    assert np.array_equal(y[6], bias)
 
 
 def test_the_widest_sums(isa: str) -> None:

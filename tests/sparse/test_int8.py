@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,30 +15,11 @@ from numpy.typing import NDArray
 import sparsam
 from matmul_cases import ORACLES, inputs, weights
 from messages import FORM
+from rounded_matmul import F32, ROWS, rounded, row
+from rounded_matmul import int8_product as product
 from sparsam import Mask, SparseMatrix, _core, checkpoint
 from sparsam._core import Packed
 from sparsam.sparse.stored import to_arrays
-
-
-def rows() -> Iterator[tuple[str, str]]:
-    """Each instruction set, and the rows for int8 values that run under it."""
-    for name in sparsam.available_isas():
-        with sparsam.use_isa(name):
-            found = _core.int8_isas()
-        yield from ((name, int8) for int8 in found)
-
-
-ROWS = list(rows())
-
-
-@contextmanager
-def row(name: str, int8: str) -> Iterator[None]:
-    with sparsam.use_isa(name):
-        _core.use_int8_isa(int8)
-        try:
-            yield
-        finally:
-            _core.use_int8_isa("")
 
 
 @pytest.fixture(params=ROWS, ids="-".join)
@@ -50,28 +30,7 @@ def isa(request: pytest.FixtureRequest) -> Iterator[str]:
 
 
 SHAPES = [(1, 1), (3, 7), (8, 16), (17, 100), (64, 64), (100, 300), (7, 0), (0, 7)]
-F32 = np.float32
 NAMES: tuple[Any, ...] = (None, *ORACLES)
-
-
-def rounded(w: NDArray[Any]) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-    """What docs/formats.md says of int8 values."""
-    largest = np.abs(w).max(axis=1, initial=0).astype(F32)
-    scales = np.where(largest > 0, largest / F32(64), F32(1))
-    return np.clip(np.rint(w.astype(F32) / scales[:, None]), -64, 64).astype(np.int64), scales
-
-
-def product(
-    q: NDArray[Any], scales: NDArray[np.float32], x: NDArray[Any], bias: NDArray[Any] | None = None
-) -> NDArray[np.float32]:
-    """The exact sums, and then one operation of float32 after the other."""
-    x = x.astype(F32)
-    largest = np.abs(x).max(axis=1, initial=0)
-    x_scales = np.where(largest < F32(2.0**-96), F32(0), largest / F32(127))
-    inverse = F32(127) / np.where(x_scales > 0, largest, F32(np.inf))
-    sums = np.rint(x * inverse[:, None]).astype(np.int64) @ q.T.astype(np.int64)
-    y: NDArray[np.float32] = sums.astype(F32) * (scales[None, :] * x_scales[:, None])
-    return y if bias is None else y + bias
 
 
 def of_integers(q: NDArray[np.int8], scales: NDArray[np.float32]) -> SparseMatrix:
@@ -167,36 +126,6 @@ def test_the_row_that_is_asked_for_runs() -> None:
                 SparseMatrix.from_dense(w, dtype="int8").linear(inputs(2, 256))
     assert SparseMatrix.from_dense(w, dtype="int8").nbytes == sizes[best]
     assert len(set(sizes.values())) <= 2  # windows of 16, and of 64
-
-
-def test_rows_of_very_different_lengths(isa: str) -> None:
-    """They are sorted, and results return to their places."""
-    rng = np.random.default_rng(0)
-    w = inputs(301, 400) * (rng.random((301, 400)) < rng.random((301, 1)) ** 4)
-    matrix = SparseMatrix.from_dense(w.astype(F32), dtype="int8")
-    bias = inputs(301, seed=5)
-    for batch in (1, 12):
-        x = inputs(batch, 400)
-        assert np.array_equal(matrix.linear(x, bias), product(*rounded(w), x, bias))
-    assert np.array_equal(matrix.to_dense(), SparseMatrix.from_dense(matrix.to_dense()).to_dense())
-
-
-def test_special_rows_of_x(isa: str) -> None:
-    w, bias = weights(20, 64, 0.5), inputs(20, seed=3)
-    matrix = SparseMatrix.from_dense(w, dtype="int8")
-    x = inputs(7, 64)
-    x[1, 63] = np.inf
-    x[2, 0] = np.nan
-    x[3] = 0
-    x[4] *= F32(1e-30)
-    x[5] *= F32(1e37)
-    x[6] *= F32(1e-35)
-    y = matrix.linear(x, bias)
-    assert np.isnan(y[1:3]).all()
-    good = [0, 3, 4, 5, 6]
-    assert np.array_equal(y[good], product(*rounded(w), x[good], bias))
-    assert np.array_equal(y[3], bias)
-    assert np.array_equal(y[6], bias)
 
 
 def test_out_dtypes_and_shapes(isa: str) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from rounded_layers import network, pruned, weight_of
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -18,30 +19,11 @@ from sparsam.torch.layers.packed_weight import INT4
 from torch import Tensor, nn
 
 
-def pruned(layer: nn.Linear, sparsity: float = 0.7) -> nn.Linear:
-    with torch.no_grad():
-        weight = layer.weight
-        weight[torch.rand(weight.shape, generator=torch.Generator().manual_seed(1)) < sparsity] = 0
-    return layer
-
-
-def network() -> nn.Sequential:
-    torch.manual_seed(0)
-    return nn.Sequential(
-        pruned(nn.Linear(256, 512)), nn.GELU(), pruned(nn.Linear(512, 128)), nn.ReLU()
-    ).eval()
-
-
 def packed_network() -> nn.Sequential:
     model = network()
     for layer in (model[0], model[2]):
         sparsam.torch.pack(layer, dtype=INT4)
     return model
-
-
-def weight_of(layer: nn.Module) -> sparsam.torch.PackedTensor:
-    assert isinstance(layer.weight, sparsam.torch.PackedTensor)
-    return layer.weight
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -95,13 +77,13 @@ def test_attention_whose_projections_are_on_different_grids(tmp_path: Path) -> N
     assert torch.equal(loaded[0](x, x, x, need_weights=False)[0], y)
 
 
+@pytest.mark.usefixtures("clock")
 def test_a_model_is_accelerated() -> None:
     model, x = network(), torch.randn(5, 256, generator=torch.Generator().manual_seed(3))
     dense = model(x).detach()
     report = sparsam.torch.accelerate(model, x, values="int4", tolerance=0.3, min_gain=1e-6, verbose=False)
     swapped = [row for row in report.layers if row.swapped]
-    if not swapped:
-        pytest.skip("this machine was too busy to see a gain")
+    assert len(swapped) == 2
     assert report.difference is not None
     assert 0 < report.difference <= 0.3
     assert (model(x) - dense).abs().max() <= 0.3 * dense.abs().max()

@@ -73,10 +73,9 @@ def compress(
         )
         raise ValueError(msg) from error
     apart = memory is not None or block_by_block.outgrows_memory(model)
-    if apart and (distill or html):
-        option = "--distill" if distill else "--html"
+    if apart and distill:
         why = "with --memory" if memory is not None else f"for {model}, which does not fit into memory"
-        msg = f"{option}: expected none {why}, since it needs the whole model; got one; leave it out"
+        msg = f"--distill: expected none {why}, since it needs the whole model; got one; leave it out"
         raise ValueError(msg)
     if html:
         plot.new_figure()
@@ -92,7 +91,7 @@ def compress(
         overrides=dict(map(parse_override, override or ())),
     )
     if apart:
-        _from_disk(model, calibration, output, config, memory, as_json=as_json)
+        _from_disk(model, calibration, output, config, memory, html, as_json=as_json)
         return
     with progress() as bar:
         task = bar.add_task("reading")
@@ -112,7 +111,14 @@ def compress(
 
 
 def _from_disk(
-    model: Path, calibration: Path, output: Path, config: PruningConfig, memory: str | None, *, as_json: bool
+    model: Path,
+    calibration: Path,
+    output: Path,
+    config: PruningConfig,
+    memory: str | None,
+    html: Path | None,
+    *,
+    as_json: bool,
 ) -> None:
     from sparsam.torch.compression.block_by_block import compress_files  # noqa: PLC0415 - it needs PyTorch
 
@@ -124,6 +130,10 @@ def _from_disk(
             bar.update(task, description=what, completed=done, total=total)
 
         report = compress_files(model, calibration, output, config, memory=memory, progress=show)
+    if html:
+        from sparsam.cli.compression_page import render_pruning  # noqa: PLC0415 - it needs PyTorch
+
+        html_page.write(render_pruning(report, str(model)), html)
     print_text(report.to_json() if as_json else str(report))
     if not as_json:
         print_text(f"The model is in {output}.")

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from sparsam import plot
 from sparsam.bench import machine
 from sparsam.inputs.display import as_html
 from sparsam.plot.html_page import document, paragraph, picture, table
 from sparsam.report import Report
 from sparsam.torch.compression.compression_report import CompressionReport
+from sparsam.torch.pruning.pruning_report import PrunedWeight, PruningReport
 
-__all__ = ["render"]
+__all__ = ["render", "render_pruning"]
 
 
 def render(report: CompressionReport) -> str:
-    """Returns the page; ValueError if matplotlib is not installed."""
+    """Returns the page; ValueError without matplotlib."""
     measure = report.stages[0].quality.measure
     pruned = report.pruned_weights
     parts = [
@@ -34,6 +37,34 @@ def render(report: CompressionReport) -> str:
             ),
             f"{measure} against sparsity",
         ),
+        *_layers(pruned),
+        "<h2>What runs packed</h2>",
+        report.acceleration._repr_html_(),
+    ]
+    return document(f"sparsam compress {report.model}", parts)
+
+
+def render_pruning(report: PruningReport, model: str) -> str:
+    """Returns the page of a model that was pruned block by block; ValueError without matplotlib."""
+    parts = [
+        f"<h1>{as_html(model)}</h1>",
+        paragraph(
+            f"Pruned block by block from its files, in {report.seconds:.0f} s: {report.pruned_sparsity:.1%} "
+            f"of the weights that were pruned are zeros. Calibration: {report.calibration or 'none'}."
+        ),
+        paragraph(
+            "Left out, because they need the whole model in memory: its quality on held-out texts, pruning "
+            "by magnitude beside it, what runs packed, and times."
+        ),
+        *map(paragraph, report.warnings),
+        *_layers(report.pruned),
+    ]
+    return document(f"sparsam compress {model}", parts)
+
+
+def _layers(pruned: Sequence[PrunedWeight]) -> list[str]:
+    """How sparse each weight is, and its error."""
+    return [
         "<h2>Layers</h2>",
         paragraph(
             "Error: the squared difference from the target outputs over held-out calibration, as a share of "
@@ -54,7 +85,4 @@ def render(report: CompressionReport) -> str:
             ),
             texts=2,
         ),
-        "<h2>What runs packed</h2>",
-        report.acceleration._repr_html_(),
     ]
-    return document(f"sparsam compress {report.model}", parts)

@@ -86,14 +86,49 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert json.loads(result.out)["calibration"].endswith("distinct")
 
 
-@pytest.mark.parametrize("option", [("--distill", "1"), ("--html", "page.html")])
-def test_options_that_need_the_whole_model(
-    option: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_page_of_what_was_pruned(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source, page = directory(tmp_path / "<b>dense", decoder()), tmp_path / "page.html"
+    options = (
+        "--calibration",
+        written(tmp_path),
+        "--sparsity",
+        "0.5",
+        "--method",
+        "wanda",
+        "--memory",
+        "1GiB",
+    )
+    result = run(capsys, "compress", source, *options, "-o", tmp_path / "out", "--html", page, "--json")
+    text, report = page.read_text(), json.loads(result.out)
+    assert "Left out, because they need the whole model in memory: its quality on held-out texts" in text
+    assert f"{report['calibration']}.</p>" in text
+    assert "&lt;b&gt;dense" in text
+    assert "<b>dense" not in text
+    assert text.count("data:image/svg+xml") == 1
+    pruned = [row for row in report["layers"] if row["pattern"] != "dense"]
+    assert len(pruned) == 14
+    for row in pruned:
+        cells = "".join(
+            f"<td>{cell}</td>" for cell in (f"{row['total_params']:,}", "50.00%", f"{row['error']:.2e}")
+        )
+        assert f'<td class="text">{row["name"]}</td>' in text
+        assert cells in text
+
+
+def test_distilling_needs_the_whole_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source = directory(tmp_path / "dense", encoder())
-    options = ("--calibration", written(tmp_path), "-o", tmp_path / "out", "--memory", "1GiB", *option)
+    options = (
+        "--calibration",
+        written(tmp_path),
+        "-o",
+        tmp_path / "out",
+        "--memory",
+        "1GiB",
+        "--distill",
+        "1",
+    )
     message = fail(capsys, "compress", source, *options)
-    assert f"{option[0]}: expected none with --memory, since it needs the whole model" in message
+    assert "--distill: expected none with --memory, since it needs the whole model" in message
 
 
 def test_memory_that_is_not_enough(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -132,15 +167,30 @@ def test_available_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert machine_memory.available_memory() is None
 
 
+def test_a_model_in_a_folder_of_sentence_transformers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, out, inner = directory(tmp_path / "dense", encoder()), tmp_path / "out", "0_Transformer"
+    wanted = tmp_path / "wanted"
+    compress_files(source, texts(), wanted, CONFIG)
+    (source / inner).mkdir()
+    for file in [file for file in source.iterdir() if file.is_file()]:
+        file.rename(source / inner / file.name)
+    (source / "1_Dense").mkdir()
+    (source / "1_Dense" / "model.safetensors").write_bytes(b"a part of the model")
+    (source / "modules.json").write_text(f'[{{"path": "{inner}"}}, {{"path": "1_Dense"}}]')
+    monkeypatch.setattr(block_by_block, "available_memory", lambda: 1)
+    assert outgrows_memory(source)
+    compress_files(source, texts(), out, CONFIG)
+    names = {path.relative_to(source).as_posix() for path in source.rglob("*")}
+    assert {path.relative_to(out).as_posix() for path in out.rglob("*")} == names
+    assert (out / inner / "model.safetensors").read_bytes() == (wanted / "model.safetensors").read_bytes()
+    assert (out / "1_Dense" / "model.safetensors").read_bytes() == b"a part of the model"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["dense", "out", "wanted"]
+
+
 def test_directories_that_it_does_not_take(tmp_path: Path) -> None:
     source = directory(tmp_path / "dense", encoder())
-    (source / "0_Transformer").mkdir()
-    for file in [file for file in source.iterdir() if file.is_file()]:
-        file.rename(source / "0_Transformer" / file.name)
-    (source / "modules.json").write_text('[{"path": "0_Transformer"}]')
-    with pytest.raises(ValueError, match=r"model: expected config.json and the weights in the directory .*"):
-        compress_files(source, texts(), tmp_path / "out")
-    inner = source / "0_Transformer"
-    (inner / "model.safetensors").rename(inner / "weights.safetensors")
+    (source / "model.safetensors").rename(source / "weights.safetensors")
     with pytest.raises(ValueError, match=r"expected a directory with model.safetensors or .*; got one with"):
-        compress_files(inner, texts(), tmp_path / "out")
+        compress_files(source, texts(), tmp_path / "out")

@@ -9,10 +9,14 @@ from pathlib import Path
 from sparsam.checkpoint import files, streaming
 from sparsam.checkpoint.layout import read_layout
 from sparsam.config import PruningConfig
-from sparsam.inputs.checks import expected
 from sparsam.inputs.dtypes import is_weight_dtype
 from sparsam.inputs.machine_memory import available_memory
-from sparsam.torch.compression.model_directory import copy_companions, read_directory
+from sparsam.torch.compression.model_directory import (
+    ModelDirectory,
+    copy_companions,
+    model_folder,
+    read_directory,
+)
 from sparsam.torch.compression.texts import batches_of
 from sparsam.torch.compression.workflow import SAMPLES, read_arguments, texts_of
 from sparsam.torch.pruning.from_files.workflow import prune_files
@@ -25,7 +29,8 @@ _COPIES = 3  # of the weights in float32: the dense model, the one that is prune
 
 def outgrows_memory(model: Path) -> bool:
     """Whether the safetensors of a directory are so large that `compress` would not fit into memory."""
-    found = [model / name for name in (files.FILE_NAME, files.INDEX_NAME) if (model / name).is_file()]
+    inner = model / model_folder(model)
+    found = [inner / name for name in (files.FILE_NAME, files.INDEX_NAME) if (inner / name).is_file()]
     available = available_memory()
     if len(found) != 1 or available is None:
         return False
@@ -71,19 +76,25 @@ def compress_files(
     target, given = read_arguments(model, output, config)
     texts = texts_of(calibration)
     source = read_directory(Path(model), target, loaded=False)
-    if source.part != ".":
-        got = f"them in {source.part!r}"
-        wanted = "config.json and the weights in the directory itself"
-        raise ValueError(expected("model", got, wanted, "name that folder"))
     batches = batches_of(texts, source.tokenizer, running=source.causal, longest=source.longest)
     return prune_files(
         source.model,
-        source.path,
+        source.path / source.part,
         target,
         batches.calibration,
         given,
         calibration_samples=SAMPLES[batches.unit],
         memory=memory,
         progress=progress,
-        copy_beside=copy_companions,
+        copy_beside=lambda _, place: _complete(source, place),
     )
+
+
+def _complete(source: ModelDirectory, place: Path) -> None:
+    """Makes a directory with nothing but the new weights one like the source."""
+    if source.part != ".":
+        weights = list(place.iterdir())
+        (place / source.part).mkdir()
+        for file in weights:
+            file.rename(place / source.part / file.name)
+    copy_companions(source.path, place, source.part)

@@ -14,7 +14,14 @@ from sparsam.inputs.checks import expected
 from sparsam.torch.serialization.meta_device import without_values
 from torch import nn
 
-__all__ = ["ModelDirectory", "copy_companions", "read_directory", "weight_bytes", "without_bars"]
+__all__ = [
+    "ModelDirectory",
+    "copy_companions",
+    "model_folder",
+    "read_directory",
+    "weight_bytes",
+    "without_bars",
+]
 
 _ENDINGS = ("safetensors", "bin", "h5", "msgpack", "onnx", "onnx_data", "gguf", "pt", "pth", "ckpt", "ot")
 
@@ -58,7 +65,7 @@ def read_directory(path: Path, target: Path, *, loaded: bool = True) -> ModelDir
             (an encoder-decoder, say), or the target is inside of it.
         ImportError: transformers is not installed.
     """
-    part = _part(path)
+    part = model_folder(path)
     inner = path / part
     if not (inner / "config.json").is_file():
         raise ValueError(
@@ -148,8 +155,8 @@ def _parts(path: Path) -> list[str]:
         return []
 
 
-def _part(path: Path) -> str:
-    """The folder with the model: the first that modules.json names, where the directory itself has none."""
+def model_folder(path: Path) -> str:
+    """Returns the model's folder: the first that modules.json names, if the directory itself has no model."""
     first = next(iter(_parts(path)), "")
     plain = first and Path(first).name == first
     return first if plain and not (path / "config.json").is_file() else "."

@@ -5,12 +5,11 @@
 
 #if defined(__x86_64__)
 #include <cpuid.h>
-#elif defined(__aarch64__) && defined(__linux__)
-#include <sys/auxv.h>
 #endif
 
 #include "rows.hpp"
 #include "sparsam/errors.hpp"
+#include "system.hpp"
 
 namespace sparsam {
 namespace {
@@ -41,11 +40,8 @@ std::uint32_t detect() {
       __builtin_cpu_supports("avx512cd"))
     features |= kAvx512;
   if (__builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512vbmi")) features |= kVnni;
-#elif defined(__aarch64__) && defined(__linux__)
-  constexpr unsigned long kDotProducts = 1ul << 20;  // HWCAP_ASIMDDP, missing in older headers
-  if ((getauxval(AT_HWCAP) & kDotProducts) != 0) features |= kDot;
-#elif defined(__aarch64__) && defined(__APPLE__)
-  features |= kDot;  // all Apple CPUs have them
+#elif defined(__aarch64__)
+  if (system::has_dot_products()) features |= kDot;
 #endif
   return features;
 }

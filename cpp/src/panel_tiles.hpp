@@ -41,7 +41,13 @@ class Scratch {
 
  private:
   static constexpr std::size_t kKept = std::size_t{8} << 20;
-  inline static thread_local Memory memory_;
+
+  static Memory& kept() {  // no member: GCC for Windows defines its initialisation once in each file
+    static thread_local Memory memory;
+    return memory;
+  }
+
+  Memory& memory_ = kept();
 };
 
 // The common members of products by panels: W, and tiles of `vectors` vectors.

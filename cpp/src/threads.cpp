@@ -1,19 +1,9 @@
 #include "sparsam/threads.hpp"
 
-#include <dlfcn.h>
-#include <pthread.h>
-#include <sched.h>
-#ifdef __linux__
-#include <link.h>
-#include <sys/syscall.h>
-#include <unistd.h>
-#endif
-
 #include <algorithm>
 #include <atomic>
 #include <chrono>
 #include <cmath>
-#include <cstdio>
 #include <cstdlib>
 #include <exception>
 #include <mutex>
@@ -22,6 +12,7 @@
 #include <vector>
 
 #include "sparsam/float_mode.hpp"
+#include "system.hpp"
 
 #ifdef _OPENMP
 #include <omp.h>
@@ -37,33 +28,10 @@ std::atomic<void (*)()> g_interrupt_check{nullptr};
 
 // OpenMP threads do not survive fork, and the runtime would wait for them forever: a forked child uses one
 // thread.
-void after_fork_in_child() { g_forked.store(true); }
-const int g_fork_handler = pthread_atfork(nullptr, nullptr, after_fork_in_child);
-
-int affinity_cpus() {
-#ifdef __linux__
-  cpu_set_t set;
-  if (sched_getaffinity(0, sizeof set, &set) == 0) return std::max(1, CPU_COUNT(&set));
-#endif
-  return std::max(1, static_cast<int>(std::thread::hardware_concurrency()));
-}
-
-bool read_numbers(const char* path, const char* format, double* a, double* b) {
-  std::FILE* f = std::fopen(path, "r");
-  if (f == nullptr) return false;
-  const int read = std::fscanf(f, format, a, b);
-  std::fclose(f);
-  return read == (b != nullptr ? 2 : 1);
-}
-
-int cgroup_cpus() {
-  double quota = 0, period = 0;
-  const bool v2 = read_numbers("/sys/fs/cgroup/cpu.max", "%lf %lf", &quota, &period);
-  const bool v1 = !v2 && read_numbers("/sys/fs/cgroup/cpu/cpu.cfs_quota_us", "%lf", &quota, nullptr) &&
-                  read_numbers("/sys/fs/cgroup/cpu/cpu.cfs_period_us", "%lf", &period, nullptr);
-  if ((!v2 && !v1) || quota <= 0 || period <= 0) return 1 << 20;
-  return std::max(1, static_cast<int>(std::ceil(quota / period)));
-}
+const bool g_fork_handler = [] {
+  system::after_fork_in_child([] { g_forked.store(true); });
+  return true;
+}();
 
 // The functions of an OpenMP runtime that this file calls. GOMP_parallel is GCC's entry point; the runtimes
 // of LLVM and Intel have it too.
@@ -110,14 +78,14 @@ const Runtime& runtime() { return *g_runtime.load(std::memory_order_acquire); }
 
 template <class Function>
 bool find(void* library, const char* name, Function** found) {
-  *found = reinterpret_cast<Function*>(dlsym(library, name));
+  *found = reinterpret_cast<Function*>(system::function_of(library, name));
   return *found != nullptr;
 }
 
 }  // namespace
 
 bool adopt_runtime(const std::string& library) {
-  void* const handle = dlopen(library.c_str(), RTLD_LAZY | RTLD_NOLOAD);  // never closed
+  void* const handle = system::loaded_library(library);
   Runtime found{};
   if (handle == nullptr || !find(handle, "GOMP_parallel", &found.parallel) ||
       !find(handle, "omp_in_parallel", &found.in_parallel))
@@ -141,32 +109,15 @@ namespace {
 // Adopts PyTorch's runtime as soon as PyTorch is loaded, whatever was imported when. Libraries are searched
 // only if some were loaded since the last search.
 void adopt_pytorch() {
-#ifdef __linux__
   if (&runtime() != &g_own || g_forked.load()) return;
-  static std::atomic<unsigned long long> looked_through{0};
-  unsigned long long loaded = 0;
-  const auto count = [](dl_phdr_info* first, std::size_t, void* out) {
-    *static_cast<unsigned long long*>(out) = first->dlpi_adds;
-    return 1;
-  };
-  dl_iterate_phdr(count, &loaded);
-  if (looked_through.exchange(loaded) == loaded) return;
-  std::string library;
-  const auto look = [](dl_phdr_info* one, std::size_t, void* out) {
-    const std::string name = one->dlpi_name == nullptr ? "" : one->dlpi_name;
-    if (name.find("/libtorch_cpu.so") == std::string::npos) return 0;
-    *static_cast<std::string*>(out) = name;
-    return 1;
-  };
-  dl_iterate_phdr(look, &library);
+  const std::string library = system::newly_loaded("/libtorch_cpu.so");
   if (!library.empty()) adopt_runtime(library);
-#endif
 }
 
 }  // namespace
 
 int default_num_threads() {
-  static const int cpus = std::min(affinity_cpus(), cgroup_cpus());
+  static const int cpus = std::min(system::affinity_cpus(), system::quota_cpus());
   adopt_pytorch();
   return std::max(1, std::min(runtime().max_threads(), cpus));
 }
@@ -188,11 +139,8 @@ std::string threading_runtime() {
   if (&now == &g_own) return g_forked.load() ? "std::thread, serial in this forked child" : "std::thread";
   std::string name = "OpenMP";
 #endif
-  Dl_info info;
-  if (dladdr(reinterpret_cast<void*>(now.in_parallel), &info) != 0 && info.dli_fname != nullptr) {
-    const std::string path = info.dli_fname;
-    name += " (" + path.substr(path.find_last_of('/') + 1) + ")";
-  }
+  const std::string path = system::library_of(reinterpret_cast<void*>(now.in_parallel));
+  if (!path.empty()) name += " (" + path.substr(path.find_last_of('/') + 1) + ")";
   if (g_forked.load()) name += ", serial in this forked child";
   if (g_refused.load()) name += ", serial where the system makes no more threads";
   return name;
@@ -205,13 +153,7 @@ std::size_t worker_count(std::size_t tasks, bool parallel) {
   return std::min(tasks, static_cast<std::size_t>(num_threads()));
 }
 
-bool is_main_thread() {
-#ifdef __linux__
-  return syscall(SYS_gettid) == getpid();
-#else
-  return pthread_main_np() != 0;
-#endif
-}
+bool is_main_thread() { return system::is_main_thread(); }
 
 void set_interrupt_check(void (*check)()) { g_interrupt_check.store(check); }
 
@@ -277,33 +219,13 @@ std::size_t wanted_stack() {
   return bytes > 0 && bytes < 0x1p62 ? static_cast<std::size_t>(bytes) : 0;
 }
 
-void* wait_for_the_door(void* door) {
-  const std::lock_guard<std::mutex> lock(*static_cast<std::mutex*>(door));
-  return nullptr;
-}
-
 // Whether `more` threads can exist beside this one. OpenMP runtimes end the process if they cannot create a
 // thread, so this is tested first, once for each calling thread and number of threads, since each calling
 // thread has a team of its own.
 bool can_make(std::size_t more) {
   static thread_local std::size_t made = 0;
   if (more <= made) return true;
-  pthread_attr_t attributes;
-  if (pthread_attr_init(&attributes) != 0) return false;
-  const std::size_t stack = wanted_stack();
-  if (stack > 0) pthread_attr_setstacksize(&attributes, stack);
-  std::vector<pthread_t> threads(more);
-  std::size_t count = 0;
-  {
-    std::mutex door;
-    {
-      const std::lock_guard<std::mutex> closed(door);
-      while (count < more && pthread_create(&threads[count], &attributes, wait_for_the_door, &door) == 0)
-        ++count;
-    }
-    for (std::size_t i = 0; i < count; ++i) pthread_join(threads[i], nullptr);
-  }
-  pthread_attr_destroy(&attributes);
+  const std::size_t count = system::create_threads(more, wanted_stack());
   g_refused.store(count < more);
   if (count == more) made = more;
   return count == more;

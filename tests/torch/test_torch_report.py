@@ -121,11 +121,11 @@ def test_sizes() -> None:
 
 def test_a_disturbed_measurement_is_said_to_be_one(monkeypatch: pytest.MonkeyPatch) -> None:
     count = itertools.count(step=1000)
-    monkeypatch.setattr(measurement, "_switches", lambda: next(count))
+    monkeypatch.setattr(measurement, "interruptions", lambda: next(count))
     report = accelerate(mlp(), torch.randn(5, 24))
     assert report.disturbed
     assert "times    may mislead" in str(report)
-    monkeypatch.setattr(measurement, "_switches", lambda: 5)
+    monkeypatch.setattr(measurement, "interruptions", lambda: 5)
     report = accelerate(mlp(), torch.randn(5, 24))
     assert not report.disturbed
     assert "may mislead" not in str(report)

@@ -16,8 +16,9 @@ from typing import Any
 from sparsam.checkpoint.locks import locked, real_path
 from sparsam.inputs.checks import expected
 from sparsam.inputs.messages import LOGGER
+from sparsam.inputs.system import sync
 
-__all__ = ["LOCK", "check_target", "flush", "open_folder", "publish", "remove_abandoned", "short"]
+__all__ = ["LOCK", "check_target", "open_folder", "publish", "remove_abandoned", "short"]
 
 LOCK = "lock"
 """A file in each folder of temporary files, which its process keeps locked while it is alive."""
@@ -92,12 +93,12 @@ def publish(writers: Mapping[Path, Callable[[Path], Any]]) -> None:
             mode = (target if target.exists() else temporary).stat().st_mode
             write(temporary)
             temporary.chmod(mode)
-            flush(temporary)
+            sync(temporary)
         for target, temporary in staged.items():
             temporary.replace(target)
         if os.name == "posix":
             for folder in {target.parent for target in staged}:
-                flush(folder)
+                sync(folder)
 
 
 @contextmanager
@@ -130,12 +131,3 @@ def remove_abandoned(folder: Path) -> None:
 def short(name: str) -> str:
     """Returns 16 characters that identify a name of any length."""
     return hashlib.blake2b(os.fsencode(name), digest_size=8).hexdigest()
-
-
-def flush(path: Path) -> None:
-    """Forces a file, or the names in a folder, onto the disk."""
-    descriptor = os.open(path, os.O_RDONLY if os.name == "posix" else os.O_RDWR)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

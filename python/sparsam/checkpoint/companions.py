@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from sparsam.checkpoint.atomic import flush
+from sparsam.inputs.system import sync
 
 __all__ = ["copy", "files_beside"]
 
@@ -42,4 +42,4 @@ def copy(source: Path, target: Path, *, leave: Path) -> None:
         place = target / path.relative_to(source)
         place.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(path, place)
-        flush(place)
+        sync(place)

@@ -8,10 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-try:
-    import fcntl
-except ImportError:  # Windows has no such locks
-    fcntl = None  # type: ignore[assignment]
+from sparsam.inputs.system import lock
 
 __all__ = ["locked", "real_path"]
 
@@ -49,14 +46,9 @@ def locked(file: Path) -> Iterator[bool]:
         yield False
         return
     with file.open("ab") as handle:
-        if fcntl is not None:
-            try:
-                fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
-                if error.errno not in (errno.EACCES, errno.EAGAIN):
-                    raise
-                yield False
-                return
+        if not lock(handle):
+            yield False
+            return
         _held.add(key)
         try:
             yield True

@@ -23,6 +23,7 @@ from sparsam.checkpoint.layout import Entry, Layout
 from sparsam.checkpoint.locks import locked
 from sparsam.checkpoint.ranking_passes import RUN, Counts, Cut, Ranking, run_starts
 from sparsam.config import Scorer
+from sparsam.inputs.system import write_soon
 from sparsam.inputs.weights import warn_of_flags
 from sparsam.pools import Pool
 from sparsam.pruner import prune_pools
@@ -335,8 +336,7 @@ def _read_into(source: BinaryIO, begin: int, data: NDArray[np.uint8]) -> None:
 def _write_piece(target: BinaryIO, data: NDArray[np.uint8]) -> None:
     begin = target.tell()
     _write_all(target, data)
-    if hasattr(os, "posix_fadvise"):  # Linux then starts writing to the disk, and does not wait
-        os.posix_fadvise(target.fileno(), begin, len(data), os.POSIX_FADV_DONTNEED)
+    write_soon(target, begin, len(data))
 
 
 def _write_all(target: BinaryIO, data: bytes | NDArray[np.uint8]) -> None:

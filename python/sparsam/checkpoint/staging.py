@@ -13,9 +13,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import ClassVar
 
-from sparsam.checkpoint.atomic import LOCK, check_target, flush, publish, short
+from sparsam.checkpoint.atomic import LOCK, check_target, publish, short
 from sparsam.checkpoint.json_state import Document, read
 from sparsam.checkpoint.locks import locked, real_path
+from sparsam.inputs.system import sync
 
 __all__ = ["Staging", "open_staging"]
 
@@ -82,9 +83,9 @@ class Staging:
             return
         if self._is_folder and not self._target.exists():
             for folder in {path.parent for path in self.files.rglob("*")}:
-                flush(folder)
+                sync(folder)
             self.files.rename(self._target)
-            flush(self._target.parent)
+            sync(self._target.parent)
             return
         moves = {
             path: self._target / path.relative_to(self.files) if self._is_folder else self._target
@@ -105,7 +106,7 @@ class Staging:
                     raise
                 publish({place: lambda target, path=path: shutil.copyfile(path, target)})  # type: ignore[misc]
         for folder in {place.parent for place in places}:
-            flush(folder)
+            sync(folder)
 
     def _read(self) -> _State | None:
         file = self._folder / _STATE

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
+from sparsam.inputs.system import loaded_libraries, usable_cpus
+
 __all__ = ["numpy_blas"]
 
 _LIBRARIES = ("openblas", "mkl_rt", "blis")
@@ -48,12 +50,7 @@ def _found() -> tuple[str, Callable[[], int]]:
 
 def _loaded() -> list[str]:
     """The libraries in this process that may be the BLAS, those that came with NumPy first."""
-    paths: set[str] = set()
-    with suppress(OSError):
-        for line in Path("/proc/self/maps").read_text(encoding="utf-8", errors="replace").splitlines():
-            path = line.partition("/")[2]
-            if any(name in Path(path).name for name in _LIBRARIES):
-                paths.add(f"/{path}")
+    paths = [path for path in loaded_libraries() if any(name in Path(path).name for name in _LIBRARIES)]
     return sorted(paths, key=lambda path: ("numpy" not in path, path))
 
 
@@ -61,4 +58,4 @@ def _from_environment() -> int:
     for variable in _VARIABLES:
         if (value := os.environ.get(variable, "")).isdigit():
             return int(value)
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return usable_cpus()

@@ -32,6 +32,7 @@ from msgspec import Meta
 from sparsam import _core
 from sparsam.checkpoint.json_state import Document, Positive, read
 from sparsam.inputs.checks import expected
+from sparsam.inputs.system import processor_fields
 from sparsam.sparse.blas import numpy_blas
 
 __all__ = [
@@ -378,11 +379,7 @@ def bucket(batch: int) -> int:
 @cache
 def cpu() -> str:
     """The processor's name, with what distinguishes models that share it."""
-    fields: dict[str, str] = {}
-    with suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines():
-            name, _, value = line.partition(":")
-            fields.setdefault(name.strip(), value.strip())
+    fields = processor_fields()
     name = fields.get("model name") or platform.processor() or platform.machine()
     numbers = [fields[key] for key in ("cpu family", "model", "stepping") if key in fields]
     return f"{name} ({'/'.join(numbers)})" if numbers else name

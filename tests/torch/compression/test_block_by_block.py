@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 import torch
 from sparsam.cli import main
 from sparsam.config import PruningConfig
-from sparsam.inputs import machine_memory
+from sparsam.inputs import system
 from sparsam.torch import prune
 from sparsam.torch.compression import block_by_block
 from sparsam.torch.compression.block_by_block import compress_files, outgrows_memory
@@ -158,13 +158,13 @@ def test_a_model_that_outgrows_memory_is_taken_from_disk(
 def test_available_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, text in (("info", "MemTotal: 9 kB\nMemAvailable: 7 kB\n"), ("limit", "5000"), ("used", "2000")):
         (tmp_path / name).write_text(text)
-    monkeypatch.setattr(machine_memory, "_MEMINFO", tmp_path / "info")
-    monkeypatch.setattr(machine_memory, "_CGROUPS", ((tmp_path / "limit", tmp_path / "used"),))
-    assert machine_memory.available_memory() == 3000
+    monkeypatch.setattr(system, "_MEMINFO", tmp_path / "info")
+    monkeypatch.setattr(system, "_CGROUPS", ((tmp_path / "limit", tmp_path / "used"),))
+    assert system.available_memory() == 3000
     (tmp_path / "limit").write_text("max")
-    assert machine_memory.available_memory() == 7 * 1024
+    assert system.available_memory() == 7 * 1024
     (tmp_path / "info").write_text("nothing")
-    assert machine_memory.available_memory() is None
+    assert system.available_memory() is None
 
 
 def test_a_model_in_a_folder_of_sentence_transformers(

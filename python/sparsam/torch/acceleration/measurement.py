@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import resource
 import statistics
 import time
 from collections import defaultdict
@@ -12,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from sparsam.inputs.system import interruptions
 from sparsam.torch.acceleration.installation import LayerSwap, fast_path_owners, fast_paths_off
 from sparsam.torch.acceleration.model_runner import ModelRunner, Seconds
 from sparsam.torch.layers.packing import PackedLayer
@@ -69,16 +69,11 @@ class Interruptions:
 
     def __init__(self) -> None:
         self._start = time.perf_counter()
-        self._before = _switches()
+        self._before = interruptions()
 
     def many(self) -> bool:
         """Whether there were more, since this object was made, than on a quiet machine."""
-        return _switches() - self._before > _OFTEN * (time.perf_counter() - self._start) + 2
-
-
-def _switches() -> int:
-    """How often the kernel stopped a thread of this process in favour of something else."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw
+        return interruptions() - self._before > _OFTEN * (time.perf_counter() - self._start) + 2
 
 
 class Budget:

@@ -10,7 +10,7 @@ from sparsam.checkpoint import files, streaming
 from sparsam.checkpoint.layout import read_layout
 from sparsam.config import PruningConfig
 from sparsam.inputs.dtypes import is_weight_dtype
-from sparsam.inputs.machine_memory import available_memory
+from sparsam.inputs.system import available_memory
 from sparsam.torch.compression.model_directory import (
     ModelDirectory,
     copy_companions,

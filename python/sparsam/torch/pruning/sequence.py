@@ -6,6 +6,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
+from sparsam.inputs.system import return_freed_memory
 from sparsam.torch.pruning.calibration import Batch
 from sparsam.torch.pruning.call_plan import Group, plan_calls
 from sparsam.torch.pruning.forward_passes import (
@@ -18,7 +19,6 @@ from sparsam.torch.pruning.forward_passes import (
     current_pass,
     end,
 )
-from sparsam.torch.pruning.freed_memory import return_freed_memory
 from sparsam.torch.pruning.group_statistics import GroupBatch, GroupStatistics, OtherRows
 from sparsam.torch.pruning.layer_inputs import Inputs, watch
 from sparsam.torch.pruning.rectified_fits import Shown

@@ -6,8 +6,8 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from sparsam.inputs.system import return_freed_memory
 from sparsam.torch.pruning.forward_passes import Gate, Pass, advance, current_pass
-from sparsam.torch.pruning.freed_memory import return_freed_memory
 from sparsam.torch.pruning.from_files.model_parts import Part
 from sparsam.torch.pruning.from_files.source_tensors import SourceTensors
 from sparsam.torch.pruning.saved_progress import SavedProgress

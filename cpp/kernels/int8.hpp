@@ -20,12 +20,13 @@ constexpr std::size_t kInt8Columns = 65536;
 // The zero of x: its bytes are 128 + round(x / scale).
 constexpr std::int32_t kInt8Zero = 128;
 
-// The slots form of int8 values. Rows stand in groups of `lanes`. A step gives each row of a group four
-// slots, for weights whose columns lie in a window of `window` neighbouring ones; an unused slot has value 0.
+// The slots form of int8 values. Rows stand in groups of `lanes`. A step gives rows of a group four slots
+// each, for weights whose columns lie in a window of `window` neighbouring ones; an unused slot has value 0.
 // Steps come in pairs:
 //   window 16: int8 values[2][4 * lanes], then 4 * lanes bytes whose low half is the offset from the first
-//     step's start, and whose high half the one from the second's. Each step has a start of its own.
-//   window 64: int8 values[2][4 * lanes], uint8 offsets[2][4 * lanes]. Both steps share one start.
+//     step's start, and whose high half the one from the second's. Both steps are of all rows.
+//   window 64: int8 values[4 * lanes], uint8 offsets[4 * lanes]. The first step is of the first half of the
+//     rows, the second of the other half, and both share one start.
 struct Int8View {
   std::size_t rows, cols, lanes, window;
   const std::uint64_t* begin;  // first pair of each group, and one past the last
@@ -36,10 +37,14 @@ struct Int8View {
   const std::uint8_t* codes;   // of each pair
 };
 
-constexpr std::size_t int8_pair_bytes(std::size_t lanes, std::size_t window) {
-  return (window == 16 ? 12 : 16) * lanes;
-}
 constexpr std::size_t int8_pair_starts(std::size_t window) { return window == 16 ? 2 : 1; }
+// With each start every row has four slots.
+constexpr std::size_t int8_pair_slots(std::size_t lanes, std::size_t window) {
+  return 4 * lanes * int8_pair_starts(window);
+}
+constexpr std::size_t int8_pair_bytes(std::size_t lanes, std::size_t window) {
+  return int8_pair_slots(lanes, window) + 4 * lanes;
+}
 
 // Kernels for slots of one geometry; the generic row takes any. Products of one row of x and one of W are
 // exact sums of integers, and what follows is one sequence of float32 operations, so that all rows give the

@@ -6,17 +6,17 @@
 namespace sparsam::SPARSAM_TARGET {
 namespace {
 
-constexpr std::size_t kMaxInt8Lanes = 16;
+constexpr std::size_t kMaxInt8Lanes = 32;
 
 void add_pair(const Int8View& w, std::size_t pair, const std::uint8_t* x, std::uint32_t* sums) {
   const std::size_t slots = 4 * w.lanes, starts = int8_pair_starts(w.window);
   const std::uint8_t* const code = w.codes + int8_pair_bytes(w.lanes, w.window) * pair;
-  for (std::size_t step = 0; step < 2; ++step) {
-    const std::uint8_t* const from = x + w.start[starts * pair + (starts == 2 ? step : 0)];
+  for (std::size_t step = 0; step < starts; ++step) {
+    const std::uint8_t* const from = x + w.start[starts * pair + step];
     for (std::size_t i = 0; i < slots; ++i) {
       const auto value = static_cast<std::int8_t>(code[step * slots + i]);
-      const std::size_t offset =
-          w.window == 16 ? code[2 * slots + i] >> 4 * step & 15 : code[(2 + step) * slots + i];
+      const std::uint8_t place = code[starts * slots + i];
+      const std::size_t offset = w.window == 16 ? place >> 4 * step & 15 : place;
       SPARSAM_CHECK(value == 0 ||
                     (from - x) + static_cast<std::ptrdiff_t>(offset) < static_cast<std::ptrdiff_t>(w.cols));
       sums[i / 4] += static_cast<std::uint32_t>(value * from[offset]);

@@ -6,8 +6,6 @@
 namespace sparsam::SPARSAM_TARGET {
 namespace {
 
-static_assert(Bytes::kLanes == Floats::kLanes);
-
 // Written flat: sums that a lambda or a struct captured would live in memory, and every step would wait for
 // its store (tests/project/test_build.py looks for that).
 template <std::size_t kBatch>
@@ -15,9 +13,11 @@ void multiply_groups(const Int8View& w, std::size_t begin, std::size_t end, cons
                      std::size_t x_stride, const float* x_scale, const Epilogue& epilogue, const Output& y) {
   constexpr std::size_t kBytes = int8_pair_bytes(Bytes::kLanes, Bytes::kWindow);
   constexpr std::size_t kStarts = int8_pair_starts(Bytes::kWindow), kAhead = 2048;
-  // With few sums, each product waits for the one before it: those of second steps are summed apart then.
-  constexpr bool kApart = kBatch <= Bytes::kApart;
+  // Second steps are of other rows, or of the same. With few sums, each product waits for the one before it:
+  // those of second steps are summed apart then.
+  constexpr bool kHalves = kStarts == 1, kApart = kHalves || kBatch <= Bytes::kApart;
   constexpr std::size_t kSeconds = kApart ? kBatch : 1;
+  static_assert(Bytes::kLanes == (kHalves ? 2 : 1) * kLanes);
   const Int8Rows rows{w.rows, w.row, w.scale, epilogue, y};
   for (std::size_t group = begin; group < end; ++group) {
     const std::size_t lane = group * Bytes::kLanes;
@@ -25,7 +25,8 @@ void multiply_groups(const Int8View& w, std::size_t begin, std::size_t end, cons
 #pragma GCC unroll 8
     for (std::size_t t = 0; t < kBatch; ++t) sum[t] = Bytes::load_sums(w.first + lane);
 #pragma GCC unroll 8
-    for (std::size_t t = 0; t < kSeconds; ++t) second[t] = Bytes::zero();
+    for (std::size_t t = 0; t < kSeconds; ++t)
+      second[t] = kHalves ? Bytes::load_sums(w.first + lane + kLanes) : Bytes::zero();
     const std::uint16_t* start = w.start + kStarts * w.begin[group];
     const std::uint8_t* code = w.codes + kBytes * w.begin[group];
     const std::uint8_t* const last = w.codes + kBytes * w.begin[group + 1];
@@ -44,15 +45,18 @@ void multiply_groups(const Int8View& w, std::size_t begin, std::size_t end, cons
         other = Bytes::add_second(other, pair, next);
       }
     }
-    if constexpr (kApart) {
+    if constexpr (kApart && !kHalves) {
 #pragma GCC unroll 8
       for (std::size_t t = 0; t < kBatch; ++t) sum[t] = Bytes::plus(sum[t], second[t]);
     }
     float sums[kBatch * Bytes::kLanes];
 #pragma GCC unroll 8
-    for (std::size_t t = 0; t < kBatch; ++t)
+    for (std::size_t t = 0; t < kBatch; ++t) {
       Floats::store(sums + t * Bytes::kLanes, Bytes::to_floats(sum[t]));
-    rows.finish(lane, sums, Bytes::kLanes, x_scale, kBatch);
+      if constexpr (kHalves) Floats::store(sums + t * Bytes::kLanes + kLanes, Bytes::to_floats(second[t]));
+    }
+    for (std::size_t part = 0; part < Bytes::kLanes; part += kLanes)
+      rows.finish(lane + part, sums + part, Bytes::kLanes, x_scale, kBatch);
   }
 }
 

@@ -44,9 +44,9 @@ void check_header(const FormHeader& h, std::size_t bytes) {
   if (slots && int4 && !((h.units == 8 || h.units == 16) && h.depth <= 4 && h.steps <= UINT32_MAX))
     refuse(std::to_string(h.units) + " with " + std::to_string(h.depth),
            "8 or 16 rows with 0 to 4 steps a window");
-  if (slots && int8 && !int4 && !((h.depth == 16 && h.units == 8) || (h.depth == 64 && h.units == 16)))
+  if (slots && int8 && !int4 && !((h.depth == 16 && h.units == 8) || (h.depth == 64 && h.units == 32)))
     refuse(std::to_string(h.units) + " with " + std::to_string(h.depth),
-           "8 rows with windows of 16, or 16 with windows of 64");
+           "8 rows with windows of 16, or 32 with windows of 64");
   if (slots && int8 && (h.cols > kInt8Columns || h.rows >= UINT32_MAX))
     refuse(std::to_string(h.cols) + " and " + std::to_string(h.rows),
            "at most " + std::to_string(kInt8Columns) + " columns and 2^32 rows");

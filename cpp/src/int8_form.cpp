@@ -48,12 +48,10 @@ class SlotGroup {
   void add_pair() {
     const std::size_t at = codes.size(), slots = 4 * lanes_;
     codes.resize(at + int8_pair_bytes(lanes_, window_));
-    std::size_t start = 0;
-    for (std::size_t step = 0; step < 2; ++step) {
-      if (step == 0 || int8_pair_starts(window_) == 2) {
-        start = std::min(first_column(), w_.cols - 1);
-        starts.push_back(static_cast<std::uint16_t>(start));
-      }
+    const std::size_t steps = int8_pair_starts(window_);
+    for (std::size_t step = 0; step < steps; ++step) {
+      const std::size_t start = std::min(first_column(), w_.cols - 1);
+      starts.push_back(static_cast<std::uint16_t>(start));
       for (std::size_t i = 0; i < lanes_; ++i) {
         std::size_t& next = next_[i];
         for (std::size_t slot = 4 * i; slot < 4 * i + 4 && next < entries_[i].size(); ++slot, ++next) {
@@ -62,10 +60,7 @@ class SlotGroup {
           const std::size_t offset = entry.column - start;
           std::uint8_t* const code = codes.data() + at;
           code[step * slots + slot] = static_cast<std::uint8_t>(entry.value);
-          if (window_ == 16)
-            code[2 * slots + slot] |= static_cast<std::uint8_t>(offset << 4 * step);
-          else
-            code[(2 + step) * slots + slot] = static_cast<std::uint8_t>(offset);
+          code[steps * slots + slot] |= static_cast<std::uint8_t>(offset << 4 * step);
         }
       }
     }
@@ -86,12 +81,11 @@ bool for_each_slot(const Int8View& w, Visit&& visit) {
   for (std::size_t g = 0; g < lanes_of(w) / w.lanes; ++g)
     for (std::uint64_t pair = w.begin[g]; pair < w.begin[g + 1]; ++pair) {
       const std::uint8_t* const code = w.codes + int8_pair_bytes(w.lanes, w.window) * pair;
-      for (std::size_t i = 0; i < 2 * slots; ++i) {
+      for (std::size_t i = 0; i < starts * slots; ++i) {
         const std::size_t step = i / slots, slot = i % slots;
-        const std::size_t offset =
-            w.window == 16 ? code[2 * slots + slot] >> 4 * step & 15 : code[2 * slots + i];
-        const std::size_t start = w.start[starts * pair + (starts == 2 ? step : 0)];
-        if (!visit(g * w.lanes + slot / 4, start + offset, code[i])) return false;
+        const std::uint8_t place = code[starts * slots + slot];
+        const std::size_t offset = w.window == 16 ? place >> 4 * step & 15 : place;
+        if (!visit(g * w.lanes + slot / 4, w.start[starts * pair + step] + offset, code[i])) return false;
       }
     }
   return true;

@@ -21,6 +21,7 @@ struct Int8Product {
   const Int8Kernels& kernel;
 
   explicit Int8Product(const Form& form) : w(form.int8_slots()), kernel(int8_kernels(w.lanes, w.window)) {}
+  std::size_t pair_slots() const { return int8_pair_slots(w.lanes, w.window); }
   std::uint64_t first_pair(std::size_t group) const { return w.begin[group]; }
   auto multiply() const { return kernel.multiply; }
 };
@@ -30,6 +31,7 @@ struct Int4Product {
   const Int8Kernels& kernel;
 
   explicit Int4Product(const Form& form) : w(form.int4_slots()), kernel(int4_kernels(w.lanes)) {}
+  std::size_t pair_slots() const { return 8 * w.lanes; }
   std::uint64_t first_pair(std::size_t group) const { return w.first_pair(group, 0); }
   auto multiply() const { return kernel.multiply_int4; }
 };
@@ -57,7 +59,7 @@ void integer_linear(const Form& form, const Input& x, std::size_t batch, Epilogu
 
   // Tasks have about as many steps each, and write separate rows of y.
   const std::uint64_t work = form.header().steps * batch;
-  const std::size_t workers = worker_count(groups, work * 8 * w.lanes >= kSerialBelow);
+  const std::size_t workers = worker_count(groups, work * product.pair_slots() >= kSerialBelow);
   const std::size_t tasks = workers == 1 ? 1 : std::min(groups, 8 * workers);
   const std::size_t block = block_of(x_stride);
   const auto edge = [&](std::size_t task) {

@@ -1,4 +1,4 @@
-// Bytes for AVX-512 with VNNI and VBMI: 16 rows, windows of 64 columns.
+// Bytes for AVX-512 with VNNI and VBMI: 32 rows in two registers, windows of 64 columns.
 #pragma once
 #include <immintrin.h>
 
@@ -9,7 +9,7 @@ namespace sparsam::SPARSAM_TARGET {
 namespace {
 
 struct Bytes {
-  static constexpr std::size_t kLanes = 16, kWindow = 64, kApart = 4;
+  static constexpr std::size_t kLanes = 32, kWindow = 64, kApart = 0;
   using Sums = __m512i;
   using Window = __m512i;
 
@@ -18,22 +18,21 @@ struct Bytes {
   static Sums plus(Sums a, Sums b) { return _mm512_add_epi32(a, b); }
   static __m512 to_floats(Sums s) { return _mm512_cvtepi32_ps(s); }
 
-  struct Pair {
-    __m512i value0, value1, offset0, offset1;
-    explicit Pair(const std::uint8_t* code)
-        : value0(_mm512_loadu_si512(code)),
-          value1(_mm512_loadu_si512(code + 64)),
-          offset0(_mm512_loadu_si512(code + 128)),
-          offset1(_mm512_loadu_si512(code + 192)) {}
-  };
-
-  // Both steps read one window. It is held in a register: GCC would load it twice, and a load that crosses
-  // cache lines, as most do, takes as long as both products.
-  static Window window(const std::uint8_t* x) {
-    Window loaded = _mm512_loadu_si512(x);
+  // Held in a register: GCC would load it again for each row of x, and loads are what there is least of. Most
+  // of windows cross cache lines.
+  static __m512i load(const std::uint8_t* p) {
+    __m512i loaded = _mm512_loadu_si512(p);
     __asm__("" : "+v"(loaded));
     return loaded;
   }
+
+  struct Pair {
+    __m512i value0, value1, offset0, offset1;
+    explicit Pair(const std::uint8_t* code)
+        : value0(load(code)), value1(load(code + 64)), offset0(load(code + 128)), offset1(load(code + 192)) {}
+  };
+
+  static Window window(const std::uint8_t* x) { return load(x); }
   // Not by the intrinsic: GCC 12 copies each sum before and after it.
   static Sums dot(Sums sum, __m512i x, __m512i value) {
     __asm__("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(x), "v"(value));

@@ -5,6 +5,7 @@
 #include <pybind11/stl.h>
 
 #include <algorithm>
+#include <array>
 #include <string>
 #include <vector>
 
@@ -94,6 +95,7 @@ void register_masks(py::module_& m);
 void register_matmul(py::module_& m);
 void register_moments(py::module_& m);
 void register_reconstruction(py::module_& m);
+void register_attention(py::module_& m);
 void register_recurrent(py::module_& m);
 void register_runtime(py::module_& m);
 void register_selection(py::module_& m);

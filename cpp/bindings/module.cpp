@@ -9,5 +9,6 @@ PYBIND11_MODULE(_core, m) {
   sparsam::register_moments(m);
   sparsam::register_reconstruction(m);
   sparsam::register_recurrent(m);
+  sparsam::register_attention(m);
   sparsam::register_tensors(m);
 }

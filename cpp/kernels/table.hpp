@@ -3,6 +3,7 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "attention.hpp"
 #include "int8.hpp"
 #include "matmul.hpp"
 #include "moments.hpp"
@@ -68,6 +69,7 @@ struct KernelTable {
   ReconstructionKernels reconstruction;
   MomentKernels moments;
   RecurrentKernels recurrent;
+  AttentionKernels attention;
 };
 
 template <class Bits>

@@ -208,3 +208,20 @@ def recur_at(
     y: int,
     y_stride: int,
 ) -> None: ...
+
+# softmax(scale q k^T + mask) v of every head, see cpp/include/sparsam/attention.hpp; addresses as above. The
+# shape: sequences, heads, queries, keys, depth; strides of sequences, heads, positions. A mask at 0 is none.
+def attention_at(
+    shape: tuple[int, int, int, int, int],
+    q: int,
+    of_q: tuple[int, int, int],
+    k: int,
+    of_k: tuple[int, int, int],
+    v: int,
+    of_v: tuple[int, int, int],
+    mask: int,
+    bytes: bool,
+    of_mask: tuple[int, int, int],
+    scale: float,
+    out: int,
+) -> None: ...

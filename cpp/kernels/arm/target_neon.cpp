@@ -5,6 +5,7 @@
 #include "slot_lanes_neon.hpp"
 #include "vec_neon.hpp"
 
+#include "attention-inl.hpp"
 #include "matmul-inl.hpp"
 #include "moments-inl.hpp"
 #include "reconstruction-inl.hpp"
@@ -25,6 +26,7 @@ const KernelTable table = {
     kReconstructionKernels,
     kMomentKernels,
     kRecurrentKernels,
+    kAttentionKernels,
 };
 
 }  // namespace sparsam::SPARSAM_TARGET

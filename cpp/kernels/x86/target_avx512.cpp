@@ -4,6 +4,7 @@
 #include "slot_lanes_avx512.hpp"
 #include "vec_avx512.hpp"
 
+#include "attention-inl.hpp"
 #include "matmul-inl.hpp"
 #include "moments-inl.hpp"
 #include "reconstruction-inl.hpp"
@@ -24,6 +25,7 @@ const KernelTable table = {
     kReconstructionKernels,
     kMomentKernels,
     kRecurrentKernels,
+    kAttentionKernels,
 };
 
 }  // namespace sparsam::SPARSAM_TARGET

@@ -45,4 +45,4 @@ def register() -> None:
     """Registers packed weights with transformers, if it was imported before and is recent enough."""
     version = getattr(sys.modules.get("transformers"), "__version__", "0")
     if int(version.split(".")[0]) >= 5:
-        from sparsam.torch import huggingface  # noqa: F401, PLC0415 - takes seconds
+        from sparsam.torch import huggingface, transformers_attention  # noqa: F401, PLC0415 - takes seconds

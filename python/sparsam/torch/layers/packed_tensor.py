@@ -11,7 +11,7 @@ from torch.utils import _pytree as pytree
 import torch
 from sparsam.sparse.arguments import numbers
 from sparsam.sparse.dispatch import Explanation
-from sparsam.torch.layers import products, recurrent
+from sparsam.torch.layers import attention, products, recurrent
 from sparsam.torch.layers.packed_content import Content, Layout, pack_dense
 from sparsam.torch.layers.packed_weight import DTYPES, VALUES, PackedWeight
 from sparsam.torch.layers.tensor_views import change, follow, give_memory, meta, view, without_memory
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 __all__ = ["PackedTensor"]
 
-_HANDLERS = {**products.HANDLERS, **recurrent.HANDLERS}
+_HANDLERS = {**products.HANDLERS, **attention.HANDLERS, **recurrent.HANDLERS}
 _aten = torch.ops.aten
 _NO_MEMORY = (
     "weight: expected a dense tensor, whose memory can be read; got a packed one; use weight.to_dense(), or "

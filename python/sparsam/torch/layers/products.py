@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from types import FunctionType
 from typing import TYPE_CHECKING, Any
 
 from torch._C import _are_functorch_transforms_active, _get_tracing_state, _len_torch_dispatch_stack
@@ -97,10 +96,6 @@ def _matmul(input: Tensor, other: Tensor, *, out: None = None) -> Any:
     return NotImplemented if out is not None else linear(input, other, transposed=True)
 
 
-def _attend(*args: Any, **kwargs: Any) -> Any:
-    return _ATTENTION(*args, **kwargs)
-
-
 def convolve(
     input: Tensor,
     weight: Tensor,
@@ -172,19 +167,9 @@ def _dimensions(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
     return weight.ndim
 
 
-# PyTorch's attention, except that it does not check again whether a tensor overrides functions: those that it
-# calls do, so that its products are those of packed weights.
-_ATTENTION = FunctionType(
-    functional.multi_head_attention_forward.__code__,
-    {**vars(functional), "has_torch_function": lambda _: False},
-    "multi_head_attention_forward",
-    functional.multi_head_attention_forward.__defaults__,
-)
-
 HANDLERS: Mapping[Any, Callable[..., Any]] = {
     functional.linear: linear,
     functional.embedding: embed,
-    functional.multi_head_attention_forward: _attend,
     functional.conv1d: _conv1d,
     functional.conv2d: _conv2d_of_images,
     torch.addmm: addmm,

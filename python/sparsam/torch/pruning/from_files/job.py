@@ -88,8 +88,10 @@ class Job:
             and not any(name.startswith(f"{part.name}.") for name in self.plan.weights)
         }
 
-    def check_memory(self, limit: int, *, targets: bool) -> None:
-        """Raises ValueError if `limit` bytes are not enough."""
+    def check_memory(
+        self, limit: int, *, targets: bool, groups: Sequence[Sequence[str]] | None = None
+    ) -> None:
+        """Raises ValueError if `limit` bytes are not enough; `groups` are weights that are fitted together."""
         reconstructs = self.plan.method.reconstructs
         check_memory(
             limit,
@@ -99,6 +101,7 @@ class Job:
             reconstructs=reconstructs,
             targets=targets,
             skip=self.heads,
+            groups=groups,
         )
 
     def identity(self, batches: Sequence[Batch], config: PruningConfig, settings: str) -> str:

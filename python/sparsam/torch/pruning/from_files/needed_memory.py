@@ -21,8 +21,9 @@ def check_memory(
     reconstructs: bool,
     targets: bool,
     skip: Collection[str] = (),
+    groups: Sequence[Sequence[str]] | None = None,
 ) -> None:
-    """Raises ValueError if a part, and the work on its widest weight, do not fit.
+    """Raises ValueError if a part, and the work on its widest weight or group of weights, do not fit.
 
     The estimate counts float64 matrices, their number measured and rounded up: for a layer with n inputs two
     of n^2 numbers, its second moments; for a fit six more of these, including the inverse, and four of the
@@ -36,6 +37,7 @@ def check_memory(
         reconstructs: Whether the method fits weights.
         targets: Whether it fits them to the dense network's outputs.
         skip: Names of parts that are never in memory.
+        groups: The names of weights that are fitted together, such as gate and up; None: each by itself.
     """
     most, which = 0, ""
     for part in parts:
@@ -45,9 +47,9 @@ def check_memory(
         tables = {id(one.weight) for one in module.modules() if type(one) is nn.Embedding}  # read row by row
         size = sum(one.nbytes for one in module.parameters() if id(one) not in tables)
         works = [
-            _work(weight, reconstructs=reconstructs, targets=targets)
-            for name, weight in weights.items()
-            if name.startswith(f"{part.name}.")
+            _work([weights[name] for name in names], reconstructs=reconstructs, targets=targets)
+            for names in (groups or [[name] for name in weights])
+            if any(name.startswith(f"{part.name}.") for name in names)
         ]
         most, which = max((most, which), (size + max(works, default=0), part.name))
     if most > memory:
@@ -58,9 +60,12 @@ def check_memory(
         raise ValueError(msg)
 
 
-def _work(weight: PrunableWeight, *, reconstructs: bool, targets: bool) -> int:
-    """Bytes for fitting a weight by itself."""
-    shape = weight.parameter.shape
-    rows, inputs = (shape[-1], shape[0]) if weight.transposed else (shape[0], math.prod(shape[1:]))
+def _work(weights: Sequence[PrunableWeight], *, reconstructs: bool, targets: bool) -> int:
+    """Bytes for fitting weights with the same inputs: moments once, all else for each."""
+    rows = inputs = 0
+    for weight in weights:
+        shape = weight.parameter.shape
+        own, inputs = (shape[-1], shape[0]) if weight.transposed else (shape[0], math.prod(shape[1:]))
+        rows += own
     moments, copies = (8, 4) if reconstructs else (2, 0)
     return 8 * inputs * (moments * inputs + (copies + 5 * targets) * rows)

@@ -82,8 +82,9 @@ def prune_files(
         group: As for `prune`.
         calibration_samples: As for `prune`.
         memory: How many bytes the call may take in addition to what the process uses: a number, or text like
-            2GiB. The estimated memory of each block and the work on it is checked against it; None: it is not
-            checked.
+            2GiB. The estimated memory of each block and the work on it is checked against it, once before
+            anything is read, and again when a first pass has shown which weights are fitted together; None:
+            it is not checked.
         executor: As for `prune`.
         progress: Called with the name of the current step, how much of it is done, and the total: in weights
             for "pruning", in bytes for "writing".
@@ -179,6 +180,9 @@ def _prune(
 
     show("pruning", 0, len(weights))
     with LayerSequence(twins[0], twins[1] if dense_targets else None, batches, parts) as sequence:
+        if limit is not None:
+            groups = [group.names for group in sequence.groups]
+            job.check_memory(limit, targets=dense_targets, groups=groups)
         parts.follow([group.names for group in sequence.groups], sequence.layers, saved)
         known = prune_in_sequence(sequence, job.plan, executor, saved, step, said)
     return write_shards(job, known, parts, staging.files, limit or 1 << 31, show)

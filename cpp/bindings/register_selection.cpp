@@ -110,19 +110,25 @@ py::object bind_bracket(const py::array& array, double low, double high, std::si
   return py::make_tuple(b.below, b.equal, b.inside, found[filled]);
 }
 
-py::object bind_nm_mask(const py::array& array, std::size_t keep, std::size_t m) {
-  const View view = view_of(array);
-  if (m < 1 || m > 256 || keep > m || view.size() % m != 0)
-    throw py::value_error(expected("keep and m", std::to_string(keep) + " and " + std::to_string(m),
-                                   "keep <= m <= 256, and m to divide the size", "pass others"));
+/// The words of the mask of `view` that `make` writes; None if it returns false, as for a NaN.
+template <class Make>
+py::object mask_or_none(const View& view, const Make& make) {
   Words words(static_cast<py::ssize_t>(words_for(view.size())));
   std::uint64_t* to = words.mutable_data();
   bool numbers = false;
   {
     const Released released;
-    numbers = nm_mask(view, keep, m, to);
+    numbers = make(to);
   }
   return numbers ? py::object(words) : py::none();
+}
+
+py::object bind_nm_mask(const py::array& array, std::size_t keep, std::size_t m) {
+  const View view = view_of(array);
+  if (m < 1 || m > 256 || keep > m || view.size() % m != 0)
+    throw py::value_error(expected("keep and m", std::to_string(keep) + " and " + std::to_string(m),
+                                   "keep <= m <= 256, and m to divide the size", "pass others"));
+  return mask_or_none(view, [&](std::uint64_t* to) { return nm_mask(view, keep, m, to); });
 }
 
 py::object bind_row_topk_mask(const py::array& array, std::size_t cols, std::size_t pruned) {
@@ -130,14 +136,7 @@ py::object bind_row_topk_mask(const py::array& array, std::size_t cols, std::siz
   if (cols < 1 || pruned < 1 || pruned > cols || view.size() % cols != 0)
     throw py::value_error(expected("pruned and cols", std::to_string(pruned) + " and " + std::to_string(cols),
                                    "1 <= pruned <= cols, and cols to divide the size", "pass others"));
-  Words words(static_cast<py::ssize_t>(words_for(view.size())));
-  std::uint64_t* to = words.mutable_data();
-  bool numbers = false;
-  {
-    const Released released;
-    numbers = row_topk_mask(view, cols, pruned, to);
-  }
-  return numbers ? py::object(words) : py::none();
+  return mask_or_none(view, [&](std::uint64_t* to) { return row_topk_mask(view, cols, pruned, to); });
 }
 
 py::object bind_find_nan(const std::vector<py::array>& arrays) {

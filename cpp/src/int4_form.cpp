@@ -6,6 +6,7 @@
 
 #include "forms.hpp"
 #include "int8.hpp"
+#include "slot_rows.hpp"
 #include "slot_steps.hpp"
 #include "sparsam/dtypes.hpp"
 #include "sparsam/errors.hpp"
@@ -317,20 +318,14 @@ std::string fault_of(const Int4View& w, const FormHeader& header, const Form& fo
     return "expected as many steps as its header says";
   }
   if (!fault_of_int4(nullptr, 0, nullptr, 0, w.levels).empty()) return "expected levels that rise";
-  std::vector<bool> seen(w.rows);
-  std::size_t rows = 0;
-  for (std::size_t lane = 0; lane < lanes_of(w); ++lane) {
-    if (w.row[lane] == w.rows) continue;
-    if (w.row[lane] > w.rows || seen[w.row[lane]]) return "expected every row once";
-    seen[w.row[lane]] = true;
-    ++rows;
+  const std::string rows = fault_of_rows(w, lanes_of(w), [&](std::size_t lane) {
     for (std::size_t unit = 0; unit < units; ++unit) {
       const std::uint16_t* const scale = w.scale + (lane / w.lanes * units + unit) * w.lanes + lane % w.lanes;
-      if (!fault_of_int4(nullptr, 0, scale, 1, w.levels).empty())
-        return "expected scales that are positive, normal numbers";
+      if (!fault_of_int4(nullptr, 0, scale, 1, w.levels).empty()) return false;
     }
-  }
-  if (rows != w.rows) return "expected every row once";
+    return true;
+  });
+  if (!rows.empty()) return rows;
   const bool readable = for_each_slot(w, [&](std::size_t lane, std::size_t column, std::uint8_t code) {
     return code == 0 || (column < w.cols && w.row[lane] < w.rows);
   });

@@ -5,6 +5,7 @@
 
 #include "forms.hpp"
 #include "int8.hpp"
+#include "slot_rows.hpp"
 #include "sparsam/errors.hpp"
 #include "sparsam/isa.hpp"
 #include "sparsam/masks.hpp"
@@ -206,16 +207,9 @@ std::string fault_of(const Int8View& w, const FormHeader& header, const Form& fo
   if (w.begin[0] != 0 || w.begin[groups] != header.steps) return "expected as many steps as its header says";
   for (std::size_t g = 0; g < groups; ++g)
     if (w.begin[g] > w.begin[g + 1] || w.begin[g + 1] > header.steps) return "expected groups in order";
-  std::vector<bool> seen(w.rows);
-  std::size_t rows = 0;
-  for (std::size_t lane = 0; lane < lanes_of(w); ++lane) {
-    if (w.row[lane] == w.rows) continue;
-    if (w.row[lane] > w.rows || seen[w.row[lane]]) return "expected every row once";
-    seen[w.row[lane]] = true;
-    ++rows;
-    if (!is_scale(w.scale[lane])) return "expected scales that are positive, normal numbers";
-  }
-  if (rows != w.rows) return "expected every row once";
+  const std::string rows =
+      fault_of_rows(w, lanes_of(w), [&](std::size_t lane) { return is_scale(w.scale[lane]); });
+  if (!rows.empty()) return rows;
   const std::size_t starts = int8_pair_starts(w.window) * header.steps;
   for (std::size_t i = 0; i < starts; ++i)
     if (w.start[i] >= w.cols) return "expected columns that the weight has";

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -37,6 +37,19 @@ def round_to_total(
                 left -= step
         if left == before:
             break
+    return counts
+
+
+def split_total(total: int, sizes: Sequence[int]) -> list[int]:
+    """Divides a count in proportion to sizes, by largest remainder; among equals the earlier gets more."""
+    whole = sum(sizes)
+    if not whole:
+        return [0 for _ in sizes]
+    shares = [divmod(total * size, whole) for size in sizes]
+    counts = [count for count, _ in shares]
+    order = sorted(range(len(shares)), key=lambda i: (-shares[i][1], i))
+    for i in order[: total - sum(counts)]:
+        counts[i] += 1
     return counts
 
 

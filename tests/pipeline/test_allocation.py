@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from allocated_weights import METHODS, NETWORK, WEIGHTS, Arrays, draw, mask_of_ones, seen
 from sparsam import NM, Block, Slices, Unstructured, prune
 from sparsam.allocation import ERK, OWL, Explicit, Global, Uniform, allocate, block_of, resolve
+from sparsam.apportionment import split_total
 from sparsam.config import AllocationLike, AllocationName
 from sparsam.scores import LAMP, Magnitude, Random
 from sparsam.tiles import count_pruned
@@ -295,3 +296,18 @@ def test_uniform_totals_are_exact_too() -> None:
     assert allocate(weights, 0.5, Uniform()) == {"a": 2 / 3, "b": 2 / 3, "c": 1 / 3, "d": 1 / 3}
     assert allocate({}, 0.5) == {}
     assert allocate({"empty": np.ones((0, 3)), **weights}, 0.5, "erk")["a"] == 2 / 3
+
+
+def test_a_count_is_divided_exactly() -> None:
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        sizes = rng.integers(1, 9, rng.integers(1, 6)).tolist()
+        total = int(rng.integers(0, sum(sizes) + 1))
+        counts = split_total(total, sizes)
+        assert sum(counts) == total
+        exact = [total * size / sum(sizes) for size in sizes]
+        assert all(abs(count - number) < 1 for count, number in zip(counts, exact, strict=True))
+
+    assert split_total(3, [1, 1]) == [2, 1]
+    assert split_total(0, []) == []
+    assert split_total(0, [0, 0]) == [0, 0]

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from sparsam import NM, Mask, Slices, Unstructured
 from sparsam.reconstruction import admm_mask, obs
-from sparsam.reconstruction.sequential import DAMPINGS, LayerProblem, fit_layer, refit_layer, split_counts
+from sparsam.reconstruction.sequential import DAMPINGS, LayerProblem, fit_layer, refit_layer
 from sparsam.statistics import InputStatistics
 
 OUT, IN, ROWS = 9, 12, 400
@@ -235,14 +235,3 @@ def test_a_problem_is_data_that_any_process_solves_alike() -> None:
         assert b.bias is not None
         assert np.array_equal(a.bias, b.bias)
         assert (a.mask, a.error, a.damping) == (b.mask, b.error, b.damping)
-
-
-def test_counts_are_shared_out_exactly() -> None:
-    rng = np.random.default_rng(0)
-    for _ in range(50):
-        sizes = rng.integers(1, 9, rng.integers(1, 6)).tolist()
-        total = int(rng.integers(0, sum(sizes) + 1))
-        counts = split_counts(total, sizes)
-        assert sum(counts) == total
-        exact = [total * size / sum(sizes) for size in sizes]
-        assert all(abs(count - number) < 1 for count, number in zip(counts, exact, strict=True))

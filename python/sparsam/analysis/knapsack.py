@@ -107,19 +107,6 @@ def give_back(
     return counts
 
 
-def share(pruned: int, sizes: Sequence[int]) -> list[int]:
-    """Divides a number of weights in proportion to sizes, in whole weights, by largest remainder."""
-    whole = sum(sizes)
-    if not whole:
-        return [0 for _ in sizes]
-    shares = [divmod(pruned * size, whole) for size in sizes]
-    counts = [count for count, _ in shares]
-    order = sorted(range(len(shares)), key=lambda i: (-shares[i][1], i))
-    for i in order[: pruned - sum(counts)]:
-        counts[i] += 1
-    return counts
-
-
 def _undominated(total: NDArray[np.int64], cost: NDArray[np.int64]) -> NDArray[np.intp]:
     """The states that no other state beats in both; the first among equal ones."""
     order = np.lexsort((np.arange(len(total)), cost, -total))

@@ -13,9 +13,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sparsam.analysis.knapsack import Level, choose, give_back, share
+from sparsam.analysis.knapsack import Level, choose, give_back
 from sparsam.analysis.report_document import REMEDY, ReportDocument, restored, stored
 from sparsam.analysis.sensitivity_curve import SensitivityCurve
+from sparsam.apportionment import split_total
 from sparsam.checkpoint.atomic import publish
 from sparsam.checkpoint.json_state import read
 from sparsam.inputs.checks import check_sparsity, expected
@@ -159,7 +160,7 @@ class SensitivityReport(Readable):
             name: count / size if size else 0.0
             for curve, pruned in zip(self.curves, counts, strict=True)
             for (name, size), count in zip(
-                curve.tensors, share(pruned, [n for _, n in curve.tensors]), strict=True
+                curve.tensors, split_total(pruned, [n for _, n in curve.tensors]), strict=True
             )
         }
 

@@ -8,7 +8,7 @@ in SparseGPT). All that a fit needs are the moments of x and y, which `InputStat
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -316,14 +316,3 @@ class _Trial:
             if best is not start:
                 break
         return best[1], best[0]
-
-
-def split_counts(total: int, sizes: Sequence[int]) -> list[int]:
-    """Divides a number of pruned weights among parts in proportion to their sizes, by largest remainder."""
-    whole = sum(sizes) or 1
-    exact = [total * size / whole for size in sizes]
-    counts = [int(number) for number in exact]
-    order = sorted(range(len(sizes)), key=lambda i: (counts[i] - exact[i], i))
-    for i in order[: total - sum(counts)]:
-        counts[i] += 1
-    return counts

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 import torch
+from sparsam.apportionment import split_total
 from sparsam.config import Scorer
 from sparsam.masks import Mask
 from sparsam.patterns import Unstructured
@@ -23,7 +24,6 @@ from sparsam.reconstruction.sequential import (
     LayerProblem,
     Rounding,
     fit_layer,
-    split_counts,
 )
 from sparsam.statistics import InputStatistics
 from sparsam.torch.layers.packed_weight import to_array as stored
@@ -165,7 +165,7 @@ def _problems(
     shares = [pool.sparsity_of(name)] * parts
     if parts > 1 and isinstance(pool.pattern, Unstructured):
         sizes = [part.size for part in matrices]
-        counts = split_counts(round(pool.sparsity_of(name) * matrix.size), sizes)
+        counts = split_total(round(pool.sparsity_of(name) * matrix.size), sizes)
         shares = [count / size for count, size in zip(counts, sizes, strict=True)]
     for i, (fitted, held_out) in enumerate(statistics.parts):
         yield LayerProblem(

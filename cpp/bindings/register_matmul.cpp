@@ -78,7 +78,7 @@ View matrix_view(const py::array& w) {
 PackedMatrix pack(const py::array& w) {
   const View view = matrix_view(w);
   const auto rows = static_cast<std::size_t>(w.shape(0)), cols = static_cast<std::size_t>(w.shape(1));
-  const py::gil_scoped_release release;
+  const Released released;
   return PackedMatrix(pack_bitmask(view, rows, cols));
 }
 
@@ -86,7 +86,7 @@ PackedMatrix from_mask(const py::array& w, const Words& words) {
   const View view = matrix_view(w);
   const auto rows = static_cast<std::size_t>(w.shape(0)), cols = static_cast<std::size_t>(w.shape(1));
   const std::uint64_t* const mask = checked_words(words, view.size());
-  const py::gil_scoped_release release;
+  const Released released;
   return PackedMatrix(pack_bitmask(view, rows, cols, mask));
 }
 
@@ -120,7 +120,7 @@ PackedMatrix pack_quantised(const Int8s& w, const Floats& scales) {
   check_scales(rows, scales);
   const std::int8_t* const from = w.data();
   const float* const scale = scales.data();
-  const py::gil_scoped_release release;
+  const Released released;
   return PackedMatrix(pack_int8(from, rows, cols, scale));
 }
 
@@ -161,7 +161,7 @@ PackedMatrix pack_levels(const Int8s& w, std::size_t width, const Floats& scales
   const auto rows = static_cast<std::size_t>(w.shape(0)), cols = static_cast<std::size_t>(w.shape(1));
   const Int4Grid grid(rows, cols, width, scales, levels);
   const std::int8_t* const from = w.data();
-  const py::gil_scoped_release release;
+  const Released released;
   return PackedMatrix(pack_int4(from, rows, cols, width, grid.scales, grid.levels));
 }
 
@@ -276,7 +276,7 @@ Floats scales(const PackedMatrix& w) {
   Floats out(shape);
   float* const to = out.mutable_data();
   const PackedMatrix copy = w;
-  const py::gil_scoped_release release;
+  const Released released;
   if (any) copy.scales(to);
   return out;
 }
@@ -292,7 +292,7 @@ py::array unpack(const PackedMatrix& w) {
                 {static_cast<py::ssize_t>(form.rows()), static_cast<py::ssize_t>(form.cols())});
   void* const to = out.mutable_data();
   const PackedMatrix copy = w;
-  const py::gil_scoped_release release;
+  const Released released;
   copy.unpack(to);
   return out;
 }
@@ -356,7 +356,7 @@ void look_up_at(const PackedMatrix& w, std::uintptr_t indices, std::size_t n, st
   if (form == nullptr)
     throw py::value_error(expected("form 'rows'", "only " + forms(w).front(), "a form that the weight has",
                                    "build it with add('rows')"));
-  const py::gil_scoped_release release;
+  const Released released;
   look_up(*form, reinterpret_cast<const std::int64_t*>(indices), n, reinterpret_cast<float*>(out));
 }
 

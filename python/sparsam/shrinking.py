@@ -14,10 +14,12 @@ from numpy.typing import ArrayLike, NDArray
 
 from sparsam.coupling import check_ties
 from sparsam.inputs.checks import to_arrays
+from sparsam.inputs.float_mode import standard_floats
 from sparsam.masks import Mask
 from sparsam.patterns import Slices, Tied, as_ties
 
 
+@standard_floats
 def shrink(
     weights: Mapping[str, ArrayLike], masks: Mapping[str, Mask], ties: Tied | Sequence[Tied] = ()
 ) -> dict[str, NDArray[Any]]:

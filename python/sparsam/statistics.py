@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from sparsam.inputs.checks import expected, positive
+from sparsam.inputs.float_mode import standard_floats
 from sparsam.moments import CentredMoments, Moments
 
 __all__ = ["CentredMoments", "InputStatistics"]
@@ -56,6 +57,7 @@ class InputStatistics:
         self._outputs = _Sums.empty(self.targets or 0)
         self._moments = Moments.empty(self.in_features, self.targets or 0) if gram else None
 
+    @standard_floats
     def update(
         self, x: ArrayLike, targets: ArrayLike | None = None, *, weights: ArrayLike | None = None
     ) -> InputStatistics:
@@ -108,11 +110,13 @@ class InputStatistics:
         return self._weight
 
     @property
+    @standard_floats
     def mean(self) -> NDArray[np.float64]:
         """The mean of each input, (in_features,); ValueError before the first."""
         return _frozen(self._inputs.total / self._seen())
 
     @property
+    @standard_floats
     def rms(self) -> NDArray[np.float64]:
         """sqrt(mean of x_j^2), (in_features,): Wanda's norm over sqrt(count); ValueError before the first."""
         return _frozen(np.sqrt(self._inputs.squares / self._seen()))
@@ -123,6 +127,7 @@ class InputStatistics:
         return _frozen(self._inputs.squares)
 
     @property
+    @standard_floats
     def target_mean(self) -> NDArray[np.float64]:
         """The mean of each target, (targets,); ValueError without targets, or before the first."""
         self._target_moments()
@@ -135,16 +140,19 @@ class InputStatistics:
         return _frozen(self._outputs.squares)
 
     @property
+    @standard_floats
     def gram(self) -> NDArray[np.float64]:
         """The sum of x x^T, (in_features, in_features), symmetric; ValueError if gram=False."""
         return _frozen(self._second_moments().gram())
 
     @property
+    @standard_floats
     def cross(self) -> NDArray[np.float64]:
         """The sum of y x^T, (targets, in_features); ValueError without targets."""
         return _frozen(self._target_moments().raw_cross())
 
     @property
+    @standard_floats
     def centred(self) -> CentredMoments:
         """The moments around the mean; ValueError with gram=False, or before the first input.
 
@@ -173,6 +181,7 @@ class InputStatistics:
         """The rounding unit of the products behind `gram`: float32's once inputs were not float64."""
         return self._second_moments().precision
 
+    @standard_floats
     def __add__(self, other: InputStatistics) -> InputStatistics:
         """Returns new statistics over the inputs of both; ValueError if their sizes or options differ."""
         if not isinstance(other, InputStatistics):

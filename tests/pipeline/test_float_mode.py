@@ -13,10 +13,8 @@ from numpy.typing import NDArray
 import reference
 import sparsam
 from cases import DTYPES, make
+from float_modes import FLUSHING
 from sparsam import NM, Block, PruningConfig, Slices, Unstructured, _core, scores
-
-# MXCSR of x86: denormals are zeros, flush to zero, and rounding up; FPCR of ARM: flush to zero, rounding up.
-FLUSHING = {"x86_64": 0x8040 | 0x4000, "aarch64": (1 << 24) | (1 << 22)}
 
 
 @pytest.fixture(params=["flushing", "standard"])

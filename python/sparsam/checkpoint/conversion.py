@@ -20,6 +20,7 @@ from sparsam.checkpoint.json_state import decode
 from sparsam.checkpoint.json_state import read as read_bytes
 from sparsam.checkpoint.whole_files import Whole
 from sparsam.inputs.checks import expected
+from sparsam.inputs.float_mode import standard_floats
 from sparsam.inputs.names import closest
 
 __all__ = ["Conversion", "Format", "convert"]
@@ -65,6 +66,7 @@ class _Codec(NamedTuple):
     dense: Callable[[str, Arrays], NDArray[Any]]
 
 
+@standard_floats
 def convert(src: StrPath, dst: StrPath, to: Format | None = None, *, tensor: str | None = None) -> Conversion:
     """Writes a checkpoint, or one matrix of it, in another format; that of the source is detected.
 

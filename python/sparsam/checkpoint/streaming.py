@@ -33,6 +33,7 @@ from sparsam.checkpoint.shard_passes import (
 )
 from sparsam.checkpoint.staging import open_staging
 from sparsam.config import PruningConfig
+from sparsam.inputs.float_mode import standard_floats
 from sparsam.inputs.messages import LOGGER
 from sparsam.pools import Pool
 from sparsam.report import LayerStats, Report
@@ -49,6 +50,7 @@ _ResultT = TypeVar("_ResultT")
 _SAMPLED = 1 << 18
 
 
+@standard_floats
 def prune_files(
     src: StrPath,
     dst: StrPath,
@@ -100,7 +102,7 @@ def prune_files(
     file, shards = resolve(src)
     layouts = [read_layout(part) for part in parts_of(file, shards)]
     target, is_folder = target_of(dst, shards)
-    plan = FilePlan.of(layouts, settings, stacklevel=2)
+    plan = FilePlan.of(layouts, settings, stacklevel=3)
     plan.check_memory(limit)
     with open_staging(target, is_folder=is_folder, run=_identity(plan, src)) as staging:
         if staging.finished:

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from sparsam.inputs.checks import expected, positive
+from sparsam.inputs.float_mode import standard_floats
 from sparsam.masks import Mask
 from sparsam.patterns import NM, Pattern, Unstructured
 from sparsam.reconstruction.layer_problem import (
@@ -34,6 +35,7 @@ _GAIN = 1e-5  # they end with the first step that reduces the error by less than
 _RESTARTS = 5
 
 
+@standard_floats
 def admm(
     w: ArrayLike,
     h: Moments,
@@ -110,6 +112,7 @@ def admm(
     return Reconstruction(weights, found, corrected, added)
 
 
+@standard_floats
 def admm_mask(
     w: ArrayLike,
     h: Moments,

@@ -11,6 +11,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from sparsam import _core
 from sparsam.inputs.checks import check_sparsity, expected, positive
+from sparsam.inputs.float_mode import standard_floats
 from sparsam.masks import Mask
 from sparsam.patterns import NM, Pattern, Unstructured
 from sparsam.reconstruction.layer_problem import (
@@ -32,6 +33,7 @@ _MAX_BLOCK_COLUMNS = 256  # the most columns of a block that the kernel supports
 _TRIANGLE = 64  # up to this size, a triangular matrix is inverted as a whole
 
 
+@standard_floats
 def obs(
     w: ArrayLike,
     h: Moments,

@@ -12,6 +12,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from sparsam.inputs.checks import array_of, expected, to_array
 from sparsam.inputs.dtypes import is_weight_dtype
+from sparsam.inputs.float_mode import standard_floats
 from sparsam.masks import Mask
 from sparsam.patterns import Pattern
 
@@ -241,6 +242,7 @@ def to_floats(what: str, value: ArrayLike) -> NDArray[np.float64]:
     return given.astype(np.float64)
 
 
+@standard_floats
 def corrected_bias(bias: ArrayLike, w: ArrayLike, w_new: ArrayLike, mean: ArrayLike) -> NDArray[Any]:
     """The bias that keeps the mean output unchanged: b' = b + (W - W') mean(x).
 
@@ -281,6 +283,7 @@ def corrected_bias(bias: ArrayLike, w: ArrayLike, w_new: ArrayLike, mean: ArrayL
     return result.astype(array.dtype)
 
 
+@standard_floats
 def reconstruction_error(w: ArrayLike, w_new: ArrayLike, h: Moments) -> float:
     """The layer-wise error of new weights: tr(D H D^T) / tr(W H W^T) with D = W - W'.
 

@@ -9,6 +9,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from sparsam import _core
 from sparsam.inputs.checks import array_of
+from sparsam.inputs.float_mode import standard_floats
 from sparsam.masks import Mask
 from sparsam.reconstruction.layer_problem import (
     Layer,
@@ -24,6 +25,7 @@ from sparsam.reconstruction.layer_problem import (
 _SHARED = 64
 
 
+@standard_floats
 def refit(
     w: ArrayLike,
     h: Moments,

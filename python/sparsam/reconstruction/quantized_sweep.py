@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from sparsam.inputs.checks import expected
+from sparsam.inputs.float_mode import standard_floats
 from sparsam.masks import Mask
 from sparsam.patterns import Pattern, Unstructured
 from sparsam.reconstruction.column_sweep import Choice, check_block, choose_from, inverse_factor, sweep
@@ -44,6 +45,7 @@ class Quantization(Reconstruction):
     scales: NDArray[np.float32]
 
 
+@standard_floats
 def quantize(
     w: ArrayLike,
     h: Moments,

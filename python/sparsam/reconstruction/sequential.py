@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sparsam.inputs.checks import expected
+from sparsam.inputs.float_mode import standard_floats
 from sparsam.masks import Mask
 from sparsam.patterns import NM, Pattern, Unstructured
 from sparsam.reconstruction.alternating import admm_mask
@@ -131,6 +132,7 @@ def check_method(name: str, method: str, pattern: Pattern, scope: str) -> None:
         raise ValueError(expected("scope", scope, wanted, "use an allocation to share out a total"))
 
 
+@standard_floats
 def fit_layer(problem: LayerProblem) -> LayerFit:
     """Chooses the weights that a layer keeps, and fits them to the target outputs.
 
@@ -176,6 +178,7 @@ def fit_layer(problem: LayerProblem) -> LayerFit:
     return round_layer(problem, LayerFit(weights, bias, mask, error, damping))
 
 
+@standard_floats
 def round_layer(problem: LayerProblem, fit: LayerFit) -> LayerFit:
     """Rounds the weights of a fit as its problem says: `quantize` on their mask, and the bias after them.
 
@@ -199,6 +202,7 @@ def round_layer(problem: LayerProblem, fit: LayerFit) -> LayerFit:
     return replace(fit, weights=weights, bias=bias, mask=found.mask, error=error)
 
 
+@standard_floats
 def refit_layer(
     problem: LayerProblem, fit: LayerFit, cross: NDArray[np.float64], total: NDArray[np.float64]
 ) -> LayerFit:

@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sparsam._core import Packed
+from sparsam.inputs.float_mode import standard_floats
 
 __all__ = ["csr_of", "dense_of", "keep_of"]
 
@@ -18,6 +19,7 @@ def keep_of(packed: Packed) -> NDArray[np.bool_]:
     return keep.view(np.bool_)
 
 
+@standard_floats
 def csr_of(packed: Packed) -> Any:
     """A packed matrix as a `scipy.sparse.csr_array`.
 
@@ -31,6 +33,7 @@ def csr_of(packed: Packed) -> Any:
     return sparse.csr_array((values, np.nonzero(keep)[1], starts), shape=keep.shape)
 
 
+@standard_floats
 def dense_of(matrix: Any) -> tuple[NDArray[Any], NDArray[np.bool_]]:
     """The dense content of a SciPy sparse matrix, and which entries it stores.
 

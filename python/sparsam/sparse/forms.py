@@ -9,6 +9,7 @@ import ml_dtypes
 import numpy as np
 
 from sparsam._core import Packed
+from sparsam.inputs.float_mode import standard_floats
 from sparsam.sparse.cost_model import BATCHES, Expectation, Weight
 from sparsam.sparse.dispatch import needed_kernels
 from sparsam.sparse.matmul import KERNELS, Floats, multiply
@@ -58,6 +59,7 @@ class Forms:
         packed = 0 if self.packed is None else self.packed.nbytes
         return packed if self.dense is None else packed + self.dense.nbytes
 
+    @standard_floats
     def readable(self) -> Packed:
         """Packed forms from which the weight can be read; made on the spot if only the dense copy is held."""
         if self.packed is not None:
@@ -66,6 +68,7 @@ class Forms:
         with np.errstate(invalid="ignore"):
             return Packed.pack(self.dense.astype(_DTYPES[self.weight.dtype], copy=False))
 
+    @standard_floats
     def with_kernel(self, kernel: str) -> Forms:
         """These forms, and the one that a kernel needs."""
         if kernel in self.kernels:
@@ -79,6 +82,7 @@ class Forms:
         packed.add(kernel)
         return Forms(self.weight, packed, self.dense)
 
+    @standard_floats
     def keeping(self, kernels: Collection[str]) -> Forms:
         """The forms that these kernels need, built where missing; a packed one too if dense loses something.
 

@@ -6,6 +6,7 @@ import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 from sparsam._core import Packed
+from sparsam.inputs.float_mode import standard_floats
 from sparsam.masks import Mask
 from sparsam.sparse.arguments import weights
 from sparsam.sparse.int4 import check_no_group, is_int4, pack_int4
@@ -14,6 +15,7 @@ from sparsam.sparse.int8 import check_no_scales, is_int8, pack_int8
 __all__ = ["pack", "pack_kept"]
 
 
+@standard_floats
 def pack(w: ArrayLike, dtype: DTypeLike | None, scales: ArrayLike | None, group: int | None) -> Packed:
     """Packs the weights that are not 0; arguments as for `SparseMatrix.from_dense`."""
     if not is_int4(dtype):
@@ -24,6 +26,7 @@ def pack(w: ArrayLike, dtype: DTypeLike | None, scales: ArrayLike | None, group:
     return pack_int4(w, group=group) if is_int4(dtype) else Packed.pack(weights(w, dtype))
 
 
+@standard_floats
 def pack_kept(w: ArrayLike, mask: Mask | NDArray[np.bool_], dtype: DTypeLike | None) -> Packed:
     """Packs the weights that a mask keeps; arguments as for `SparseMatrix.from_mask`."""
     rounds = is_int8(dtype) or is_int4(dtype)

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from sparsam.inputs.float_mode import standard_floats
 from sparsam.torch.layers.packed_weight import ROUNDED, PackedWeight, dtype_name, pack_matrix, to_array
 from torch import Tensor, nn
 
@@ -78,6 +79,7 @@ class Content:
         self._remember()
 
     @classmethod
+    @standard_floats
     def find(cls, original: Tensor, layout: Layout, values: torch.dtype) -> Content | None:
         """Returns a tied layer's content for the same Parameter, if packing it now would give the same.
 

@@ -13,6 +13,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 import torch
 from sparsam._core import Packed
+from sparsam.inputs.float_mode import standard_floats
 from sparsam.patterns import NM, Block, Unstructured
 from sparsam.sparse.choices import Choices, expect
 from sparsam.sparse.cost_model import Key, Weight, dense_key, form_bytes
@@ -156,6 +157,7 @@ def torch_dense(dtype: str = "float32") -> Key:
     return dense_key("torch", str(torch.__version__), dtype, torch.get_num_threads())
 
 
+@standard_floats
 def pack_matrix(
     matrix: NDArray[Any], *, groups: int = 1, forms: Sequence[str] = ("panels",), values: str = ""
 ) -> Tensor:

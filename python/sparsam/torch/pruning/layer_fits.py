@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 import torch
 from sparsam.apportionment import split_total
 from sparsam.config import Scorer
+from sparsam.inputs.float_mode import standard_floats
 from sparsam.masks import Mask
 from sparsam.patterns import Unstructured
 from sparsam.pools import Pool
@@ -99,6 +100,7 @@ class Method:
         return Rounding(BITS[self.values], self.group, stored(weight[:0].detach()).dtype)
 
 
+@standard_floats
 def fit_group(
     statistics: GroupStatistics,
     layers: Mapping[str, Rows],

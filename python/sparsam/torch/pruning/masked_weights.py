@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 import torch
+from sparsam.inputs.float_mode import standard_floats
 from sparsam.inputs.tensors import to_numpy
 from sparsam.masks import Mask
 from torch import Tensor, nn
@@ -103,6 +104,7 @@ def to_host(name: str, tensor: Tensor) -> NDArray[Any]:
     return to_numpy(f"tensor {name!r}", tensor.detach().cpu())
 
 
+@standard_floats
 def zeros_of(parameters: Mapping[str, Tensor], names: Iterable[str] | None = None) -> dict[str, Mask]:
     """Returns the masks of existing zeros, for weights of two axes or more that have some.
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from sparsam.config import ConfigFields, PruningConfig
 from sparsam.inputs.checks import expected, positive
+from sparsam.inputs.float_mode import standard_floats
 from sparsam.pruner import prune_pools
 from sparsam.report import measure
 from sparsam.torch.layers.packed_weight import from_array, to_array
@@ -166,6 +167,7 @@ def prune(
 _NORM_BUFFERS = ("running_mean", "running_var", "num_batches_tracked")  # pruning may change these
 
 
+@standard_floats
 def _at_once(
     model: nn.Module,
     pruned: Twin,
@@ -196,6 +198,7 @@ def _at_once(
     bar.step("selection", 1)
 
 
+@standard_floats
 def _install(model: nn.Module, pruned: Twin) -> None:
     """Copies the tensors that differ from the twin into the model: all of them, or none."""
     ours: dict[str, Tensor] = dict(model.named_parameters())

@@ -15,6 +15,7 @@ from sparsam.checkpoint.atomic import open_folder, publish
 from sparsam.checkpoint.json_state import Document, read
 from sparsam.config import ConfigFields, PruningConfig
 from sparsam.inputs.checks import check_function, check_sparsity, expected, integer, positive
+from sparsam.inputs.float_mode import standard_floats
 from sparsam.patterns import NM
 from sparsam.report import Readable
 from sparsam.torch.pruning.calibration import read_calibration
@@ -228,6 +229,7 @@ class _States:
             self._write(self._best[1])
         return self._best[0] == target
 
+    @standard_floats
     def keep(self, target: float, best: float) -> None:
         """Keeps the current tensors if this target is the best; else drops them."""
         if target == best:
@@ -236,6 +238,7 @@ class _States:
         elif self._best[0] > best:
             self._best = 0.0, self._dense
 
+    @standard_floats
     def _write(self, values: dict[int, Tensor]) -> None:
         with torch.no_grad():
             for key, tensor in self._tensors.items():

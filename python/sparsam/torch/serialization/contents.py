@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from sparsam.inputs.float_mode import standard_floats
 from sparsam.torch.acceleration.fusion import Fused
 from sparsam.torch.layers.packed_parameter import packed_parameters
 from sparsam.torch.layers.packed_tensor import PackedTensor
@@ -153,6 +154,7 @@ def _identity(value: Tensor) -> Any:
     return value.data_ptr(), value.shape, value.stride(), value.dtype, value.device
 
 
+@standard_floats
 def _stands_for(packed: PackedTensor, dense: Tensor | None) -> bool:
     """Whether a packed weight and the dense one that was packed have the same encoding."""
     exact = packed.packed.dtype == packed.dtype and not packed._content.layout.transposed

@@ -225,10 +225,10 @@ class Mask:
         raise ValueError(msg)
 
     def __eq__(self, other: object) -> Any:
-        """Whether two masks are equal; compared with an array, elementwise."""
+        """Whether two masks are equal; compared with an array, a list or a number, elementwise."""
         if isinstance(other, Mask):
             return self._shape == other._shape and bool(np.array_equal(self._words, other._words))
-        if not hasattr(other, "__array__"):
+        if not (hasattr(other, "__array__") or isinstance(other, (bool, int, float, list, tuple))):
             return NotImplemented
         return np.equal(self.to_array(), np.asarray(other))  # which raises for other shapes, in old NumPy too
 

@@ -232,6 +232,10 @@ def test_masks_compare_with_masks_and_with_what_has_an_array() -> None:
     assert packed != Mask.ones((7, 5))
     assert packed != "mask"
     assert (packed == None) is False  # noqa: E711
+    assert np.array_equal(packed == True, kept)  # noqa: E712
+    assert np.array_equal(packed == False, ~kept)  # noqa: E712 - an index, as in w[mask == False]
+    assert np.array_equal(packed != 1, ~kept)
+    assert np.array_equal(packed == kept.tolist(), np.ones_like(kept))
     with pytest.raises(ValueError, match=r"broadcast|shape"):
         assert packed == np.ones((2, 2), np.bool_)
     torch = pytest.importorskip("torch")

@@ -91,7 +91,7 @@ class Job:
     def check_memory(
         self, limit: int, *, targets: bool, groups: Sequence[Sequence[str]] | None = None
     ) -> None:
-        """Raises ValueError if `limit` bytes are not enough; `groups` are weights that are fitted together."""
+        """Raises ValueError if `limit` bytes are not enough; `groups` are weights fitted together."""
         reconstructs = self.plan.method.reconstructs
         check_memory(
             limit,

@@ -149,7 +149,8 @@ def test_in_inference_mode() -> None:
 def test_short_calibration_is_fitted_to_own_outputs() -> None:
     model, _ = net()
     wanted = (
-        "expected at least 24 rows for the 12 inputs of 'blocks.0.up.weight' .and of 4 others, .*; got 15"
+        "expected at least 24 rows for the 12 inputs of 'blocks.0.up.weight' "
+        r"\(and as many in proportion for 4 others\); got 15"
     )
     with pytest.warns(UserWarning, match=wanted):
         report = prune(model, None, [normal(0, 16, 6).double()], target_sparsity=0.5)

@@ -160,16 +160,16 @@ def fit_layer(problem: LayerProblem) -> LayerFit:
     seen = held = FitMoments(problem.inputs, problem.rows, centred=old is not None)
     if problem.held_out is not None:
         held = FitMoments(problem.held_out, problem.rows, centred=seen.centred)
-    trial = _Trial(problem, seen, held)
+    search = _DampingSearch(problem, seen, held)
     aim = dense
     if seen.cross is not None:
-        damping = _DAMPING if held is seen else trial.best(trial.ridge_error)[0]
+        damping = _DAMPING if held is seen else search.best(search.ridge_error)[0]
         aim = _ridge(dense, seen.gram, seen.cross, damping)
     weights, mask = _choose(problem, aim, seen)
     damping, error = _DAMPING, None
     if seen.cross is not None or problem.method != "obs":
         if problem.held_out is not None:
-            damping, error = trial.best(lambda tried: trial.mask_error(mask, tried))
+            damping, error = search.best(lambda tried: search.mask_error(mask, tried))
             seen = FitMoments(problem.inputs + problem.held_out, problem.rows, centred=seen.centred)
         weights = refit(dense, seen, mask, cross=seen.cross, damping=damping, name=problem.name)
     bias = None if old is None else seen.bias(dense, weights, old)
@@ -280,7 +280,7 @@ def _scope(problem: LayerProblem) -> Literal["layer", "row"]:
     return "row" if problem.scope == "row" else "layer"
 
 
-class _Trial:
+class _DampingSearch:
     """Some rows of a layer, fitted to the inputs and compared on the held-out inputs."""
 
     def __init__(self, problem: LayerProblem, seen: FitMoments, held: FitMoments) -> None:

@@ -13,14 +13,14 @@ from sparsam.torch.acceleration.installation import LayerSwap
 from sparsam.torch.acceleration.measurement import Budget
 from sparsam.torch.acceleration.model_runner import ModelRunner, difference
 
-__all__ = ["DIFFERS", "Gain", "Trial", "fuse", "keep_what_gains", "try_out"]
+__all__ = ["DIFFERS", "Gain", "VerifiedOutputs", "fuse", "keep_what_gains", "try_out"]
 
 DIFFERS = "with it packed, outputs differ"
 _MESSAGE = 120  # characters of an error in a report
 
 
 @dataclass(frozen=True)
-class Trial:
+class VerifiedOutputs:
     """A run with packed layers.
 
     Attributes:
@@ -51,7 +51,7 @@ class Gain:
 
 def try_out(
     runner: ModelRunner, swap: LayerSwap, reference: Sequence[Any], *, tolerance: float, budget: Budget
-) -> Trial:
+) -> VerifiedOutputs:
     """Runs the model with all layers packed, and finds those with which it fails or returns other outputs.
 
     Args:
@@ -81,7 +81,7 @@ def try_out(
         outputs, _ = _attempt(runner, swap, good, reference, tolerance)
     for name in reasons:
         swap.drop(name)
-    return Trial(outputs, reasons)
+    return VerifiedOutputs(outputs, reasons)
 
 
 def fuse(

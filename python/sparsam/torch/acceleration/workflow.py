@@ -169,15 +169,15 @@ def _by_examples(
     rounded = narrow or dtype not in {None, torch.float32}
     if tolerance is None:
         tolerance = _WHOLE_NARROW if rounded else _WHOLE
-    trial = try_out(runner, swap, seen.outputs, tolerance=tolerance, budget=budget)
-    reasons |= trial.reasons
+    verified = try_out(runner, swap, seen.outputs, tolerance=tolerance, budget=budget)
+    reasons |= verified.reasons
     if not swap.layers:
         return Outcome(seen.calls, Decision((), {}, {}), reasons, _dense(runner))
     fuse(
         runner,
         swap,
         fusions(seen.followers, swap.layers, swap.where),
-        trial.outputs,
+        verified.outputs,
         tolerance=_FUSED_NARROW if narrow or dtype in ROUNDED else _FUSED,
     )
     times = measurement.layer_times(model, runner, swap, budget)

@@ -136,7 +136,7 @@ def test_a_tensor_in_two_shards_is_refused(sharded: Path) -> None:
     first = sharded / "model-00001-of-00002.safetensors"
     save_file({"x.weight": np.ones(2), "z": np.ones(3)}, first)
     with pytest.raises(
-        ValueError, match="got one that also holds 'z'; get the index and its shards from one"
+        ValueError, match="got one that also holds 'z'; get the index and its shards from the same"
     ):
         checkpoint.load(sharded)
 

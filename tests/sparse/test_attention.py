@@ -29,7 +29,8 @@ def draw(shape: tuple[int, ...], seed: int) -> NDArray[np.float32]:
 
 def heads(sequences: int, heads: int, positions: int, depth: int, seed: int) -> NDArray[np.float32]:
     """Heads side by side, as projections leave them, seen as (sequences, heads, positions, depth)."""
-    return draw((sequences, positions, heads, depth), seed).transpose(0, 2, 1, 3)
+    found: NDArray[np.float32] = draw((sequences, positions, heads, depth), seed).transpose(0, 2, 1, 3)
+    return found
 
 
 def strides(x: NDArray[Any]) -> tuple[int, int, int]:
@@ -64,7 +65,8 @@ def attend(
         scale,
         out.ctypes.data,
     )
-    return out.transpose(0, 2, 1, 3)
+    found: NDArray[np.float32] = out.transpose(0, 2, 1, 3)
+    return found
 
 
 def wanted(q: Any, k: Any, v: Any, mask: NDArray[Any] | None = None, scale: float = 0.25) -> NDArray[Any]:

@@ -28,7 +28,7 @@ from pytest_benchmark.fixture import BenchmarkFixture
 
 import sparsam
 from sparsam import SparseMatrix, bench
-from sparsam.sparse.calibration import fastest
+from sparsam.sparse.calibration import fastest, wait_for_idle_threads
 
 LIMIT = int(os.environ.get("SPARSAM_BENCH_MAX", "100_000_000"))
 DLMC = os.environ.get("SPARSAM_DLMC", "")
@@ -72,7 +72,8 @@ def peak_gflops() -> float:
     w, x = pruned((512, 512), 0.0), inputs(512, 512)
     y, matrix = np.empty_like(x), SparseMatrix.from_dense(w)
     matrix.prepare(512, kernel="panels")
-    seconds = min(fastest(lambda: np.dot(x, w.T, out=y)), fastest(lambda: matrix.linear(x, out=y)))
+    wait_for_idle_threads()
+    seconds = min(fastest(lambda: matrix.linear(x, out=y)), fastest(lambda: np.dot(x, w.T, out=y)))
     return 2e-9 * w.size * 512 / seconds
 
 
@@ -98,6 +99,7 @@ def run(
     def product() -> Matrix:
         return next(turn)()
 
+    wait_for_idle_threads()  # those of the products above
     rounds = int(min(200, max(5, 0.3 / fastest(products[0], warm_up=0.0, seconds=0.0))))
     pedantic: Callable[..., Any] = benchmark.pedantic
     pedantic(product, rounds=rounds, warmup_rounds=len(products), iterations=1)

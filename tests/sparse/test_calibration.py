@@ -17,6 +17,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two small shapes, so that it takes no time."""
     monkeypatch.setattr(calibration, "SHAPES", (((16, 64), 512), ((64, 16), 512)))
     monkeypatch.setattr(calibration, "WARM_UP", 0.0)
+    monkeypatch.setattr(calibration, "SPINNING", 0.0)
 
 
 def test_the_fit_finds_nonnegative_coefficients() -> None:

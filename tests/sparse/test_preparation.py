@@ -63,6 +63,7 @@ def times(monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
         return found[run.__defaults__[0]]
 
     monkeypatch.setattr(calibration, "fastest", fastest)
+    monkeypatch.setattr(calibration, "SPINNING", 0.0)
     monkeypatch.setattr(preparation, "_PLAUSIBLE", np.inf)
     return found
 
@@ -77,6 +78,25 @@ def test_products_measure_and_write_nothing(cache: Path, monkeypatch: pytest.Mon
         matrix.linear(inputs(batch))
         matrix.explain(batch)
     assert not list(cache.iterdir())
+
+
+def test_packed_kernels_are_not_timed_while_threads_of_blas_spin(monkeypatch: pytest.MonkeyPatch) -> None:
+    events: list[str] = []
+
+    def fastest(run: Any) -> float:
+        run()
+        events.append(run.__defaults__[0])
+        return 1.0
+
+    monkeypatch.setattr(calibration, "fastest", fastest)
+    monkeypatch.setattr(calibration, "wait_for_idle_threads", lambda: events.append("wait"))
+    monkeypatch.setattr(preparation, "_PLAUSIBLE", np.inf)
+    SparseMatrix.from_dense(weights()).prepare([2, 0, 8])
+    packed = [kernel for kernel in KERNELS if kernel != "dense"]
+    assert events == ["wait", *packed * 4, *["dense"] * 4]
+    events.clear()
+    SparseMatrix.from_dense(weights()).prepare([0])
+    assert events == []
 
 
 @pytest.mark.parametrize("best", KERNELS)

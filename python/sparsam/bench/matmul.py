@@ -20,6 +20,7 @@ from sparsam.checkpoint.exchange.compressed_rows import pattern_head, read_patte
 from sparsam.inputs.checks import expected
 from sparsam.runtime import isa, num_threads
 from sparsam.selection import select
+from sparsam.sparse.calibration import wait_for_idle_threads
 from sparsam.sparse.cost_model import cpu
 from sparsam.sparse.matmul import KERNELS
 from sparsam.sparse.matrix import SparseMatrix
@@ -253,8 +254,9 @@ def _numpy_linear(x: NDArray[np.float32], w: NDArray[np.float32]) -> NDArray[np.
 
 
 def milliseconds(products: Sequence[Callable[[Any], object]], x: Any) -> float:
-    """The median time of one product, the products taken in turn."""
+    """The median time of one product, the products taken in turn, once the threads of others are idle."""
     turn = itertools.cycle(products)
+    wait_for_idle_threads()
     return 1e3 * median_seconds(lambda: next(turn)(x))
 
 

@@ -23,9 +23,22 @@ from sparsam.checkpoint.atomic import publish
 from sparsam.sparse import cost_model
 from sparsam.sparse.cost_model import BATCHES, DTYPES, KINDS, Costs, Key, Weight, cache_file, features
 
-__all__ = ["Measured", "calibrate", "fastest", "measure_dense", "measure_kernels", "numpy_product", "store"]
+__all__ = [
+    "Measured",
+    "calibrate",
+    "fastest",
+    "measure_dense",
+    "measure_kernels",
+    "numpy_product",
+    "store",
+    "wait_for_idle_threads",
+]
 
-WARM_UP = 0.04  # OpenBLAS's threads wait actively for 2^26 ticks of the time stamp counter, 22 ms at 3 GHz
+WARM_UP = 0.01  # seconds; our own threads, and PyTorch's, wait actively for 1 to 5 ms
+SPINNING = 0.25
+"""Seconds for which the threads of a BLAS may wait actively after a product: OpenBLAS's for 2^28 ticks of the
+time stamp counter, 0.1 s at 2.6 GHz, those of Intel's OpenMP for 0.2 s. On two processors our own threads may
+then share one of them, and each product takes some time slices: 8 ms were seen instead of 0.8."""
 
 DenseProduct = Callable[[NDArray[np.float32], NDArray[np.float32]], Callable[[], object]]
 """(w, x) -> a function that computes x W^T."""
@@ -113,6 +126,7 @@ def store(measured: Measured) -> bool:
 def measure_kernels(key: Key) -> Measured:
     """Times "bitmask", "panels" and "slots" with the active instruction set and threads, and fits."""
     seen: dict[tuple[str, int], list[tuple[tuple[float, ...], float]]] = {}
+    wait_for_idle_threads()
     for shape, largest in SHAPES:
         for kinds, weights in _samples(shape):
             packed = [_core.Packed.pack(w.astype(key.dtype)) for w in _copies(weights)]
@@ -149,13 +163,17 @@ def numpy_product(w: NDArray[np.float32], x: NDArray[np.float32]) -> Callable[[]
     return lambda: np.dot(x, w.T, out=y)
 
 
+def wait_for_idle_threads() -> None:
+    """Waits until the threads of other libraries no longer spin, in the way of those to be timed."""
+    time.sleep(SPINNING)
+
+
 def fastest(run: Callable[[], object], *, warm_up: float = WARM_UP, seconds: float = 0.01) -> float:
     """The shortest time of a run: interruptions only lengthen runs, so the shortest is the one to compare.
 
     Args:
         run: What to time.
-        warm_up: Seconds to warm up, at least one run. By default long enough for spinning threads of another
-            library that ran just before to go to sleep.
+        warm_up: Seconds to warm up, at least one run.
         seconds: Stop once at least 3 runs took this long in total, or after 20 runs; after one run if that
             is longer than 0.05 s.
     """

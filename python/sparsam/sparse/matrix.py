@@ -313,10 +313,9 @@ class SparseMatrix:
     def prepare(self, batches: int | Sequence[int], *, kernel: str | None = None) -> None:
         """Measure the kernels on this matrix, and keep only the forms that the batches need.
 
-        Takes some hundredths of a second per batch. One form is kept, unless a batch would be more than a
-        quarter slower with it. Batches of earlier calls stay prepared; all others are multiplied with the
-        forms that are held. Measurements hold for the instruction set and the number of threads that they
-        were made with; under others the cost model chooses.
+        Takes a quarter of a second, and a tenth per batch. One form is kept, unless a batch would be over a
+        quarter slower with it. Batches of earlier calls stay prepared; others use the forms that are held.
+        Under other instruction sets or numbers of threads than were measured, the cost model chooses.
 
         Args:
             batches: The numbers of rows of x. The choice holds for batches of about these sizes.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -14,7 +15,7 @@ from sparsam.sparse.dispatch import KernelChoice, needed_kernels
 from sparsam.sparse.forms import Forms
 from sparsam.sparse.matmul import KERNELS
 
-__all__ = ["Preparation", "measure", "measure_all"]
+__all__ = ["Preparation", "measure_all"]
 
 _ROUNDS = 2  # of measurement, in which kernels take turns, so that a disturbance affects them all
 _PLAUSIBLE = 2.5  # kernels expected to take longer than this many times the fastest are not measured
@@ -84,32 +85,37 @@ def _microseconds(times: Mapping[str, float], kernel: str) -> float | None:
 def measure_all(
     forms: Forms, batches: Sequence[int], expected: Expectation
 ) -> tuple[Forms, dict[int, dict[str, float]]]:
-    """See `measure`: for every bucket of the batches, 0 left out."""
-    times = {}
-    for size in dict.fromkeys(bucket(batch) for batch in batches if batch):
-        forms, times[size] = measure(forms, size, expected)
-    return forms, times
+    """Times, for every bucket of the batches, the kernels that may be the fastest for it.
 
-
-def measure(forms: Forms, batch: int, expected: Expectation) -> tuple[Forms, dict[str, float]]:
-    """Times the kernels that may be the fastest for a batch.
+    Dense products are timed after all others: the threads of their library wait actively for more work, for
+    a tenth of a second or longer, and meanwhile those of our kernels may share one processor.
 
     Args:
         forms: The forms of the weight.
-        batch: Rows of x.
+        batches: Rows of x; 0 is left out.
         expected: The expected times, which rule out slow kernels.
 
     Returns:
-        The forms, with those that had to be built, and the seconds that each kernel took.
+        The forms, with those that had to be built, and for each bucket the seconds that each kernel took.
     """
-    seconds = expected.times(batch, KERNELS)
-    likely = [k for k in KERNELS if seconds[k] <= _PLAUSIBLE * min(seconds.values())]
-    x = np.ones((batch, forms.weight.cols), np.float32)
-    y = np.empty((batch, forms.weight.rows), np.float32)
-    for kernel in likely:
-        forms = forms.with_kernel(kernel)
-    found = dict.fromkeys(likely, math.inf)
-    for kernel in likely * _ROUNDS:
-        took = calibration.fastest(lambda name=kernel: forms.multiply(name, x, None, "", y))  # type: ignore[misc]
-        found[kernel] = min(found[kernel], took)
+    found: dict[int, dict[str, float]] = {}
+    arrays = {}
+    for size in dict.fromkeys(bucket(batch) for batch in batches if batch):
+        seconds = expected.times(size, KERNELS)
+        likely = [k for k in KERNELS if seconds[k] <= _PLAUSIBLE * min(seconds.values())]
+        found[size] = dict.fromkeys(likely, math.inf)
+        x = np.ones((size, forms.weight.cols), np.float32)
+        arrays[size] = (x, np.empty((size, forms.weight.rows), np.float32))
+        for kernel in likely:
+            forms = forms.with_kernel(kernel)
+    if found:
+        calibration.wait_for_idle_threads()
+    for dense, _, (size, times) in itertools.product((False, True), range(_ROUNDS), found.items()):
+        x, y = arrays[size]
+        for kernel in times:
+            if (kernel == "dense") == dense:
+                took = calibration.fastest(
+                    lambda name=kernel, x=x, y=y: forms.multiply(name, x, None, "", y)  # type: ignore[misc]
+                )
+                times[kernel] = min(times[kernel], took)
     return forms, found

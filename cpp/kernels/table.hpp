@@ -18,7 +18,15 @@ namespace sparsam {
 // and everything after it; vnni the VNNI and VBMI of AVX-512, as on Ice Lake and Zen 4; dot the dot products
 // of bytes of AArch64, as on Cortex-A76, Neoverse and Apple's; avx_vnni VNNI in 256 bits, as on Alder Lake,
 // Zen 5 and their like.
-enum Feature : std::uint32_t { kNone = 0, kAvx2 = 1, kAvx512 = 2, kVnni = 4, kDot = 8, kAvxVnni = 16 };
+enum Feature : std::uint32_t {
+  kNone = 0,
+  kAvx2 = 1,
+  kAvx512 = 2,
+  kVnni = 4,
+  kDot = 8,
+  kAvxVnni = 16,
+  kNeon = 32
+};
 
 // The longest piece that one call of WidthKernels::bracket takes: an L1 cache's worth of float64.
 constexpr std::size_t kBracketLength = 4096;

@@ -41,6 +41,7 @@ std::uint32_t detect() {
     features |= kAvx512;
   if (__builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512vbmi")) features |= kVnni;
 #elif defined(__aarch64__)
+  features |= kNeon;
   if (system::has_dot_products()) features |= kDot;
 #endif
   return features;
@@ -56,7 +57,7 @@ bool runs_here(const KernelTable& row) { return (row.required & ~machine()) == 0
 // Whether int8 kernels may run while a row is active: the machine has all the features that they need, and
 // the row includes those of these features that have a row of their own.
 bool runs_under(const Int8Kernels& int8, const KernelTable& row) {
-  constexpr std::uint32_t kWithRow = kAvx2 | kAvx512;
+  constexpr std::uint32_t kWithRow = kAvx2 | kAvx512 | kNeon;
   return (int8.required & ~machine()) == 0 && (int8.required & kWithRow & ~row.required) == 0;
 }
 

@@ -18,7 +18,7 @@ extern const KernelTable table;
 const KernelTable table = {
     "neon",
     "AArch64 with Advanced SIMD, as every such machine has",
-    kNone,
+    kNeon,
     kSelectionKernels<std::uint16_t>,
     kSelectionKernels<std::uint32_t>,
     kSelectionKernels<std::uint64_t>,

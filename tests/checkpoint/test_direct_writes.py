@@ -72,7 +72,7 @@ def test_whole_pages_go_past_the_cache(tmp_path: Path, monkeypatch: pytest.Monke
     plain = os.pwrite
 
     def pwrite(file: int, data: Any, at: int) -> int:
-        seen.append((data.ctypes.data % 4096, len(data), at))
+        seen.append((np.frombuffer(data, np.uint8).ctypes.data % 4096, len(data), at))
         return plain(file, data, at)
 
     monkeypatch.setattr(os, "pwrite", pwrite)

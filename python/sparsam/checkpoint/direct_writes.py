@@ -58,7 +58,7 @@ class DirectWrites:
         done = 0
         while self._direct is not None and done < len(pages):
             try:
-                done += os.pwrite(self._direct, pages[done:], begin + done)
+                done += os.pwrite(self._direct, memoryview(pages)[done:], begin + done)  # type: ignore[arg-type]
             except OSError as error:
                 if error.errno != errno.EINVAL:
                     raise

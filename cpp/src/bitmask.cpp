@@ -81,8 +81,8 @@ Memory words_of(std::size_t rows, std::size_t cols, const std::uint8_t* bits) {
     words[row_words - 1] = 0;
     std::memcpy(words, bits + r * row_bytes, row_bytes);
     if (cols % 64 != 0 && words[row_words - 1] >> cols % 64 != 0)
-      throw std::invalid_argument(
-          expected("bits of row " + std::to_string(r), "others", "0 past the last column", "repair the mask"));
+      throw std::invalid_argument(expected("bits of row " + std::to_string(r), "others",
+                                           "0 past the last column", "repair the mask"));
   }
   return memory;
 }

@@ -151,7 +151,7 @@ def test_functions_of_the_working_directory(model: Path, capsys: pytest.CaptureF
         ("owned-module:f", "eval: expected package.module:function"),
         (
             "no_module:f",
-            "eval: expected an importable module; got No module named 'no_module'; the working directory",
+            "eval: expected an importable module; got No module named 'no_module'; correct the name (the working directory",
         ),
         ("owned_module.sub:f", "eval: expected an importable module; got No module named 'owned_module.sub'"),
         ("owned_module:nothing", "has no attribute 'nothing'"),
@@ -230,7 +230,7 @@ def test_an_interrupt_says_what_was_kept(model: Path, capsys: pytest.CaptureFixt
     command = ["sensitivity", str(model), "--eval", "owned_module:interrupts", "--state", "kept.json"]
     assert main(command) == 130
     assert (
-        "interrupted; kept: what was measured, in kept.json; the same command goes on"
+        "interrupted; kept: what was measured, in kept.json; the same command continues"
         in capsys.readouterr().err
     )
     assert Path("kept.json").is_file()

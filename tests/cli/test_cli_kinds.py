@@ -78,7 +78,7 @@ def test_heads_that_are_not_the_embedding_are_pruned(
     content["lm_head.weight"][0, 0] += 1
     torch.save(content, tmp_path / "in.pt")
     assert main(["prune", str(tmp_path / "in.pt"), "-o", str(tmp_path / "out.pt")]) == 0
-    assert "embeddings model.embed_tokens.weight; prune" in capsys.readouterr().err
+    assert "embeddings left dense: model.embed_tokens.weight; prune" in capsys.readouterr().err
     assert (loaded(tmp_path / "out.pt")["lm_head.weight"] == 0).sum() == 64
 
 

@@ -220,7 +220,7 @@ def test_a_mask_has_no_truth_value() -> None:
         lambda: packed or None,
         lambda: np.bool_(0) if packed else 1,
     ):
-        with pytest.raises(ValueError, match=r"got bool\(mask\); compare mask.count"):
+        with pytest.raises(ValueError, match=r"got bool\(mask\), which is ambiguous; compare mask.count"):
             question()
     with pytest.raises(ValueError, match="expected True or None"):
         packed.__array__(copy=False)

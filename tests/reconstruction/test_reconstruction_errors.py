@@ -45,7 +45,7 @@ BAD_H = np.where(np.eye(4, k=1) == 1, np.inf, H)
         (ValueError, "got neither", lambda: obs(W, H)),
         (ValueError, "got neither", lambda: admm(W, H)),
         (ValueError, "keeps 2 of every 4", lambda: obs(W, H, sparsity=0.6, pattern=NM(2, 4))),
-        (ValueError, "multiple of 3 long", lambda: obs(W, H, pattern=NM(1, 3))),
+        (ValueError, "a multiple of 3 weights", lambda: obs(W, H, pattern=NM(1, 3))),
         (TypeError, r"expected Unstructured\(\) or NM", lambda: obs(W, H, sparsity=0.5, pattern=Block(1, 2))),
         (ValueError, "'layer' or 'row'", lambda: obs(W, H, sparsity=0.5, scope="global")),
         (ValueError, "1 to 256", lambda: obs(W, H, sparsity=0.5, block=257)),

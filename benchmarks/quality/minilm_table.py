@@ -20,7 +20,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from transformers.utils import logging
 
@@ -139,7 +139,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         last = encoder.spearman(distilled, evaluated)
         for name, one in (("pruned", model), ("distilled", distilled)):
             print(row(sparsity, name, encoder.spearman(one, evaluated), one, None), flush=True)
-        for name, values in (("accelerated", None), ("accelerated, int8", "int8")):
+        variants: tuple[tuple[str, Literal["int8"] | None], ...] = (
+            ("accelerated", None),
+            ("accelerated, int8", "int8"),
+        )
+        for name, values in variants:
             fast = copy.deepcopy(distilled)
             sparsam.torch.accelerate(fast, examples, values=values, keep_dense=values is None, verbose=False)
             times = time_in_turn(encoder.model, fast, examples, 2.0)

@@ -151,7 +151,7 @@ def test_functions_of_the_working_directory(model: Path, capsys: pytest.CaptureF
         ("owned-module:f", "eval: expected package.module:function"),
         (
             "no_module:f",
-            "eval: expected an importable module; got No module named 'no_module'; correct the name (the working directory",
+            "eval: expected an importable module; got No module named 'no_module'; correct the name",
         ),
         ("owned_module.sub:f", "eval: expected an importable module; got No module named 'owned_module.sub'"),
         ("owned_module:nothing", "has no attribute 'nothing'"),

@@ -18,7 +18,7 @@ def network() -> nn.Sequential:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(32, 16), nn.ReLU(), nn.Linear(16, 8))
     with torch.no_grad():
-        model[0].weight.copy_(torch.from_numpy(subnormal_only((16, 32))))  # type: ignore[arg-type]
+        model.get_parameter("0.weight").copy_(torch.from_numpy(subnormal_only((16, 32))))
     return model
 
 
@@ -44,7 +44,7 @@ def test_pruning_a_model(method: Any) -> None:
 def test_a_model_of_subnormal_weights_only_is_pruned() -> None:
     model = nn.Sequential(nn.Linear(32, 16, bias=False))
     with torch.no_grad():
-        model[0].weight.copy_(torch.from_numpy(subnormal_only((16, 32))))  # type: ignore[arg-type]
+        model.get_parameter("0.weight").copy_(torch.from_numpy(subnormal_only((16, 32))))
     if not torch.set_flush_denormal(True):
         pytest.skip("this machine cannot flush denormals")
     try:
@@ -52,7 +52,7 @@ def test_a_model_of_subnormal_weights_only_is_pruned() -> None:
     finally:
         torch.set_flush_denormal(False)
     assert report.layers[0].pruned_params == 128
-    assert int((model[0].weight == 0).sum()) == 128
+    assert int((model.get_parameter("0.weight") == 0).sum()) == 128
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8], ids=str)
@@ -62,7 +62,8 @@ def test_packing_a_layer(dtype: torch.dtype) -> None:
         layer.weight.copy_(torch.from_numpy(subnormal_only((16, 32))))
 
     def packed() -> Any:
-        return pack(copy.deepcopy(layer), dtype=dtype).weight.packed_data.numpy().copy()
+        made: Any = pack(copy.deepcopy(layer), dtype=dtype)
+        return made.weight.packed_data.numpy().copy()
 
     same_in_both(packed)
     assert bits(packed())

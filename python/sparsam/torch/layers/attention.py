@@ -112,17 +112,19 @@ def _strides(x: Tensor) -> tuple[int, int, int]:
     return batch, heads, positions
 
 
-_library.define(
+_library.define(  # type: ignore[no-untyped-call]
     "attention(Tensor query, Tensor key, Tensor value, Tensor? mask, float scale) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 _library.impl("attention", _attend, "CPU")  # type: ignore[no-untyped-call]
 
 
-@torch.library.register_fake("sparsam::attention", lib=_library)
 def _fake(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:  # noqa: ARG001
     batch, heads, queries, depth = query.shape
     return query.new_empty(batch, queries, heads, depth)
+
+
+torch.library.register_fake("sparsam::attention", _fake, lib=_library)
 
 
 def _scaled_dot_product_attention(

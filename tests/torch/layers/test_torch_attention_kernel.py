@@ -9,7 +9,7 @@ import pytest
 from huggingface_models import VOCABULARY, bert, gpt2, llama
 from torch.nn import functional
 from torch_cases import pruned
-from transformers import BertModel, GPT2LMHeadModel, LlamaForCausalLM
+from transformers import AutoModel, BertModel, BloomConfig, GPT2LMHeadModel, LlamaForCausalLM
 
 import torch
 from sparsam.torch import pack
@@ -151,7 +151,7 @@ def test_models_of_transformers(name: str, padded: bool, monkeypatch: pytest.Mon
     with torch.no_grad():
         wanted = model(input_ids=ids, attention_mask=seen)[0]
         assert not calls
-        model.set_attn_implementation("sparsam")
+        model.set_attn_implementation("sparsam_sdpa")
         copied = copy.deepcopy(model)
         for one in (model, copied):
             found = one(input_ids=ids, attention_mask=seen)[0]
@@ -167,9 +167,107 @@ def test_compiled_model_has_the_operator() -> None:
     model: Any = BertModel(bert())
     model.eval()
     ids = torch.randint(5, VOCABULARY, (2, 12), generator=torch.Generator().manual_seed(0))
-    model.set_attn_implementation("sparsam")
+    model.set_attn_implementation("sparsam_sdpa")
     with torch.no_grad():
         wanted = model(input_ids=ids).last_hidden_state
         torch._dynamo.reset()
         compiled: Any = torch.compile(model, backend="eager", fullgraph=True)
         torch.testing.assert_close(compiled(input_ids=ids).last_hidden_state, wanted, **CLOSE)
+
+
+def test_models_that_compute_more_than_attention_are_refused() -> None:
+    """Bloom adds biases of its own to its scores, and takes no mask as PyTorch's function does."""
+    make: Any = AutoModel.from_config  # not typed
+    config = BloomConfig(vocab_size=VOCABULARY, hidden_size=32, n_layer=1, n_head=2)
+    with pytest.raises(ValueError, match="BloomModel does not support an attention implementation through"):
+        make(config, attn_implementation="sparsam_sdpa")
+
+
+class Attends(nn.Module):
+    """Attention between parts of one projection."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.projection = nn.Linear(48, 144)
+
+    def forward(self, x: Tensor) -> Tensor:
+        parts = self.projection(x).view(*x.shape[:2], 3, 3, 16).permute(2, 0, 3, 1, 4)
+        found = attend(parts[0], parts[1], parts[2])
+        return (
+            functional.scaled_dot_product_attention(parts[0], parts[1], parts[2]).transpose(1, 2)
+            if found is None
+            else found
+        )
+
+
+def exported(model: nn.Module, x: Tensor) -> Any:
+    with torch.no_grad():
+        program: Any = torch.export.export(model, (x,))
+    assert "sparsam.attention" in str(program.graph)
+    return program.module()
+
+
+def test_an_exported_program_runs_with_other_tensors_than_it_was_traced_with() -> None:
+    torch.manual_seed(0)
+    model, x = Attends().eval(), draw(2, 9, 48)
+    program = exported(model, x)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(program(x).float(), model(x).float(), atol=0.05, rtol=0.05)
+    for dtype in (torch.float16, torch.bfloat16, torch.float64):
+        q, k, v = (part.to(dtype) for part in tensors())
+        wanted = functional.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+        torch.testing.assert_close(torch.ops.sparsam.attention(q, k, v, None, 32**-0.5), wanted)
+
+
+def test_an_exported_program_has_no_silent_gradient() -> None:
+    torch.manual_seed(0)
+    model, x = Attends().eval(), draw(2, 9, 48)
+    with pytest.raises(RuntimeError, match="backward or forward-mode differentiation: expected dense layers"):
+        exported(model, x)(x.requires_grad_()).sum().backward()
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_export_with_a_length_that_varies(masked: bool) -> None:
+    torch.manual_seed(0)
+    layer = pruned(nn.MultiheadAttention(32, 2, batch_first=True)).eval()
+    pack(layer)
+
+    class Masked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = layer
+
+        def forward(self, x: Tensor, padding: Tensor) -> Tensor:
+            found: Tensor = self.layer(
+                x, x, x, need_weights=False, key_padding_mask=padding if masked else None
+            )[0]
+            return found
+
+    length = torch.export.Dim("length", min=2, max=4000)
+    padding = torch.zeros(2, 20, dtype=torch.bool)
+    padding[0, 15:] = True
+    model = Masked().eval()
+    with torch.no_grad():
+        program: Any = torch.export.export(
+            model, (draw(2, 20, 32), padding), dynamic_shapes=({1: length}, {1: length})
+        )
+        for n in (20, 33, 600):  # the last is computed by PyTorch
+            x, more = draw(2, n, 32), torch.zeros(2, n, dtype=torch.bool)
+            more[0, n // 2 :] = True
+            torch.testing.assert_close(program.module()(x, more), model(x, more), **CLOSE)
+
+
+def test_gradients_of_functions_that_are_compiled() -> None:
+    q, k, v = tensors()
+
+    def loss(query: Tensor) -> Tensor:
+        found = attend(query, k, v)
+        if found is None:
+            found = functional.scaled_dot_product_attention(query, k, v).transpose(1, 2)
+        return found.square().sum()
+
+    gradient = torch.func.grad(loss)
+    torch._dynamo.reset()
+    compiled: Any = torch.compile(gradient, backend="eager", fullgraph=True)
+    assert bool(gradient(q).abs().sum() > 0)
+    torch.testing.assert_close(compiled(q), gradient(q), **CLOSE)

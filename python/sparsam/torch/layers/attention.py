@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from types import FunctionType
 from typing import Any
 
+from torch._C import _are_functorch_transforms_active
 from torch.compiler import is_compiling
 from torch.nn import functional
 
@@ -31,7 +32,7 @@ def attend(
 ) -> Tensor | None:
     """softmax(scale Q K^T + mask) V, positions before heads; None for what the core does not compute.
 
-    It computes float32 on the CPU, at most 512 keys, heads of a multiple of 16 numbers, as many of keys as of
+    It computes float32 on the CPU, at most 512 keys (in a graph, PyTorch computes longer ones), heads of a multiple of 16 numbers, as many of keys as of
     queries, and no gradient. A query that sees no key gets zeros, as from PyTorch.
 
     Args:
@@ -56,25 +57,32 @@ def attend(
 
 
 def _computes(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> bool:
-    """Whether the core computes that."""
-    tensors = (query, key, value)
+    """Whether the core computes that, or in a graph its operator does."""
     if (
-        not all(x.dtype is torch.float32 and x.is_cpu and x.ndim == 4 for x in tensors)
-        or (is_grad_enabled() and any(x.requires_grad for x in (*tensors, mask) if x is not None))
+        (is_grad_enabled() and any(x.requires_grad for x in (query, key, value, mask) if x is not None))
+        or _are_functorch_transforms_active()
         or torch.is_autocast_enabled("cpu")
         or torch.onnx.is_in_onnx_export()
     ):
+        return False
+    return _reads(query, key, value, mask) and (is_compiling() or key.shape[2] <= _LONGEST)
+
+
+def _reads(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> bool:
+    """Whether the core can read these tensors."""
+    if not all(x.dtype is torch.float32 and x.is_cpu and x.ndim == 4 for x in (query, key, value)):
         return False
     batch, heads, _, depth = query.shape
     keys = key.shape[2]
     if key.shape != value.shape or key.shape != (batch, heads, keys, depth):
         return False
-    if keys > _LONGEST or depth % _MULTIPLE or depth == 0:
+    if depth % _MULTIPLE or depth == 0:
         return False
     if mask is None:
         return True
     wanted = (batch, heads, query.shape[2], keys)
-    fits = mask.ndim == 4 and all(n in {1, w} for n, w in zip(mask.shape, wanted, strict=True))
+    # Not a set: sizes that vary in a graph have no hash.
+    fits = mask.ndim == 4 and all(n in (1, w) for n, w in zip(mask.shape, wanted, strict=True))
     return fits and mask.dtype in {torch.bool, torch.float32} and mask.is_cpu
 
 
@@ -102,6 +110,14 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scal
     return out
 
 
+def _in_graph(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    """As `_attend`, for whatever tensors a graph is run with after it was traced with others."""
+    if key.shape[2] <= _LONGEST and _reads(query, key, value, mask):
+        return _attend(query, key, value, mask, scale)
+    y = functional.scaled_dot_product_attention(query, key, value, mask, scale=scale)
+    return y.transpose(1, 2).contiguous()
+
+
 def _side_by_side(x: Tensor) -> Tensor:
     """X with the numbers of its last axis next to each other."""
     return x if x.stride(3) == 1 else x.contiguous()
@@ -116,7 +132,19 @@ _library.define(  # type: ignore[no-untyped-call]
     "attention(Tensor query, Tensor key, Tensor value, Tensor? mask, float scale) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
-_library.impl("attention", _attend, "CPU")  # type: ignore[no-untyped-call]
+_library.impl("attention", _in_graph, "CPU")  # type: ignore[no-untyped-call]
+
+
+def _keep_inputs(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ARG001
+    ctx.save_for_backward(*inputs[:3])
+
+
+def _backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
+    """Raises when it runs, not when it is traced into a graph."""
+    return *(torch.ops.sparsam.refuse(gradient, saved) for saved in ctx.saved_tensors), None, None
+
+
+torch.library.register_autograd("sparsam::attention", _backward, setup_context=_keep_inputs, lib=_library)
 
 
 def _fake(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:  # noqa: ARG001

@@ -6,12 +6,13 @@ import errno
 import os
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
-from sparsam import PruningConfig, checkpoint, prune
+from sparsam import PruningConfig, _core, checkpoint, prune
 from sparsam.checkpoint import direct_writes, shard_passes
 from sparsam.checkpoint.direct_writes import DirectWrites, block_for
 
@@ -127,5 +128,23 @@ def test_the_place_of_a_nan_in_a_later_block(tmp_path: Path, monkeypatch: pytest
     array[40, 7] = np.nan
     checkpoint.save(tmp_path / "dense.safetensors", {"a": array})
     config = PruningConfig(0.5, scope="global")
-    with pytest.raises(ValueError, match=r"'a'.*(40, 7|2007)"):
+    with pytest.raises(ValueError, match=r"'a'.*index \(40, 7\)"):
         checkpoint.prune_files(tmp_path / "dense.safetensors", tmp_path / "out", config)
+
+
+def test_a_file_that_is_cut_short_while_it_is_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A mapped file would end the process here."""
+    file = tmp_path / "dense.safetensors"
+    checkpoint.save(file, {"a": np.ones((1000, 1000), np.float32)})
+    count = _core.bracket
+
+    def cut(*given: Any) -> Any:
+        os.truncate(file, 500_000)
+        return count(*given)
+
+    monkeypatch.setattr(shard_passes, "_core", SimpleNamespace(bracket=cut))
+    with pytest.raises(ValueError, match="expected a file that stays as it is; got one that was cut short"):
+        checkpoint.prune_files(file, tmp_path / "out", PruningConfig(0.5, scope="global"))
+    assert not (tmp_path / "out").exists()

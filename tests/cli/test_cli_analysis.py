@@ -60,6 +60,7 @@ def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     checkpoint.save(tmp_path / "model.safetensors", weights, {"format": "pt"})
     (tmp_path / "owned_module.py").write_text(MODULE)
     (tmp_path / "broken_module.py").write_text("raise RuntimeError('not today')\n")
+    (tmp_path / "needy_module.py").write_text("import nope\n")
     monkeypatch.delitem(sys.modules, "owned_module", raising=False)
     return tmp_path / "model.safetensors"
 
@@ -160,6 +161,10 @@ def test_functions_of_the_working_directory(model: Path, capsys: pytest.CaptureF
             "eval owned_module:number: expected a function from weights to a score; got 3",
         ),
         ("broken_module:f", "got an error from importing broken_module: RuntimeError: not today ("),
+        (
+            "needy_module:f",
+            "importing needy_module: ModuleNotFoundError: No module named 'nope'",
+        ),
         ("owned_module:fails", "eval owned_module:fails: expected a score; got KeyError: 'nothing' ("),
         ("owned_module:nan", "the dense weights: "),
     ],

@@ -43,10 +43,10 @@ def parse_size(what: str, value: int | str) -> int:
 
 
 def shapes_of(entries: Sequence[Entry]) -> dict[str, NDArray[Any]]:
-    """Returns name -> an array of the tensor's shape and dtype that takes no memory, by name, full of NaN.
+    """Returns name -> an array of the tensor's shape and dtype that takes no memory, by name.
 
-    Code that reads their values finds a NaN and raises an error. A dtype that NumPy lacks becomes
-    uint8.
+    It is full of NaN, so that code that reads values raises an error; of integers, full of zeros. A dtype
+    that NumPy lacks becomes uint8.
 
     Raises:
         ValueError: NumPy cannot hold a shape.

@@ -6,7 +6,6 @@ Each is a task that any executor can run: it takes paths and numbers, and return
 from __future__ import annotations
 
 import math
-import mmap
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -48,8 +47,8 @@ __all__ = [
 PIECE = 1 << 24
 """Neighbouring tensors are read and written in pieces of this many bytes, less than a shared cache."""
 
-_BLOCK = 1 << 22
-"""So many bytes are mapped and counted at a time."""
+_BLOCK = 1 << 18
+"""This many bytes, of whole elements, are counted at a time: they stay in the cache of a core."""
 
 _MARK = 1 << 30
 """After this many bytes the file is flushed, and a resumed run continues from there."""
@@ -158,19 +157,16 @@ def count_shard(task: CountTask, advance: Advance = _nothing) -> dict[str, Count
 
 
 def _blocks(source: BinaryIO, entry: Entry) -> Iterator[NDArray[Any]]:
-    """The elements of a tensor in blocks, where the page cache has them, which saves copying them.
+    """The elements of a tensor in blocks, each read into the memory of the last one, which stays cached.
 
-    A block is valid until the next one, so that no more than one counts as memory of this process.
+    They are not mapped: a file that is cut short meanwhile would end the process (SIGBUS).
     """
     kind = np.dtype(entry.numpy_dtype)
-    step = _BLOCK // kind.itemsize * kind.itemsize
-    for begin in range(entry.begin, entry.end, step):
-        size = min(step, entry.end - begin)
-        start = begin // mmap.ALLOCATIONGRANULARITY * mmap.ALLOCATIONGRANULARITY
-        if os.fstat(source.fileno()).st_size < begin + size:
-            raise ValueError(_cut_short(source))
-        mapped = mmap.mmap(source.fileno(), begin + size - start, access=mmap.ACCESS_READ, offset=start)
-        yield np.frombuffer(mapped, np.uint8, size, begin - start).view(kind)
+    buffer = np.empty(min(_BLOCK, entry.nbytes), np.uint8)
+    for begin in range(entry.begin, entry.end, _BLOCK):
+        block = buffer[: min(_BLOCK, entry.end - begin)]
+        _read_into(source, begin, block)
+        yield block.view(kind)
 
 
 def _count_blocks(task: CountTask, entry: Entry, blocks: Iterator[NDArray[Any]], room: int) -> Counts | None:
@@ -211,7 +207,6 @@ def prune_shard(task: PruneTask, advance: Advance = _nothing) -> list[LayerStats
     with locked(part), part.open("r+b" if part.exists() else "w+b", buffering=0) as target:
         target.truncate(begun.written)
         layers = _write_shard(task, target, begun, part, advance)
-        os.fsync(target.fileno())
     _write_json(done, _Progress(task.layout.size, layers))
     part.replace(task.target)
     _mark_of(part).unlink(missing_ok=True)
@@ -242,7 +237,7 @@ def _mark_of(part: Path) -> Path:
 def _write_shard(
     task: PruneTask, target: BinaryIO, begun: _Progress, part: Path, advance: Advance
 ) -> list[LayerStats]:
-    """Writes what is missing of a shard, reading and pruning a piece while another one is written."""
+    """Writes what is missing of a shard to the disk, reading and pruning a piece while another is written."""
     layers, at = list(begun.layers), begun.written
     if not at:
         _write_all(target, task.layout.head)
@@ -275,6 +270,7 @@ def _write_shard(
                 marked = at
         for write in writes[-len(buffers) :]:
             write.result()
+        os.fsync(target.fileno())  # before `output` closes: that ends this process's lock on the file
     return layers
 
 

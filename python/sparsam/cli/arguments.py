@@ -165,13 +165,13 @@ def parse_eval(text: str) -> EvalFunction:
         sys.path.insert(0, here)
     try:
         module = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        msg = (
-            f"eval: expected an importable module; got {error}; correct the name (the working directory "
-            f"{here} is on the path)"
-        )
-        raise ValueError(msg) from error
     except Exception as error:
+        if isinstance(error, ModuleNotFoundError) and f"{module_name}.".startswith(f"{error.name}."):
+            msg = (
+                f"eval: expected an importable module; got {error}; correct the name (the working directory "
+                f"{here} is on the path)"
+            )
+            raise ValueError(msg) from error
         msg = (
             f"eval: expected an importable module; got an error from importing {module_name}: "
             f"{_located(error)}; correct that module"

@@ -80,6 +80,9 @@ def compress(
     if html:
         plot.new_figure()
         check_target(html)
+        if html.resolve() == output.resolve():
+            msg = f"--html: expected a file beside the output; got {html}, which is the output; name another"
+            raise ValueError(msg)
     parsed = parse_pattern(pattern)
     if sparsity is None and pattern == "unstructured":
         sparsity = 0.8

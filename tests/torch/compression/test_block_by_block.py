@@ -131,6 +131,17 @@ def test_distilling_needs_the_whole_model(tmp_path: Path, capsys: pytest.Capture
     assert "--distill: expected none with --memory, since it needs the whole model" in message
 
 
+@pytest.mark.parametrize("memory", [(), ("--memory", "1GiB")])
+def test_a_page_in_the_place_of_the_output(
+    memory: tuple[str, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, out = directory(tmp_path / "dense", encoder()), tmp_path / "out"
+    options = ("--calibration", written(tmp_path), "-o", out, "--html", tmp_path / "dense" / ".." / "out")
+    message = fail(capsys, "compress", source, *options, *memory)
+    assert "--html: expected a file beside the output; got" in message
+    assert not out.exists()
+
+
 def test_memory_that_is_not_enough(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source = directory(tmp_path / "dense", encoder())
     options = ("--calibration", written(tmp_path), "-o", tmp_path / "out", "--memory", "100KiB")

@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
 import pytest
-from compression_models import texts, tokenizer
+from compression_models import encoder, texts, tokenizer
 
 import torch
+from sparsam.torch import distill
 from sparsam.torch.compression.texts import joined_tokens
 from sparsam.torch.compression.training_texts import TrainingTexts
+from torch import Tensor
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def sentences(passes: TrainingTexts) -> list[tuple[int, ...]]:
@@ -22,11 +31,14 @@ def sentences(passes: TrainingTexts) -> list[tuple[int, ...]]:
 def test_each_pass_over_sentences_is_another_and_repeatable() -> None:
     given, known = texts(), tokenizer()
     passes = TrainingTexts(given, known, running=False, longest=32, rows=8)
+    torch.manual_seed(0)
     first, second = sentences(passes), sentences(passes)
     assert len(first) == len(second) == len(given)
     assert first != second
     again = TrainingTexts(given, known, running=False, longest=32, rows=8)
+    torch.manual_seed(0)
     assert [sentences(again), sentences(again)] == [first, second]
+    torch.manual_seed(0)
     assert sentences(TrainingTexts(given, known, running=False, longest=32, rows=8, seed=1)) != first
     assert all(len(batch["input_ids"]) <= 8 for batch in passes)
 
@@ -76,5 +88,41 @@ def test_a_text_of_one_window_stays_at_its_place() -> None:
     for _ in range(3):
         (batch,) = passes
         assert torch.equal(batch["input_ids"][0], joined_tokens(given, known))
-    with pytest.raises(ValueError, match="calibration: expected at least 512 tokens"):
+    with pytest.raises(ValueError, match="calibration: expected windows of 512 tokens"):
         TrainingTexts(given, known, running=True, longest=512)
+
+
+class Interrupted(TrainingTexts):
+    """Texts of which the n-th batch in all is followed by Ctrl-C."""
+
+    left = 5  # of 3 in a pass
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        for batch in super().__iter__():
+            if not self.left:
+                raise KeyboardInterrupt
+            self.left -= 1
+            yield batch
+
+
+def test_distillation_resumes_in_a_later_pass(tmp_path: Path) -> None:
+    """What a pass has is decided by the state of PyTorch's generator, which a run saves."""
+    given, known, teacher = texts()[:24], tokenizer(), encoder().eval()
+    options: dict[str, Any] = {"running": False, "longest": 32, "rows": 8}
+
+    def trained(folder: Path, *kinds: type[TrainingTexts]) -> dict[str, Tensor]:
+        torch.manual_seed(0)
+        for kind in kinds:
+            student = encoder().eval()
+            with torch.no_grad():
+                student.get_parameter("encoder.layer.0.output.dense.weight")[:, ::2] = 0
+            with contextlib.suppress(KeyboardInterrupt):
+                texts_in_turn = kind(given, known, **options)
+                distill(student, teacher, texts_in_turn, steps=7, state_dir=folder, checkpoint_every=1)
+        states: dict[str, Tensor] = student.state_dict()
+        return states
+
+    whole = trained(tmp_path / "whole", TrainingTexts)
+    parts = trained(tmp_path / "parts", Interrupted, TrainingTexts)
+    for name, tensor in whole.items():
+        assert torch.equal(tensor, parts[name]), name

@@ -68,6 +68,7 @@ def test_less_than_two_blocks(tmp_path: Path) -> None:
 
 GATED = """
 import sys, warnings
+from concurrent.futures import ThreadPoolExecutor
 import torch
 from torch import nn
 from torch.nn import functional
@@ -90,7 +91,9 @@ def pruned(source, width, inner, memory):
         model = nn.Sequential(*(Gated(width, inner) for _ in range(2)))
     batches = [torch.randn(32, width) for _ in range(4)]
     options = {"target_sparsity": 0.5, "method": "obs", "targets": "own", "exclude": ["*.down.weight"]}
-    prune_files(model, source, source + "-out", batches, memory=memory, **options)
+    with ThreadPoolExecutor(2) as threads:
+        executor = threads if sys.argv[3] == "threads" else None
+        prune_files(model, source, source + "-out", batches, memory=memory, executor=executor, **options)
 
 torch.set_num_threads(1)
 warnings.simplefilter("ignore")
@@ -105,7 +108,8 @@ except ValueError as error:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="this machine has no /proc")
-def test_weights_that_are_fitted_together_count_together(tmp_path: Path) -> None:
+@pytest.mark.parametrize("executor", ["none", "threads"])
+def test_weights_that_are_fitted_together_count_together(executor: str, tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     for name, width, inner in (("small", 64, 128), ("gated", 512, 2048)):
         shapes = {"gate": (inner, width), "up": (inner, width), "down": (width, inner)}
@@ -118,11 +122,15 @@ def test_weights_that_are_fitted_together_count_together(tmp_path: Path) -> None
         checkpoint.save(tmp_path / name / "model.safetensors", weights)
 
     def said(memory: str) -> str:
-        command = [sys.executable, "-c", GATED, str(tmp_path), memory]
+        command = [sys.executable, "-c", GATED, str(tmp_path), memory, executor]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
-    block, moments, fits = 3 * 4 * 512 * 2048, 8 * 8 * 512**2, 4 * 8 * 512 * 2048
-    alone, together = (math.ceil((block + moments + n * fits) / 2**20) for n in (1, 2))
+    def needed_for(weights: int) -> int:
+        inverses, copies = (weights, 6) if executor == "threads" else (1, 4)  # all fits at the same time
+        moments, fits = (2 + 6 * inverses) * 8 * 512**2, copies * 8 * 512 * 2048
+        return math.ceil((3 * 4 * 512 * 2048 + moments + weights * fits) / 2**20)
+
+    alone, together = needed_for(1), needed_for(2)
     for memory, needed in ((alone - 1, alone), (alone, together), (together - 1, together)):
         assert re.match(rf"memory: expected at least {needed}MiB, for '1' and .*; got", said(f"{memory}MiB"))
         assert not (tmp_path / "gated-out").exists()

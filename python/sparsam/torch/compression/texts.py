@@ -146,7 +146,7 @@ def windows_of(ids: Tensor, length: int) -> list[Batch]:
     """Returns tokens cut into windows, a batch each, without padding; ValueError if there is not one."""
     count = len(ids) // length
     if not count:
-        wanted = f"at least {length} tokens to calibrate with and {length} to measure with"
-        raise ValueError(expected("calibration", f"a part of {len(ids)}", wanted, "give more text"))
+        wanted = f"windows of {length} tokens, in each part of the text"
+        raise ValueError(expected("calibration", f"a part of {len(ids)} tokens", wanted, "give more text"))
     windows = ids[: count * length].reshape(count, length)
     return [{"input_ids": row[None], "attention_mask": torch.ones_like(row[None])} for row in windows]

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+import torch
 from sparsam.torch.compression.texts import (
     Batch,
     joined_tokens,
@@ -28,7 +29,8 @@ class TrainingTexts:
     half of them, drawn anew in each pass, break off at a random word and go on with the end of another
     sentence, from a random word on. Running text: the windows begin at another token in each pass.
 
-    Passes differ, also of one object; two objects made alike give the same.
+    Passes differ, also those of one object: each takes its first random number from PyTorch's generator, as a
+    DataLoader does, so that `distill` can resume in any of them.
     """
 
     def __init__(
@@ -56,25 +58,26 @@ class TrainingTexts:
         """
         self._texts, self._tokenizer, self._rows = list(texts), tokenizer, rows
         self._length = window_length(longest) if running else sentence_length(longest)
-        self._ids = joined_tokens(texts, tokenizer) if running else None
+        self._ids = joined_tokens(self._texts, tokenizer) if running else None
         if self._ids is not None:
             windows_of(self._ids, self._length)
-        self._random = np.random.default_rng(seed)
+        self._seed = seed
 
     def __iter__(self) -> Iterator[Batch]:
+        random = np.random.default_rng((self._seed, int(torch.randint(1 << 62, ()))))
         if self._ids is not None:
             spare = min(len(self._ids) - self._length, self._length - 1)
-            windows = windows_of(self._ids[self._random.integers(spare + 1) :], self._length)
-            for i in self._random.permutation(len(windows)):
+            windows = windows_of(self._ids[random.integers(spare + 1) :], self._length)
+            for i in random.permutation(len(windows)):
                 yield windows[i]
         else:
-            texts = [self._variant(self._texts[i]) for i in self._random.permutation(len(self._texts))]
+            texts = [self._variant(self._texts[i], random) for i in random.permutation(len(self._texts))]
             yield from sentence_batches(texts, self._tokenizer, self._length, self._rows)
 
-    def _variant(self, text: str) -> str:
+    def _variant(self, text: str, random: np.random.Generator) -> str:
         """A sentence as it is, or with the end of another."""
-        if self._random.random() >= _SPLICED:
+        if random.random() >= _SPLICED:
             return text
-        first, second = text.split(), self._texts[self._random.integers(len(self._texts))].split()
-        begin, end = (int(self._random.integers(len(words) + 1)) for words in (first, second))
+        first, second = text.split(), self._texts[random.integers(len(self._texts))].split()
+        begin, end = (int(random.integers(len(words) + 1)) for words in (first, second))
         return " ".join(first[:begin] + second[end:]) or text

@@ -89,9 +89,14 @@ class Job:
         }
 
     def check_memory(
-        self, limit: int, *, targets: bool, groups: Sequence[Sequence[str]] | None = None
+        self,
+        limit: int,
+        *,
+        targets: bool,
+        parallel: bool,
+        groups: Sequence[Sequence[str]] | None = None,
     ) -> None:
-        """Raises ValueError if `limit` bytes are not enough; `groups` are weights fitted together."""
+        """Raises ValueError if `limit` bytes are not enough; as the function of that name."""
         reconstructs = self.plan.method.reconstructs
         check_memory(
             limit,
@@ -102,6 +107,7 @@ class Job:
             targets=targets,
             skip=self.heads,
             groups=groups,
+            parallel=parallel,
         )
 
     def identity(self, batches: Sequence[Batch], config: PruningConfig, settings: str) -> str:

@@ -123,7 +123,7 @@ def prune_files(
         dense_targets = False
     check_executor(job.plan, executor)
     if limit is not None:
-        job.check_memory(limit, targets=dense_targets)
+        job.check_memory(limit, targets=dense_targets, parallel=executor is not None)
     run = job.identity(batches, given, f"{targets} {values} {group}")
     show = progress or (lambda *_: None)
     with open_staging(target, is_folder=is_folder, run=run) as staging:
@@ -182,7 +182,7 @@ def _prune(
     with LayerSequence(twins[0], twins[1] if dense_targets else None, batches, parts) as sequence:
         if limit is not None:
             groups = [group.names for group in sequence.groups]
-            job.check_memory(limit, targets=dense_targets, groups=groups)
+            job.check_memory(limit, targets=dense_targets, parallel=executor is not None, groups=groups)
         parts.follow([group.names for group in sequence.groups], sequence.layers, saved)
         known = prune_in_sequence(sequence, job.plan, executor, saved, step, said)
     return write_shards(job, known, parts, staging.files, limit or 1 << 31, show)

@@ -32,8 +32,9 @@ def attend(
 ) -> Tensor | None:
     """softmax(scale Q K^T + mask) V, positions before heads; None for what the core does not compute.
 
-    It computes float32 on the CPU, at most 512 keys (in a graph, PyTorch computes longer ones), heads of a multiple of 16 numbers, as many of keys as of
-    queries, and no gradient. A query that sees no key gets zeros, as from PyTorch.
+    It computes float32 on the CPU, at most 512 keys (in a graph, PyTorch computes longer ones), heads of a
+    multiple of 16 numbers, as many of keys as of queries, and no gradient. A query that sees no key gets
+    zeros, as from PyTorch.
 
     Args:
         query: Q (batch, heads, queries, depth).

@@ -116,6 +116,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         distilled = left_in(options.keep, f"{stem}-distilled.pt", encoder.model)
         if distilled is None:
             distilled, clock = copy.deepcopy(model), Clock()
+            torch.manual_seed(options.seed)  # of the variants of sentences
             report = sparsam.torch.distill(
                 distilled,
                 encoder.model,

@@ -51,7 +51,7 @@ def test_what_goes_layer_by_layer_is_refused_at_once(how: str, option: str, tmp_
     value: Any = ThreadPoolExecutor(1) if option == "executor" else tmp_path / "folder"
     model = network()
     before = copy.deepcopy(model.state_dict())
-    wanted = f"{option}: expected pruning layer after layer; got .*, which is at once; leave it out"
+    wanted = f"{option}: expected pruning layer by layer; got .*, which is at once; leave it out"
     with pytest.raises(ValueError, match=wanted):
         prune(model, None, calibration, target_sparsity=0.5, **{option: value}, **options)
     assert not list(tmp_path.iterdir())

@@ -7,11 +7,14 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
+import torch
 from sparsam import checkpoint
+from sparsam.torch import prune_files
 
 BLOCKS, LAYERS, WIDTH = 4, 16, 1024  # blocks of 64 MiB
 
@@ -136,3 +139,22 @@ def test_weights_that_are_fitted_together_count_together(executor: str, tmp_path
         assert not (tmp_path / "gated-out").exists()
     assert int(said(f"{together}MiB")) < 1024 * together
     assert (tmp_path / "gated-out" / "model.safetensors").is_file()
+
+
+def test_each_group_of_a_convolution_has_moments_of_its_own(tmp_path: Path) -> None:
+    with torch.device("meta"):
+        model = torch.nn.Sequential(torch.nn.Conv2d(256, 256, 3, groups=4, bias=False))
+    weight = np.random.default_rng(0).standard_normal((256, 64, 3, 3), np.float32)
+    checkpoint.save(tmp_path / "model.safetensors", {"0.weight": weight})
+    inputs = 64 * 9
+    needed = math.ceil((weight.nbytes + 8 * inputs * ((2 * 4 + 6) * inputs + 4 * 256)) / 2**20)
+    options: dict[str, Any] = {
+        "method": "obs",
+        "targets": "own",
+        "target_sparsity": 0.5,
+        "memory": f"{needed - 1}MiB",
+    }
+    with pytest.raises(
+        ValueError, match=f"memory: expected at least {needed}MiB, for '0' and the work on it"
+    ):
+        prune_files(model, tmp_path, tmp_path / "out", [torch.randn(2, 256, 5, 5)], **options)

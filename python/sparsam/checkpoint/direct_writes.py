@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from sparsam.inputs.system import open_direct, write_soon
 
-__all__ = ["DirectWrites", "block_for"]
+__all__ = ["DirectWrites", "block_for", "write_all"]
 
 _PAGE = 4096  # a multiple of the blocks of all usual disks
 
@@ -21,6 +21,13 @@ _PAGE = 4096  # a multiple of the blocks of all usual disks
 def block_for(size: int) -> NDArray[np.uint8]:
     """Memory for blocks of so many bytes, whatever their place in the file."""
     return np.empty(size + _PAGE, np.uint8)
+
+
+def write_all(file: BinaryIO, data: bytes | NDArray[np.uint8]) -> None:
+    """Writes all bytes where an unbuffered file stands, whose `write` may take only a part of them."""
+    view, done = memoryview(data), 0  # type: ignore[arg-type]
+    while done < len(view):
+        done += file.write(view[done:])
 
 
 class DirectWrites:
@@ -47,11 +54,9 @@ class DirectWrites:
             first = last = len(data)
         for start, part in ((0, data[:first]), (last, data[last:])):
             self._file.seek(begin + start)
-            view, done = memoryview(part), 0  # type: ignore[arg-type]
-            while done < len(view):
-                done += self._file.write(view[done:])
-            if len(view) >= _PAGE:
-                write_soon(self._file, begin + start, len(view))
+            write_all(self._file, part)
+            if len(part) >= _PAGE:
+                write_soon(self._file, begin + start, len(part))
 
     def _wrote(self, pages: NDArray[np.uint8], begin: int) -> bool:
         """Writes pages directly; False if the disk has other blocks."""

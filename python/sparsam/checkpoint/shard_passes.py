@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from sparsam import _core
 from sparsam.checkpoint.atomic import publish
-from sparsam.checkpoint.direct_writes import DirectWrites, block_for
+from sparsam.checkpoint.direct_writes import DirectWrites, block_for, write_all
 from sparsam.checkpoint.json_state import decode
 from sparsam.checkpoint.layout import Entry, Layout
 from sparsam.checkpoint.locks import locked
@@ -240,7 +240,7 @@ def _write_shard(
     """Writes what is missing of a shard to the disk, reading and pruning a piece while another is written."""
     layers, at = list(begun.layers), begun.written
     if not at:
-        _write_all(target, task.layout.head)
+        write_all(target, task.layout.head)
         at = len(task.layout.head)
     marked = at
     pieces = list(_pieces(task, len(layers)))
@@ -378,9 +378,3 @@ def _read_into(source: BinaryIO, begin: int, data: NDArray[np.uint8]) -> None:
 
 def _cut_short(source: BinaryIO) -> str:
     return f"{source.name}: expected a file that stays as it is; got one that was cut short; run it again"
-
-
-def _write_all(target: BinaryIO, data: bytes | NDArray[np.uint8]) -> None:
-    view, done = memoryview(data), 0  # type: ignore[arg-type]
-    while done < len(view):
-        done += target.write(view[done:])

@@ -55,9 +55,8 @@ SHAPES = (
     ((4096, 4096), 16),
 )
 _DENSITIES = (0.5, 0.25, 0.1, 0.05)
-_COLD = (
-    1 << 22
-)  # from this many weights on, three copies take turns, so that caches are as cold as in a model
+# From this many weights on, three copies take turns, so that caches are as cold as in a model.
+_COLD = 1 << 22
 _TRUSTED = 0.5  # a fit with a larger median relative error was disturbed by other work, and is not kept
 
 

@@ -8,6 +8,10 @@ raw text of WikiText-2 (wikitext-2-raw-v1 of huggingface.co/datasets/Salesforce/
 512 tokens; every fourth up to `--evaluated` of them is evaluated, and calibration is drawn from the others.
 Seconds are CPU seconds of all threads, so that they mean something on a machine with other work.
 
+With `--distill SECONDS` each pruned model is then trained towards the dense one for so long, on the windows
+that are not evaluated, cut anew in each pass; `--keep FOLDER` leaves pruned models there and uses those that
+it finds.
+
 With `--values int8` or `int4` the linear layers of the blocks are packed with such values, and perplexity is
 that of their products, whose inputs are rounded to 8 bits. `--rounded with` rounds in the sweep of `prune`
 (int4: `--group` columns share a scale), `--rounded after` when they are packed.
@@ -32,7 +36,8 @@ from transformers.utils import logging
 
 import torch
 from sparsam import NM
-from sparsam.torch import pack, prune
+from sparsam.torch import distill, pack, prune
+from sparsam.torch.compression.training_texts import TrainingTexts
 from sparsam.torch.layers.packed_weight import INT4
 from torch import Tensor, nn
 
@@ -103,7 +108,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--windows", type=int, default=64, help="of calibration")
     parser.add_argument("--evaluated", type=int, default=24, help="windows to evaluate")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--keep", type=Path, help="folder in which to leave the pruned models' weights")
+    parser.add_argument("--distill", type=float, metavar="SECONDS", help="train each pruned model afterwards")
+    parser.add_argument("--rate", type=float, help="the largest learning rate of --distill")
+    parser.add_argument("--keep", type=Path, help="folder of the pruned models' weights")
     options = parser.parse_args(arguments)
     if options.data is None:
         parser.error("expected --data FILE, or SPARSAM_WIKITEXT")
@@ -130,15 +137,28 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 batches = [{"input_ids": part} for part in rest[np.sort(chosen)].chunk(len(chosen))]
                 pruned = copy.deepcopy(model)
                 begun, worked = time.perf_counter(), time.process_time()
-                if how:
-                    prune(pruned, None, batches if calibrated else None, **how, **configured(setting))
-                seconds.append(time.process_time() - worked)
-                wall = time.perf_counter() - begun
+                kept = None
                 if options.keep is not None:
                     options.keep.mkdir(exist_ok=True)
-                    method = how.get("method", "dense")
-                    stem = f"smollm2-{method}-{setting.replace(':', '-')}-{options.windows}-{seed}"
-                    torch.save(pruned.state_dict(), options.keep / f"{stem}.pt")
+                    method, targets = how.get("method", "dense"), how.get("targets", "dense")
+                    stem = f"smollm2-{method}-{targets}-{setting.replace(':', '-')}-{options.windows}-{seed}"
+                    kept = options.keep / f"{stem}.pt"
+                if kept is not None and kept.exists():
+                    pruned.load_state_dict(torch.load(kept, weights_only=True))
+                elif how:
+                    prune(pruned, None, batches if calibrated else None, **how, **configured(setting))
+                    if kept is not None:
+                        torch.save(pruned.state_dict(), kept)
+                if options.distill:
+                    texts = [tokenizer.decode(window) for window in rest]
+                    longer = TrainingTexts(texts, tokenizer, running=True, longest=WINDOW, seed=seed)
+                    torch.manual_seed(seed)  # of the first tokens of windows
+                    report = distill(
+                        pruned, model, longer, seconds=options.distill, learning_rate=options.rate
+                    )
+                    print(report, file=sys.stderr)
+                seconds.append(time.process_time() - worked)
+                wall = time.perf_counter() - begun
                 ratios.append(perplexity(packed(pruned, options.values), evaluated) / dense)
                 took = f"{seconds[-1]:.0f} CPU s, {wall:.0f} s"
                 print(name, setting, seed, f"{ratios[-1]:.3f}", took, file=sys.stderr)

@@ -265,6 +265,7 @@ def endless() -> Iterator[Tensor]:
         ({"steps": 0}, "steps: expected an integer of at least 1"),
         ({"seconds": -1}, "seconds: expected a time above 0"),
         ({"checkpoint_every": 0}, "checkpoint_every: expected an integer of at least 1"),
+        ({"loss": "mse"}, "loss: expected 'cosine' or 'kl'; got 'mse'"),
         ({"layers": "some"}, "layers: expected 'all', 'last' or 'outputs'"),
         ({"output": lambda *_: None}, "teacher: expected an output with a floating-point tensor"),
         ({"output": lambda out, _: out.mean()}, "teacher: expected an output with .*; got a single number"),

@@ -14,6 +14,7 @@ from sparsam.checkpoint.atomic import open_folder
 from sparsam.inputs.checks import expected, positive
 from sparsam.torch.acceleration.model_runner import unfit
 from sparsam.torch.pruning.calibration import Batch
+from sparsam.torch.pruning.distillation_loss import distillation_loss
 from sparsam.torch.pruning.distillation_report import DistillationReport
 from sparsam.torch.pruning.distillation_run import DistillationRun
 from sparsam.torch.pruning.hidden_states import HiddenStates, block_names, first_tensor
@@ -28,7 +29,7 @@ __all__ = ["distill"]
 
 _LEARNING_RATE = 5e-4
 _WARM = 0.1  # the share of the training in which the learning rate rises
-_HIDDEN = 0.1  # the weight of hidden states in the loss, relative to outputs
+_ONE_LABEL = "single_label_classification"
 
 
 def distill(
@@ -40,6 +41,7 @@ def distill(
     seconds: float | None = None,
     layers: Literal["all", "last", "outputs"] = "all",
     output: Callable[[Any, Batch], Tensor] | None = None,
+    loss: Literal["cosine", "kl"] | None = None,
     pruner: Pruner | None = None,
     optimizer: torch.optim.Optimizer | None = None,
     learning_rate: float | None = None,
@@ -49,11 +51,11 @@ def distill(
 ) -> DistillationReport:
     """Trains a pruned student towards its dense teacher, without labels, in place; zeros stay zero.
 
-    The loss is the mean of 1 - cos between outputs along their last axis (if that has length 1, the squared
-    error ||h - t||^2 / ||t||^2), plus a tenth of the mean over the layers of ||h - t||^2 / ||t||^2 between
-    hidden states; positions where an `attention_mask` is 0 do not count. Hidden states are the outputs of the
-    blocks (modules of one class in a row), or of the layers if a model has no blocks. Both models run in
-    evaluation mode: no dropout, and batch norms with their stored statistics.
+    The loss compares outputs along their last axis (`loss`), and adds a tenth of the mean over the layers of
+    ||h - t||^2 / ||t||^2 between hidden states; positions where an `attention_mask` is 0 do not count.
+    Hidden states are the outputs of the blocks (modules of one class in a row), or of the layers if a model
+    has no blocks. Both models run in evaluation mode: no dropout, and batch norms with their stored
+    statistics.
 
     Args:
         student: The pruned model; its zeros in weights of two axes or more are held.
@@ -66,6 +68,11 @@ def distill(
         layers: Whether to match the hidden states of "all" blocks, of the "last", or "outputs" only.
         output: (what the model returned, batch) -> the tensor to match, such as a pooled embedding. Default:
             logits, `last_hidden_state`, or the first tensor.
+        loss: How outputs s are compared with the teacher's t: "cosine", the mean of 1 - cos(s, t); "kl", the
+            mean of KL(softmax(t) || softmax(s)) in nats (Hinton et al. 2015, arXiv:1503.02531, at temperature
+            1), for logits. Outputs of length 1 are compared by ||s - t||^2 / ||t||^2 instead. Default: "kl"
+            if the model returns its output as `logits` and no `output` is given, unless its config's
+            `problem_type` is another than a single label; else "cosine".
         pruner: The student's pruner: stepped after each step, so that sparsity can grow during training.
         optimizer: An optimizer of the student's Parameters, used as it is. Default: AdamW without weight
             decay over all Parameters that require gradients except embeddings.
@@ -89,6 +96,8 @@ def distill(
     """
     _check(student, teacher, steps, seconds, layers)
     _check_kinds(batches, output, pruner, optimizer)
+    if loss not in (None, "cosine", "kl"):
+        raise ValueError(expected("loss", loss, "'cosine' or 'kl'", "name one of them, or leave it out"))
     largest = _largest_rate(learning_rate, optimizer)
     masked = _masked(student, pruner)
     before = _sparsity(student, masked, pruner)
@@ -111,6 +120,7 @@ def distill(
     folder = None if state_dir is None else open_folder("state_dir", state_dir)
     run = DistillationRun(student, optimizer, pruner, folder)
     run.identity = {"layers": layers, "steps": steps, "blocks": names, "rate": largest if own else None}
+    run.identity["loss"] = loss
     if state_dir is not None:
         run.identity["teacher"] = digest_of(teacher.state_dict()).hex()
         run.identity["zeros"] = None if pruner is not None else _digest(masked)
@@ -141,22 +151,23 @@ def distill(
                     for group in optimizer.param_groups:
                         group["lr"] = largest * _rate(share)
                 with torch.no_grad():
-                    target = _output(teacher, batch, output, "teacher")
-                found = _output(student, batch, output, "student")
-                loss = _loss(found, target, states.taken(), wanted.taken(), batch)
-                value = float(loss.detach())
+                    target, _ = _output(teacher, batch, output, "teacher")
+                found, logits = _output(student, batch, output, "student")
+                kl = logits if loss is None else loss == "kl"
+                total = distillation_loss(found, target, states.taken(), wanted.taken(), batch, divergence=kl)
+                value = float(total.detach())
                 if not math.isfinite(value):
                     got = f"{value} at step {run.step}"
                     msg = f"loss: expected a finite number; got {got}; lower the learning rate, look for NaN"
                     raise ValueError(msg)
-                if not loss.requires_grad:
+                if not total.requires_grad:
                     msg = (
                         "student: expected outputs with gradients of what the optimizer trains; got none; "
                         "give it the student's Parameters, and run forward without torch.no_grad"
                     )
                     raise ValueError(msg)
                 optimizer.zero_grad()
-                loss.backward()  # type: ignore[no-untyped-call]
+                total.backward()  # type: ignore[no-untyped-call]
                 optimizer.step()
                 masked.apply() if pruner is None else pruner.step()
                 run.losses.append(value)
@@ -281,7 +292,8 @@ def _rate(share: float) -> float:
 
 def _output(
     model: nn.Module, batch: Batch, output: Callable[[Any, Batch], Tensor] | None, what: str
-) -> Tensor:
+) -> tuple[Tensor, bool]:
+    """What is matched, and whether it is the logits of one label."""
     try:
         result = model(*batch.args, **batch.kwargs)
     except Exception as error:
@@ -295,37 +307,6 @@ def _output(
         )
         msg = f"{what}: expected an output with a floating-point tensor; got {got}; pass output="
         raise ValueError(msg)
-    return tensor
-
-
-def _loss(
-    found: Tensor, target: Tensor, states: dict[str, Tensor], wanted: dict[str, Tensor], batch: Batch
-) -> Tensor:
-    hidden = []
-    for name in (name for name in states if name in wanted):
-        state = states[name]
-        _same_shape(f"hidden state of {name!r}", state, wanted[name], "use layers='outputs'")
-        a, b = _rows(state, batch), _rows(wanted[name], batch)
-        hidden.append(_distance(a, b))
-    _same_shape("output of the student", found, target, "distill from a teacher with the same outputs")
-    a, b = _rows(found, batch), _rows(target, batch)
-    cosines = nn.functional.cosine_similarity(a, b, dim=-1)
-    loss = _distance(a, b) if a.shape[-1] == 1 else (1 - cosines).mean()
-    return loss + _HIDDEN * torch.stack(hidden).mean() if hidden else loss
-
-
-def _distance(a: Tensor, b: Tensor) -> Tensor:
-    return (a - b).square().sum() / b.square().sum().clamp_min(1e-12)
-
-
-def _rows(tensor: Tensor, batch: Batch) -> Tensor:
-    """A tensor (..., features) as rows (n, features) in float32, without padding."""
-    rows = tensor.reshape(-1, tensor.shape[-1]).float()
-    mask = batch.row_mask(tensor.shape[:-1]) if tensor.ndim == 3 else None
-    return rows if mask is None else rows[mask]
-
-
-def _same_shape(what: str, tensor: Tensor, target: Tensor, do: str) -> None:
-    if tensor.shape != target.shape:
-        msg = f"{what}: expected shape {tuple(target.shape)}; got {tuple(tensor.shape)}; {do}"
-        raise ValueError(msg)
+    kind = getattr(getattr(model, "config", None), "problem_type", None) or _ONE_LABEL
+    named = isinstance(result, Mapping) and tensor is result.get("logits")
+    return tensor, output is None and named and kind == _ONE_LABEL

@@ -97,8 +97,15 @@ def test_help_names_every_command(
     for command in ("demo", "inspect", "prune", "sensitivity", "search", "bench", "info"):
         assert command in out
     options = run(capsys, "prune", "--help")
-    for text in ("--override", "what N:M implies", "slices:AXIS[:SIZE]"):
+    for text in ("--override", "what N:M implies", "slices:AXIS[:SIZE]", "2:4:channels"):
         assert text in options
+
+
+@pytest.mark.parametrize("name", ["prune", "inspect", "sensitivity", "search", "convert", "compress", "demo"])
+def test_help_is_printed_as_it_was_written(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """No text of it is taken for markup or an emoji, as `:M:` is."""
+    out = run(capsys, name, "--help")
+    assert not [c for c in out if ord(c) > 127 and not "\u2500" <= c <= "\u257f"]
 
 
 def test_an_interrupt_is_no_traceback(

@@ -25,7 +25,11 @@ _FORMS: tuple[tuple[str, Callable[..., Pattern]], ...] = (
     (r"block:(\d+)x(\d+)", Block),
     (r"slices:(-?\d+)(?::(\d+))?", Slices),
 )
-PATTERNS = "unstructured, N:M or N:M:channels (keep N of every M), block:ROWSxCOLS or slices:AXIS[:SIZE]"
+# Not N:M:channels, which Typer prints as an emoji.
+PATTERNS = (
+    "unstructured, N:M (keep N of every M; along channels: 2:4:channels), block:ROWSxCOLS or "
+    "slices:AXIS[:SIZE]"
+)
 
 
 def parse_pattern(text: str) -> Pattern:

@@ -33,6 +33,9 @@ def test_the_dense_model_in_other_forms_stays_behind(tmp_path: Path) -> None:
     found = {file.relative_to(out).as_posix() for file in out.rglob("*") if file.is_file()}
     assert {"1_Pooling/config.json", "README.md", "assets/picture.svg", "vocab.txt"} < found
     assert not [name for name in found if name.startswith(("onnx", "openvino", "extra", ".git", "tf_"))]
+    (tmp_path / "new").touch()  # whoever may read a new file may read these
+    may = (tmp_path / "new").stat().st_mode
+    assert {file.stat().st_mode for file in out.glob("*.safetensors")} == {may}
 
 
 @pytest.mark.parametrize("inner", ["", "0_Transformer"])

@@ -218,8 +218,11 @@ def _save(model: nn.Module, source: ModelDirectory, target: Path) -> None:
         saved: Any = model
         with without_bars():
             saved.save_pretrained(beside / source.part)
+        umask = _umask()
+        beside.chmod(0o777 & ~umask)
+        for file in beside.rglob("*.safetensors"):
+            file.chmod(0o666 & ~umask)  # safetensors 0.8 makes files that only their owner can read
         copy_companions(source.path, beside, source.part)
-        beside.chmod(0o777 & ~_umask())
         os.rename(beside, target)  # noqa: PTH104 - fails if the target came into being meanwhile
     except BaseException:
         shutil.rmtree(beside, ignore_errors=True)

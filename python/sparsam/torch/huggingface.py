@@ -349,4 +349,5 @@ def _for_model(
             for name, source in manifest.tied.items()
             if name in tied and source in tied
         },
+        attention=tuple(_places(manifest.attention, modules, prefix).values()),
     )

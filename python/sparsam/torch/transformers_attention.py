@@ -2,8 +2,9 @@
 
     model.set_attn_implementation("sparsam_sdpa")  # after `import sparsam.torch`
 
-Transformers refuses it, as every name with "sdpa" in it, for models whose attention PyTorch's function does
-not compute. Imported where transformers' models are.
+`accelerate` does the same where it is faster (`transformers_switch`). Transformers refuses it, as every name
+with "sdpa" in it, for models whose attention PyTorch's function does not compute. Imported where
+transformers' models are.
 """
 
 from __future__ import annotations
@@ -15,11 +16,10 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from sparsam.torch.layers.attention import attend
+from sparsam.torch.transformers_switch import NAME
 from torch import Tensor, nn
 
 __all__ = ["NAME", "attention_forward"]
-
-NAME = "sparsam_sdpa"
 
 
 def attention_forward(

@@ -88,6 +88,10 @@ REFUSED: dict[str, tuple[Change, str]] = {
         text("buffers", "[1]"),
         "metadata 'buffers': field [0]: expected str; got 1",
     ),
+    "attention that is no list": (
+        text("attention", '"sdpa"'),
+        "metadata 'attention': expected an array; got str",
+    ),
     "a buffer that is not there": (text("buffers", '["x"]'), "got a file without 'x'"),
     "another shape": (
         weight(shape=[24, 32]),

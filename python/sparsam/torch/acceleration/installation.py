@@ -9,6 +9,7 @@ from sparsam.torch.acceleration.candidate_layers import places
 from sparsam.torch.acceleration.fusion import Fused, Fusion
 from sparsam.torch.layers.packing import PackedLayer, clean, is_packed, packed_layers
 from sparsam.torch.transformers_models import withdraw
+from sparsam.torch.transformers_switch import AttentionSwitch, switch_back
 from torch import nn
 
 __all__ = ["LayerSwap", "fast_path_owners", "fast_paths_off", "restore"]
@@ -28,6 +29,7 @@ class LayerSwap:
         where: The places of the model's modules, as `candidates.places` finds them.
         layers: The packed layers by name.
         fusions: The activations. One is fused while all of its layers are in the model.
+        attention: The models that compute with the core's attention while any layer is in the model.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -36,6 +38,7 @@ class LayerSwap:
         self.where = places(model)
         self.layers: dict[str, PackedLayer] = {}
         self.fusions: list[Fusion] = []
+        self.attention: AttentionSwitch | None = None
 
     def show(self, names: Collection[str]) -> None:
         """Puts the packed layers of these names into the model, and the dense ones for all others."""
@@ -49,7 +52,15 @@ class LayerSwap:
                 fusion.install()
             else:
                 fusion.remove()
+        if self.attention is not None:
+            self.attention.show(core=bool(names))
         _set_fast_paths(self._model)
+
+    def detach_attention(self) -> None:
+        """Lets all models compute with PyTorch's attention, permanently."""
+        if self.attention is not None:
+            self.attention.show(core=False)
+            self.attention = None
 
     def unfuse(self, fusion: Fusion) -> None:
         """Puts an activation back into its place, permanently."""
@@ -114,6 +125,9 @@ def _set_fast_paths(model: nn.Module, *, everywhere: bool = False) -> None:
 def restore(model: nn.Module) -> int:
     """Puts back the original Parameters and activation modules that `accelerate`, `load` or `pack` replaced.
 
+    Hugging Face models that `accelerate` or `load` let compute with the core's attention compute with
+    PyTorch's again.
+
     Works on a copy of an accelerated model too, and on an unpickled one. A weight whose memory was freed is
     unpacked into its Parameter again: the same numbers, except that -0.0 becomes 0.0. Changes made to a
     packed weight are kept.
@@ -139,5 +153,6 @@ def restore(model: nn.Module) -> int:
                 setattr(module, attribute, child.restored())
         clean(module)  # also where a dense weight was put in the place of a packed one
     _set_fast_paths(model)
+    switch_back(model)
     withdraw(model)
     return len(layers)

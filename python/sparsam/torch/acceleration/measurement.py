@@ -6,7 +6,7 @@ import math
 import statistics
 import time
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,14 +15,25 @@ from sparsam.inputs.system import interruptions
 from sparsam.torch.acceleration.installation import LayerSwap, fast_path_owners, fast_paths_off
 from sparsam.torch.acceleration.model_runner import ModelRunner, Seconds
 from sparsam.torch.layers.packing import PackedLayer
+from sparsam.torch.transformers_switch import AttentionSwitch
 from torch import Tensor, nn
 
-__all__ = ["Budget", "Interruptions", "LayerTime", "Times", "compare", "layer_times", "model_times"]
+__all__ = [
+    "Budget",
+    "Interruptions",
+    "LayerTime",
+    "Times",
+    "attention_times",
+    "compare",
+    "layer_times",
+    "model_times",
+]
 
 # The fewest and the most rounds of a measurement, and its share of the budget.
 _LAYERS = (2, 6, 0.4)
 _MODEL = (3, 10, 0.4)
 _AGAIN = (2, 4, 0.1)
+_ATTENTION = (3, 60, 0.1)
 _SINGLE = (3, 10_000, 1.0)
 _OFTEN = 60  # interruptions per second on a quiet machine, at most; another busy process causes hundreds
 
@@ -160,10 +171,31 @@ def model_times(
         for packed in (False, True):
             swap.show(names if packed else ())
             taken[packed].append(runner.seconds())
-    before, after = (
-        budget.choose(Seconds(statistics.median(t.wall for t in times), min(t.cpu for t in times)))
-        for times in (taken[False], taken[True])
-    )
+    before, after = (_typical(times, budget) for times in taken.values())
+    return before, after
+
+
+def _typical(times: Sequence[Seconds], budget: Budget) -> float:
+    """The wall-clock median, or the least CPU time."""
+    return budget.choose(Seconds(statistics.median(t.wall for t in times), min(t.cpu for t in times)))
+
+
+def attention_times(runner: ModelRunner, switch: AttentionSwitch, budget: Budget) -> tuple[float, float]:
+    """Seconds that the model takes for all examples: (with PyTorch's attention, with the core's).
+
+    Medians, as of `model_times`; in the end it computes with the core's.
+
+    Args:
+        runner: Runs the model, with packed layers.
+        switch: The attention.
+        budget: For all measurements.
+    """
+    taken: dict[bool, list[Seconds]] = {False: [], True: []}
+    for _ in budget.rounds(*_ATTENTION):
+        for core in (False, True):
+            switch.show(core=core)
+            taken[core].append(runner.seconds())
+    before, after = (_typical(times, budget) for times in taken.values())
     return before, after
 
 

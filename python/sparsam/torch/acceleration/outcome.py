@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from sparsam.torch.acceleration.attention import AttentionRow
 from sparsam.torch.acceleration.candidate_layers import Candidate
 from sparsam.torch.acceleration.decision import Decision
 from sparsam.torch.acceleration.installation import LayerSwap
@@ -33,6 +34,7 @@ class Outcome:
         reasons: Why candidates were rejected before that.
         gain: Of the whole model; None where it was not timed.
         difference: Of the outputs; None where they could not be compared.
+        attention: Of Hugging Face models; None where there was nothing to choose.
     """
 
     calls: Mapping[str, Counter[Any]]
@@ -40,6 +42,14 @@ class Outcome:
     reasons: Mapping[str, str]
     gain: Gain | None = None
     difference: float | None = None
+    attention: AttentionRow | None = None
+
+    @property
+    def final_attention(self) -> AttentionRow | None:
+        """The attention of the model in the end: PyTorch's if no layer is packed."""
+        if self.attention is None or not self.attention.swapped or self.swapped:
+            return self.attention
+        return dataclasses.replace(self.attention, swapped=False, reason="no layer is packed")
 
     @property
     def swapped(self) -> tuple[str, ...]:

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from sparsam.report import Readable, readable_size
+from sparsam.torch.acceleration.attention import AttentionRow
 from sparsam.torch.acceleration.layer_row import LayerRow
 from sparsam.torch.acceleration.report_text import paragraphs, table, to_html
 
@@ -31,6 +32,8 @@ class AccelerationReport(Readable):
         disturbed: Whether other work kept the CPUs busy meanwhile. All times are then CPU times of the
             calling thread, those of the whole model minima.
         summary: The result in a sentence.
+        attention: Of Hugging Face models: which attention they compute with, and why; None where there was
+            nothing to choose.
     """
 
     layers: tuple[LayerRow, ...]
@@ -41,6 +44,7 @@ class AccelerationReport(Readable):
     difference: float | None
     disturbed: bool
     summary: str
+    attention: AttentionRow | None = None
 
     @property
     def swapped(self) -> int:
@@ -64,6 +68,8 @@ class AccelerationReport(Readable):
             for row in self.layers
         ]
         rest = {key: value for key, value in vars(self).items() if key != "layers"}
+        if self.attention is not None:
+            rest["attention"] = asdict(self.attention) | {"models": list(self.attention.models)}
         return {"layers": layers, "swapped": self.swapped, "speedup": self.speedup, **rest}
 
     def __str__(self) -> str:
@@ -79,6 +85,8 @@ class AccelerationReport(Readable):
         if self.speedup is not None:
             after = f"{self.before_ms:,.2f} ms before, {self.after_ms:,.2f} ms after: {self.speedup:.2f}x"
             lines.append(f"model    {after} (medians, all example inputs)")
+        if self.attention is not None:
+            lines.append(f"attention {self.attention}")
         before, now = readable_size(self.weights_before), readable_size(self.weights_after)
         lines.append(f"weights  {before} before, {now} after")
         if self.difference is not None:

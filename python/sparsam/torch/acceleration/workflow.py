@@ -13,6 +13,7 @@ from torch.nn.parameter import is_lazy
 import torch
 from sparsam.inputs.messages import say
 from sparsam.torch.acceleration import measurement
+from sparsam.torch.acceleration.attention import choose_attention
 from sparsam.torch.acceleration.candidate_layers import Candidate, candidates
 from sparsam.torch.acceleration.decision import Decision, decide
 from sparsam.torch.acceleration.fusion import fusions
@@ -35,7 +36,8 @@ __all__ = ["accelerate"]
 _SINGLE = 0.1  # seconds at most for each of
 _ROWS = (1, 16, 128)  # batches that a linear layer is timed with where there are no examples
 # The largest accepted difference from the outputs of the dense model, relative to the largest output: for
-# fused activations, which only change the order of roundings, and in all; with float32 and narrower values.
+# fused activations and attention, which only change the order of roundings, and in all; with float32 and
+# narrower values.
 _FUSED, _FUSED_NARROW = 1e-4, 2e-2
 _WHOLE, _WHOLE_NARROW = 1e-3, 1e-1
 
@@ -59,9 +61,10 @@ def accelerate(
     MultiheadAttention, whose projections are packed, each within the model, in turn with the dense layer. An
     activation module (ReLU, GELU exact or by tanh, SiLU) is computed by the packed layer itself where a run
     shows that it gets every output of the layer and nothing else does; functions called in `forward` stay as
-    they are. Layers with which the model does not run, or returns other outputs, stay dense. In the end the
-    whole model is timed; if it is not faster, the layers that save least are made dense again until it is, or
-    until all are.
+    they are. Layers with which the model does not run, or returns other outputs, stay dense. Hugging Face
+    models whose attention is PyTorch's function, "sdpa", then compute with the core's, "sparsam_sdpa", where
+    that is faster and does not change the outputs. In the end the whole model is timed; if it is not faster,
+    the layers that save least are made dense again until it is, or until all are.
 
     The model runs without gradients and in eval mode; afterwards training flags, buffers and the random state
     are as before. Packed layers are for inference (`restore` undoes everything). The memory of a dense weight
@@ -141,6 +144,7 @@ def accelerate(
                 outcome.difference,
                 interruptions.many(),
                 closing(model, rows, outcome),
+                outcome.final_attention,
             )
         except BaseException:
             swap.undo()
@@ -173,22 +177,19 @@ def _by_examples(
     reasons |= verified.reasons
     if not swap.layers:
         return Outcome(seen.calls, Decision((), {}, {}), reasons, _dense(runner))
-    fuse(
-        runner,
-        swap,
-        fusions(seen.followers, swap.layers, swap.where),
-        verified.outputs,
-        tolerance=_FUSED_NARROW if narrow or dtype in ROUNDED else _FUSED,
-    )
+    order = _FUSED_NARROW if narrow or dtype in ROUNDED else _FUSED
+    followers = fusions(seen.followers, swap.layers, swap.where)
+    fuse(runner, swap, followers, verified.outputs, tolerance=order)
     times = measurement.layer_times(model, runner, swap, budget)
     lookups = [name for name, layer in swap.layers.items() if is_embedding(layer.layer)]
     decision = _decide(swap, times, min_gain, lookups)
     if not decision.swap:
         return Outcome(seen.calls, decision, reasons, _dense(runner))
+    attention = choose_attention(model, runner, swap, decision.swap, tolerance=order, budget=budget)
     gain = keep_what_gains(runner, swap, decision, budget, lookups)
     swap.show(gain.swap)
     apart = difference(runner.outputs(), seen.outputs) if gain.swap else None
-    return Outcome(seen.calls, decision, reasons, gain, apart)
+    return Outcome(seen.calls, decision, reasons, gain, apart, attention)
 
 
 def _by_rows(

@@ -1,7 +1,7 @@
 """Attention for short sequences by the core, as a function of tensors and as an operator for graphs.
 
 `nn.MultiheadAttention` with packed projections computes with it; so do models of Hugging Face transformers
-that are told to (`transformers_attention`).
+where `accelerate` finds it faster, or that are told to (`transformers_attention`).
 """
 
 from __future__ import annotations

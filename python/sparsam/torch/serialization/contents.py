@@ -16,6 +16,7 @@ from sparsam.torch.layers.packing import PackedLayer
 from sparsam.torch.layers.unpacked_tensor import is_foreign
 from sparsam.torch.serialization.encoding import Encoded, encode, encode_packed
 from sparsam.torch.serialization.manifest import BITS, Layer, Manifest, Weight
+from sparsam.torch.transformers_switch import core_attention
 from torch import Tensor, nn
 
 __all__ = ["Contents"]
@@ -93,7 +94,7 @@ class Contents:
                 entry = name if weight.name == "weight" else f"{name}.{weight.name}"
                 entries[entry] = Layer.of(weight, layer.activation if alone else None)
         more = dict(_hidden_buffers(model, state)) if buffers else {}
-        manifest = Manifest(weights, entries, fused, tied, tuple(more))
+        manifest = Manifest(weights, entries, fused, tied, tuple(more), core_attention(model))
         return cls(tensors | more, manifest)
 
 

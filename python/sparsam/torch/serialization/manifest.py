@@ -83,6 +83,7 @@ class Manifest:
         fused: Name of an activation module -> names of the layers that compute it.
         tied: Name of a tensor -> the name under which the same memory is stored.
         buffers: The tensors that are stored though the model's state dict lacks them.
+        attention: The names of the Hugging Face models in it that compute with the core's attention.
     """
 
     weights: dict[str, Weight]
@@ -90,6 +91,7 @@ class Manifest:
     fused: dict[str, tuple[str, ...]]
     tied: dict[str, str]
     buffers: tuple[str, ...] = ()
+    attention: tuple[str, ...] = ()
 
     def stored_weight(self, name: str) -> str:
         """The name under which the weight of a layer is stored."""
@@ -102,6 +104,8 @@ class Manifest:
     def to_metadata(self) -> dict[str, str]:
         """The metadata of the file."""
         parts = {name: json.dumps(msgspec.to_builtins(part)) for name, part in vars(self).items()}
+        if not self.attention:  # not in every file, and not in those of earlier versions
+            del parts["attention"]
         return {"format": "pt", "sparsam": MARK, **parts}
 
     @classmethod
@@ -121,6 +125,7 @@ class Manifest:
         fused = _decoded(metadata, "fused", dict[str, tuple[str, ...]])
         tied = _decoded(metadata, "tied", dict[str, str])
         buffers = _decoded(metadata, "buffers", tuple[str, ...])
+        attention = _decoded({"attention": "[]"} | dict(metadata), "attention", tuple[str, ...])
         for name, source in tied.items():
             if source in tied or name in weights:
                 msg = (
@@ -136,7 +141,7 @@ class Manifest:
                     "model again"
                 )
                 raise ValueError(msg)
-        manifest = cls(weights, layers, fused, tied, buffers)
+        manifest = cls(weights, layers, fused, tied, buffers, attention)
         for name in layers:
             manifest._check_layer(name)
         return manifest

@@ -19,6 +19,7 @@ from sparsam.torch.layers.packing import PackedLayer, is_embedding, is_transpose
 from sparsam.torch.serialization.encoding import Encoded, matrix_shape
 from sparsam.torch.serialization.manifest import Layer, Manifest, place
 from sparsam.torch.transformers_models import announce
+from sparsam.torch.transformers_switch import switch_by_name
 from torch import Tensor, nn
 
 __all__ = ["StoredWeights"]
@@ -108,7 +109,7 @@ class StoredWeights:
         self._parts.clear()
 
     def install(self, model: nn.Module) -> int:
-        """Packs the weights that are computed, and the activations into their layers.
+        """Packs the weights that are computed, and the activations into their layers; chooses the attention.
 
         Returns:
             The number of packed layers.
@@ -137,6 +138,7 @@ class StoredWeights:
         for fusion in swap.fusions:
             fusion.replacement.into = tuple(named[id(layer)] for layer in fusion.layers)
         swap.show(swap.layers)
+        switch_by_name(model, self.manifest.attention)
         announce(model)
         return len(packed_layers(model))
 

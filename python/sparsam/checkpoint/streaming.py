@@ -264,7 +264,7 @@ class _Run:
         ]
         room = max(self._memory // 64, 1 << 14)  # float32 in a sixteenth of the memory
         drawn = (
-            min(max(_SAMPLED, 9 * (total // room) ** 2), max(_SAMPLED, room), 1 << 24)
+            min(max(_SAMPLED, 9 * (total // room) ** 2), room, 1 << 24)
             if pooling.ranking.reads_weights
             else _SAMPLED
         )

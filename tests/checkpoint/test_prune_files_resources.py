@@ -1,0 +1,101 @@
+"""What `prune_files` holds while it runs: a sample no larger than its memory allows, and its locks."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from checkpoints import write_raw
+from sparsam import PruningConfig, checkpoint
+from sparsam.checkpoint import streaming
+from sparsam.checkpoint.atomic import LOCK
+from sparsam.checkpoint.shard_passes import SampleTask
+
+GLOBAL = PruningConfig(0.5, scope="global")
+
+
+class Seen(BaseException):
+    pass
+
+
+def holes(file: Path, tensors: int, size: int) -> None:
+    """Tensors of float16, of a file that takes no room on the disk."""
+    nbytes = 2 * size
+    header = {
+        f"w{i:04d}": {
+            "dtype": "F16",
+            "shape": [size // 64, 64],
+            "data_offsets": [i * nbytes, (i + 1) * nbytes],
+        }
+        for i in range(tensors)
+    }
+    write_raw(file, json.dumps(header).encode(), 0)
+    os.truncate(file, file.stat().st_size + tensors * nbytes)
+
+
+@pytest.mark.parametrize("memory", [1 << 20, 16 << 20, 64 << 20])
+def test_the_sample_of_a_threshold_is_bounded_by_memory(
+    memory: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    holes(tmp_path / "model.safetensors", 256, min(1 << 20, memory // 4))
+    drawn: list[int] = []
+
+    def sampled(task: SampleTask, _: object) -> None:
+        drawn.append(sum(task.wanted.values()))
+        raise Seen
+
+    monkeypatch.setattr(streaming, "sample_shard", sampled)
+    with pytest.raises(Seen):
+        checkpoint.prune_files(tmp_path / "model.safetensors", tmp_path / "out", GLOBAL, memory=memory)
+    (count,) = drawn
+    assert 0 < 3 * 8 * count <= memory, "float64, joined and sorted"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="this machine has no /proc")
+@pytest.mark.parametrize("exists", [False, True])
+def test_locks_last_until_the_last_flush(
+    exists: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rng = np.random.default_rng(0)
+    source, target = tmp_path / "in", tmp_path / "out"
+    weights = {f"w{i}": rng.standard_normal((64, 48), np.float32) for i in range(4)}
+    source.mkdir()
+    checkpoint.save(source / "model.safetensors", weights)
+    if exists:
+        target.mkdir()
+    fsync = os.fsync
+    flushed: list[str] = []
+    free: list[str] = []
+    script = "import fcntl, sys; fcntl.lockf(open(sys.argv[1], 'ab'), fcntl.LOCK_EX | fcntl.LOCK_NB)"
+
+    def check(path: Path) -> None:
+        """Another process cannot lock it."""
+        done = subprocess.run(
+            [sys.executable, "-S", "-c", script, str(path)], check=False, capture_output=True
+        )
+        if b"BlockingIOError" not in done.stderr:
+            free.append(f"{path}: {done.stderr.decode()}")
+
+    def watched(file: int) -> None:
+        path = Path(f"/proc/self/fd/{file}").readlink()
+        flushed.append(path.suffix or "folder")
+        for lock in tmp_path.rglob(f"*/{LOCK}"):
+            check(lock)
+        if path.suffix == ".part":
+            check(path)
+        fsync(file)
+        if path.suffix == ".part":
+            check(path)
+
+    monkeypatch.setattr(os, "fsync", watched)
+    checkpoint.prune_files(source, target, GLOBAL)
+    assert free == []
+    assert ".part" in flushed
+    assert flushed[-1] == "folder", "after the move"
+    assert (target / "model.safetensors").is_file()

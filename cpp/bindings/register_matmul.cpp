@@ -114,26 +114,40 @@ void check_scales(std::size_t rows, const Floats& scales) {
         expected("scales", shape_text(scales), std::to_string(rows) + ", one for each row", "pass as many"));
 }
 
-PackedMatrix pack_quantised(const Int8s& w, const Floats& scales) {
+using Pair = std::pair<std::size_t, std::size_t>;
+
+// Height and width of a convolution's kernel; (0, 0) for other weights.
+Taps taps_of(const Pair& pair, std::size_t cols) {
+  const Taps taps{pair.first, pair.second};
+  if (pair != Pair{0, 0} && !taps.fits(cols))
+    throw py::value_error(expected("taps", std::to_string(pair.first) + " x " + std::to_string(pair.second),
+                                   "sizes whose product divides " + std::to_string(cols) + " columns",
+                                   "pass those of the convolution"));
+  return Taps::of(taps.bits());
+}
+
+PackedMatrix pack_quantised(const Int8s& w, const Floats& scales, const Pair& kernel) {
   if (w.ndim() != 2) throw py::value_error(expected("w", shape_text(w), "two dimensions", "reshape it"));
   const auto rows = static_cast<std::size_t>(w.shape(0)), cols = static_cast<std::size_t>(w.shape(1));
   check_scales(rows, scales);
+  const Taps taps = taps_of(kernel, cols);
   const std::int8_t* const from = w.data();
   const float* const scale = scales.data();
   const Released released;
-  return PackedMatrix(pack_int8(from, rows, cols, scale));
+  return PackedMatrix(pack_int8(from, rows, cols, scale, taps));
 }
 
 PackedMatrix from_int8_parts(std::size_t rows, std::size_t cols, const Bytes& bits, const Int8s& values,
-                             const Floats& scales) {
+                             const Floats& scales, const Pair& kernel) {
   check_bits(rows, cols, bits);
   check_scales(rows, scales);
+  const Taps taps = taps_of(kernel, cols);
   const std::uint8_t* const from = bits.data();
   const std::int8_t* const value = values.data();
   const float* const scale = scales.data();
   const auto n = static_cast<std::size_t>(values.size());
   const py::gil_scoped_release release;
-  return PackedMatrix(pack_int8(rows, cols, from, value, n, scale));
+  return PackedMatrix(pack_int8(rows, cols, from, value, n, scale, taps));
 }
 
 struct Int4Grid {
@@ -360,8 +374,6 @@ void look_up_at(const PackedMatrix& w, std::uintptr_t indices, std::size_t n, st
   look_up(*form, reinterpret_cast<const std::int64_t*>(indices), n, reinterpret_cast<float*>(out));
 }
 
-using Pair = std::pair<std::size_t, std::size_t>;
-
 Conv2d conv2d_of(std::size_t cols, Pair image, Pair kernel, Pair stride, Pair padding, Pair dilation) {
   constexpr std::size_t kMaxLength = std::size_t{1} << 29;  // of any of them: keeps the sums below in range
   for (const Pair& p : {image, kernel, stride, padding, dilation})
@@ -398,13 +410,29 @@ Conv2d conv2d_of(std::size_t cols, Pair image, Pair kernel, Pair stride, Pair pa
   return c;
 }
 
-// x and out as for linear_at, float32; strides in floats from one image to the next.
+// x and out as for linear_at, float32; strides in floats from one image to the next, and from one pixel to
+// the next, which is 1 where channels are planes; else they are neighbours, which int8 values allow.
 void conv2d_at(const PackedMatrix& w, std::uintptr_t x, std::size_t x_stride, std::size_t images, Pair image,
                Pair kernel, Pair stride, Pair padding, Pair dilation, std::uintptr_t bias,
-               const std::string& activation, std::uintptr_t out, std::size_t out_stride) {
+               const std::string& activation, std::uintptr_t out, std::size_t out_stride, std::size_t x_pixel,
+               std::size_t out_pixel) {
   const Conv2d c = conv2d_of(w.any().cols(), image, kernel, stride, padding, dilation);
-  const FormPtr form = form_for(w, "panels");
+  const bool int8 = w.any().dtype() == DType::i8;
+  if (int8 && w.any().taps().bits() != Taps{kernel.first, kernel.second}.bits())
+    throw py::value_error(expected("kernel size",
+                                   std::to_string(kernel.first) + " x " + std::to_string(kernel.second),
+                                   "the one that the weight was packed with", "pack it again"));
+  if (!int8 && (x_pixel != 1 || out_pixel != 1))
+    throw py::value_error(expected("pixels", std::max(x_pixel, out_pixel), "planes for float values",
+                                   "pass contiguous images"));
+  const FormPtr form = form_for(w, int8 ? "slots" : "panels");
   const py::gil_scoped_release release;
+  if (int8) {
+    int8_conv2d(*form, c, reinterpret_cast<const float*>(x), {x_stride, x_pixel}, images,
+                reinterpret_cast<const float*>(bias), activation, reinterpret_cast<float*>(out),
+                {out_stride, out_pixel});
+    return;
+  }
   conv2d(*form, c, reinterpret_cast<const float*>(x), x_stride, images, reinterpret_cast<const float*>(bias),
          activation, reinterpret_cast<float*>(out), out_stride);
 }
@@ -429,9 +457,10 @@ void register_matmul(py::module_& m) {
       .def_static("from_mask", &from_mask, py::arg("w"), py::arg("mask").noconvert())
       .def_static("from_parts", &from_parts, py::arg("rows"), py::arg("cols"), py::arg("bits"),
                   py::arg("values"))
-      .def_static("pack_int8", &pack_quantised, py::arg("w").noconvert(), py::arg("scales").noconvert())
+      .def_static("pack_int8", &pack_quantised, py::arg("w").noconvert(), py::arg("scales").noconvert(),
+                  py::arg("taps") = Pair{0, 0})
       .def_static("from_int8_parts", &from_int8_parts, py::arg("rows"), py::arg("cols"), py::arg("bits"),
-                  py::arg("values").noconvert(), py::arg("scales").noconvert())
+                  py::arg("values").noconvert(), py::arg("scales").noconvert(), py::arg("taps") = Pair{0, 0})
       .def_static("pack_int4", &pack_levels, py::arg("w").noconvert(), py::arg("width"),
                   py::arg("scales").noconvert(), py::arg("levels").noconvert())
       .def_static("from_int4_parts", &from_int4_parts, py::arg("rows"), py::arg("cols"), py::arg("width"),
@@ -443,7 +472,11 @@ void register_matmul(py::module_& m) {
       .def_property_readonly("cols", [](const PackedMatrix& w) { return w.any().cols(); })
       .def_property_readonly("nnz", [](const PackedMatrix& w) { return w.any().nnz(); })
       .def_property_readonly("dtype", [](const PackedMatrix& w) { return name_of(w.any().dtype()); })
-      .def_property_readonly("width", [](const PackedMatrix& w) { return w.any().header().width; })
+      .def_property_readonly(
+          "width",
+          [](const PackedMatrix& w) { return w.any().dtype() == DType::i4 ? w.any().header().width : 0; })
+      .def_property_readonly(
+          "taps", [](const PackedMatrix& w) { return Pair{w.any().taps().height, w.any().taps().width}; })
       .def_property_readonly("blocked", [](const PackedMatrix& w) { return w.any().header().shared_rows; })
       .def_property_readonly("forms", [](const PackedMatrix& w) { return py::tuple(py::cast(forms(w))); })
       .def_property_readonly("nbytes", &nbytes)
@@ -463,7 +496,8 @@ void register_matmul(py::module_& m) {
       .def("look_up_at", &look_up_at, py::arg("indices"), py::arg("n"), py::arg("out"))
       .def("conv2d_at", &conv2d_at, py::arg("x"), py::arg("x_stride"), py::arg("images"), py::arg("image"),
            py::arg("kernel"), py::arg("stride"), py::arg("padding"), py::arg("dilation"), py::arg("bias"),
-           py::arg("activation"), py::arg("out"), py::arg("out_stride"));
+           py::arg("activation"), py::arg("out"), py::arg("out_stride"), py::arg("x_pixel") = 1,
+           py::arg("out_pixel") = 1);
 }
 
 }  // namespace sparsam

@@ -26,16 +26,21 @@ SPARSAM_INLINE float float_of(std::uint32_t bits) {
   return x;
 }
 
-// Magnitudes are compared as integers, which order infinities and NaN above all numbers. Adding 1.5 * 2^23
-// rounds to an integer, which then stands in the lowest bits.
+// Magnitudes are compared as integers, which order infinities and NaN above all numbers.
 template <class X>
-float quantise_row(const X* x, std::size_t n, std::uint8_t* to) {
-  constexpr std::uint32_t kInfinity = 0x7f800000, kLeast = 0x0f800000;  // 2^-96
+std::uint32_t largest_of(const X* x, std::size_t n) {
   std::uint32_t most = 0;
   for (std::size_t i = 0; i < n; ++i) {
     const std::uint32_t magnitude = float_bits(x + i) & 0x7fffffff;
     most = magnitude > most ? magnitude : most;
   }
+  return most;
+}
+
+// Adding 1.5 * 2^23 rounds to an integer, which then stands in the lowest bits.
+template <class X>
+float round_to_bytes(const X* x, std::size_t n, std::uint32_t most, std::uint8_t* to) {
+  constexpr std::uint32_t kInfinity = 0x7f800000, kLeast = 0x0f800000;  // 2^-96
   if (most < kLeast || most >= kInfinity) {
     __builtin_memset(to, kInt8Zero, n);
     return most < kLeast ? 0.0f : float_of(0x7fc00000);
@@ -46,6 +51,17 @@ float quantise_row(const X* x, std::size_t n, std::uint8_t* to) {
     to[i] = static_cast<std::uint8_t>(float_bits(&rounded) ^ 0x80);
   }
   return largest / 127.0f;
+}
+
+template <class X>
+float quantise_row(const X* x, std::size_t n, std::uint8_t* to) {
+  return round_to_bytes(x, n, largest_of(x, n), to);
+}
+
+std::uint32_t largest(const float* x, std::size_t n) { return largest_of(x, n); }
+
+float round_floats(const float* x, std::size_t n, std::uint32_t most, std::uint8_t* to) {
+  return round_to_bytes(x, n, most, to);
 }
 
 float quantise(const void* x, bool narrow, std::size_t n, std::uint8_t* to) {

@@ -56,6 +56,11 @@ struct Int8Kernels {
   // n numbers of x, float32 or bfloat16, to bytes 128 + round(x / scale), to nearest, ties to even. Returns
   // scale = max|x| / 127; NaN where x is not finite; 0 where max|x| < 2^-96, and then all bytes are 128.
   float (*quantise)(const void* x, bool narrow, std::size_t n, std::uint8_t* to);
+  // The same in two steps, for numbers in several places: the bits of the largest magnitude, of which several
+  // are compared as integers, and the rounding of n of the numbers, given the largest of all. 0 for no
+  // numbers.
+  std::uint32_t (*largest)(const float* x, std::size_t n);
+  float (*round)(const float* x, std::size_t n, std::uint32_t largest, std::uint8_t* to);
   // Groups [begin, end) of `batch` (1 to kInt8Batch) rows of y. By reference: a copy would read in one piece
   // what was just written in several, and wait until all stores before it have left.
   void (*multiply)(const Int8View& w, std::size_t begin, std::size_t end, const std::uint8_t* x,

@@ -161,8 +161,8 @@ FormPtr pack_bitmask(std::size_t rows, std::size_t cols, const std::uint8_t* bit
 }
 
 FormPtr int8_bitmask(const std::uint64_t* words, std::size_t rows, std::size_t cols,
-                     const std::int8_t* values, const float* scales) {
-  const FormWriter writer = begin(words, rows, cols, DType::i8);
+                     const std::int8_t* values, const float* scales, Taps taps) {
+  const FormWriter writer = begin(words, rows, cols, DType::i8, taps.bits());
   if (const std::string fault = fault_of_int8(values, writer.header().nnz, scales, rows); !fault.empty())
     throw std::invalid_argument(fault);
   std::copy_n(values, writer.header().nnz, writer.section<std::int8_t>(2));
@@ -170,17 +170,17 @@ FormPtr int8_bitmask(const std::uint64_t* words, std::size_t rows, std::size_t c
   return writer.finish();
 }
 
-FormPtr pack_int8(const std::int8_t* w, std::size_t rows, std::size_t cols, const float* scales) {
+FormPtr pack_int8(const std::int8_t* w, std::size_t rows, std::size_t cols, const float* scales, Taps taps) {
   const RowBits bits = row_bits(w, rows, cols);
-  return int8_bitmask(bits.words.as<std::uint64_t>(), rows, cols, bits.values.data(), scales);
+  return int8_bitmask(bits.words.as<std::uint64_t>(), rows, cols, bits.values.data(), scales, taps);
 }
 
 FormPtr pack_int8(std::size_t rows, std::size_t cols, const std::uint8_t* bits, const std::int8_t* values,
-                  std::size_t n_values, const float* scales) {
+                  std::size_t n_values, const float* scales, Taps taps) {
   const Memory words = words_of(rows, cols, bits);
   const std::size_t nnz = count_words(words.as<std::uint64_t>(), rows * words_for(cols));
   check_count(n_values, nnz);
-  return int8_bitmask(words.as<std::uint64_t>(), rows, cols, values, scales);
+  return int8_bitmask(words.as<std::uint64_t>(), rows, cols, values, scales, taps);
 }
 
 FormPtr int4_bitmask(const std::uint64_t* words, std::size_t rows, std::size_t cols, std::size_t width,

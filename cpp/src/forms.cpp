@@ -35,6 +35,9 @@ void check_header(const FormHeader& h, std::size_t bytes) {
   if (int8 && panels) refuse("panels of integers", "panels of float values");
   if ((!int8 || int4) && h.kind == FormKind::rows) refuse("rows of other values", "rows of int8 values");
   if (int4 && h.width != 64 && h.width != 128) refuse(h.width, "64 or 128 columns that share a scale");
+  if (int8 && !int4 && h.width != 0 &&
+      (h.width != Taps::of(h.width).bits() || !Taps::of(h.width).fits(h.cols)))
+    refuse(h.width, "0, or the kernel of a convolution of so many columns");
   if (h.shared_rows != 0 && (h.shared_rows != 4 || h.rows == 0 || h.rows % 4 != 0))
     refuse(h.shared_rows, "0, or 4 for rows in fours, as the number of rows that share columns");
   if (h.rows > kLargest || h.cols > kLargest || (h.cols > 0 && h.rows > kLargest / h.cols) ||
@@ -131,7 +134,7 @@ FormHeader laid_out(FormHeader h) {
   }
   h.bytes = at + FormHeader::kReadable;
   h.zero = 0;
-  if (!int4) h.width = 0;
+  if (!int4 && !int8) h.width = 0;
   return h;
 }
 

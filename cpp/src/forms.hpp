@@ -105,7 +105,7 @@ std::string fault_of(const Int4View& w, const FormHeader& header, const Form& fo
 FormPtr int8_slots_of(const Form& bitmask, std::size_t lanes, std::size_t window);
 FormPtr bitmask_of_int8_slots(const Form& slots);
 FormPtr int8_bitmask(const std::uint64_t* words, std::size_t rows, std::size_t cols,
-                     const std::int8_t* values, const float* scales);
+                     const std::int8_t* values, const float* scales, Taps taps);
 std::string fault_of_int8(const std::int8_t* values, std::size_t nnz, const float* scales, std::size_t rows);
 inline bool is_int8_value(int q) { return q != 0 && q >= -kInt8Most && q <= kInt8Most; }
 // Rows in the order of their lanes, `rows` where there is none. Sorted by length in stretches where that

@@ -14,12 +14,17 @@
 namespace sparsam {
 namespace {
 
+void sort_by_column(std::vector<SlotEntry>& row) {
+  std::sort(row.begin(), row.end(),
+            [](const SlotEntry& a, const SlotEntry& b) { return a.column < b.column; });
+}
+
 // One group of rows while its weights are given slots: windows slide, each from the first column that some
 // row still needs, and every row takes as many of its next weights as there are slots.
 class SlotGroup {
  public:
-  SlotGroup(const BitmaskView& w, std::size_t lanes, std::size_t window)
-      : w_(w), lanes_(lanes), window_(window), entries_(lanes), next_(lanes) {}
+  SlotGroup(const BitmaskView& w, Taps taps, std::size_t lanes, std::size_t window)
+      : w_(w), taps_(taps), lanes_(lanes), window_(window), entries_(lanes), next_(lanes) {}
 
   void fill(const std::uint32_t* rows) {
     for (std::size_t i = 0; i < lanes_; ++i) {
@@ -27,8 +32,10 @@ class SlotGroup {
       next_[i] = 0;
       if (rows[i] >= w_.rows) continue;
       const auto* value = static_cast<const std::int8_t*>(w_.values) + w_.row_start[rows[i]];
-      for_each_bit(w_.words + rows[i] * w_.row_words, 0, w_.row_words,
-                   [&](std::size_t c) { entries_[i].push_back({static_cast<std::uint16_t>(c), *value++}); });
+      for_each_bit(w_.words + rows[i] * w_.row_words, 0, w_.row_words, [&](std::size_t c) {
+        entries_[i].push_back({static_cast<std::uint16_t>(taps_.place(c, w_.cols)), *value++});
+      });
+      if (taps_.count() != 0) sort_by_column(entries_[i]);
     }
     starts.clear();
     codes.clear();
@@ -68,6 +75,7 @@ class SlotGroup {
   }
 
   const BitmaskView& w_;
+  Taps taps_;
   std::size_t lanes_, window_;
   std::vector<std::vector<SlotEntry>> entries_;
   std::vector<std::size_t> next_;
@@ -121,8 +129,7 @@ RowBits row_bits(std::vector<std::vector<SlotEntry>> rows, std::size_t cols) {
   auto* to = bits.words.as<std::uint64_t>();
   std::fill_n(to, rows.size() * row_words, 0);
   for (std::vector<SlotEntry>& row : rows) {
-    std::sort(row.begin(), row.end(),
-              [](const SlotEntry& a, const SlotEntry& b) { return a.column < b.column; });
+    sort_by_column(row);
     for (const SlotEntry& entry : row) {
       const std::uint64_t bit = std::uint64_t{1} << entry.column % 64;
       if ((to[entry.column / 64] & bit) == 0) bits.values.push_back(entry.value);  // twice only where damaged
@@ -146,13 +153,14 @@ FormPtr int8_slots_of(const Form& bitmask, std::size_t lanes, std::size_t window
   std::vector<std::vector<std::uint8_t>> group_codes(groups);
   for_each_task(groups, worker_count(groups, w.rows * w.cols >= kSerialBelow),
                 [&](std::size_t, std::size_t g) {
-                  SlotGroup group(w, lanes, window);
+                  SlotGroup group(w, bitmask.taps(), lanes, window);
                   group.fill(order.data() + g * lanes);
                   group_starts[g] = std::move(group.starts);
                   group_codes[g] = std::move(group.codes);
                 });
   FormHeader counts = header_for(FormKind::slots, DType::i8, w.rows, w.cols, bitmask.nnz());
   counts.shared_rows = bitmask.header().shared_rows;
+  counts.width = bitmask.header().width;
   counts.depth = window;
   counts.units = lanes;
   for (const auto& codes : group_codes) counts.steps += codes.size() / bytes;
@@ -190,15 +198,18 @@ FormPtr bitmask_of_int8_slots(const Form& form) {
   const Int8View w = form.int8_slots();
   std::vector<std::vector<SlotEntry>> entries(w.rows);
   std::vector<float> scales(w.rows);
+  const Taps taps = form.taps();
   for_each_slot(w, [&](std::size_t lane, std::size_t column, std::uint8_t code) {
     if (code != 0)
-      entries[w.row[lane]].push_back({static_cast<std::uint16_t>(column), static_cast<std::int8_t>(code)});
+      entries[w.row[lane]].push_back(
+          {static_cast<std::uint16_t>(taps.column(column, w.cols)), static_cast<std::int8_t>(code)});
     return true;
   });
   for (std::size_t lane = 0; lane < lanes_of(w); ++lane)
     if (w.row[lane] < w.rows) scales[w.row[lane]] = w.scale[lane];
   const RowBits bits = row_bits(std::move(entries), w.cols);
-  return int8_bitmask(bits.words.as<std::uint64_t>(), w.rows, w.cols, bits.values.data(), scales.data());
+  return int8_bitmask(bits.words.as<std::uint64_t>(), w.rows, w.cols, bits.values.data(), scales.data(),
+                      taps);
 }
 
 // First that it can be read at all; then it is right if the packer makes the same of what it holds.

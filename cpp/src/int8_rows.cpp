@@ -22,6 +22,7 @@ FormPtr int8_rows_of(const Form& bitmask) {
   const BitmaskView w = bitmask.bitmask();
   FormHeader counts = header_for(FormKind::rows, DType::i8, w.rows, w.cols, bitmask.nnz());
   counts.shared_rows = bitmask.header().shared_rows;
+  counts.width = bitmask.header().width;
   const FormWriter writer(counts);
   auto* const values = writer.section<std::int8_t>(0);
   std::fill_n(values, w.rows * w.cols, std::int8_t{0});
@@ -36,7 +37,7 @@ FormPtr int8_rows_of(const Form& bitmask) {
 
 FormPtr bitmask_of_int8_rows(const Form& rows) {
   const Int8RowsView w = rows.int8_rows();
-  return pack_int8(w.values, w.rows, w.cols, w.scales);
+  return pack_int8(w.values, w.rows, w.cols, w.scales, rows.taps());
 }
 
 std::string fault_of(const Int8RowsView& w, const FormHeader& header) {

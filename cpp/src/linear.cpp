@@ -134,6 +134,10 @@ void multiply(const Form& form, const void* x, std::size_t batch, const float* b
   const MatmulKernels& m = kernels().matmul;  // read once: another thread may call use_isa()
   const Input from{x, form.cols(), narrow};
   const Output to{y, form.rows(), narrow};
+  if (form.taps().count() != 0)
+    throw std::invalid_argument(expected("weight",
+                                         "that of a convolution, whose columns are in another order",
+                                         "that of a linear layer", "use conv2d"));
   if (form.dtype() == DType::i8 || form.dtype() == DType::i4) {
     int8_linear(form, from, batch, epilogue, to);
     return;

@@ -105,7 +105,9 @@ class Packed:
     def from_parts(rows: int, cols: int, bits: NDArray[np.uint8], values: _Weights) -> Packed: ...
     # int8 values from -64 to 64, of which 0 is pruned, and a scale for each row.
     @staticmethod
-    def pack_int8(w: NDArray[np.int8], scales: NDArray[np.float32]) -> Packed: ...
+    def pack_int8(
+        w: NDArray[np.int8], scales: NDArray[np.float32], taps: tuple[int, int] = (0, 0)
+    ) -> Packed: ...
     @staticmethod
     def from_int8_parts(
         rows: int,
@@ -113,6 +115,7 @@ class Packed:
         bits: NDArray[np.uint8],
         values: NDArray[np.int8],
         scales: NDArray[np.float32],
+        taps: tuple[int, int] = (0, 0),
     ) -> Packed: ...
     # Levels of int4 values, of which 0 is pruned; `width` columns share the scales (rows, groups).
     @staticmethod
@@ -141,6 +144,8 @@ class Packed:
     def dtype(self) -> str: ...
     @property
     def width(self) -> int: ...  # columns that share a scale of int4 values; else 0
+    @property
+    def taps(self) -> tuple[int, int]: ...  # of int8 values of a convolution, its kernel; else (0, 0)
     @property
     def blocked(self) -> int: ...
     @property
@@ -183,6 +188,8 @@ class Packed:
         activation: str,
         out: int,
         out_stride: int,
+        x_pixel: int = 1,
+        out_pixel: int = 1,
     ) -> None: ...
 
 # Tensors of PyTorch, read without Python: whether its table (`__dlpack_c_exchange_api__`) is understood; a

@@ -123,7 +123,7 @@ def test_bfloat16_activations(isa: str, kernel: str, shape: Pair, batch: int) ->
 )
 def test_geometries_that_cannot_be(change: dict[str, Pair], text: str) -> None:
     packed = Packed.pack(draw(2, 9))
-    geometry: dict[str, Pair] = {
+    geometry: dict[str, Any] = {
         "image": (4, 4), "kernel": (3, 3), "stride": (1, 1), "padding": (0, 0), "dilation": (1, 1),
     }  # fmt: skip
     with pytest.raises(ValueError, match=text):

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
+from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 
 import sparsam
@@ -54,6 +55,32 @@ def int8_product(
     sums = np.rint(x * inverse[:, None]).astype(np.int64) @ q.T.astype(np.int64)
     y: NDArray[np.float32] = sums.astype(F32) * (scales[None, :] * x_scales[:, None])
     return y if bias is None else y + bias
+
+
+def int8_convolution(
+    q: NDArray[Any],
+    scales: NDArray[np.float32],
+    x: NDArray[Any],
+    geometry: tuple[tuple[int, int], tuple[int, int], tuple[int, int]],
+    bias: NDArray[Any] | None = None,
+) -> NDArray[np.float32]:
+    """The same of images (n, channels, height, width), each with one scale, and q (out, channels, ...).
+
+    `geometry` is stride, padding and dilation.
+    """
+    stride, padding, dilation = geometry
+    x = x.astype(F32)
+    largest = np.abs(x).max(axis=(1, 2, 3), initial=0)
+    x_scales = np.where(largest < F32(2.0**-96), F32(0), largest / F32(127))
+    inverse = F32(127) / np.where(x_scales > 0, largest, F32(np.inf))
+    whole = np.rint(x * inverse[:, None, None, None]).astype(np.int64)
+    whole = np.pad(whole, ((0, 0), (0, 0), *((p, p) for p in padding)))
+    reach = [d * (k - 1) + 1 for d, k in zip(dilation, q.shape[2:], strict=True)]
+    windows = sliding_window_view(whole, reach, axis=(2, 3))
+    windows = windows[:, :, :: stride[0], :: stride[1], :: dilation[0], :: dilation[1]]
+    sums = np.tensordot(windows, q.astype(np.int64), axes=((1, 4, 5), (1, 2, 3))).transpose(0, 3, 1, 2)
+    y: NDArray[np.float32] = sums.astype(F32) * (scales * x_scales[:, None])[:, :, None, None]
+    return y if bias is None else y + bias[:, None, None]
 
 
 def int4_product(

@@ -50,9 +50,36 @@ struct FormHeader {
                               // starts, values; of int8: begin, lanes, starts, codes; of int4: begin, lanes,
                               // scales, starts, codes, levels; rows: values, scales
   std::uint64_t bytes;        // of the whole buffer
-  std::uint64_t width;        // of int4: columns that share a scale; else 0
+  std::uint64_t width;        // of int4: columns that share a scale; of int8: see Taps; else 0
 };
 static_assert(sizeof(FormHeader) == 128);
+
+// The kernel of a convolution with int8 values, whose slots have their columns in the order of `place`, so
+// that the channels of a pixel are neighbours; 0 x 0 for other weights (and for kernels of 1 x 1, whose order
+// is the same). In a header: height << 16 | width.
+struct Taps {
+  std::size_t height = 0, width = 0;
+
+  static Taps of(std::uint64_t bits) {
+    return {static_cast<std::size_t>(bits >> 16), static_cast<std::size_t>(bits & 0xffff)};
+  }
+  std::size_t count() const { return height * width; }
+  std::uint64_t bits() const { return count() <= 1 ? 0 : std::uint64_t{height} << 16 | width; }
+  bool fits(std::size_t cols) const {
+    return count() != 0 && height <= 0xffff && width <= 0xffff && cols % count() == 0;
+  }
+  // Where column (channel, row, column) stands: (column, row, channel). And the inverse.
+  std::size_t place(std::size_t column, std::size_t cols) const {
+    const std::size_t n = count();
+    return n == 0 ? column : (column % width * height + column % n / width) * (cols / n) + column / n;
+  }
+  std::size_t column(std::size_t place, std::size_t cols) const {
+    const std::size_t n = count();
+    if (n == 0) return place;
+    const std::size_t tap = place / (cols / n);
+    return place % (cols / n) * n + tap % height * width + tap / height;
+  }
+};
 
 class Form;
 using FormPtr = std::shared_ptr<const Form>;
@@ -71,6 +98,7 @@ class Form {
   std::size_t bytes() const { return header().bytes; }
   const char* data() const { return data_; }
   const FormHeader& header() const { return *reinterpret_cast<const FormHeader*>(data_); }
+  Taps taps() const { return dtype() == DType::i8 ? Taps::of(header().width) : Taps{}; }
 
   BitmaskView bitmask() const;
   const float* scales() const;               // one a row, of a bitmask of int8 values
@@ -101,11 +129,12 @@ FormPtr pack_bitmask(const View& w, std::size_t rows, std::size_t cols, const st
 FormPtr pack_bitmask(std::size_t rows, std::size_t cols, const std::uint8_t* bits, const View& values);
 
 // int8 values, -64 to 64, of which 0 is pruned, with a scale for every row: rows x cols in C order. And
-// from the form on disk, as above, with no value 0. Scales are positive, normal numbers. Throws
-// std::invalid_argument.
-FormPtr pack_int8(const std::int8_t* w, std::size_t rows, std::size_t cols, const float* scales);
+// from the form on disk, as above, with no value 0. Scales are positive, normal numbers. Of a convolution
+// with its `taps`. Throws std::invalid_argument.
+FormPtr pack_int8(const std::int8_t* w, std::size_t rows, std::size_t cols, const float* scales,
+                  Taps taps = {});
 FormPtr pack_int8(std::size_t rows, std::size_t cols, const std::uint8_t* bits, const std::int8_t* values,
-                  std::size_t n_values, const float* scales);
+                  std::size_t n_values, const float* scales, Taps taps = {});
 
 // int4 values: levels of which 0 is pruned, `width` (64 or 128) columns of a row sharing a scale, a float32
 // that bfloat16 can hold, up to 2^96: rows x ceil(cols / width). `levels` has 16, 0 first and then rising, of

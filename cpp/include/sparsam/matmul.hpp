@@ -34,4 +34,16 @@ struct Conv2d {
 void conv2d(const Form& w, const Conv2d& c, const float* x, std::size_t x_stride, std::size_t images,
             const float* bias, const std::string& activation, float* y, std::size_t y_stride);
 
+// Floats from one image to the next, and from one pixel of a channel to the next: 1 where channels are
+// planes, else channels are neighbours.
+struct ImageStrides {
+  std::size_t image, pixel;
+};
+
+// The same for int8 values in slots, which were packed with the kernel's Taps. x is rounded to bytes by the
+// rule of linear layers (kernels/int8.hpp) with one scale for each image, so that y is the same on every
+// machine; all of an image is NaN where not all of its x is finite.
+void int8_conv2d(const Form& w, const Conv2d& c, const float* x, ImageStrides x_strides, std::size_t images,
+                 const float* bias, const std::string& activation, float* y, ImageStrides y_strides);
+
 }  // namespace sparsam

@@ -15,6 +15,8 @@ const Int8Kernels generic = {
     8,
     16,
     &SPARSAM_TARGET::quantise,
+    &SPARSAM_TARGET::largest,
+    &SPARSAM_TARGET::round_floats,
     &SPARSAM_TARGET::multiply,
     8,
     &SPARSAM_TARGET::multiply_int4,

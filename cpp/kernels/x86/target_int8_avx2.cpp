@@ -19,6 +19,8 @@ const Int8Kernels avx2 = {
     8,
     16,
     &SPARSAM_TARGET::quantise,
+    &SPARSAM_TARGET::largest,
+    &SPARSAM_TARGET::round_floats,
     &SPARSAM_TARGET::multiply,
     8,
     &SPARSAM_TARGET::multiply_int4,

@@ -14,9 +14,16 @@ namespace sparsam::int8_rows {
 
 extern const Int8Kernels avx512vnni;
 const Int8Kernels avx512vnni = {
-    "avx512vnni", kAvx2 | kAvx512 | kVnni,        32,
-    64,           &SPARSAM_TARGET::quantise,      &SPARSAM_TARGET::multiply,
-    16,           &SPARSAM_TARGET::multiply_int4,
+    "avx512vnni",
+    kAvx2 | kAvx512 | kVnni,
+    32,
+    64,
+    &SPARSAM_TARGET::quantise,
+    &SPARSAM_TARGET::largest,
+    &SPARSAM_TARGET::round_floats,
+    &SPARSAM_TARGET::multiply,
+    16,
+    &SPARSAM_TARGET::multiply_int4,
 };
 
 }  // namespace sparsam::int8_rows

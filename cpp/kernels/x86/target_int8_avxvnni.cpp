@@ -11,7 +11,16 @@ namespace sparsam::int8_rows {
 
 extern const Int8Kernels avxvnni;
 const Int8Kernels avxvnni = {
-    "avxvnni", kAvx2 | kAvxVnni, 8, 16, &SPARSAM_TARGET::quantise, &SPARSAM_TARGET::multiply, 0, nullptr,
+    "avxvnni",
+    kAvx2 | kAvxVnni,
+    8,
+    16,
+    &SPARSAM_TARGET::quantise,
+    &SPARSAM_TARGET::largest,
+    &SPARSAM_TARGET::round_floats,
+    &SPARSAM_TARGET::multiply,
+    0,
+    nullptr,
 };
 
 }  // namespace sparsam::int8_rows

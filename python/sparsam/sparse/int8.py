@@ -49,6 +49,7 @@ def pack_int8(
     scales: ArrayLike | None = None,
     *,
     form: str = "slots",
+    taps: tuple[int, int] = (0, 0),
 ) -> Packed:
     """Rounds a matrix to int8 and packs it in one form.
 
@@ -57,6 +58,7 @@ def pack_int8(
         keep: Where a weight is kept; by default where it is not 0.
         scales: (out,), positive; by default as in the module's docstring.
         form: "slots", for multiplication, or "rows", for looking up rows (embeddings).
+        taps: Height and width of the kernel of a convolution, in whose order the columns of a channel are.
 
     Raises:
         ValueError: Not two dimensions, too many columns, weights that are not finite, or above 64.5 times
@@ -67,7 +69,7 @@ def pack_int8(
     if keep is not None:
         values = np.where(keep, values, values.dtype.type(0))
     q, steps = rounded(values.astype(np.float32, copy=False), scales)
-    return _in_form(Packed.pack_int8(np.ascontiguousarray(q), steps), form)
+    return _in_form(Packed.pack_int8(np.ascontiguousarray(q), steps, taps), form)
 
 
 def rounded(

@@ -54,7 +54,7 @@ def test_conversions_and_changes() -> None:
     sparsam.torch.restore(again)
     assert type(again.weight) is nn.Parameter
     with pytest.raises(
-        TypeError, match=r"dtype: expected float values for a convolution; got torch\..*4.*; use"
+        TypeError, match=r"dtype: expected int8 or float values for a convolution; got torch\..*4.*; use"
     ):
         sparsam.torch.pack(nn.Conv2d(8, 8, 3), dtype=INT4)
 

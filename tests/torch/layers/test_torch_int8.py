@@ -69,13 +69,6 @@ def test_transposed_weights() -> None:
     assert np.array_equal(layer.weight.to_dense().numpy(), matrix.to_dense().T)
 
 
-def test_convolutions_have_float_values() -> None:
-    with pytest.raises(
-        TypeError, match=r"dtype: expected float values for a convolution; got torch.int8; use"
-    ):
-        sparsam.torch.pack(nn.Conv2d(8, 8, 3), dtype=torch.int8)
-
-
 @pytest.mark.usefixtures("clock")
 def test_a_model_is_accelerated_saved_and_loaded(tmp_path: Path) -> None:
     model, x = network(), torch.randn(5, 256, generator=torch.Generator().manual_seed(3))

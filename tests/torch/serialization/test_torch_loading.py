@@ -347,11 +347,30 @@ def test_forms_that_convolutions_cannot_compute_with(conv: nn.Module, tmp_path: 
         model, torch.randn(2, 4, 8, 8)[:, :, 0] if isinstance(conv, nn.Conv1d) else torch.randn(2, 4, 8, 8)
     )
     save(model, tmp_path)
-    rewrite(tmp_path, layer(forms=["bitmask"]))
+    wanted = r"field forms: expected \['panels'\], or with int8 values \['slots'\], for a convolution; got"
     other = nn.Sequential(copy.deepcopy(conv))
-    with pytest.raises(ValueError, match=r"field forms: expected \['panels'\] for .*; got \['bitmask'\]"):
-        load(tmp_path, other)
-    assert type(other[0].weight) is nn.Parameter
+    for forms, values, text in (
+        (["bitmask"], None, rf"{wanted} \['bitmask'\];"),
+        (
+            ["slots"],
+            None,
+            r"weight '0.weight': expected int8 values for \['slots'\] of a conv.*; got floats;",
+        ),
+    ):
+        rewrite(tmp_path, layer(forms=forms, computed=values))
+        with pytest.raises(ValueError, match=text):
+            load(tmp_path, other)
+        assert type(other[0].weight) is nn.Parameter
+
+
+@pytest.mark.parametrize(("forms", "values"), [("slots", "float32"), ("panels", "int8"), ("slots", "int4")])
+def test_forms_that_computed_convolutions_cannot_compute_with(
+    forms: str, values: str, tmp_path: Path
+) -> None:
+    save(nn.Sequential(pack(weight_norm(nn.Conv1d(4, 6, 3)), dtype=torch.int8)), tmp_path)
+    rewrite(tmp_path, layer(forms=[forms], computed=values))
+    with pytest.raises(ValueError, match=rf"field forms: expected .* got \['{forms}'\] of {values};"):
+        load(tmp_path, nn.Sequential(weight_norm(nn.Conv1d(4, 6, 3))))
 
 
 @given(data=st.data())

@@ -27,7 +27,7 @@ def pack(
     Args:
         found: The layers.
         dtype: The dtype of stored values; int8 and int4 only in linear layers and attention (int8 also in
-            embeddings).
+            convolutions and embeddings).
         shapes: The shapes of the inputs that layers are called with, by name.
         to_itself: Attention layers whose query is always also the key and the value: the three projections
             are then one product.
@@ -63,9 +63,11 @@ def pack(
 
 
 def _values(layer: nn.Module, dtype: torch.dtype | None) -> torch.dtype | None:
-    kinds = (nn.Linear, nn.MultiheadAttention, nn.Embedding)
-    linear = isinstance(layer, kinds) or is_transposed(layer)
-    return None if dtype in ROUNDED and not linear else dtype
+    kinds: tuple[type[nn.Module], ...] = (nn.Linear, nn.MultiheadAttention, nn.Embedding)
+    if dtype is torch.int8:
+        kinds += (nn.Conv1d, nn.Conv2d)
+    rounds = isinstance(layer, kinds) or is_transposed(layer)
+    return None if dtype in ROUNDED and not rounds else dtype
 
 
 def _rows(layer: nn.Module, name: str, shape: Sequence[int]) -> int:

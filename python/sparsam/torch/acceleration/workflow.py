@@ -79,8 +79,9 @@ def accelerate(
             `forward`, say) are not checked. None: linear layers are timed alone with 1, 16 and 128 rows, all
             others stay dense, activations are fused in `nn.Sequential` only.
         dtype: The dtype of the stored weights: `torch.bfloat16` halves and rounds them; None keeps them.
-        values: "int8" rounds the weights of linear layers and attention, and their inputs, to integers with a
-            scale for each output and each row of the input; sums are exact. Weights that
+        values: "int8" rounds the weights of linear layers, attention and convolutions, and their inputs, to
+            integers with a scale for each output and each row (of a convolution: each image, and group of
+            channels) of the input; sums are exact. Recurrent layers keep floats. Weights that
             `prune(..., values="int8")` rounded are packed without further rounding. Embeddings are rounded
             too, with a scale for each of their rows, to save memory, whatever the time of a look-up, unless
             another layer has the same Parameter. "int4" takes half of the bits in linear layers and

@@ -34,6 +34,7 @@ NO_DERIVATIVE = (
 )
 
 _READ = frozenset(DTYPES)
+_LAST = torch.channels_last
 
 _library = torch.library.Library("sparsam", "DEF")  # type: ignore[no-untyped-call]
 _tags = (torch.Tag.pt2_compliant_tag,)
@@ -112,6 +113,8 @@ def conv2d(
 ) -> Tensor:
     """Activation of a convolution of images with zeros around them, in the dtype of x; sums are float32.
 
+    With int8 values the result is in channels_last where x is, else contiguous.
+
     Args:
         x: (n, in, height, width), float32, bfloat16 or float16.
         weight: W (out, in / groups, kernel height, kernel width).
@@ -125,25 +128,31 @@ def conv2d(
     if x.dtype in {torch.float16, torch.bfloat16}:
         return conv2d(x.float(), weight, bias, taps, stride, padding, dilation, activation).to(x.dtype)
     check(x)
-    x = x.contiguous()
     outs, groups = weight.groups * weight.rows, weight.groups
     bias = _plain_bias(bias, outs)
     channels = groups * weight.cols // math.prod(taps)
-    out = x.new_empty(_conv2d_shape(x, channels, outs, taps, stride, padding, dilation))
+    shape = _conv2d_shape(x, channels, outs, taps, stride, padding, dilation)
+    last = weight.dtype is torch.int8 and not x.is_contiguous() and x.is_contiguous(memory_format=_LAST)
+    x = x if last else x.contiguous()
+    out = torch.empty(shape, device="cpu", memory_format=_LAST) if last else x.new_empty(shape)
     if not out.numel():
         return out
     geometry: Any = (tuple(x.shape[2:]), tuple(taps), tuple(stride), tuple(padding), tuple(dilation))
     x_stride, out_stride = x[0].numel(), out[0].numel()
     for group, part in enumerate(weight.parts):
+        # Where the channels of a group begin, which are neighbours or planes.
+        first, first_out = group * (channels // groups), group * weight.rows
         part.conv2d_at(  # type: ignore[call-arg]
-            x.data_ptr() + group * (x_stride // groups) * x.itemsize,
+            x.data_ptr() + first * x.stride(1) * x.itemsize,
             x_stride,
             x.shape[0],
             *geometry,
-            0 if bias is None else bias.data_ptr() + group * weight.rows * bias.itemsize,
+            0 if bias is None else bias.data_ptr() + first_out * bias.itemsize,
             activation,
-            out.data_ptr() + group * (out_stride // groups) * out.itemsize,
+            out.data_ptr() + first_out * out.stride(1) * out.itemsize,
             out_stride,
+            channels if last else 1,
+            outs if last else 1,
         )
     return out
 
@@ -239,7 +248,8 @@ def _register() -> None:
     read = PackedWeight.read
     eager: dict[str, Callable[..., Tensor]] = {
         "linear": lambda x, w, b, out, activation, first=0: linear(x, read(w), b, activation, first, out),
-        "conv2d": lambda x, w, b, _, *rest: conv2d(x, read(w), b, *rest),
+        # The fake result is contiguous.
+        "conv2d": lambda x, w, b, _, *rest: conv2d(x.contiguous(), read(w), b, *rest),
         "embedding": lambda indices, w, _, dtype: embedding(indices, read(w), dtype),
         "unpack": unpack,
         "refuse": _refuse,

@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 from sparsam.inputs.float_mode import standard_floats
-from sparsam.torch.layers.packed_weight import ROUNDED, PackedWeight, dtype_name, pack_matrix, to_array
+from sparsam.torch.layers.packed_weight import INT4, ROUNDED, PackedWeight, dtype_name, pack_matrix, to_array
 from torch import Tensor, nn
 
-__all__ = ["Content", "Layout", "pack_dense"]
+__all__ = ["Content", "Layout", "pack_dense", "taps_of"]
 
 # By the id of the Parameter that was packed, which the content keeps alive.
 _known: weakref.WeakValueDictionary[int, Content] = weakref.WeakValueDictionary()
@@ -44,6 +44,11 @@ class Layout:
         """Rows and columns of the matrix whose rows belong to outputs."""
         outs, ins = self.shape[0], math.prod(self.shape[1:])
         return (ins, outs) if self.transposed else (outs, ins)
+
+    @property
+    def taps(self) -> tuple[int, int]:
+        """See `taps_of`."""
+        return taps_of(self.shape)
 
     @property
     def is_matrix(self) -> bool:
@@ -154,18 +159,32 @@ class Content:
         return cast
 
 
+def taps_of(shape: Sequence[int]) -> tuple[int, int]:
+    """Height and width of the kernel in the weight of a convolution, for signals 1 and its length; else 0."""
+    kernel = shape[2:]
+    if len(kernel) == 1:
+        return 1, kernel[0]
+    return (kernel[0], kernel[1]) if len(kernel) == 2 else (0, 0)
+
+
 def pack_dense(dense: Tensor, layout: Layout, values: torch.dtype, forms: Sequence[str]) -> Tensor:
     """Returns the bytes of a dense tensor.
 
     Raises:
-        TypeError: int8 or int4 values for a convolution.
+        TypeError: int4 values for a convolution.
     """
     rounds = values in ROUNDED
-    if rounds and len(layout.shape) != 2:
-        msg = f"dtype: expected float values for a convolution; got {values}; use it for linear layers"
+    if values is INT4 and len(layout.shape) != 2:
+        msg = (
+            f"dtype: expected int8 or float values for a convolution; got {values}; use it for linear layers"
+        )
         raise TypeError(msg)
     matrix = dense.float() if rounds else dense.to(values)
     matrix = matrix.T if layout.transposed else matrix.reshape(layout.matrix)
     return pack_matrix(
-        to_array(matrix), groups=layout.groups, forms=forms, values=dtype_name(values) if rounds else ""
+        to_array(matrix),
+        groups=layout.groups,
+        forms=forms,
+        values=dtype_name(values) if rounds else "",
+        taps=layout.taps,
     )

@@ -179,7 +179,9 @@ class PackedTensor(Tensor):
         if self._content.layout.looked_up:
             return Explanation(repr(self), batch, "rows", "which are looked up", ())
         if not self._content.layout.is_matrix:
-            return Explanation(repr(self), batch, "panels", "the kernel of convolutions", ())
+            (kernel, *_), values = self.packed.forms, self.packed.dtype
+            why = "the kernel of int8 values" if values is torch.int8 else "the kernel of convolutions"
+            return Explanation(repr(self), batch, kernel, why, ())
         choice = self.packed.choices.choice(batch)
         return Explanation(repr(self), batch, choice.kernel, choice.reason, choice.candidates)
 

@@ -159,17 +159,22 @@ def torch_dense(dtype: str = "float32") -> Key:
 
 @standard_floats
 def pack_matrix(
-    matrix: NDArray[Any], *, groups: int = 1, forms: Sequence[str] = ("panels",), values: str = ""
+    matrix: NDArray[Any],
+    *,
+    groups: int = 1,
+    forms: Sequence[str] = ("panels",),
+    values: str = "",
+    taps: tuple[int, int] = (0, 0),
 ) -> Tensor:
     """The bytes of an array (groups x rows, cols) of floats; weights that are exactly 0 are pruned.
 
     With `values` "int8" or "int4" they are rounded to that; the form is then "slots", or with int8 "rows" if
-    `forms` has it.
+    `forms` has it. `taps` is the kernel of a convolution, for int8.
     """
     parts = np.split(matrix, groups)
     if values == "int8":
         form = "rows" if "rows" in forms else "slots"
-        return join([pack_int8(part, form=form) for part in parts], (form,))
+        return join([pack_int8(part, form=form, taps=taps) for part in parts], (form,))
     if values == "int4":
         packed = [pack_int4(part) for part in parts]
         if len({part.width for part in packed}) > 1:  # what is on a grid of 128 columns is on one of 64

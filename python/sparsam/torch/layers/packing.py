@@ -61,9 +61,11 @@ def pack(
             `MultiheadAttention`, `LSTM`, `GRU`, `RNN` or a cell of these, or one of a subclass; on the CPU,
             float32, bfloat16 or float16. Its zeros are skipped.
         dtype: The dtype of the stored values, such as `torch.bfloat16`; by default that of the weight. Sums
-            are float32. `torch.int8` and `torch.int4` (PyTorch 2.6), for linear layers and attention, round
-            weights and inputs to integers, whose sums are exact (`SparseMatrix.from_dense`). A
-            `torch.nn.Embedding` supports only int8, which rounds the rows that are looked up.
+            are float32. `torch.int8`, for linear layers, attention and convolutions, and `torch.int4`
+            (PyTorch 2.6), for linear layers and attention, round weights and inputs to integers, whose sums
+            are exact (`SparseMatrix.from_dense`); inputs of a convolution with one scale for each image (and
+            group of channels). A `torch.nn.Embedding` supports only int8, which rounds the rows that are
+            looked up.
         activation: Applied to the layer's result: None, "relu", "gelu", "gelu_tanh" or "silu".
         batches: The numbers of rows that a linear layer will be called with, see `PackedTensor.prepare`.
 

@@ -43,7 +43,9 @@ class Encoded:
         """The kind of integers that values are, "int8" or "int4"; "" for floats."""
         return {torch.int8: "int8", torch.uint8: "int4"}.get(self.values.dtype, "")
 
-    def parts(self, name: str, rows: int, cols: int, groups: int = 1) -> list[Packed]:
+    def parts(
+        self, name: str, rows: int, cols: int, groups: int = 1, taps: tuple[int, int] = (0, 0)
+    ) -> list[Packed]:
         """The matrix, split into groups of rows.
 
         Args:
@@ -51,13 +53,14 @@ class Encoded:
             rows: Rows of all groups.
             cols: Columns of each group.
             groups: The number of groups.
+            taps: Height and width of the kernel of a convolution.
 
         Raises:
             ValueError: Bits and values do not fit together, or do not make such a matrix.
         """
         bits, values = self.bits, self.values
         if self.rounded == "int8" and cols and bits.shape == (rows, 4) and values.shape == (rows * cols,):
-            return self._whole_parts(name, rows, cols, groups)
+            return self._whole_parts(name, rows, cols, groups, taps)
         line = (cols + 7) // 8
         width = self._width(line, cols)
         more = {"int8": 4, "int4": 2 * -(-cols // (width or 64))}.get(self.rounded, 0)
@@ -89,7 +92,7 @@ class Encoded:
         pieces = [values[end - length : end] for length, end in zip(lengths, ends, strict=True)]
         scales = np.split(bits.numpy()[:, line:].copy(), groups)
         try:
-            return [self._part(*each, cols, width) for each in zip(lines, pieces, scales, strict=True)]
+            return [self._part(*each, cols, width, taps) for each in zip(lines, pieces, scales, strict=True)]
         except ValueError as error:
             msg = (
                 f"weight {name!r}: expected values and bits of one matrix; got others: {error}; save the "
@@ -97,12 +100,14 @@ class Encoded:
             )
             raise ValueError(msg) from error
 
-    def _whole_parts(self, name: str, rows: int, cols: int, groups: int) -> list[Packed]:
+    def _whole_parts(
+        self, name: str, rows: int, cols: int, groups: int, taps: tuple[int, int]
+    ) -> list[Packed]:
         """The result of `parts` for int8 if `values` are all values of the weight."""
         q, scales = self.values.numpy().reshape(rows, cols), self.bits.numpy().view(np.float32).reshape(-1)
         try:
             pieces = zip(np.split(q, groups), np.split(scales, groups), strict=True)
-            return [Packed.pack_int8(part, scale) for part, scale in pieces]
+            return [Packed.pack_int8(part, scale, taps) for part, scale in pieces]
         except ValueError as error:
             wanted = "int8 values with scales"
             msg = f"weight {name!r}: expected {wanted}; got others: {error}; save the model again"
@@ -114,11 +119,17 @@ class Encoded:
         return group_of(cols, room // 2) if room % 2 == 0 else None
 
     def _part(
-        self, bits: NDArray[np.uint8], values: Tensor, scales: NDArray[np.uint8], cols: int, width: int | None
+        self,
+        bits: NDArray[np.uint8],
+        values: Tensor,
+        scales: NDArray[np.uint8],
+        cols: int,
+        width: int | None,
+        taps: tuple[int, int],
     ) -> Packed:
         if self.rounded == "int8":
             scale = scales.view(np.float32).reshape(-1)
-            return Packed.from_int8_parts(len(bits), cols, bits, values.numpy(), scale)
+            return Packed.from_int8_parts(len(bits), cols, bits, values.numpy(), scale, taps)
         if self.rounded == "int4":
             levels, codes = values.numpy()[:_LEVELS].view(np.int8), values.numpy()[_LEVELS:]
             units = scales.view(ml_dtypes.bfloat16).astype(np.float32)

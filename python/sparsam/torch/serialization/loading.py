@@ -15,7 +15,7 @@ from sparsam.torch.layers.packed_weight import DTYPES
 from sparsam.torch.layers.packing import PROJECTIONS, groups, is_embedding, is_transposed, packable
 from sparsam.torch.layers.unpacked_tensor import is_foreign
 from sparsam.torch.serialization.encoding import Encoded
-from sparsam.torch.serialization.manifest import BITS, Manifest, dtype_name, place
+from sparsam.torch.serialization.manifest import BITS, Layer, Manifest, dtype_name, place
 from sparsam.torch.serialization.meta_device import compute, materialize, tie, unsaved_tensors
 from sparsam.torch.serialization.stored_weights import StoredWeights
 from torch import Tensor, nn
@@ -113,12 +113,8 @@ def check_layers(manifest: Manifest, modules: Mapping[str, nn.Module]) -> None:
         if layer.groups != wanted_groups and not (attribute in PROJECTIONS and layer.groups == 1):
             msg = f"layer {name!r}: expected {layer.groups} groups in the model; got {wanted_groups}; {_DO}"
             raise ValueError(msg)
-        if layer.forms != ("panels",) and isinstance(module, (nn.Conv1d, nn.Conv2d)):
-            msg = (
-                f"layer {name!r}: field forms: expected ['panels'] for a convolution; got {[*layer.forms]}; "
-                "save the model again"
-            )
-            raise ValueError(msg)
+        if isinstance(module, (nn.Conv1d, nn.Conv2d)):
+            _check_convolution(name, layer)
         if layer.computed is None:
             transposed = manifest.weights[manifest.stored_weight(name)].transposed
             if transposed != is_transposed(module):
@@ -138,6 +134,22 @@ def check_layers(manifest: Manifest, modules: Mapping[str, nn.Module]) -> None:
                 f"{_DO}"
             )
             raise ValueError(msg)
+
+
+def _check_convolution(name: str, layer: Layer) -> None:
+    """Raises ValueError if a convolution cannot compute with the forms of a layer.
+
+    The values of a weight that is a tensor of its own are checked once it is read.
+    """
+    good = {"panels": DTYPES, "slots": (torch.int8,)}
+    values = layer.computed
+    for form, dtypes in good.items():
+        if layer.forms == (form,) and (values is None or values in map(dtype_name, dtypes)):
+            return
+    wanted = "['panels'], or with int8 values ['slots'], for a convolution"
+    of = "" if values is None else f" of {values}"
+    msg = f"layer {name!r}: field forms: expected {wanted}; got {[*layer.forms]}{of}; {_DO}"
+    raise ValueError(msg)
 
 
 def _can_compute(module: nn.Module, attribute: str) -> bool:

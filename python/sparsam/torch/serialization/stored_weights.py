@@ -11,7 +11,7 @@ from sparsam._core import Packed
 from sparsam.torch.acceleration.fusion import Fused, Fusion
 from sparsam.torch.acceleration.installation import LayerSwap
 from sparsam.torch.acceleration.memory import discard
-from sparsam.torch.layers.packed_content import Content, Layout
+from sparsam.torch.layers.packed_content import Content, Layout, taps_of
 from sparsam.torch.layers.packed_parameter import PackedParameter
 from sparsam.torch.layers.packed_tensor import PackedTensor
 from sparsam.torch.layers.packed_weight import join
@@ -61,7 +61,11 @@ class StoredWeights:
                 kinds += ", and than 'rows' for others" if "rows" in use[2] else ""
                 msg = f"weight {name!r}: field forms: expected {kinds}; got {[*use[2]]}; save the model again"
                 raise ValueError(msg)
-            self._parts[use] = encoded.parts(name, rows, cols, use[1])
+            if "slots" in use[2] and len(weight.shape) > 2 and kind != "int8":
+                values = "int8 values for ['slots'] of a convolution"
+                msg = f"weight {name!r}: expected {values}; got {kind or 'floats'}; save the model again"
+                raise ValueError(msg)
+            self._parts[use] = encoded.parts(name, rows, cols, use[1], taps_of(weight.shape))
 
     def missing(self) -> list[str]:
         """The names of the weights that were not added."""

@@ -25,9 +25,12 @@ struct Attention {
       for (std::size_t r = 0; r < kRows; ++r)
         q[r] = head.q + (first + (r < here ? r : here - 1)) * head.q_stride;
       for (std::size_t j = 0; j < width; j += kPair) score(q, j);
-      float scales[kRows];
-      for (std::size_t r = 0; r < kRows; ++r)
-        scales[r] = r < here ? weigh(first + r, scores + r * width) : 0.0f;
+      float scales[kRows] = {};
+      for (std::size_t r = 0; r < here; ++r) hide(first + r, scores + r * width);
+      if (here == kRows)
+        weigh<kRows>(scores, scales);
+      else
+        for (std::size_t r = 0; r < here; ++r) weigh<1>(scores + r * width, scales + r);
       std::size_t c = 0;
       for (; c + kPair <= head.depth; c += kPair) gather<2>(first, here, scales, c);
       for (; c < head.depth; c += kLanes) gather<1>(first, here, scales, c);
@@ -66,9 +69,8 @@ struct Attention {
         Floats::store(scores + r * width + j + v * kLanes, Floats::mul(sums[r][v], scale));
   }
 
-  // Turns the scores of a query into weights e^(score - largest), and returns 1 / their sum; 0 where it sees
-  // no key, whose weights are then 0.
-  float weigh(std::size_t query, float* row) const {
+  // Adds the mask of a query to its scores; no key is after the last.
+  void hide(std::size_t query, float* row) const {
     constexpr float kInfinity = __builtin_inff();
     if (head.kept != nullptr) {
       const std::uint8_t* const kept = head.kept + query * head.mask_stride;
@@ -79,24 +81,36 @@ struct Attention {
       for (std::size_t j = 0; j < head.keys; ++j) row[j] += added[j];
     }
     for (std::size_t j = head.keys; j < width; ++j) row[j] = -kInfinity;
-    Floats::Reg most = Floats::load(row);
-    for (std::size_t j = kLanes; j < width; j += kLanes) most = Floats::max(most, Floats::load(row + j));
-    float lanes[kLanes], largest = -kInfinity;
-    Floats::store(lanes, most);
-    for (const float x : lanes) largest = x > largest ? x : largest;
-    if (largest == -kInfinity && !has_nan(row)) {
-      for (std::size_t j = 0; j < width; ++j) row[j] = 0.0f;
-      return 0.0f;
+  }
+
+  // Turns the scores of kCount queries into weights e^(score - largest), and gives 1 / their sums; 0 where a
+  // query sees no key, whose weights are then 0. Several at once, since each waits for its largest score, for
+  // the steps of its exponentials and for its sum.
+  template <std::size_t kCount>
+  void weigh(float* rows, float* scales) const {
+    constexpr float kInfinity = __builtin_inff();
+    Floats::Reg most[kCount], sums[kCount];
+    for (std::size_t r = 0; r < kCount; ++r) most[r] = Floats::load(rows + r * width);
+    for (std::size_t j = kLanes; j < width; j += kLanes)
+      for (std::size_t r = 0; r < kCount; ++r)
+        most[r] = Floats::max(most[r], Floats::load(rows + r * width + j));
+    bool blind[kCount];
+    for (std::size_t r = 0; r < kCount; ++r) {
+      const float largest = Floats::largest(most[r]);
+      blind[r] = largest == -kInfinity && !has_nan(rows + r * width);
+      most[r] = Floats::set1(blind[r] ? 0.0f : largest);
+      sums[r] = Floats::zero();
     }
     // The exponential ends at e^-87; what is taken away lets it end at 0, and is less than any rounding else.
-    const Floats::Reg top = Floats::set1(largest), least = exponential(Floats::set1(-87.0f));
-    Floats::Reg sum = Floats::zero();
-    for (std::size_t j = 0; j < width; j += kLanes) {
-      const Floats::Reg e = Floats::sub(exponential(Floats::sub(Floats::load(row + j), top)), least);
-      Floats::store(row + j, e);
-      sum = Floats::add(sum, e);
-    }
-    return 1.0f / Floats::sum(sum);
+    const Floats::Reg least = exponential(Floats::set1(-87.0f));
+    for (std::size_t j = 0; j < width; j += kLanes)
+      for (std::size_t r = 0; r < kCount; ++r) {
+        float* const at = rows + r * width + j;
+        const Floats::Reg e = Floats::sub(exponential(Floats::sub(Floats::load(at), most[r])), least);
+        Floats::store(at, e);
+        sums[r] = Floats::add(sums[r], e);
+      }
+    for (std::size_t r = 0; r < kCount; ++r) scales[r] = blind[r] ? 0.0f : 1.0f / Floats::sum(sums[r]);
   }
 
   bool has_nan(const float* row) const {

@@ -98,7 +98,18 @@ struct Floats {
       return vmulq_f32(a.part[i], vreinterpretq_f32_s32(vshlq_n_s32(exponent, 23)));
     });
   }
+  // table[i], i being the lowest four bits of each lane: bytes 4 i to 4 i + 3.
+  static Reg lookup(const float (&table)[16], const Reg& bits) {
+    const uint8x16x4_t bytes = vld1q_u8_x4(reinterpret_cast<const std::uint8_t*>(table));
+    return map([&](std::size_t i) {
+      const uint32x4_t index = vandq_u32(vreinterpretq_u32_f32(bits.part[i]), vdupq_n_u32(15));
+      const uint32x4_t at = vaddq_u32(vmulq_n_u32(index, 0x04040404), vdupq_n_u32(0x03020100));
+      return vreinterpretq_f32_u8(vqtbl4q_u8(bytes, vreinterpretq_u8_u32(at)));
+    });
+  }
   static float sum(const Reg& r) { return vaddvq_f32(vaddq_f32(r.part[0], r.part[1])); }
+  // The largest lane; of NaN and a number, either.
+  static float largest(const Reg& r) { return vmaxvq_f32(vmaxq_f32(r.part[0], r.part[1])); }
   // Keeps the compiler from loading a value again that is used several times.
   static void keep_in_register(Reg& r) { asm("" : "+w"(r.part[0]), "+w"(r.part[1])); }
   static void transpose4(float32x4_t& a, float32x4_t& b, float32x4_t& c, float32x4_t& d) {

@@ -74,9 +74,23 @@ struct Floats {
       return a.lane[i] * power;
     });
   }
+  // table[i], i being the lowest four bits of each lane.
+  static Reg lookup(const float (&table)[16], Reg bits) {
+    return map([&](std::size_t i) {
+      std::uint32_t lane;
+      __builtin_memcpy(&lane, bits.lane + i, sizeof lane);
+      return table[lane & 15];
+    });
+  }
   static float sum(Reg r) {
     return ((r.lane[0] + r.lane[4]) + (r.lane[2] + r.lane[6])) +
            ((r.lane[1] + r.lane[5]) + (r.lane[3] + r.lane[7]));
+  }
+  // The largest lane; of NaN and a number, either.
+  static float largest(Reg r) {
+    float most = r.lane[0];
+    for (std::size_t i = 1; i < kLanes; ++i) most = r.lane[i] > most ? r.lane[i] : most;
+    return most;
   }
   static void keep_in_register(Reg&) {}
   static void transpose(Reg (&r)[kLanes]) {

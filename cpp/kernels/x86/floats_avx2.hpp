@@ -58,10 +58,23 @@ struct Floats {
     const __m256i exponent = _mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127));
     return _mm256_mul_ps(a, _mm256_castsi256_ps(_mm256_slli_epi32(exponent, 23)));
   }
+  // table[i], i being the lowest four bits of each lane.
+  static Reg lookup(const float (&table)[16], Reg bits) {
+    const __m256i i = _mm256_castps_si256(bits);
+    const Reg low = _mm256_permutevar8x32_ps(load(table), i),
+              high = _mm256_permutevar8x32_ps(load(table + 8), i);
+    return _mm256_blendv_ps(low, high, _mm256_castsi256_ps(_mm256_slli_epi32(i, 28)));
+  }
   static float sum(Reg r) {
     const __m128 four = _mm_add_ps(_mm256_castps256_ps128(r), _mm256_extractf128_ps(r, 1));
     const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
     return _mm_cvtss_f32(_mm_add_ss(two, _mm_shuffle_ps(two, two, 1)));
+  }
+  // The largest lane; of NaN and a number, either.
+  static float largest(Reg r) {
+    const __m128 four = _mm_max_ps(_mm256_castps256_ps128(r), _mm256_extractf128_ps(r, 1));
+    const __m128 two = _mm_max_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_max_ss(two, _mm_shuffle_ps(two, two, 1)));
   }
   // Keeps the compiler from loading a value again that is used several times.
   static void keep_in_register(Reg& r) { asm("" : "+x"(r)); }

@@ -33,11 +33,22 @@ struct Floats {
   static Reg copysign(Reg a, Reg b) { return _mm512_or_ps(a, _mm512_and_ps(set1(-0.0f), b)); }  // a >= 0
   static Reg round(Reg a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
   static Reg scale(Reg a, Reg n) { return _mm512_scalef_ps(a, n); }
+  // table[i], i being the lowest four bits of each lane.
+  static Reg lookup(const float (&table)[16], Reg bits) {
+    return _mm512_permutexvar_ps(_mm512_castps_si512(bits), load(table));
+  }
   static float sum(Reg r) {
     const __m256 eight = _mm256_add_ps(_mm512_castps512_ps256(r), _mm512_extractf32x8_ps(r, 1));
     const __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
     const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
     return _mm_cvtss_f32(_mm_add_ss(two, _mm_shuffle_ps(two, two, 1)));
+  }
+  // The largest lane; of NaN and a number, either.
+  static float largest(Reg r) {
+    const __m256 eight = _mm256_max_ps(_mm512_castps512_ps256(r), _mm512_extractf32x8_ps(r, 1));
+    const __m128 four = _mm_max_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+    const __m128 two = _mm_max_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_max_ss(two, _mm_shuffle_ps(two, two, 1)));
   }
   // Keeps the compiler from loading a value again that is used several times.
   static void keep_in_register(Reg& r) { asm("" : "+v"(r)); }

@@ -7,13 +7,14 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from checkpoints import write_raw
-from sparsam import PruningConfig, checkpoint
-from sparsam.checkpoint import streaming
+from sparsam import PruningConfig, checkpoint, prune
+from sparsam.checkpoint import shard_passes, streaming
 from sparsam.checkpoint.atomic import LOCK
 from sparsam.checkpoint.shard_passes import SampleTask
 
@@ -99,3 +100,32 @@ def test_locks_last_until_the_last_flush(
     assert ".part" in flushed
     assert flushed[-1] == "folder", "after the move"
     assert (target / "model.safetensors").is_file()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="this machine counts the characters of names")
+def test_names_of_252_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Names beside them, of parts and marks, are longer still; a stopped run finds its part again."""
+    rng = np.random.default_rng(0)
+    source, target = (tmp_path / (60 * face + ".safetensors") for face in "\N{GRINNING FACE}\N{PARTY POPPER}")
+    assert len(os.fsencode(source.name)) == 252
+    checkpoint.save(source, {f"w{i}": rng.standard_normal((64, 48), np.float32) for i in range(4)})
+    monkeypatch.setattr(shard_passes, "_MARK", 1 << 12)
+    monkeypatch.setattr(shard_passes, "PIECE", 1 << 12)
+    whole, pieces = shard_passes._prune_piece, list[int]()
+
+    def stopped(*args: Any) -> Any:
+        pieces.append(1)
+        if len(pieces) == 3:
+            raise KeyboardInterrupt
+        return whole(*args)
+
+    monkeypatch.setattr(shard_passes, "_prune_piece", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        checkpoint.prune_files(source, target, GLOBAL)
+    assert not target.exists()
+    checkpoint.prune_files(source, target, GLOBAL)
+    assert len(pieces) < 2 * 4, "it went on in the part"
+    expected = prune(checkpoint.load(source).weights, GLOBAL).weights
+    for name, array in checkpoint.stream(target):
+        assert np.array_equal(array, expected[name]), name
+    assert {path.name for path in tmp_path.iterdir()} == {source.name, target.name}

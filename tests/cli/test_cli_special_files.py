@@ -61,3 +61,24 @@ def test_what_is_no_file(command: str, kind: str, tmp_path: Path, capsys: pytest
     else:
         assert NO_FILE in message
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this machine has no pipes")
+@pytest.mark.parametrize("kind", ["pipe", "device", "circle"])
+def test_checkpoints_that_are_no_files(kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model, place = save_model(tmp_path), tmp_path / "place.safetensors"
+    KINDS[kind](place)
+    circle = "expected a file or a folder; got links in a circle; remove them"
+    for arguments in (["inspect", place], ["prune", place, "-o", tmp_path / "out"]):
+        assert (circle if kind == "circle" else NO_FILE) in fail(capsys, *map(str, arguments))
+    message = fail(capsys, "prune", str(model), "-o", str(place))
+    written = "expected a file or a directory to write; got a pipe or device; name another"
+    assert (circle if kind == "circle" else written) in message
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([model.name, place.name])
+
+
+@pytest.mark.parametrize("ending", [".h5", ".gguf", ".CKPT"])
+def test_kinds_that_are_not_written(ending: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    message = fail(capsys, "prune", str(save_model(tmp_path)), "-o", str(tmp_path / f"out{ending}"))
+    assert f"expected a directory, or a file of a kind that is written; got a name in {ending}" in message
+    assert not (tmp_path / f"out{ending}").exists()

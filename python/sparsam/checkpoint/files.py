@@ -180,6 +180,7 @@ def check_readable(folder: Path, shards: Shards | None) -> None:
 def resolve(path: StrPath) -> tuple[Path, Shards | None]:
     """Returns the file or the index that `path` refers to, and the content of the index; raises as `load`."""
     file = Path(path)
+    real_path(file)  # a link to itself has neither a content nor a kind
     if file.is_dir():
         found = [file / name for name in (FILE_NAME, INDEX_NAME) if (file / name).exists()]
         if len(found) != 1:

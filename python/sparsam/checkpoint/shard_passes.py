@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, field
+from glob import escape
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, TypeAlias
 
@@ -19,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sparsam import _core
-from sparsam.checkpoint.atomic import publish
+from sparsam.checkpoint.atomic import publish, short
 from sparsam.checkpoint.direct_writes import DirectWrites, block_for, write_all
 from sparsam.checkpoint.json_state import decode
 from sparsam.checkpoint.layout import Entry, Layout
@@ -199,10 +200,10 @@ def prune_shard(task: PruneTask, advance: Advance = _nothing) -> list[LayerStats
 
     The file is flushed to the disk before it gets its name. It continues what a killed run wrote of it.
     """
-    done = task.target.with_name(task.target.name + ".done")
+    done = task.target.with_name(_stem(task) + ".done")
     if task.target.exists() and done.exists():
         return decode(done.read_bytes(), _Progress, str(done), "delete it").layers
-    part = task.target.with_name(f"{task.target.name}.{task.run}.part")
+    part = task.target.with_name(f"{_stem(task)}.{task.run}.part")
     begun = _take_over(task, part)
     with locked(part), part.open("r+b" if part.exists() else "w+b", buffering=0) as target:
         target.truncate(begun.written)
@@ -213,9 +214,15 @@ def prune_shard(task: PruneTask, advance: Advance = _nothing) -> list[LayerStats
     return layers
 
 
+def _stem(task: PruneTask) -> str:
+    """What the names of files beside the target begin with; they fit into the 255 bytes of a name."""
+    name = task.target.name
+    return name if len(os.fsencode(name)) <= 200 else short(name)
+
+
 def _take_over(task: PruneTask, part: Path) -> _Progress:
     """Renames what a killed run has left of this shard to `part`, and returns how far it is complete."""
-    for mark in part.parent.glob(f"{task.target.name}.*.part.mark"):
+    for mark in part.parent.glob(f"{escape(_stem(task))}.*.part.mark"):
         other = mark.with_suffix("")
         if not other.is_file():
             continue

@@ -48,6 +48,19 @@ _TaskT = TypeVar("_TaskT")
 _ResultT = TypeVar("_ResultT")
 
 _SAMPLED = 1 << 18
+_UNWRITTEN = {
+    ".h5",
+    ".hdf5",
+    ".keras",
+    ".gguf",
+    ".ggml",
+    ".msgpack",
+    ".ckpt",
+    ".ot",
+    ".tflite",
+    ".pb",
+    ".pkl",
+}
 
 
 @standard_floats
@@ -146,6 +159,15 @@ def parts_of(file: Path, shards: Shards | None) -> list[Path]:
 def target_of(dst: StrPath, shards: Shards | None) -> tuple[Path, bool]:
     """The file or folder to make, and whether it is a folder; ValueError if it would not be readable."""
     target = Path(dst)
+    if target.exists() and not (target.is_file() or target.is_dir()):
+        msg = f"{target}: expected a file or a directory to write; got a pipe or device; name another"
+        raise ValueError(msg)
+    if target.suffix.lower() in _UNWRITTEN and not target.is_dir():
+        msg = (
+            f"{target}: expected a directory, or a file of a kind that is written; got a name in "
+            f"{target.suffix}, which is not; name a directory, or a file in .safetensors"
+        )
+        raise ValueError(msg)
     if shards is None and target.is_file():
         return target, False
     if target.is_dir() or target.suffix not in {".safetensors", ".json"}:

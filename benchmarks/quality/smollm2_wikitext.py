@@ -8,7 +8,7 @@ raw text of WikiText-2 (wikitext-2-raw-v1 of huggingface.co/datasets/Salesforce/
 512 tokens; every fourth up to `--evaluated` of them is evaluated, and calibration is drawn from the others.
 Seconds are CPU seconds of all threads, so that they mean something on a machine with other work.
 
-With `--distill SECONDS` each pruned model is then trained towards the dense one for so long, on the windows
+With `--distill STEPS` each pruned model is then trained towards the dense one, a window a step, on the windows
 that are not evaluated, cut anew in each pass; `--keep FOLDER` leaves pruned models there and uses those that
 it finds.
 
@@ -108,8 +108,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--windows", type=int, default=64, help="of calibration")
     parser.add_argument("--evaluated", type=int, default=24, help="windows to evaluate")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--distill", type=float, metavar="SECONDS", help="train each pruned model afterwards")
-    parser.add_argument("--rate", type=float, help="the largest learning rate of --distill")
+    parser.add_argument("--distill", type=int, metavar="STEPS", help="train each pruned model afterwards")
+    parser.add_argument("--rate", type=float, default=1e-4, help="the largest learning rate of --distill")
     parser.add_argument("--keep", type=Path, help="folder of the pruned models' weights")
     options = parser.parse_args(arguments)
     if options.data is None:
@@ -153,9 +153,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                     texts = [tokenizer.decode(window) for window in rest]
                     longer = TrainingTexts(texts, tokenizer, running=True, longest=WINDOW, seed=seed)
                     torch.manual_seed(seed)  # of the first tokens of windows
-                    report = distill(
-                        pruned, model, longer, seconds=options.distill, learning_rate=options.rate
-                    )
+                    report = distill(pruned, model, longer, steps=options.distill, learning_rate=options.rate)
                     print(report, file=sys.stderr)
                 seconds.append(time.process_time() - worked)
                 wall = time.perf_counter() - begun

@@ -75,15 +75,16 @@ def prune(folder: Path, options: argparse.Namespace) -> None:
     batches = [torch.randn(_ROWS, options.width) for _ in range(options.rows // _ROWS)]
     dense = [f"*.layers.{i}.weight" for i in range(options.only or options.layers, options.layers)]
     config: Any = {"target_sparsity": 0.5, "method": options.method, "exclude": dense}
-    start = time.perf_counter()
+    start, used = time.perf_counter(), time.process_time()
     targets = options.targets
     report = prune_files(build(options), folder / "in", folder / "out", batches, targets=targets, **config)
-    seconds = time.perf_counter() - start
+    seconds, used = time.perf_counter() - start, time.process_time() - used
     size = 4 * options.layers * options.width**2
     print(
         f"{options.blocks} blocks of {size / 2**20:.0f} MiB, {options.method}, {options.targets} targets: "
-        f"{len(report.pruned)} weights pruned in {seconds:.0f} s; VmHWM {memory('VmHWM') / 2**20:.0f} MiB, "
-        f"{before / 2**20:.0f} MiB of it before; VmPeak {memory('VmPeak') / 2**20:.0f} MiB"
+        f"{len(report.pruned)} weights pruned in {seconds:.0f} s, {used:.0f} s of CPU time; "
+        f"VmHWM {memory('VmHWM') / 2**20:.0f} MiB, {before / 2**20:.0f} MiB of it before; "
+        f"VmPeak {memory('VmPeak') / 2**20:.0f} MiB"
     )
 
 

@@ -1,6 +1,6 @@
 """Kills runs over files at random moments, again and again, and says what each left; a script, for forks.
 
-    python kill_loop.py prune|blocks FOLDER SEED TIMES
+    python kill_loop.py prune|blocks|trained FOLDER SEED TIMES
 
 A moment is a call of the system that opens, renames, makes or removes something in the folder, or flushes a
 file. Each run goes on with what killed ones left; every few are let through.
@@ -16,6 +16,7 @@ import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -81,8 +82,8 @@ def prune_run(folder: Path) -> Run:
     return lambda target: main(["prune", str(source), "-o", str(target), "--scope", "global"])
 
 
-def blocks_run(folder: Path) -> Run:
-    """Block by block, on one file."""
+def blocks_run(folder: Path, steps: int | None = None) -> Run:
+    """Block by block, on one file; each block is trained for some steps, if they are given."""
     import warnings  # noqa: PLC0415
 
     import torch  # noqa: PLC0415
@@ -102,12 +103,18 @@ def blocks_run(folder: Path) -> Run:
     batches = [torch.randn(16, 8) for _ in range(4)]
     with torch.device("meta"):
         model = build()
-    return lambda target: prune_files(model, folder / "in", target, batches, target_sparsity=0.5)
+    options: Any = {"target_sparsity": 0.5, "distill_steps": steps}
+    return lambda target: prune_files(model, folder / "in", target, batches, **options)
+
+
+def trained_run(folder: Path) -> Run:
+    """Block by block, with training."""
+    return blocks_run(folder, 2)
 
 
 def main(kind: str, folder: Path, seed: int, times: int) -> dict[str, object]:
     """Returns how many runs were killed, and what was wrong."""
-    run = {"prune": prune_run, "blocks": blocks_run}[kind](folder)
+    run = {"prune": prune_run, "blocks": blocks_run, "trained": trained_run}[kind](folder)
     whole, target = folder / "whole", folder / "out"
     run(whole)  # here, so that what it imports is imported once
     wanted = content(whole)

@@ -59,8 +59,9 @@ def compress(
 ) -> None:
     """Prune a Hugging Face model with calibration, accelerate it, save it, and measure the result.
 
-    With --memory, or if three copies of the model do not fit into memory, it is only pruned, block by block
-    from its files; a run that was interrupted continues when the command is called again.
+    With --memory, or if three copies of the model do not fit into memory, it is pruned, and trained with
+    --distill, block by block from its files; nothing is packed or measured. A run that was interrupted
+    continues when the command is called again.
     """
     try:
         import transformers  # noqa: F401, PLC0415 - an extra
@@ -73,10 +74,6 @@ def compress(
         )
         raise ValueError(msg) from error
     apart = memory is not None or block_by_block.outgrows_memory(model)
-    if apart and distill:
-        why = "with --memory" if memory is not None else f"for {model}, which does not fit into memory"
-        msg = f"--distill: expected none {why}, since it needs the whole model; got one; leave it out"
-        raise ValueError(msg)
     if html:
         plot.new_figure()
         check_target(html)
@@ -94,7 +91,7 @@ def compress(
         overrides=dict(map(parse_override, override or ())),
     )
     if apart:
-        _from_disk(model, calibration, output, config, memory, html, as_json=as_json)
+        _from_disk(model, calibration, output, config, memory, distill, html, as_json=as_json)
         return
     with progress() as bar:
         task = bar.add_task("reading")
@@ -119,20 +116,24 @@ def _from_disk(
     output: Path,
     config: PruningConfig,
     memory: str | None,
+    distill: float,
     html: Path | None,
     *,
     as_json: bool,
 ) -> None:
     from sparsam.torch.compression.block_by_block import compress_files  # noqa: PLC0415 - it needs PyTorch
 
-    note("block by block from disk: only pruned; packing and the table of quality need the whole model")
+    done = "pruned and trained" if distill else "only pruned"
+    note(f"block by block from disk: {done}; packing and the table of quality need the whole model")
     with kept("what is done so far; the same command continues from there"), progress() as bar:
         task = bar.add_task("reading")
 
         def show(what: str, done: int, total: int) -> None:
             bar.update(task, description=what, completed=done, total=total)
 
-        report = compress_files(model, calibration, output, config, memory=memory, progress=show)
+        report = compress_files(
+            model, calibration, output, config, memory=memory, distill_minutes=distill, progress=show
+        )
     if html:
         from sparsam.cli.compression_page import render_pruning  # noqa: PLC0415 - it needs PyTorch
 

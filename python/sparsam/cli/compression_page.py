@@ -10,7 +10,7 @@ from sparsam.inputs.display import as_html
 from sparsam.plot.html_page import document, paragraph, picture, table
 from sparsam.report import Report
 from sparsam.torch.compression.compression_report import CompressionReport
-from sparsam.torch.pruning.pruning_report import PrunedWeight, PruningReport
+from sparsam.torch.pruning.pruning_report import DistilledBlock, PrunedWeight, PruningReport
 
 __all__ = ["render", "render_pruning"]
 
@@ -56,10 +56,30 @@ def render_pruning(report: PruningReport, model: str) -> str:
             "Left out, because they need the whole model in memory: its quality on held-out texts, pruning "
             "by magnitude beside it, what runs packed, and times."
         ),
+        *_blocks(report.distilled),
         *map(paragraph, report.warnings),
         *_layers(report.pruned),
     ]
     return document(f"sparsam compress {model}", parts)
+
+
+def _blocks(distilled: Sequence[DistilledBlock]) -> list[str]:
+    """The error of each block before and after its training."""
+    if not distilled:
+        return []
+    return [
+        "<h2>Training</h2>",
+        paragraph(
+            "Each block was trained towards the outputs of the dense network's. Error: the squared "
+            "difference from these on held-out calibration, as a share of their energy. A block that is not "
+            "better keeps the values from before."
+        ),
+        table(
+            ("block", "steps", "error before", "error after"),
+            ((one.name, f"{one.steps:,}", f"{one.before:.2e}", f"{one.after:.2e}") for one in distilled),
+            texts=1,
+        ),
+    ]
 
 
 def _layers(pruned: Sequence[PrunedWeight]) -> list[str]:

@@ -115,20 +115,43 @@ def test_a_page_of_what_was_pruned(tmp_path: Path, capsys: pytest.CaptureFixture
         assert cells in text
 
 
-def test_distilling_needs_the_whole_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_training_block_by_block(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source, page = directory(tmp_path / "dense", decoder()), tmp_path / "page.html"
+    options = ("--calibration", written(tmp_path), "--sparsity", "0.5", "--method", "wanda", "--json")
+    out = tmp_path / "out"
+    more = ("--memory", "1GiB", "--distill", "0.01", "--html", page)
+    result = run(capsys, "compress", source, *options, "-o", out, *more)
+    assert "block by block from disk: pruned and trained; packing and the table" in result.err
+    report = json.loads(result.out)
+    names = ["model.layers.0", "model.layers.1"]
+    assert [block["name"] for block in report["distilled"]] == names
+    assert all(block["after"] < block["before"] for block in report["distilled"])
+    assert all(f'<td class="text">{name}</td>' in page.read_text() for name in names)
+    assert transformers.LlamaForCausalLM.from_pretrained(out)
+
+
+def test_training_comes_nearer_to_the_dense_model(tmp_path: Path) -> None:
     source = directory(tmp_path / "dense", encoder())
-    options = (
-        "--calibration",
-        written(tmp_path),
-        "-o",
-        tmp_path / "out",
-        "--memory",
-        "1GiB",
-        "--distill",
-        "1",
-    )
-    message = fail(capsys, "compress", source, *options)
-    assert "--distill: expected none with --memory, since it needs the whole model" in message
+    config = PruningConfig(target_sparsity=0.6, method="wanda")
+    compress_files(source, texts(), tmp_path / "pruned", config)
+    compress_files(source, texts(), tmp_path / "trained", config, distill_steps=20)
+    loaded = read_directory(source, tmp_path)
+    batches = batches_of(texts(), loaded.tokenizer, running=loaded.causal, longest=loaded.longest)
+
+    def distance(folder: Path) -> float:
+        other = read_directory(folder, tmp_path).model
+        total = 0.0
+        with torch.no_grad():
+            for batch in batches.held_out:
+                rows = batch["attention_mask"].bool()
+                a, b = (one(**batch).last_hidden_state[rows] for one in (other, loaded.model))
+                total += float((a - b).square().sum())
+        return total
+
+    assert distance(tmp_path / "trained") < distance(tmp_path / "pruned")
+    zeros = [load_file(tmp_path / name / "model.safetensors") for name in ("pruned", "trained")]
+    weights = [name for name in zeros[0] if name.startswith("encoder.layer") and zeros[0][name].ndim == 2]
+    assert all(torch.equal(zeros[0][name] == 0, zeros[1][name] == 0) for name in weights)
 
 
 @pytest.mark.parametrize("memory", [(), ("--memory", "1GiB")])

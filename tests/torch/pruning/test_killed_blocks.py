@@ -11,5 +11,6 @@ from killed_runs import check_killed_runs
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="this machine cannot fork a run and kill it")
-def test_killed_again_and_again(tmp_path: Path) -> None:
-    check_killed_runs("blocks", tmp_path, times=60, seed=2)
+@pytest.mark.parametrize(("kind", "times"), [("blocks", 60), ("trained", 40)])
+def test_killed_again_and_again(kind: str, times: int, tmp_path: Path) -> None:
+    check_killed_runs(kind, tmp_path, times=times, seed=2)

@@ -18,7 +18,7 @@ from sparsam.torch.compression.model_directory import (
     read_directory,
 )
 from sparsam.torch.compression.texts import batches_of
-from sparsam.torch.compression.workflow import SAMPLES, read_arguments, texts_of
+from sparsam.torch.compression.workflow import SAMPLES, check_minutes, read_arguments, texts_of
 from sparsam.torch.pruning.from_files.workflow import prune_files
 from sparsam.torch.pruning.pruning_report import PruningReport
 
@@ -51,12 +51,14 @@ def compress_files(
     config: PruningConfig | None = None,
     *,
     memory: int | str | None = None,
+    distill_minutes: float = 0.0,
+    distill_steps: int | None = None,
     progress: streaming.Progress | None = None,
 ) -> PruningReport:
     """Prunes a Hugging Face model block by block from its files, which need not fit into memory.
 
     The pruning is that of `compress`. The result is a directory like the source, with zeros: nothing is
-    trained, packed or measured on the whole model. A call that was interrupted continues when it is repeated.
+    packed, or measured on the whole model. A call that was interrupted continues when it is repeated.
 
     Args:
         model: As for `compress`, with its weights in safetensors.
@@ -64,6 +66,9 @@ def compress_files(
         output: As for `compress`.
         config: As for `compress`.
         memory: As for `prune_files`.
+        distill_minutes: How long to train after pruning, block by block, on the calibration; 0: no limit if
+            there are `distill_steps`, else not at all.
+        distill_steps: As for `prune_files`.
         progress: As for `prune_files`.
 
     Returns:
@@ -74,6 +79,7 @@ def compress_files(
         ImportError: transformers is not installed.
     """
     target, given = read_arguments(model, output, config)
+    check_minutes(distill_minutes)
     texts = texts_of(calibration)
     source = read_directory(Path(model), target, loaded=False)
     batches = batches_of(texts, source.tokenizer, running=source.causal, longest=source.longest)
@@ -85,6 +91,8 @@ def compress_files(
         given,
         calibration_samples=SAMPLES[batches.unit],
         memory=memory,
+        distill_steps=distill_steps,
+        distill_seconds=60 * distill_minutes or None,
         progress=progress,
         copy_beside=lambda _, place: _complete(source, place),
     )

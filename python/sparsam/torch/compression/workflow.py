@@ -35,7 +35,7 @@ from sparsam.torch.pruning.gradients import GRADIENT_METHODS
 from sparsam.torch.pruning.one_shot import prune
 from torch import Tensor, nn
 
-__all__ = ["SAMPLES", "compress", "read_arguments", "texts_of"]
+__all__ = ["SAMPLES", "check_minutes", "compress", "read_arguments", "texts_of"]
 
 SAMPLES = {"sentences": 1024, "windows": 64}  # of calibration, at most
 _CURVE = (0.5, 0.6, 0.7, 0.8, 0.9)
@@ -81,8 +81,7 @@ def compress(
     """
     start = time.perf_counter()
     target, given = read_arguments(model, output, config)
-    if not (isinstance(distill_minutes, Real) and math.isfinite(distill_minutes) and distill_minutes >= 0):
-        raise ValueError(expected("distill_minutes", distill_minutes, "a number from 0", "leave it out"))
+    check_minutes(distill_minutes)
     texts = texts_of(calibration)
     parts = 6 if distill_minutes else 5
     progress("reading", 0, parts)
@@ -148,6 +147,12 @@ def read_arguments(
         wanted = "one that needs no labels: 'admm', 'obs', 'wanda', 'ria', 'magnitude' or 'random'"
         raise ValueError(expected("method", given.method, wanted, "use sparsam.torch.prune with a loss_fn"))
     return target, given
+
+
+def check_minutes(minutes: float) -> None:
+    """Raises ValueError for anything but a time of at least 0."""
+    if not (isinstance(minutes, Real) and math.isfinite(minutes) and minutes >= 0):
+        raise ValueError(expected("distill_minutes", minutes, "a number from 0", "leave it out"))
 
 
 def texts_of(calibration: str | Path | Sequence[str]) -> list[str]:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from weakref import ref
 
 import torch
+from sparsam.torch.pruning.activations import ActivationMeter
 from sparsam.torch.pruning.calibration import Batch
 from sparsam.torch.pruning.forward_passes import (
     Ended,
@@ -68,6 +71,7 @@ def plan_calls(
     batches: Sequence[Batch],
     weights: Mapping[str, PrunableWeight],
     move: Callable[[Collection[Pass]], None] = advance,
+    meter: ActivationMeter | None = None,
 ) -> CallPlan:
     """Runs batches through the dense network until every weight has been called.
 
@@ -76,13 +80,14 @@ def plan_calls(
         batches: The calibration.
         weights: The weights to watch.
         move: Lets passes continue.
+        meter: Measures the first of them.
 
     Raises:
         ValueError: No batch reaches a weight.
     """
     plan, reached = CallPlan(), set[str]()
     for index, batch in enumerate(batches):
-        trace = _Trace(network, batch, index, plan, weights)
+        trace = _Trace(network, batch, index, plan, weights, None if index else meter)
         try:
             move([trace])
         finally:
@@ -109,8 +114,11 @@ class _Trace(Pass):
         index: int,
         plan: CallPlan,
         weights: Mapping[str, PrunableWeight],
+        meter: ActivationMeter | None,
     ) -> None:
         super().__init__(network, batch, index, Slots(1))
+        self._meter = meter
+        self._copied = 0
         self._weights = weights
         self.calls: Counter[str] = Counter()
         self._plan = plan
@@ -125,6 +133,10 @@ class _Trace(Pass):
 
     def before(self, name: str, inputs: Callable[[], Inputs], again: Callable[[], Tensor]) -> None:
         del again
+        if self._meter is not None:
+            kernel = self._weights[name].parameter.shape[2:]
+            self._copied = math.prod(kernel) * sum(tensor.nbytes for tensor in inputs())
+            self._meter.wait()
         self.calls[name] += 1
         if self.calls[name] > 1 or name in self._known:
             return
@@ -148,8 +160,16 @@ class _Trace(Pass):
         if gate.head and self.calls.keys() >= self._weights.keys():
             raise Ended  # its outputs are as wide as the vocabulary, and not needed
         super().enter(gate)
+        if self._meter is not None:
+            self._meter.begin(gate)
+
+    def measured(self) -> AbstractContextManager[object]:
+        return nullcontext() if self._meter is None else self._meter
 
     def after(self, name: str, output: Callable[[], Tensor | None]) -> None:
+        if self._meter is not None and (made := output()) is not None:
+            self._meter.move(self._copied + 3 * made.nbytes)
+            self._meter.wait()
         if self.calls[name] == 1 and name not in self._known and (given := output()) is not None:
             self._pending[name] = self._plan.place(name)
             self.track(name, given)
@@ -161,6 +181,8 @@ class _Trace(Pass):
         return last
 
     def meets(self, residual: Residual) -> None:
+        if self._meter is not None:
+            self._meter.wait()
         name = residual.own.name
         self._used(residual.own)
         if name in self._pending:
@@ -170,6 +192,8 @@ class _Trace(Pass):
                 self._sums.add(name)
 
     def added(self, name: str, total: Tensor) -> None:
+        if self._meter is not None:
+            self._meter.wait()
         if name in self._sums and name not in self._totals:
             self._totals[name] = Tracked(name, total)
             self._tracked[id(total)] = self._totals[name]

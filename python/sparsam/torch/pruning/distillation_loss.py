@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from sparsam.torch.pruning.calibration import Batch
+from sparsam.torch.pruning.hidden_states import unpadded_rows
 from torch import Tensor, nn
 
 __all__ = ["distillation_loss"]
@@ -37,10 +38,10 @@ def distillation_loss(
     for name in (name for name in states if name in wanted):
         state = states[name]
         _same_shape(f"hidden state of {name!r}", state, wanted[name], "use layers='outputs'")
-        a, b = _rows(state, batch), _rows(wanted[name], batch)
+        a, b = unpadded_rows(state, batch), unpadded_rows(wanted[name], batch)
         hidden.append(_distance(a, b))
     _same_shape("output of the student", found, target, "distill from a teacher with the same outputs")
-    a, b = _rows(found, batch), _rows(target, batch)
+    a, b = unpadded_rows(found, batch), unpadded_rows(target, batch)
     if a.shape[-1] == 1:
         loss = _distance(a, b)
     elif divergence:
@@ -53,13 +54,6 @@ def distillation_loss(
 
 def _distance(a: Tensor, b: Tensor) -> Tensor:
     return (a - b).square().sum() / b.square().sum().clamp_min(1e-12)
-
-
-def _rows(tensor: Tensor, batch: Batch) -> Tensor:
-    """A tensor (..., features) as rows (n, features) in float32, without padding."""
-    rows = tensor.reshape(-1, tensor.shape[-1]).float()
-    mask = batch.row_mask(tensor.shape[:-1]) if tensor.ndim == 3 else None
-    return rows if mask is None else rows[mask]
 
 
 def _same_shape(what: str, tensor: Tensor, target: Tensor, do: str) -> None:

@@ -10,12 +10,14 @@ from __future__ import annotations
 import contextvars
 import threading
 from collections.abc import Callable, Collection, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 import torch
+from sparsam.inputs.system import return_freed_memory
 from sparsam.torch.pruning.calibration import Batch
 from sparsam.torch.pruning.layer_inputs import Inputs
 from torch import Tensor, nn
@@ -115,7 +117,12 @@ class Rectifier:
 class Slots:
     """Limits how many passes compute at the same time."""
 
-    def __init__(self, passes: int) -> None:
+    def __init__(self, passes: int, *, frugal: bool = False) -> None:
+        """Slots for a number of passes; `frugal`: each returns freed memory to the system when it waits.
+
+        The C library keeps what a thread has freed for the same thread, and each pass has one.
+        """
+        self._frugal = frugal
         threads = torch.get_num_threads()
         self.running = max(1, min(threads, passes))
         self.each = max(1, threads // self.running)
@@ -125,6 +132,8 @@ class Slots:
         self._free.acquire()
 
     def __exit__(self, *_: object) -> None:
+        if self._frugal:
+            return_freed_memory()
         self._free.release()
 
 
@@ -172,6 +181,10 @@ class Pass:
     def joined(self, tracked: Sequence[Tracked]) -> Tracked:
         """Chooses which of two tracked outputs, added to each other, is tracked further."""
         return tracked[-1]
+
+    def measured(self) -> AbstractContextManager[object]:
+        """What is entered in the thread of the pass while it runs."""
+        return nullcontext()
 
     def track(self, name: str, output: Tensor) -> None:
         """Starts to track an output."""
@@ -239,7 +252,7 @@ class Pass:
             with self._slots, torch.no_grad():
                 torch.set_num_threads(self._slots.each)
                 _active.current = self
-                with _Watch(self):
+                with self.measured(), _Watch(self):
                     self._network(*self.batch.args, **self.batch.kwargs)
         except Ended:
             pass

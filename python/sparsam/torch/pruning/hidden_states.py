@@ -7,13 +7,14 @@ from contextlib import AbstractContextManager
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
+from sparsam.torch.pruning.calibration import Batch
 from sparsam.torch.pruning.prunable import prunable_weights
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-__all__ = ["HiddenStates", "block_names", "first_tensor"]
+__all__ = ["HiddenStates", "block_names", "first_tensor", "unpadded_rows"]
 
 
 class HiddenStates(AbstractContextManager["HiddenStates"]):
@@ -83,3 +84,10 @@ def first_tensor(result: Any) -> Tensor | None:
             if tensor is not None:
                 return tensor
     return None
+
+
+def unpadded_rows(tensor: Tensor, batch: Batch) -> Tensor:
+    """Returns a tensor (..., features) as rows (n, features) in float32, without a batch's padding."""
+    rows = tensor.reshape(-1, tensor.shape[-1]).float()
+    mask = batch.row_mask(tensor.shape[:-1]) if tensor.ndim == 3 else None
+    return rows if mask is None else rows[mask]

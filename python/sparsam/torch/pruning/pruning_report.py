@@ -10,7 +10,7 @@ from sparsam.inputs.display import printable
 from sparsam.report import LayerStats, Report
 from sparsam.torch.pruning.layer_fits import NewLayer
 
-__all__ = ["PrunedWeight", "PruningReport"]
+__all__ = ["DistilledBlock", "PrunedWeight", "PruningReport"]
 
 _RULE = "embeddings, norms, biases and heads of language models stay dense; exclude= leaves more"
 
@@ -35,6 +35,33 @@ class PrunedWeight(LayerStats):
 
 
 @dataclass(frozen=True)
+class DistilledBlock:
+    """A block that was trained after pruning, towards the outputs of the dense network's.
+
+    Attributes:
+        name: Its name.
+        steps: Of the training.
+        before: The squared difference from those outputs on held-out inputs, relative to their squared norm.
+        after: The same after the training.
+    """
+
+    name: str
+    steps: int
+    before: float
+    after: float
+
+    @property
+    def final(self) -> float:
+        """The error of the values that it has."""
+        return min(self.before, self.after)
+
+    @property
+    def improved(self) -> bool:
+        """Whether it has the values that it was trained to; otherwise those from before."""
+        return self.after < self.before
+
+
+@dataclass(frozen=True)
 class PruningReport(Report):
     """The statistics of every weight of two or more axes, pruned or dense; `print(report)` shows a table.
 
@@ -44,6 +71,7 @@ class PruningReport(Report):
         seconds: The time of the call, in seconds.
         warnings: The texts of the warnings.
         values: "int8" or "int4" where weights were rounded; "" where not.
+        distilled: The blocks that `prune_files` trained.
     """
 
     layers: tuple[PrunedWeight, ...]
@@ -51,6 +79,7 @@ class PruningReport(Report):
     seconds: float = 0.0
     warnings: tuple[str, ...] = ()
     values: str = ""
+    distilled: tuple[DistilledBlock, ...] = ()
 
     def __init__(
         self,
@@ -59,12 +88,14 @@ class PruningReport(Report):
         seconds: float = 0.0,
         warnings: Iterable[str] = (),
         values: str = "",
+        distilled: Iterable[DistilledBlock] = (),
     ) -> None:
         super().__init__(layers)
         object.__setattr__(self, "calibration", calibration)
         object.__setattr__(self, "seconds", seconds)
         object.__setattr__(self, "warnings", tuple(warnings))
         object.__setattr__(self, "values", values)
+        object.__setattr__(self, "distilled", tuple(distilled))
 
     @property
     def pruned(self) -> tuple[PrunedWeight, ...]:
@@ -83,6 +114,16 @@ class PruningReport(Report):
             lines.append(f"calibration: {printable(self.calibration)}")
         if self.values:
             lines.append(f"values: {_VALUES[self.values]}")
+        if self.distilled:
+            before, after = (
+                sum(getattr(block, what) for block in self.distilled) / len(self.distilled)
+                for what in ("before", "final")
+            )
+            better = sum(block.improved for block in self.distilled)
+            lines.append(
+                f"distilled: {better} of {len(self.distilled)} blocks are better, mean error of outputs "
+                f"{before:.4f} -> {after:.4f}"
+            )
         lines += [f"warning: {printable(text)}" for text in self.warnings]
         return "\n".join([*lines, f"{self.seconds:.1f} s"])
 
@@ -90,6 +131,7 @@ class PruningReport(Report):
         """Returns the dict of `Report` with the other attributes, in plain types."""
         more = {"calibration": self.calibration, "seconds": self.seconds, "warnings": list(self.warnings)}
         more["values"] = self.values
+        more["distilled"] = [asdict(block) for block in self.distilled]
         return super().to_dict() | more
 
     def _columns(self) -> tuple[str, ...]:

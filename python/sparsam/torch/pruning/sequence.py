@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from sparsam.inputs.system import return_freed_memory
+from sparsam.torch.pruning.activations import ActivationMeter
 from sparsam.torch.pruning.calibration import Batch
 from sparsam.torch.pruning.call_plan import Group, plan_calls
 from sparsam.torch.pruning.forward_passes import (
@@ -48,6 +49,8 @@ class LayerSequence:
         dense: Twin | None,
         batches: Sequence[Batch],
         parts: PartsInTurn | None = None,
+        meter: ActivationMeter | None = None,
+        keep: Callable[[Tensor], Tensor] = torch.clone,
     ) -> None:
         """Plans the calls by running the dense network.
 
@@ -56,6 +59,8 @@ class LayerSequence:
             dense: The network whose outputs are the targets; None: each layer's own outputs.
             batches: The calibration.
             parts: Brings the weights of both into memory; None: they are in memory.
+            meter: Measures the activations of the first batch.
+            keep: Copies outputs of the dense network that are needed later.
         """
         self._batches = batches
         self._parts = parts
@@ -65,7 +70,7 @@ class LayerSequence:
         for twin in (pruned, dense):
             if twin is not None:
                 watch(twin.model, twin.weights, current_pass)
-        plan = plan_calls(pruned.model, batches, pruned.weights, self._move)
+        plan = plan_calls(pruned.model, batches, pruned.weights, self._move, meter)
         self.groups = plan.groups
         owners = {
             id(module._buffers["running_mean"]): module
@@ -79,7 +84,7 @@ class LayerSequence:
         self._rectified = plan.rectified
         self._fitted: set[str] = set()
         self._residual: Collection[str] = plan.residual if dense is not None else ()
-        slots = Slots(len(batches))
+        slots = Slots(len(batches), frugal=parts is not None)
         self._slots = slots
         self._ahead: list[_DensePass] = []
         self._wanted = set[str]()
@@ -91,7 +96,7 @@ class LayerSequence:
                 if not group.repeated and pruned.weights[name].kind != "recurrent"
             )
             self._ahead = [
-                _DensePass(dense.model, batch, i, slots, self._wanted, self._residual)
+                _DensePass(dense.model, batch, i, slots, self._wanted, self._residual, keep)
                 for i, batch in enumerate(batches)
             ]
         self._passes = [
@@ -264,8 +269,10 @@ class _DensePass(Pass):
         slots: Slots,
         wanted: Collection[str],
         residual: Collection[str],
+        keep: Callable[[Tensor], Tensor],
     ) -> None:
         super().__init__(network, batch, index, slots)
+        self._keep = keep
         self.goal: set[str] = set()
         self.captured: dict[str, Tensor | None] = {}
         self._wanted, self._residual = wanted, residual
@@ -294,7 +301,7 @@ class _DensePass(Pass):
             self.goal = set()
             self.wait()
         elif output is not None:
-            self.captured[name] = output.clone()  # the model may change it in place
+            self.captured[name] = self._keep(output)  # the model may change it in place
 
 
 class _PrunedPass(Pass):

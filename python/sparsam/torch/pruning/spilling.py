@@ -11,7 +11,7 @@ import torch
 from sparsam.checkpoint.atomic import open_folder
 from torch import Tensor, nn
 
-__all__ = ["spill_outputs"]
+__all__ = ["spill_outputs", "spilled"]
 
 _LEAST = 1 << 16  # bytes; smaller outputs stay in memory
 
@@ -36,6 +36,13 @@ def _spilled(args: Sequence[Any], output: Any, folder: Path) -> Any:
     """The output as a tensor in a mapped file; unchanged if it is small, not a plain tensor, or an input."""
     if type(output) is not Tensor or output.nbytes < _LEAST or any(output is value for value in args):
         return output
+    return spilled(output, folder)
+
+
+def spilled(output: Tensor, folder: Path) -> Tensor:
+    """A copy of a tensor, in a mapped file unless it is small."""
+    if output.nbytes < _LEAST:
+        return output.clone()
     with tempfile.NamedTemporaryFile(dir=folder, prefix="activations-") as file:
         file.truncate(output.nbytes)
         mapped = torch.from_file(file.name, shared=True, size=output.numel(), dtype=output.dtype)

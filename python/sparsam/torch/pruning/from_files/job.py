@@ -12,7 +12,7 @@ from sparsam.config import PruningConfig
 from sparsam.inputs.checks import expected
 from sparsam.torch.pruning.calibration import Batch
 from sparsam.torch.pruning.from_files.model_parts import Part, find_parts
-from sparsam.torch.pruning.from_files.needed_memory import check_memory
+from sparsam.torch.pruning.from_files.needed_memory import Demand, Seen, check_memory, part_size
 from sparsam.torch.pruning.from_files.source_tensors import SourceTensors
 from sparsam.torch.pruning.prunable import heads_of, named_weights, prunable_weights
 from sparsam.torch.pruning.prune_plan import PrunePlan
@@ -88,27 +88,14 @@ class Job:
             and not any(name.startswith(f"{part.name}.") for name in self.plan.weights)
         }
 
-    def check_memory(
-        self,
-        limit: int,
-        *,
-        targets: bool,
-        parallel: bool,
-        groups: Sequence[Sequence[str]] | None = None,
-    ) -> None:
+    def check_memory(self, limit: int, demand: Demand, seen: Seen | None = None) -> None:
         """Raises ValueError if `limit` bytes are not enough; as the function of that name."""
-        reconstructs = self.plan.method.reconstructs
-        check_memory(
-            limit,
-            self.model,
-            self.parts,
-            self.plan.weights,
-            reconstructs=reconstructs,
-            targets=targets,
-            skip=self.heads,
-            groups=groups,
-            parallel=parallel,
-        )
+        check_memory(limit, self.model, self.parts, self.plan.weights, demand, skip=self.heads, seen=seen)
+
+    @property
+    def largest_part(self) -> int:
+        """The bytes of the largest part in memory."""
+        return max(part_size(self.model, part) for part in self.parts if part.name not in self.heads)
 
     def identity(self, batches: Sequence[Batch], config: PruningConfig, settings: str) -> str:
         """The identity of the run: model, files, calibration and configuration."""

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from sparsam.inputs.system import return_freed_memory
+from sparsam.torch.pruning.activations import ActivationMeter, Activations
 from sparsam.torch.pruning.forward_passes import Gate, Pass, advance, current_pass
+from sparsam.torch.pruning.from_files.distilled_blocks import DistilledBlocks
 from sparsam.torch.pruning.from_files.model_parts import Part
 from sparsam.torch.pruning.from_files.source_tensors import SourceTensors
 from sparsam.torch.pruning.saved_progress import SavedProgress
-from sparsam.torch.pruning.twins import Rows, Twin
+from sparsam.torch.pruning.twins import Rows, Twin, set_values
 from torch import Tensor, nn
 
 __all__ = ["PartsInTurn"]
@@ -25,14 +27,21 @@ class _Place:
     attribute: str
     empty: nn.Parameter
 
+    @property
+    def parameter(self) -> nn.Parameter:
+        found = self.module._parameters[self.attribute]
+        assert found is not None
+        return found
+
     def put(self, parameter: nn.Parameter) -> None:
         setattr(self.module, self.attribute, parameter)
 
 
 @dataclass
 class _Held:
-    """A part with its gate, and the places of its Parameters: name -> one in each twin."""
+    """A part with its name and gate, and the places of its Parameters: name -> one in each twin."""
 
+    name: str
     gate: Gate
     places: dict[str, list[_Place]] = field(default_factory=dict)
 
@@ -52,9 +61,10 @@ class PartsInTurn:
             heads: Names of parts that are output layers.
         """
         self._source, self._twins = source, twins
-        self._held = {part.name: _Held(Gate(head=part.name in heads)) for part in parts}
+        self._held = {part.name: _Held(part.name, Gate(head=part.name in heads)) for part in parts}
         self._part_of: dict[str, _Held] = {}
         self._saved: SavedProgress | None = None
+        self._distilled: DistilledBlocks | None = None
         self._group_of: dict[str, int] = {}
         self._rows: Mapping[str, Rows] = {}
         self._lent: dict[str, list[_Place]] = {}
@@ -71,18 +81,29 @@ class PartsInTurn:
                     self._read_buffer(twin.model, name)
         self._fill(around)
 
-    def follow(self, groups: Iterable[Sequence[str]], rows: Mapping[str, Rows], saved: SavedProgress) -> None:
-        """From now on, parts are read with the new values of the groups that are done.
+    def follow(
+        self,
+        groups: Iterable[Sequence[str]],
+        rows: Mapping[str, Rows],
+        saved: SavedProgress,
+        distilled: DistilledBlocks | None = None,
+    ) -> None:
+        """From now on, parts are read with the new values of the groups, and of the blocks, that are done.
 
         Args:
             groups: The names of weights, as they are saved together.
             rows: Name -> the weight in the pruned network.
-            saved: The new values.
+            saved: The new values of groups.
+            distilled: The new values of blocks, which replace those of groups.
         """
         self._group_of = {name: place for place, names in enumerate(groups) for name in names}
-        self._rows, self._saved = rows, saved
+        self._rows, self._saved, self._distilled = rows, saved, distilled
         for held in self._held.values():
             self._release(held)
+
+    def activations(self, meter: ActivationMeter) -> dict[str, Activations]:
+        """Part -> what was measured there."""
+        return {name: meter.found[held.gate] for name, held in self._held.items() if held.gate in meter.found}
 
     def holds(self, name: str, *, lent: bool = False) -> bool:
         """Whether a weight is in memory with its part, or, with `lent`, by itself."""
@@ -90,11 +111,16 @@ class PartsInTurn:
 
     def advance(self, passes: Iterable[Pass]) -> None:
         """As `forward_passes.advance`, opening gates for the passes, one after the other."""
+        for _, waiting in self.turns(passes):
+            advance(waiting)
+
+    def turns(self, passes: Iterable[Pass]) -> Iterator[tuple[str, list[Pass]]]:
+        """Yields each part that passes come to, in memory, and the passes that wait at it, to be advanced."""
         moving = [one for one in passes if not one.finished]
         advance([one for one in moving if one.gate is None])
         while gate := self._first_gate(moving):
             self._open(gate)
-            advance([one for one in moving if one.gate is gate])
+            yield self._behind(gate).name, [one for one in moving if one.gate is gate]
 
     def reach(self, name: str, passes: Sequence[Pass]) -> None:
         """Lets passes continue to the part with a weight, so that no other part is needed in memory.
@@ -150,6 +176,31 @@ class PartsInTurn:
         found = self._rows[weight].places()
         return {f"{names[id(module)]}.{own}".removeprefix("."): (module, own) for module, own in found}
 
+    def parameters(self, part: str) -> dict[str, nn.Parameter]:
+        """The Parameters of a part in the pruned network, brought into memory; shared ones once."""
+        self._open(self._held[part].gate)
+        found: dict[int, tuple[str, nn.Parameter]] = {}
+        for name, places in self._held[part].places.items():
+            found.setdefault(id(places[0].parameter), (name, places[0].parameter))
+        return dict(found.values())
+
+    def tensor(self, name: str) -> Tensor:
+        """A Parameter of the pruned network, final; as for `pruned`."""
+        held = self._part_of[name]
+        self._open(held.gate)
+        return held.places[name][0].parameter.detach()
+
+    def leave_dense(self, part: str) -> None:
+        """Releases what only the dense network has of a part, through which it has come for good."""
+        for places in self._held[part].places.values():
+            for place in places[1:]:
+                place.put(place.empty)
+
+    def read_again(self, part: str) -> None:
+        """Reads a part that is in memory anew, which undoes changes of its Parameters."""
+        self._fill(self._held[part].places)
+        self._renew(self._held[part])
+
     def close(self) -> None:
         """Releases all parts."""
         for held in self._held.values():
@@ -158,13 +209,16 @@ class PartsInTurn:
     def _first_gate(self, passes: Iterable[Pass]) -> Gate | None:
         return next((one.gate for one in passes if one.gate is not None and not one.finished), None)
 
+    def _behind(self, gate: Gate) -> _Held:
+        return next(held for held in self._held.values() if held.gate is gate)
+
     def _open(self, gate: Gate) -> None:
         if gate.open:
             return
-        for held in self._held.values():
-            if held.gate.open and all(one.finished for one in held.gate.inside):
-                self._release(held)
-        held = next(held for held in self._held.values() if held.gate is gate)
+        for other in self._held.values():
+            if other.gate.open and all(one.finished for one in other.gate.inside):
+                self._release(other)
+        held = self._behind(gate)
         self._fill(held.places)
         gate.open = True
         self._renew(held)
@@ -198,6 +252,9 @@ class PartsInTurn:
                     path = next(path for path, module in pruned.named_modules() if module is rows.mean_of)
                     self._read_buffer(pruned, f"{path}.running_mean")
                 new.put(rows)
+        if self._distilled is not None:
+            for name, values in self._distilled.values(held.name):
+                set_values(held.places[name][0].parameter, values)
 
     def _release(self, held: _Held) -> None:
         if held.gate.open:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -32,6 +32,7 @@ def write_shards(
     folder: Path,
     memory: int,
     progress: Progress,
+    distilled: Iterable[str] = (),
 ) -> list[PrunedWeight]:
     """Writes the shards into a folder, except those that are there already, which are complete.
 
@@ -42,6 +43,7 @@ def write_shards(
         folder: The folder to write to.
         memory: Bytes for buffers.
         progress: Called with "writing", the bytes written and their total.
+        distilled: The names of Parameters that were trained.
 
     Returns:
         The report's rows, in the order of the model.
@@ -54,6 +56,8 @@ def write_shards(
             if name in job.source:
                 values = partial(_values, parts, weight, name, job.source.dtype(name))
                 changed[job.source.stored[name]] = values
+    for name in distilled:
+        changed[job.source.stored[name]] = partial(_trained, parts, name, job.source.dtype(name))
     total, done = sum(layout.size for layout in job.layouts), 0
 
     def advance(size: int) -> None:
@@ -83,6 +87,11 @@ def write_shards(
 def _values(parts: PartsInTurn, weight: str, name: str, kind: dtype) -> NDArray[Any]:
     """A tensor that changed with a weight, in the dtype of its file."""
     return to_array(parts.pruned(weight)[name].to(kind).contiguous())
+
+
+def _trained(parts: PartsInTurn, name: str, kind: dtype) -> NDArray[Any]:
+    """A Parameter that was trained, in the dtype of its file."""
+    return to_array(parts.tensor(name).to(kind).contiguous())
 
 
 def _rows(job: Job, known: Mapping[str, NewLayer], found: Mapping[str, LayerStats]) -> Iterator[PrunedWeight]:

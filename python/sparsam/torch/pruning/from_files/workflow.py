@@ -19,16 +19,21 @@ from sparsam.checkpoint.plan import parse_size
 from sparsam.checkpoint.staging import Staging, open_staging
 from sparsam.config import ConfigFields, PruningConfig
 from sparsam.inputs.checks import expected, positive
+from sparsam.torch.pruning.activations import ActivationMeter
 from sparsam.torch.pruning.calibration import Batch, describe, read_calibration
+from sparsam.torch.pruning.forward_passes import Slots
+from sparsam.torch.pruning.from_files.block_distillation import Training, distill_blocks
+from sparsam.torch.pruning.from_files.distilled_blocks import DistilledBlocks
 from sparsam.torch.pruning.from_files.job import Job
+from sparsam.torch.pruning.from_files.needed_memory import Demand, Seen
 from sparsam.torch.pruning.from_files.parts_in_turn import PartsInTurn
 from sparsam.torch.pruning.from_files.shard_writing import write_shards
 from sparsam.torch.pruning.prune_plan import check_executor, check_values, settings_of
-from sparsam.torch.pruning.pruning_report import PrunedWeight, PruningReport
+from sparsam.torch.pruning.pruning_report import DistilledBlock, PrunedWeight, PruningReport
 from sparsam.torch.pruning.saved_progress import SavedProgress
 from sparsam.torch.pruning.sequence import LayerSequence
 from sparsam.torch.pruning.sequence_run import alike, prune_in_sequence
-from sparsam.torch.pruning.spilling import spill_outputs
+from sparsam.torch.pruning.spilling import spill_outputs, spilled
 from sparsam.torch.pruning.twins import Twin
 from torch import nn
 
@@ -51,6 +56,8 @@ def prune_files(
     calibration_samples: int = 1024,
     memory: int | str | None = None,
     executor: Executor | None = None,
+    distill_steps: int | None = None,
+    distill_seconds: float | None = None,
     progress: streaming.Progress | None = None,
     copy_beside: Callable[[Path, Path], None] | None = None,
     **changes: Unpack[ConfigFields],
@@ -83,11 +90,17 @@ def prune_files(
         calibration_samples: As for `prune`.
         memory: How many bytes the call may take in addition to what the process uses: a number, or text like
             2GiB. The estimated memory of each block and the work on it is checked against it, once before
-            anything is read, and again when a first pass has shown which weights are fitted together; None:
-            it is not checked.
+            anything is read, and again when a first pass has shown which weights are fitted together and how
+            large activations are; None: it is not checked.
         executor: As for `prune`.
+        distill_steps: For how many steps each block is trained after pruning, towards the outputs of the
+            dense network's block; None and no `distill_seconds`: not at all. Zeros stay zero. One batch in
+            ten is not trained with; a block whose error on these does not become smaller keeps the values
+            from before.
+        distill_seconds: The same as a time for all blocks together, in equal shares. The result then depends
+            on the machine's speed.
         progress: Called with the name of the current step, how much of it is done, and the total: in weights
-            for "pruning", in bytes for "writing".
+            for "pruning", in blocks for "distilling", in bytes for "writing".
         copy_beside: Called with the directories to copy other files from and to, if both are directories;
             None: all files without weights are copied.
         **changes: Fields of `PruningConfig` to set on top of `config`.
@@ -122,25 +135,30 @@ def prune_files(
         said.append(text)
         dense_targets = False
     check_executor(job.plan, executor)
+    training = Training.of(distill_steps, distill_seconds, model, job.parts, job.plan)
+    demand = Demand(job.plan.method.reconstructs, dense_targets, executor is not None, training.blocks)
     if limit is not None:
-        job.check_memory(limit, targets=dense_targets, parallel=executor is not None)
-    run = job.identity(batches, given, f"{targets} {values} {group}")
+        job.check_memory(limit, demand)
+    run = job.identity(batches, given, f"{targets} {values} {group} {distill_steps} {distill_seconds}")
     show = progress or (lambda *_: None)
     with open_staging(target, is_folder=is_folder, run=run) as staging:
         if not staging.finished:
-            layers = _prune(job, batches, staging, run, executor, limit, show, said, dense_targets)
+            layers, distilled = _prune(
+                job, batches, staging, run, executor, limit, show, said, demand, training
+            )
             streaming.name_files(staging.files, file, shards, is_folder=is_folder)
             if is_folder and Path(src).is_dir():
                 copy = copy_beside or partial(companions.copy, leave=target)
                 copy(Path(src), staging.files)
-            report = _Finished(layers, describe(batches), said)
+            report = _Finished(layers, describe(batches), said, distilled)
             staging.finish(msgspec.json.encode(report).decode())
         else:
             report = decode(staging.finished, _Finished, str(target), "delete what the run left")
     for text in report.said:
         warnings.warn(text, UserWarning, stacklevel=2)
+    seconds = time.perf_counter() - begun
     return PruningReport(
-        report.layers, report.calibration, time.perf_counter() - begun, report.said, values or ""
+        report.layers, report.calibration, seconds, report.said, values or "", report.distilled
     )
 
 
@@ -150,6 +168,7 @@ class _Finished(msgspec.Struct):
     layers: list[PrunedWeight]
     calibration: str
     said: list[str]
+    distilled: list[DistilledBlock]
 
 
 def _prune(
@@ -161,15 +180,18 @@ def _prune(
     limit: int | None,
     show: streaming.Progress,
     said: list[str],
-    dense_targets: bool,
-) -> list[PrunedWeight]:
+    demand: Demand,
+    training: Training,
+) -> tuple[list[PrunedWeight], list[DistilledBlock]]:
     """Fits all layers, keeping their new values in the folder of the run, and writes the shards."""
     weights = list(job.plan.weights.values())
-    twins = [Twin(job.model, weights) for _ in range(2 if dense_targets else 1)]
-    parts = PartsInTurn(job.parts, job.source, twins, job.heads)
-    for twin in twins:
-        spill_outputs(twin.model, staging.work / "activations", {part.name for part in job.parts})
     saved = SavedProgress(staging.work / "fitted", run)
+    blocks = DistilledBlocks(staging.work / "distilled", training.blocks)
+    twins = [Twin(job.model, weights) for _ in range(2 if demand.targets or blocks.names else 1)]
+    parts = PartsInTurn(job.parts, job.source, twins, job.heads)
+    activations = staging.work / "activations"
+    for twin in twins:
+        spill_outputs(twin.model, activations, {part.name for part in job.parts})
     done = 0
 
     def step(what: str, count: int, *, skipped: bool = False) -> None:
@@ -179,10 +201,35 @@ def _prune(
         show("pruning", done, len(weights))
 
     show("pruning", 0, len(weights))
-    with LayerSequence(twins[0], twins[1] if dense_targets else None, batches, parts) as sequence:
-        if limit is not None:
-            groups = [group.names for group in sequence.groups]
-            job.check_memory(limit, targets=dense_targets, parallel=executor is not None, groups=groups)
-        parts.follow([group.names for group in sequence.groups], sequence.layers, saved)
+    meter = None if limit is None else ActivationMeter()
+    dense = twins[1] if demand.targets else None
+    keep = partial(spilled, folder=activations)
+    with LayerSequence(twins[0], dense, batches, parts, meter, keep) as sequence:
+        groups = [group.names for group in sequence.groups]
+        if limit is not None and meter is not None:
+            seen = Seen(groups, parts.activations(meter), Seen.sizes_of(batches), Slots(len(batches)).running)
+            job.check_memory(limit, demand, seen)
+        parts.follow(groups, sequence.layers, saved, blocks)
         known = prune_in_sequence(sequence, job.plan, executor, saved, step, said)
-    return write_shards(job, known, parts, staging.files, limit or 1 << 31, show)
+    distilled: list[DistilledBlock] = []
+    if blocks.names:
+        parts.close()
+        show("distilling", 0, len(blocks.names))
+        distilled, skipped = distill_blocks(
+            twins,
+            parts,
+            batches,
+            blocks,
+            training,
+            activations,
+            lambda done: show("distilling", done, len(blocks.names)),
+        )
+        if skipped:
+            more = f" (and {len(skipped) - 1} others)" if skipped[1:] else ""
+            said.append(
+                f"distillation: expected blocks that each pass calls once; got {skipped[0]!r}{more}; what "
+                "pruning gave is kept; load the model and call sparsam.torch.distill"
+            )
+    room = 1 << 31 if limit is None else max(limit - job.largest_part, 1)
+    layers = write_shards(job, known, parts, staging.files, room, show, blocks.changed())
+    return layers, distilled

@@ -14,7 +14,7 @@ from pruning_models import model_and_batches
 from safetensors.torch import load_file
 
 import torch
-from sparsam.torch import prune_files
+from sparsam.torch import distill, prune_files
 from sparsam.torch.pruning.from_files import block_distillation
 from torch import Tensor, nn
 
@@ -94,7 +94,7 @@ def test_the_same_bits_each_time_and_after_a_stop(
     model, batches = model_and_batches("llama", 8)
     saved(model, tmp_path / FILE, dtype)
     from_files(model, tmp_path / FILE, tmp_path / "once", batches, **TRAINED)
-    whole = block_distillation.distill
+    whole = distill
     for after in (0, 1):
         target = tmp_path / f"stopped-{after}"
         calls = itertools.count()
@@ -145,7 +145,7 @@ def test_a_block_that_is_not_better_stays_as_it_was(tmp_path: Path, monkeypatch:
     model, batches = model_and_batches("llama", 8)
     saved(model, tmp_path / FILE)
     from_files(model, tmp_path / FILE, tmp_path / "plain", batches, **OBS)
-    whole = block_distillation.distill
+    whole = distill
 
     def spoilt(student: nn.Module, *args: Any, **options: Any) -> Any:
         report = whole(student, *args, **options)

@@ -89,7 +89,8 @@ def compress(
     batches = batches_of(texts, source.tokenizer, running=source.causal, longest=source.longest)
     check_outputs(source.model, batches.held_out[0])
     chosen = _shapes(source, shapes)
-    vocabulary = int(source.model.config.vocab_size)
+    configured_as: Any = source.model.config
+    vocabulary = int(configured_as.vocab_size)
     examples = [example(shape, vocabulary) for shape in chosen]
     work = _Work(source, batches)
     work.reach("dense", source.nbytes)

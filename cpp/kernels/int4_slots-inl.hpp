@@ -24,7 +24,7 @@ void multiply_int4_groups(const Int4View& w, std::size_t begin, std::size_t end,
       const std::uint8_t* start = w.starts_of(w.first_pair(group, unit));
       const std::uint8_t* const last = w.codes + kBytes * w.first_pair(group, unit + 1);
       const std::uint8_t* const from = x + unit * w.width;
-      Nibbles::Sums sum[kBatch];
+      Nibbles::Sums sum[kBatch], zeros = Nibbles::zero();
 #pragma GCC unroll 8
       for (std::size_t t = 0; t < kBatch; ++t) sum[t] = Nibbles::zero();
       for (; code != last; code += kBytes, start += 2) {
@@ -32,10 +32,12 @@ void multiply_int4_groups(const Int4View& w, std::size_t begin, std::size_t end,
           for (std::size_t line = 0; line < kBytes; line += 64) __builtin_prefetch(code + kAhead + line);
         SPARSAM_CHECK(unit * w.width + start[0] < w.cols && unit * w.width + start[1] < w.cols + kInt4Window);
         const Nibbles::Step first(code, levels, false);
+        zeros = Nibbles::add_zero(zeros, first);
 #pragma GCC unroll 8
         for (std::size_t t = 0; t < kBatch; ++t)
           sum[t] = Nibbles::add(sum[t], first, from + start[0] + t * x_stride);
         const Nibbles::Step second(code, levels, true);
+        zeros = Nibbles::add_zero(zeros, second);
 #pragma GCC unroll 8
         for (std::size_t t = 0; t < kBatch; ++t)
           sum[t] = Nibbles::add(sum[t], second, from + start[1] + t * x_stride);
@@ -43,7 +45,7 @@ void multiply_int4_groups(const Int4View& w, std::size_t begin, std::size_t end,
       const Floats::Reg scales = Floats::load_values(reinterpret_cast<const Bfloat*>(scale));
 #pragma GCC unroll 8
       for (std::size_t t = 0; t < kBatch; ++t) {
-        const Floats::Reg scaled = Floats::mul(Nibbles::to_floats(sum[t]), scales);
+        const Floats::Reg scaled = Floats::mul(Nibbles::to_floats(sum[t], zeros), scales);
         Floats::store(total + t * kLanes, Floats::add(Floats::load(total + t * kLanes), scaled));
       }
     }

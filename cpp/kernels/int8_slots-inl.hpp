@@ -8,7 +8,7 @@ namespace {
 
 // Written flat: sums that a lambda or a struct captured would live in memory, and every step would wait for
 // its store (tests/project/test_build.py looks for that).
-template <std::size_t kBatch>
+template <std::size_t kBatch, class Same = Bytes>  // a name for what not all Bytes have
 void multiply_groups(const Int8View& w, std::size_t begin, std::size_t end, const std::uint8_t* x,
                      std::size_t x_stride, const float* x_scale, const Epilogue& epilogue, const Output& y) {
   constexpr std::size_t kBytes = int8_pair_bytes(Bytes::kLanes, Bytes::kWindow);
@@ -40,9 +40,12 @@ void multiply_groups(const Int8View& w, std::size_t begin, std::size_t end, cons
       for (std::size_t t = 0; t < kBatch; ++t) {
         const Bytes::Window from = Bytes::window(x0 + t * x_stride);
         const Bytes::Window next = kStarts == 1 ? from : Bytes::window(x1 + t * x_stride);
-        sum[t] = Bytes::add_first(sum[t], pair, from);
-        Bytes::Sums& other = kApart ? second[t % kSeconds] : sum[t];
-        other = Bytes::add_second(other, pair, next);
+        if constexpr (kApart) {
+          sum[t] = Bytes::add_first(sum[t], pair, from);
+          second[t] = Bytes::add_second(second[t], pair, next);
+        } else {
+          sum[t] = Same::add_both(sum[t], pair, from, next);
+        }
       }
     }
     if constexpr (kApart && !kHalves) {

@@ -45,22 +45,22 @@ SPARSAM_INLINE void bitmask_row(const BitmaskView& w, std::size_t row, const flo
     for (auto& chain : of_one) chain = Floats::zero();
   for (std::size_t k = 0; k < w.row_words; ++k) {
     const std::uint64_t word = words[k];
+    const Floats::Counts counts(word);
 #pragma GCC unroll 4
     for (std::size_t line = 0; line < kLines; ++line)
       __builtin_prefetch(reinterpret_cast<const char*>(p) + kAhead + 64 * line);
 #pragma GCC unroll 8
     for (std::size_t step = 0; step < kSteps; ++step) {
       const auto bits = static_cast<std::uint32_t>(word >> (step * kLanes)) & ((1u << kLanes) - 1);
-      const std::uint64_t before = step == 0 ? 0 : word << (64 - step * kLanes);
-      const Value* values = p + __builtin_popcountll(before);
+      const auto weights = Floats::expanded(p + counts.before(step), bits);
 #pragma GCC unroll 4
       for (std::size_t t = 0; t < kBatch; ++t) {
         Floats::Reg& chain = sum[t][step % kChains];
-        chain = Floats::fma_expanded(values, bits, Floats::load(x + t * x_stride + k * 64 + step * kLanes),
-                                     chain);
+        const auto columns = Floats::load(x + t * x_stride + k * 64 + step * kLanes);
+        chain = Floats::fma_expanded(weights, columns, chain);
       }
     }
-    p += __builtin_popcountll(word);
+    p += counts.all();
   }
   SPARSAM_CHECK(p == static_cast<const Value*>(w.values) + w.row_start[row + 1]);
   for (std::size_t t = 0; t < kBatch; ++t) {

@@ -22,11 +22,12 @@ struct AnySlotLanes {
   // Of 8 slots, slot i has its column in bits [3 i, 3 i + 3) of a word of 32 bits, and is used where bit 24 +
   // i is set. Of 16 slots, slot i has it in bits [4 (i / 2), 4 (i / 2) + 4) of the lower (even i) or upper
   // (odd i) half of a word of 64, and a bit of another word.
+  struct Constants {};
   struct Step {
     std::uint8_t offset[kRows];
     std::uint32_t used;
 
-    Step(const SlotView& w, std::size_t step) {
+    Step(const Constants&, const SlotView& w, std::size_t step) {
       if constexpr (kRows == 8) {
         const std::uint32_t word = static_cast<const std::uint32_t*>(w.words)[step];
         used = word >> 24;

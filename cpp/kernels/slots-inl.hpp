@@ -58,13 +58,14 @@ SPARSAM_INLINE void slot_group(const SlotView& w, std::size_t g, const float* co
   const SlotStart* const group = w.groups + g;
   const Value* p = static_cast<const Value*>(w.values) + group[0].value;
   std::size_t start = 0;
+  const typename Lanes::Constants constants;
   typename Lanes::Reg sum[kBatch][kChains];
   for (auto& of_one : sum)
     for (auto& chain : of_one) chain = Lanes::zero();
   const auto add = [&](std::size_t step, std::size_t chain) __attribute__((always_inline)) {
     start += w.starts[step];
     SPARSAM_CHECK(start + (w.cols < kRows ? 0 : kRows) <= w.cols);
-    const typename Lanes::Step now(w, step);
+    const typename Lanes::Step now(constants, w, step);
     const auto weights = Slots::weights(now, p);
 #pragma GCC unroll 8
     for (std::size_t t = 0; t < kBatch; ++t)
@@ -125,11 +126,11 @@ void slot_each(const SlotView& w, std::size_t block, const float* x, std::size_t
     slot_block<kRows, Slots, Value, 1>(w, block, x + t * x_stride, x_stride, 1, sums + t * kSlotPitch);
 }
 
-// As many rows of x at once as there are, if a register holds their sums.
+// As many rows of x at once as there are, if registers hold their sums.
 template <class Slots, class Value>
 void slot_batch(const SlotView& w, std::size_t block, const float* x, std::size_t x_stride, std::size_t batch,
                 float* sums) {
-  if constexpr (!Floats::kOneRegister) {
+  if constexpr (!Floats::kEightSums) {
     slot_each<kLanes, Slots, Value>(w, block, x, x_stride, batch, sums);
   } else {
     if (batch == 1) slot_block<kLanes, Slots, Value, 1>(w, block, x, x_stride, batch, sums);

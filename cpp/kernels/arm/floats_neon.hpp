@@ -11,32 +11,46 @@ namespace sparsam::SPARSAM_TARGET {
 namespace {
 
 // Byte shuffles that move packed floats to their lanes: byte[bits] says which packed byte goes where; an
-// index past the last gives 0.
+// index past the last gives 0. And how many bits there are, for which NEON takes four instructions.
 struct ExpandTable {
-  alignas(16) std::uint8_t byte[16][16];
-  constexpr ExpandTable() : byte() {
-    for (unsigned bits = 0; bits < 16; ++bits) {
+  alignas(64) std::uint8_t byte[256][32];
+  std::uint8_t count[256];
+  constexpr ExpandTable() : byte(), count() {
+    for (unsigned bits = 0; bits < 256; ++bits) {
       unsigned n = 0;
-      for (unsigned lane = 0; lane < 4; ++lane) {
+      for (unsigned lane = 0; lane < 8; ++lane) {
         const unsigned used = bits >> lane & 1;
         for (unsigned i = 0; i < 4; ++i)
           byte[bits][4 * lane + i] = static_cast<std::uint8_t>(used != 0 ? 4 * n + i : 255);
         n += used;
       }
+      count[bits] = static_cast<std::uint8_t>(n);
     }
   }
 };
 constexpr ExpandTable kExpand;
 
-inline float32x4_t expand4(float32x4_t values, std::uint32_t bits) {
-  return vreinterpretq_f32_u8(vqtbl1q_u8(vreinterpretq_u8_f32(values), vld1q_u8(kExpand.byte[bits])));
-}
-
 struct Floats {
   static constexpr std::size_t kLanes = 8;
   static constexpr bool kOneRegister = false;  // for a Reg
+  static constexpr bool kEightSums = true;     // stay in registers
   struct Reg {
     float32x4_t part[2];
+  };
+
+  // Where the values of a step begin, among those of a word of 64 columns: NEON counts the bits of all its
+  // bytes at once.
+  class Counts {
+   public:
+    explicit Counts(std::uint64_t word) {
+      const uint8x8_t each = vcnt_u8(vcreate_u8(word));
+      upto_ = vget_lane_u64(vreinterpret_u64_u8(each), 0) * 0x0101010101010101;
+    }
+    std::size_t before(std::size_t step) const { return step == 0 ? 0 : upto_ >> (8 * (step - 1)) & 255; }
+    std::size_t all() const { return upto_ >> 56; }
+
+   private:
+    std::uint64_t upto_;  // byte i has those of the first i + 1
   };
 
   template <class F>
@@ -144,26 +158,47 @@ struct Floats {
     return vreinterpretq_f32_u32(vshll_n_u16(vld1_u16(&p->bits), 16));
   }
   static float32x4_t load4(const Half* p) { return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(&p->bits))); }
+  static Reg load_values(const float* p) { return load(p); }
+  static Reg load_values(const Bfloat* p) {
+    const uint16x8_t all = vld1q_u16(&p->bits);
+    return {{vreinterpretq_f32_u32(vshll_n_u16(vget_low_u16(all), 16)),
+             vreinterpretq_f32_u32(vshll_high_n_u16(all, 16))}};
+  }
+  static Reg load_values(const Half* p) {
+    const float16x8_t all = vreinterpretq_f16_u16(vld1q_u16(&p->bits));
+    return {{vcvt_f32_f16(vget_low_f16(all)), vcvt_high_f32_f16(all)}};
+  }
+  // Eight packed values, as two registers that one shuffle reads. The load of both keeps GCC from copying
+  // them.
+  static uint8x16x2_t packed(const float* p) { return vld1q_u8_x2(reinterpret_cast<const std::uint8_t*>(p)); }
   template <class Value>
-  static Reg load_values(const Value* p) {
-    return {{load4(p), load4(p + 4)}};
+  static uint8x16x2_t packed(const Value* p) {
+    const Reg all = load_values(p);
+    return {{vreinterpretq_u8_f32(all.part[0]), vreinterpretq_u8_f32(all.part[1])}};
   }
   // The values at p, the first ones packed, in the lanes of `bits`; 0 in the others.
   template <class Value>
   static Reg expand(const Value* p, std::uint32_t bits) {
-    return {{expand4(load4(p), bits & 15), expand4(load4(p + __builtin_popcount(bits & 15)), bits >> 4)}};
-  }
-  static uint32x4_t lanes_of(std::uint32_t bits, const std::uint32_t (&of)[4]) {
-    return vtstq_u32(vdupq_n_u32(bits), vld1q_u32(of));
-  }
-  // sum + w * x in the lanes of `bits`, w being the next values at p.
-  template <class Value>
-  static Reg fma_expanded(const Value* p, std::uint32_t bits, const Reg& x, const Reg& sum) {
-    constexpr std::uint32_t kBits[2][4] = {{1, 2, 4, 8}, {16, 32, 64, 128}};
-    const Reg w = expand(p, bits);
+    const uint8x16x2_t all = packed(p);
     return map([&](std::size_t i) {
-      const uint32x4_t kept = vandq_u32(vreinterpretq_u32_f32(x.part[i]), lanes_of(bits, kBits[i]));
-      return vfmaq_f32(sum.part[i], w.part[i], vreinterpretq_f32_u32(kept));
+      return vreinterpretq_f32_u8(vqtbl2q_u8(all, vld1q_u8(kExpand.byte[bits] + 16 * i)));
+    });
+  }
+  struct Expanded {
+    Reg weights;
+    uint32x4_t lanes[2];  // all ones where there is a weight
+  };
+  template <class Value>
+  static Expanded expanded(const Value* p, std::uint32_t bits) {
+    constexpr std::uint32_t kBits[2][4] = {{1, 2, 4, 8}, {16, 32, 64, 128}};
+    const uint32x4_t all = vdupq_n_u32(bits);
+    return {expand(p, bits), {vtstq_u32(all, vld1q_u32(kBits[0])), vtstq_u32(all, vld1q_u32(kBits[1]))}};
+  }
+  // sum + w * x in the lanes of the step.
+  static Reg fma_expanded(const Expanded& w, const Reg& x, const Reg& sum) {
+    return map([&](std::size_t i) {
+      const uint32x4_t kept = vandq_u32(vreinterpretq_u32_f32(x.part[i]), w.lanes[i]);
+      return vfmaq_f32(sum.part[i], w.weights.part[i], vreinterpretq_f32_u32(kept));
     });
   }
 };

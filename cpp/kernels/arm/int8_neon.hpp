@@ -10,7 +10,12 @@ namespace sparsam::SPARSAM_TARGET {
 namespace {
 
 struct Bytes {
-  static constexpr std::size_t kLanes = 8, kWindow = 16, kApart = 2;
+  static constexpr std::size_t kLanes = 8, kWindow = 16;
+#ifdef __ARM_FEATURE_DOTPROD
+  static constexpr std::size_t kApart = 2;
+#else
+  static constexpr std::size_t kApart = 0;
+#endif
   struct Sums {
     int32x4_t part[2];
   };
@@ -40,7 +45,7 @@ struct Bytes {
     }
   };
 
-  // Without sdot: |128 * 64| + |128 * 64| fits int16, so neighbours are added up there first.
+  // Without sdot: |127 * 64| four times fits int16, so neighbours are added up there first.
   static int32x4_t dot(int32x4_t sum, int8x16_t value, int8x16_t x) {
 #ifdef __ARM_FEATURE_DOTPROD
     return vdotq_s32(sum, value, x);
@@ -61,6 +66,21 @@ struct Bytes {
     for (std::size_t i = 0; i < 2; ++i)
       sum.part[i] = dot(sum.part[i], p.value1[i], vqtbl1q_s8(x, p.offset1[i]));
     return sum;
+  }
+  // add_first and add_second at once.
+  static Sums add_both(Sums sum, const Pair& p, Window x0, Window x1) {
+#ifdef __ARM_FEATURE_DOTPROD
+    return add_second(add_first(sum, p, x0), p, x1);
+#else
+    for (std::size_t i = 0; i < 2; ++i) {
+      const int8x16_t first = vqtbl1q_s8(x0, p.offset0[i]), second = vqtbl1q_s8(x1, p.offset1[i]);
+      const int16x8_t low = vmlal_s8(vmull_s8(vget_low_s8(p.value0[i]), vget_low_s8(first)),
+                                     vget_low_s8(p.value1[i]), vget_low_s8(second));
+      const int16x8_t high = vmlal_high_s8(vmull_high_s8(p.value0[i], first), p.value1[i], second);
+      sum.part[i] = vpadalq_s16(sum.part[i], vpaddq_s16(low, high));
+    }
+    return sum;
+#endif
   }
 };
 

@@ -4,6 +4,9 @@
 #include "floats_neon.hpp"
 #include "int8_neon.hpp"
 
+#include "int4_neon.hpp"
+
+#include "int4_slots-inl.hpp"
 #include "int8_slots-inl.hpp"
 #include "table.hpp"
 
@@ -19,8 +22,8 @@ const Int8Kernels neon = {
     &SPARSAM_TARGET::largest,
     &SPARSAM_TARGET::round_floats,
     &SPARSAM_TARGET::multiply,
-    0,
-    nullptr,
+    8,
+    &SPARSAM_TARGET::multiply_int4,
 };
 
 }  // namespace sparsam::int8_rows

@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "half.hpp"
+#include "step_counts.hpp"
 
 namespace sparsam::generic {
 namespace {
@@ -11,6 +12,8 @@ namespace {
 struct Floats {
   static constexpr std::size_t kLanes = 8;
   static constexpr bool kOneRegister = false;  // a Reg takes several
+  static constexpr bool kEightSums = false;    // stay in registers
+  using Counts = StepCounts<kLanes>;
   struct Reg {
     float lane[kLanes];
   };
@@ -108,9 +111,15 @@ struct Floats {
   static Reg load_values(const Bfloat* p) {
     return map([&](std::size_t i) { return to_float(p[i]); });
   }
-  // sum + w * x in the lanes of `bits`, w being the next values at p.
   template <class Value>
-  static Reg fma_expanded(const Value* p, std::uint32_t bits, Reg x, Reg sum) {
+  static PackedStep<Value> expanded(const Value* p, std::uint32_t bits) {
+    return {p, bits};
+  }
+  // sum + w * x in the lanes of the step.
+  template <class Value>
+  static Reg fma_expanded(PackedStep<Value> step, Reg x, Reg sum) {
+    const Value* p = step.values;
+    const std::uint32_t bits = step.bits;
     for (std::size_t i = 0; i < kLanes; ++i)
       if ((bits >> i & 1) != 0) sum.lane[i] += to_float(*p++) * x.lane[i];
     return sum;

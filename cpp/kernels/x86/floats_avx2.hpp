@@ -6,6 +6,7 @@
 #include <cstdint>
 
 #include "quads_x86.hpp"
+#include "step_counts.hpp"
 
 namespace sparsam::avx2 {
 namespace {
@@ -33,6 +34,8 @@ alignas(32) constexpr std::int32_t kFirstLanes[16] = {-1, -1, -1, -1, -1, -1, -1
 struct Floats {
   static constexpr std::size_t kLanes = 8;
   static constexpr bool kOneRegister = true;  // for a Reg
+  static constexpr bool kEightSums = true;    // stay in registers
+  using Counts = StepCounts<kLanes>;
   using Reg = __m256;
 
   static __m256i first_lanes(std::size_t n) {
@@ -115,7 +118,13 @@ struct Floats {
     return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
   }
   template <class Value>
-  static Reg fma_expanded(const Value* p, std::uint32_t bits, Reg x, Reg sum) {
+  static PackedStep<Value> expanded(const Value* p, std::uint32_t bits) {
+    return {p, bits};
+  }
+  template <class Value>
+  static Reg fma_expanded(PackedStep<Value> step, Reg x, Reg sum) {
+    const Value* p = step.values;
+    const std::uint32_t bits = step.bits;
     const __m256i lane_bit = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
     const __m256i set = _mm256_and_si256(_mm256_set1_epi32(static_cast<int>(bits)), lane_bit);
     const Reg lanes = _mm256_castsi256_ps(_mm256_cmpeq_epi32(set, lane_bit));

@@ -6,6 +6,7 @@
 #include <cstdint>
 
 #include "quads_x86.hpp"
+#include "step_counts.hpp"
 
 namespace sparsam::avx512 {
 namespace {
@@ -13,6 +14,8 @@ namespace {
 struct Floats {
   static constexpr std::size_t kLanes = 16;
   static constexpr bool kOneRegister = true;  // for a Reg
+  static constexpr bool kEightSums = true;    // stay in registers
+  using Counts = StepCounts<kLanes>;
   using Reg = __m512;
 
   static __mmask16 first_lanes(std::size_t n) { return static_cast<__mmask16>((1u << n) - 1); }
@@ -93,11 +96,17 @@ struct Floats {
   static Reg load_values(const Half* p) {
     return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
   }
+  template <class Value>
+  static PackedStep<Value> expanded(const Value* p, std::uint32_t bits) {
+    return {p, bits};
+  }
   // A zero-masked expand waits for the old value of its destination on Zen 4 and Zen 5; merging into a
   // register that was just zeroed does not. With the masked product, infinities in x do not meet pruned
   // weights.
   template <class Value>
-  static Reg fma_expanded(const Value* p, std::uint32_t bits, Reg x, Reg sum) {
+  static Reg fma_expanded(PackedStep<Value> step, Reg x, Reg sum) {
+    const Value* p = step.values;
+    const std::uint32_t bits = step.bits;
     auto lanes = static_cast<__mmask16>(bits);
     asm("" : "+Yk"(lanes));  // one mask register for both uses
     Reg w = zero();

@@ -19,7 +19,7 @@ struct Nibbles {
     return _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
   }
   static Sums zero() { return _mm256_setzero_si256(); }
-  static __m256 to_floats(Sums s) { return Bytes::to_floats(s); }
+  static __m256 to_floats(Sums s, Sums) { return Bytes::to_floats(s); }
 
   struct Step {
     __m256i value, offset;
@@ -35,6 +35,7 @@ struct Nibbles {
     }
   };
 
+  static Sums add_zero(Sums none, const Step&) { return none; }  // x is unsigned, as the form has it
   static Sums add(Sums sum, const Step& step, const std::uint8_t* x) {
     return _mm256_add_epi32(sum, Bytes::dot(Bytes::window(x), step.offset, step.value));
   }

@@ -21,7 +21,7 @@ struct Nibbles {
   }
   static Levels load_levels(const std::int8_t* p) { return four_times(p); }
   static Sums zero() { return _mm512_setzero_si512(); }
-  static __m512 to_floats(Sums s) { return _mm512_cvtepi32_ps(s); }
+  static __m512 to_floats(Sums s, Sums) { return _mm512_cvtepi32_ps(s); }
 
   struct Step {
     __m512i value, offset;
@@ -32,6 +32,7 @@ struct Nibbles {
     }
   };
 
+  static Sums add_zero(Sums none, const Step&) { return none; }  // x is unsigned, as the form has it
   static Sums add(Sums sum, const Step& step, const std::uint8_t* x) {
     return Bytes::dot(sum, _mm512_permutexvar_epi8(step.offset, four_times(x)), step.value);
   }

@@ -19,6 +19,9 @@ struct Bytes : Bytes256 {
   static Sums add_second(Sums sum, const Pair& p, Window x) {
     return _mm256_add_epi32(sum, dot(x, p.offset1, p.value1));
   }
+  static Sums add_both(Sums sum, const Pair& p, Window x0, Window x1) {
+    return add_second(add_first(sum, p, x0), p, x1);
+  }
 };
 
 }  // namespace

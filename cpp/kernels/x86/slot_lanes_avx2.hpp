@@ -19,11 +19,12 @@ struct SlotLanes<8> {
   static Reg add(Reg a, Reg b) { return _mm256_add_ps(a, b); }
   static void store(float* p, Reg r) { _mm256_storeu_ps(p, r); }
 
+  struct Constants {};
   struct Step {
     std::uint32_t used;
     __m256i offsets, signs;  // vpermps reads three bits of an offset, vblendvps the highest of a sign
 
-    Step(const SlotView& w, std::size_t step) {
+    Step(const Constants&, const SlotView& w, std::size_t step) {
       const std::uint32_t word = static_cast<const std::uint32_t*>(w.words)[step];
       used = word >> 24;
       const __m256i all = _mm256_set1_epi32(static_cast<int>(word));
@@ -66,11 +67,12 @@ struct SlotLanes<16> {
     _mm256_storeu_ps(p + 8, _mm256_permute2f128_ps(low, high, 0x31));
   }
 
+  struct Constants {};
   struct Step {
     std::uint32_t used;
     __m256i offsets[2], signs[2];
 
-    Step(const SlotView& w, std::size_t step) : used(w.used[step]) {
+    Step(const Constants&, const SlotView& w, std::size_t step) : used(w.used[step]) {
       const std::uint64_t word = static_cast<const std::uint64_t*>(w.words)[step];
       const __m256i places = _mm256_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28);
       const __m256i bits = _mm256_set1_epi32(static_cast<int>(used));

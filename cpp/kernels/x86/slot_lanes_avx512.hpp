@@ -19,12 +19,14 @@ struct SlotLanes<16> {
   static Reg add(Reg a, Reg b) { return _mm512_add_ps(a, b); }
   static void store(float* p, Reg r) { _mm512_storeu_ps(p, r); }
 
+  struct Constants {};
   struct Step {
     std::uint32_t used;
     __m512i offsets;  // vpermps reads four bits
     __mmask16 lanes;
 
-    Step(const SlotView& w, std::size_t step) : used(w.used[step]), lanes(static_cast<__mmask16>(used)) {
+    Step(const Constants&, const SlotView& w, std::size_t step)
+        : used(w.used[step]), lanes(static_cast<__mmask16>(used)) {
       asm("" : "+Yk"(lanes));  // one mask register for all uses
       const std::uint64_t word = static_cast<const std::uint64_t*>(w.words)[step];
       const __m512i places = _mm512_setr_epi32(0, 0, 4, 4, 8, 8, 12, 12, 16, 16, 20, 20, 24, 24, 28, 28);
@@ -65,12 +67,13 @@ struct SlotLanes<8> {
     return _mm256_set_m128(load4(p + 4), load4(p));
   }
 
+  struct Constants {};
   struct Step {
     std::uint32_t used;
     __m256i offsets;  // vpermps reads three bits
     __mmask8 lanes;
 
-    Step(const SlotView& w, std::size_t step) {
+    Step(const Constants&, const SlotView& w, std::size_t step) {
       const std::uint32_t word = static_cast<const std::uint32_t*>(w.words)[step];
       used = word >> 24;
       lanes = static_cast<__mmask8>(used);

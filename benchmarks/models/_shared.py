@@ -154,10 +154,18 @@ def prune(layers: Mapping[str, nn.Module], sparsity: float) -> None:
 
 
 def accelerate(
-    model: nn.Module, examples: Any, *, show: bool = False, values: Any = None, seconds: float = 20.0
+    model: nn.Module,
+    examples: Any,
+    *,
+    show: bool = False,
+    values: Any = None,
+    seconds: float = 20.0,
+    tolerance: float | None = None,
 ) -> sparsam.torch.AccelerationReport:
     """`sparsam.torch.accelerate`, its report printed only on request."""
-    return sparsam.torch.accelerate(model, examples, values=values, seconds=seconds, verbose=show)
+    return sparsam.torch.accelerate(
+        model, examples, values=values, seconds=seconds, tolerance=tolerance, verbose=show
+    )
 
 
 def operators(model: nn.Module, run: Callable[[], object], *, runs: int = 5) -> dict[str, float]:

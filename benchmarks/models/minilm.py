@@ -52,6 +52,9 @@ from torch import Tensor, nn
 SIZES = ((1, 16), (8, 64), (32, 128))  # sentences x tokens
 COSINE = 1 - 1e-4  # at least, for runtimes that compute in float32
 COSINE_INT8 = 0.99  # and for our layers with int8 values
+# Of the largest hidden state, above the default: this model was pruned and never trained again, and is
+# sensitive to any change. What its embeddings lose is in the table.
+TOLERANCE_INT8 = 0.3
 OURS, DENSE = "sparsam accelerate", "torch eager, dense"
 COMPILED = "torch.compile of "
 BEGIN = time.perf_counter()
@@ -164,7 +167,12 @@ def main() -> None:
             dense = models[sparsity] = Hidden(copy.deepcopy(model)).eval()
             say(f"{sparsity:.0%} zeros: accelerate")
             report = accelerate(
-                model, list(inputs), show=options.report, values=options.values, seconds=options.budget
+                model,
+                list(inputs),
+                show=options.report,
+                values=options.values,
+                seconds=options.budget,
+                tolerance=None if options.values is None else TOLERANCE_INT8,
             )
             say(f"{sparsity:.0%} zeros: attention {report.attention}")
             with tempfile.TemporaryDirectory() as folder:

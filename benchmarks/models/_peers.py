@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 import torch
 from torch import Tensor, nn
 
-__all__ = ["NARROW", "Peer", "makers"]
+__all__ = ["INT8_STATIC", "NARROW", "ORT", "Peer", "convolution_makers", "makers"]
 
 ORT, INT8, OPENVINO, DEEPSPARSE = (
     "ONNX Runtime, dense float32",
@@ -24,6 +24,7 @@ ORT, INT8, OPENVINO, DEEPSPARSE = (
     "DeepSparse 1.8",
 )
 NARROW = (INT8, OPENVINO)  # those that compute with less than float32
+INT8_STATIC = "ONNX Runtime, static int8"  # scales of activations are known beforehand
 WORKER = Path(__file__).with_name("_deepsparse.py")
 
 
@@ -96,6 +97,18 @@ def makers(
     }
 
 
+def convolution_makers(
+    model: nn.Module, x: Tensor, file: Path, threads: int
+) -> dict[str, Callable[[], Peer]]:
+    """The same of ONNX Runtime for a convolution, whose int8 weights are quantised with the scale of x."""
+    export(model, {"x": x}, file)
+    arrays = {"x": x.numpy()}
+    return {
+        ORT: lambda: Peer(onnx_runtime(file, arrays, threads)),
+        INT8_STATIC: lambda: Peer(onnx_runtime(calibrated(file, arrays), arrays, threads)),
+    }
+
+
 def export(model: nn.Module, inputs: Mapping[str, Tensor], file: Path) -> None:
     """Writes an ONNX file for inputs of these very shapes."""
     with warnings.catch_warnings():
@@ -126,6 +139,35 @@ def quantised(file: Path) -> Path:
 
     small = file.with_suffix(".int8.onnx")
     quantize_dynamic(str(file), str(small), weight_type=QuantType.QInt8)
+    return small
+
+
+def calibrated(file: Path, arrays: Mapping[str, NDArray[Any]]) -> Path:
+    """int8 weights with a scale for each output, and activations of 8 bits, calibrated with these inputs."""
+    from onnxruntime.quantization import (  # noqa: PLC0415
+        CalibrationDataReader,
+        QuantFormat,
+        QuantType,
+        quantize_static,
+    )
+
+    class Reader(CalibrationDataReader):  # type: ignore[misc]
+        def __init__(self) -> None:
+            self._rest = iter((dict(arrays),))
+
+        def get_next(self) -> Any:
+            return next(self._rest, None)
+
+    small = file.with_suffix(".static.onnx")
+    quantize_static(
+        str(file),
+        str(small),
+        Reader(),
+        quant_format=QuantFormat.QDQ,
+        per_channel=True,
+        activation_type=QuantType.QUInt8,
+        weight_type=QuantType.QInt8,
+    )
     return small
 
 

@@ -161,10 +161,17 @@ def accelerate(
     values: Any = None,
     seconds: float = 20.0,
     tolerance: float | None = None,
+    keep_dense: bool = True,
 ) -> sparsam.torch.AccelerationReport:
     """`sparsam.torch.accelerate`, its report printed only on request."""
     return sparsam.torch.accelerate(
-        model, examples, values=values, seconds=seconds, tolerance=tolerance, verbose=show
+        model,
+        examples,
+        values=values,
+        seconds=seconds,
+        tolerance=tolerance,
+        keep_dense=keep_dense,
+        verbose=show,
     )
 
 

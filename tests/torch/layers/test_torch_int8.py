@@ -6,6 +6,7 @@ import copy
 import math
 import re
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -105,6 +106,24 @@ def test_layers_that_take_outputs_too_far_stay_dense() -> None:
     report = sparsam.torch.accelerate(model, x, values="int8", tolerance=1e-5, min_gain=1e-6, verbose=False)
     assert not any(row.swapped for row in report.layers)
     assert all("outputs differ by" in row.reason for row in report.layers)
+
+
+@pytest.mark.usefixtures("clock")
+@pytest.mark.parametrize("values", ["int8", "int4"])
+def test_layers_that_cannot_be_rounded_stay_dense(values: Literal["int8", "int4"]) -> None:
+    """Too wide ones and infinite ones; the others are packed."""
+    for x in (torch.randn(2, 65600), None):
+        model = nn.Sequential(
+            pruned(nn.Linear(65600, 16)), pruned(nn.Linear(16, 16)), pruned(nn.Linear(16, 16))
+        )
+        with torch.no_grad():
+            model[1].weight[0, 0] = torch.inf  # type: ignore[index,union-attr]
+        report = sparsam.torch.accelerate(model, x, values=values, min_gain=1e-6, verbose=False)
+        assert [row.reason for row in report.layers][:2] == [
+            "more than 65536 weights for each output, too many to round",
+            "its weight is not finite, which cannot be rounded",
+        ]
+        assert report.layers[2].swapped or x is not None
 
 
 def test_what_is_refused() -> None:

@@ -6,6 +6,7 @@ import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 
 import torch
+from sparsam.sparse.int8 import MAX_COLUMNS
 from sparsam.torch.acceleration.candidate_layers import Candidate
 from sparsam.torch.layers.packed_parameter import PackedParameter
 from sparsam.torch.layers.packed_tensor import PackedTensor
@@ -13,7 +14,7 @@ from sparsam.torch.layers.packed_weight import ROUNDED
 from sparsam.torch.layers.packing import PackedLayer, groups, is_embedding, is_transposed
 from torch import nn
 
-__all__ = ["needs_examples", "pack"]
+__all__ = ["needs_examples", "obstacle", "pack"]
 
 
 def pack(
@@ -60,6 +61,21 @@ def pack(
         if (wanted := rows[id(weight)]) and weight.ndim == 2:
             weight.prepare(sorted(wanted))
     return layers
+
+
+def obstacle(candidate: Candidate, dtype: torch.dtype | None) -> str:
+    """Why the weights of a layer cannot be stored as integers of that dtype; "" if they can, or need not."""
+    layer = candidate.layer
+    if _values(layer, dtype) not in ROUNDED or is_embedding(layer):
+        return ""
+    for module, name in candidate.weights:
+        weight = getattr(module, name)
+        columns = weight.shape[0] if is_transposed(layer) else weight[:1].numel()
+        if columns > MAX_COLUMNS:
+            return f"more than {MAX_COLUMNS} weights for each output, too many to round"
+        if not torch.isfinite(weight).all():
+            return "its weight is not finite, which cannot be rounded"
+    return ""
 
 
 def _values(layer: nn.Module, dtype: torch.dtype | None) -> torch.dtype | None:

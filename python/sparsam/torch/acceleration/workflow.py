@@ -23,7 +23,7 @@ from sparsam.torch.acceleration.memory import parameter_bytes, release
 from sparsam.torch.acceleration.model_runner import ModelRunner, as_examples, difference
 from sparsam.torch.acceleration.observation import observe, observe_sequences
 from sparsam.torch.acceleration.outcome import Outcome, closing, in_order, rows_of
-from sparsam.torch.acceleration.packing import needs_examples, pack
+from sparsam.torch.acceleration.packing import needs_examples, obstacle, pack
 from sparsam.torch.acceleration.report import AccelerationReport
 from sparsam.torch.acceleration.verification import Gain, fuse, keep_what_gains, try_out
 from sparsam.torch.layers.packed_weight import DTYPES, INT4, ROUNDED
@@ -167,7 +167,8 @@ def _by_examples(
 ) -> Outcome:
     """Runs the model with examples, dense and packed."""
     seen = observe(model, runner, found, swap.where)
-    reasons = {name: why for name, calls in seen.calls.items() if (why := _unsuitable(calls))}
+    reasons = {one.name: why for one in found if (why := obstacle(one, dtype))}
+    reasons |= {name: why for name, calls in seen.calls.items() if (why := _unsuitable(calls))}
     suitable = [one for one in found if one.name not in reasons]
     swap.layers = pack(suitable, dtype, {one.name: seen.calls[one.name] for one in suitable}, seen.to_itself)
     narrow = seen.autocast or any(layer.weight.dtype != torch.float32 for layer in swap.layers.values())
@@ -202,7 +203,8 @@ def _by_rows(
     budget: Budget,
 ) -> Outcome:
     """Times linear layers alone."""
-    reasons = {one.name: "needs example_inputs" for one in found if needs_examples(one.layer)}
+    reasons = {one.name: why for one in found if (why := obstacle(one, dtype))}
+    reasons |= {one.name: "needs example_inputs" for one in found if needs_examples(one.layer)}
     linear = [one for one in found if one.name not in reasons]
     swap.layers = pack(linear, dtype, {one.name: [(rows, 1) for rows in _ROWS] for one in linear})
     swap.fusions = fusions(observe_sequences(model, linear, swap.where), swap.layers, swap.where)

@@ -117,7 +117,7 @@ def test_layers_that_cannot_be_rounded_stay_dense(values: Literal["int8", "int4"
             pruned(nn.Linear(65600, 16)), pruned(nn.Linear(16, 16)), pruned(nn.Linear(16, 16))
         )
         with torch.no_grad():
-            model[1].weight[0, 0] = torch.inf  # type: ignore[index,union-attr]
+            model[1].weight[0, 0] = torch.inf  # type: ignore[operator]
         report = sparsam.torch.accelerate(model, x, values=values, min_gain=1e-6, verbose=False)
         assert [row.reason for row in report.layers][:2] == [
             "more than 65536 weights for each output, too many to round",

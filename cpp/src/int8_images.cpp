@@ -53,9 +53,13 @@ void round_planes(const Int8Kernels& kernel, const float* x, std::size_t plane, 
 void quantise_images(const Int8Kernels& kernel, const Conv2d& c, const float* x, ImageStrides strides,
                      std::size_t images, std::uint8_t* bytes, float* scales) {
   const std::size_t pixels = c.height * c.width, whole = pixels * c.channels;
+  if (whole == 0) {  // no channels
+    std::fill_n(scales, images, 0.0f);
+    return;
+  }
   const bool planes = strides.pixel == 1, together = planes || strides.pixel == c.channels;
   // Lines of numbers that lie together: the whole image, or each of its pixels.
-  const std::size_t lines = together ? 1 : pixels, length = std::max<std::size_t>(1, whole / lines);
+  const std::size_t lines = together ? 1 : pixels, length = whole / lines;
   const std::size_t per_line = (length + kPart - 1) / kPart,
                     lines_each = std::max<std::size_t>(1, kPart / length);
   const std::size_t parts = together ? per_line : (lines + lines_each - 1) / lines_each;

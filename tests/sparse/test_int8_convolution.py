@@ -139,6 +139,13 @@ def test_many_images_and_large_ones(isa: str) -> None:
             assert np.array_equal(convolve(packed(q, scales), x, (1, 1), plain, last=last), expected)
 
 
+def test_no_channels(isa: str) -> None:
+    q, scales, bias, x = integers(4, 0, 3, 3), steps(4), draw(4), draw(2, 0, 5, 6)
+    assert np.array_equal(
+        convolve(packed(q, scales), x, (3, 3), PLAIN, bias), int8_convolution(q, scales, x, PLAIN, bias)
+    )
+
+
 @pytest.mark.parametrize("sign", [1, -1])
 @pytest.mark.parametrize("sparsity", [0.0, 0.5, 0.9])
 def test_nothing_saturates(isa: str, sparsity: float, sign: int) -> None:

@@ -8,9 +8,9 @@ raw text of WikiText-2 (wikitext-2-raw-v1 of huggingface.co/datasets/Salesforce/
 512 tokens; every fourth up to `--evaluated` of them is evaluated, and calibration is drawn from the others.
 Seconds are CPU seconds of all threads, so that they mean something on a machine with other work.
 
-With `--distill STEPS` each pruned model is then trained towards the dense one, a window a step, on the windows
-that are not evaluated, cut anew in each pass; `--keep FOLDER` leaves pruned models there and uses those that
-it finds.
+With `--distill STEPS` each pruned model is then trained towards the dense one, a window a step, on the
+windows that are not evaluated, cut anew in each pass; `--keep FOLDER` leaves pruned models there and uses
+those that it finds.
 
 With `--values int8` or `int4` the linear layers of the blocks are packed with such values, and perplexity is
 that of their products, whose inputs are rounded to 8 bits. `--rounded with` rounds in the sweep of `prune`

@@ -116,7 +116,6 @@ void check_scales(std::size_t rows, const Floats& scales) {
 
 using Pair = std::pair<std::size_t, std::size_t>;
 
-// Height and width of a convolution's kernel; (0, 0) for other weights.
 Taps taps_of(const Pair& pair, std::size_t cols) {
   const Taps taps{pair.first, pair.second};
   if (pair != Pair{0, 0} && !taps.fits(cols))
@@ -410,8 +409,8 @@ Conv2d conv2d_of(std::size_t cols, Pair image, Pair kernel, Pair stride, Pair pa
   return c;
 }
 
-// x and out as for linear_at, float32; strides in floats from one image to the next, and from one pixel to
-// the next, which is 1 where channels are planes; else they are neighbours, which int8 values allow.
+// Addresses as for linear_at, float32; floats from one image to the next, and from one pixel to the next:
+// 1 where channels are planes, else they are neighbours, which int8 values allow.
 void conv2d_at(const PackedMatrix& w, std::uintptr_t x, std::size_t x_stride, std::size_t images, Pair image,
                Pair kernel, Pair stride, Pair padding, Pair dilation, std::uintptr_t bias,
                const std::string& activation, std::uintptr_t out, std::size_t out_stride, std::size_t x_pixel,
@@ -427,14 +426,12 @@ void conv2d_at(const PackedMatrix& w, std::uintptr_t x, std::size_t x_stride, st
                                    "pass contiguous images"));
   const FormPtr form = form_for(w, int8 ? "slots" : "panels");
   const py::gil_scoped_release release;
-  if (int8) {
-    int8_conv2d(*form, c, reinterpret_cast<const float*>(x), {x_stride, x_pixel}, images,
-                reinterpret_cast<const float*>(bias), activation, reinterpret_cast<float*>(out),
-                {out_stride, out_pixel});
-    return;
-  }
-  conv2d(*form, c, reinterpret_cast<const float*>(x), x_stride, images, reinterpret_cast<const float*>(bias),
-         activation, reinterpret_cast<float*>(out), out_stride);
+  const auto *from = reinterpret_cast<const float*>(x), *add = reinterpret_cast<const float*>(bias);
+  auto* const to = reinterpret_cast<float*>(out);
+  if (int8)
+    int8_conv2d(*form, c, from, {x_stride, x_pixel}, images, add, activation, to, {out_stride, out_pixel});
+  else
+    conv2d(*form, c, from, x_stride, images, add, activation, to, out_stride);
 }
 
 }  // namespace

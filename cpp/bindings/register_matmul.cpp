@@ -294,6 +294,11 @@ Floats scales(const PackedMatrix& w) {
   return out;
 }
 
+std::size_t quad_rows_of(const PackedMatrix& w, std::size_t batch) {
+  const FormPtr& form = w.find(FormKind::slots);
+  return form == nullptr ? 0 : quad_rows(*form, batch);
+}
+
 Int8s levels(const PackedMatrix& w) {
   const bool int4 = w.any().dtype() == DType::i4;
   return Int8s(int4 ? 16 : 0, int4 ? w.any().levels() : nullptr);
@@ -484,6 +489,7 @@ void register_matmul(py::module_& m) {
       .def("values", &values)
       .def("scales", &scales)
       .def("levels", &levels)
+      .def("quad_rows", &quad_rows_of, py::arg("batch"))
       .def("unpack", &unpack)
       .def("linear", &multiply, py::arg("kernel"), py::arg("x").noconvert(), py::arg("bias").noconvert(),
            py::arg("activation"), py::arg("out").noconvert())

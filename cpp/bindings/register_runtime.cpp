@@ -1,6 +1,7 @@
 #include "arrays.hpp"
 #include "sparsam/float_mode.hpp"
 #include "sparsam/isa.hpp"
+#include "sparsam/matmul.hpp"
 #include "sparsam/threads.hpp"
 
 namespace sparsam {
@@ -42,6 +43,7 @@ void register_runtime(py::module_& m) {
   m.def("use_isa", &use_isa, py::arg("name"));
   m.def("int8_isas", &int8_isas);
   m.def("use_int8_isa", &use_int8_isa, py::arg("name"));
+  m.def("use_quads", &use_quads, py::arg("wanted"));
   m.def("num_threads", &num_threads);
   m.def("default_num_threads", &default_num_threads);
   m.def("set_num_threads", &set_num_threads, py::arg("n"));

@@ -7,8 +7,8 @@ namespace sparsam::SPARSAM_TARGET {
 namespace {
 
 // Written flat: sums that a lambda or a struct captured would live in memory, and every step would wait for
-// its store (tests/project/test_build.py looks for that).
-template <std::size_t kBatch, class Same = Bytes>  // a name for what not all Bytes have
+// its store (tests/project/test_assembly.py looks for that).
+template <std::size_t kBatch, class Own = Bytes>  // a name for what not all Bytes have
 void multiply_groups(const Int8View& w, std::size_t begin, std::size_t end, const std::uint8_t* x,
                      std::size_t x_stride, const float* x_scale, const Epilogue& epilogue, const Output& y) {
   constexpr std::size_t kBytes = int8_pair_bytes(Bytes::kLanes, Bytes::kWindow);
@@ -30,6 +30,20 @@ void multiply_groups(const Int8View& w, std::size_t begin, std::size_t end, cons
     const std::uint16_t* start = w.start + kStarts * w.begin[group];
     const std::uint8_t* code = w.codes + kBytes * w.begin[group];
     const std::uint8_t* const last = w.codes + kBytes * w.begin[group + 1];
+    if constexpr (Bytes::kNarrow) {
+      const std::uint8_t* const wide = w.codes + kBytes * w.wide[group];
+      for (; code != wide; code += kBytes, start += kStarts) {
+        if constexpr (kBatch <= 2)
+          for (std::size_t line = 0; line < kBytes; line += 64) __builtin_prefetch(code + kAhead + line);
+        SPARSAM_CHECK(start[0] < w.cols && start[1] < w.cols);
+        const Bytes::Pair pair(code);
+        const std::uint8_t *x0 = x + start[0], *x1 = x + start[1];
+#pragma GCC unroll 8
+        for (std::size_t t = 0; t < kBatch; ++t)
+          sum[t] = Own::add_narrow(sum[t], pair, Bytes::window(x0 + t * x_stride),
+                                      Bytes::window(x1 + t * x_stride));
+      }
+    }
     for (; code != last; code += kBytes, start += kStarts) {
       if constexpr (kBatch <= 2)
         for (std::size_t line = 0; line < kBytes; line += 64) __builtin_prefetch(code + kAhead + line);
@@ -44,7 +58,7 @@ void multiply_groups(const Int8View& w, std::size_t begin, std::size_t end, cons
           sum[t] = Bytes::add_first(sum[t], pair, from);
           second[t] = Bytes::add_second(second[t], pair, next);
         } else {
-          sum[t] = Same::add_both(sum[t], pair, from, next);
+          sum[t] = Own::add_both(sum[t], pair, from, next);
         }
       }
     }

@@ -109,7 +109,7 @@ FormHeader laid_out(FormHeader h) {
     sizes[5] = kInt4Levels;
   } else if (slots && int8) {
     const std::size_t groups = (h.rows + h.units - 1) / h.units;
-    sizes[0] = 8 * (groups + 1);
+    sizes[0] = 8 * (groups + 1 + (h.depth == 16 ? groups : 0));
     sizes[1] = 12 * groups * h.units;
     sizes[2] = 2 * int8_pair_starts(h.depth) * h.steps;
     sizes[3] = int8_pair_bytes(h.units, h.depth) * h.steps;
@@ -245,13 +245,15 @@ Int8RowsView Form::int8_rows() const {
 
 Int8View Form::int8_slots() const {
   const FormHeader& h = header();
-  const std::size_t lanes = (h.rows + h.units - 1) / h.units * h.units;
+  const std::size_t groups = (h.rows + h.units - 1) / h.units, lanes = groups * h.units;
+  const auto* const begin = reinterpret_cast<const std::uint64_t*>(data_ + h.sections[0]);
   const auto* const row = reinterpret_cast<const std::uint32_t*>(data_ + h.sections[1]);
   return {h.rows,
           h.cols,
           h.units,
           h.depth,
-          reinterpret_cast<const std::uint64_t*>(data_ + h.sections[0]),
+          begin,
+          h.depth == 16 ? begin + groups + 1 : nullptr,
           row,
           reinterpret_cast<const std::int32_t*>(row + lanes),
           reinterpret_cast<const float*>(row + 2 * lanes),

@@ -19,6 +19,43 @@ void sort_by_column(std::vector<SlotEntry>& row) {
             [](const SlotEntry& a, const SlotEntry& b) { return a.column < b.column; });
 }
 
+// Weights of one row in the two steps of a pair, with windows of 16: which slot each has.
+class PairSlots {
+ public:
+  std::size_t count[2] = {0, 0};
+  int value[2][4];
+  std::uint8_t slot[2][4];  // of the four that a step gives a row
+
+  // Deals the weights of each step to the first and the last two slots, so that the sums over both steps fit
+  // 16 bits; whether they can. The first step begins with its first slot and the second with its third.
+  bool narrow() {
+    for (unsigned a = 0; a < 1u << count[0]; ++a)
+      for (unsigned b = 0; deal(0, a) && b < 1u << count[1]; ++b)
+        if (deal(1, ~b) && fits(a, ~b)) return true;
+    deal(0, count[0] > 2 ? 12 : 0);
+    deal(1, count[1] > 2 ? 3 : 15);
+    return false;
+  }
+
+ private:
+  // Bit i of `last`: weight i has one of the last two slots.
+  bool deal(std::size_t step, unsigned last) {
+    std::uint8_t next[2] = {0, 2};
+    for (std::size_t i = 0; i < count[step]; ++i) slot[step][i] = next[last >> i & 1]++;
+    return next[0] <= 2 && next[1] <= 4;
+  }
+
+  bool fits(unsigned a, unsigned b) const {
+    int above[2] = {0, 0}, below[2] = {0, 0};
+    for (std::size_t step = 0; step < 2; ++step)
+      for (std::size_t i = 0; i < count[step]; ++i) {
+        const int v = value[step][i];
+        (v > 0 ? above : below)[(step == 0 ? a : b) >> i & 1] += v;
+      }
+    return std::max(above[0], above[1]) <= kInt8Narrow && std::min(below[0], below[1]) >= -kInt8Narrow;
+  }
+};
+
 // One group of rows while its weights are given slots: windows slide, each from the first column that some
 // row still needs, and every row takes as many of its next weights as there are slots.
 class SlotGroup {
@@ -37,13 +74,15 @@ class SlotGroup {
       });
       if (taps_.count() != 0) sort_by_column(entries_[i]);
     }
-    starts.clear();
-    codes.clear();
+    narrow = wide = {};
     while (first_column() < w_.cols) add_pair();
   }
 
-  std::vector<std::uint16_t> starts;
-  std::vector<std::uint8_t> codes;
+  struct Pairs {
+    std::vector<std::uint16_t> starts;
+    std::vector<std::uint8_t> codes;
+  };
+  Pairs narrow, wide;  // with windows of 64 all are wide
 
  private:
   std::size_t first_column() const {
@@ -54,24 +93,36 @@ class SlotGroup {
   }
 
   void add_pair() {
-    const std::size_t at = codes.size(), slots = 4 * lanes_;
-    codes.resize(at + int8_pair_bytes(lanes_, window_));
-    const std::size_t steps = int8_pair_starts(window_);
+    const std::size_t slots = 4 * lanes_, steps = int8_pair_starts(window_);
+    std::vector<PairSlots> dealt(lanes_);
+    std::vector<std::uint8_t> codes(int8_pair_bytes(lanes_, window_));
+    std::uint16_t starts[2];
+    std::vector<std::size_t> first = next_;
     for (std::size_t step = 0; step < steps; ++step) {
-      const std::size_t start = std::min(first_column(), w_.cols - 1);
-      starts.push_back(static_cast<std::uint16_t>(start));
+      starts[step] = static_cast<std::uint16_t>(std::min(first_column(), w_.cols - 1));
       for (std::size_t i = 0; i < lanes_; ++i) {
-        std::size_t& next = next_[i];
-        for (std::size_t slot = 4 * i; slot < 4 * i + 4 && next < entries_[i].size(); ++slot, ++next) {
-          const SlotEntry& entry = entries_[i][next];
-          if (entry.column >= start + window_) break;
-          const std::size_t offset = entry.column - start;
-          std::uint8_t* const code = codes.data() + at;
-          code[step * slots + slot] = static_cast<std::uint8_t>(entry.value);
-          code[steps * slots + slot] |= static_cast<std::uint8_t>(offset << 4 * step);
+        std::size_t& n = dealt[i].count[step];
+        for (; n < 4 && next_[i] < entries_[i].size(); ++next_[i]) {
+          const SlotEntry& entry = entries_[i][next_[i]];
+          if (entry.column >= starts[step] + window_) break;
+          dealt[i].value[step][n++] = entry.value;
         }
       }
     }
+    bool fits = steps == 2;
+    if (fits)
+      for (PairSlots& row : dealt) fits = row.narrow() && fits;
+    for (std::size_t i = 0; i < lanes_; ++i)
+      for (std::size_t step = 0; step < steps; ++step)
+        for (std::size_t n = 0; n < dealt[i].count[step]; ++n) {
+          const SlotEntry& entry = entries_[i][first[i]++];
+          const std::size_t slot = 4 * i + (steps == 2 ? dealt[i].slot[step][n] : n);
+          codes[step * slots + slot] = static_cast<std::uint8_t>(entry.value);
+          codes[steps * slots + slot] |= static_cast<std::uint8_t>((entry.column - starts[step]) << 4 * step);
+        }
+    Pairs& to = fits ? narrow : wide;
+    to.starts.insert(to.starts.end(), starts, starts + steps);
+    to.codes.insert(to.codes.end(), codes.begin(), codes.end());
   }
 
   const BitmaskView& w_;
@@ -149,21 +200,21 @@ FormPtr int8_slots_of(const Form& bitmask, std::size_t lanes, std::size_t window
   const std::vector<std::uint32_t> order = lane_rows(w, lanes);
   const std::size_t groups = order.size() / lanes, bytes = int8_pair_bytes(lanes, window);
   const std::size_t starts = int8_pair_starts(window);
-  std::vector<std::vector<std::uint16_t>> group_starts(groups);
-  std::vector<std::vector<std::uint8_t>> group_codes(groups);
+  std::vector<SlotGroup::Pairs> narrow(groups), wide(groups);
   for_each_task(groups, worker_count(groups, w.rows * w.cols >= kSerialBelow),
                 [&](std::size_t, std::size_t g) {
                   SlotGroup group(w, bitmask.taps(), lanes, window);
                   group.fill(order.data() + g * lanes);
-                  group_starts[g] = std::move(group.starts);
-                  group_codes[g] = std::move(group.codes);
+                  narrow[g] = std::move(group.narrow);
+                  wide[g] = std::move(group.wide);
                 });
   FormHeader counts = header_for(FormKind::slots, DType::i8, w.rows, w.cols, bitmask.nnz());
   counts.shared_rows = bitmask.header().shared_rows;
   counts.width = bitmask.header().width;
   counts.depth = window;
   counts.units = lanes;
-  for (const auto& codes : group_codes) counts.steps += codes.size() / bytes;
+  for (std::size_t g = 0; g < groups; ++g)
+    counts.steps += (narrow[g].codes.size() + wide[g].codes.size()) / bytes;
   const FormWriter writer(counts);
   auto* begin = writer.section<std::uint64_t>(0);
   auto* row = writer.section<std::uint32_t>(1);
@@ -178,14 +229,19 @@ FormPtr int8_slots_of(const Form& bitmask, std::size_t lanes, std::size_t window
                                                    values + w.row_start[order[i] + 1], 0);
     scale[i] = none ? 0.0f : scales[order[i]];
   }
-  *begin = 0;
+  std::size_t pair = 0;
+  const auto add = [&](const SlotGroup::Pairs& pairs) {
+    std::copy(pairs.starts.begin(), pairs.starts.end(), writer.section<std::uint16_t>(2) + starts * pair);
+    std::copy(pairs.codes.begin(), pairs.codes.end(), writer.section<std::uint8_t>(3) + bytes * pair);
+    pair += pairs.codes.size() / bytes;
+  };
   for (std::size_t g = 0; g < groups; ++g) {
-    std::copy(group_starts[g].begin(), group_starts[g].end(),
-              writer.section<std::uint16_t>(2) + starts * *begin);
-    std::copy(group_codes[g].begin(), group_codes[g].end(), writer.section<std::uint8_t>(3) + bytes * *begin);
-    begin[1] = begin[0] + group_codes[g].size() / bytes;
-    ++begin;
+    begin[g] = pair;
+    add(narrow[g]);
+    if (starts == 2) begin[groups + 1 + g] = pair;
+    add(wide[g]);
   }
+  begin[groups] = pair;
   return writer.finish();
 }
 
@@ -217,7 +273,9 @@ std::string fault_of(const Int8View& w, const FormHeader& header, const Form& fo
   const std::size_t groups = lanes_of(w) / w.lanes;
   if (w.begin[0] != 0 || w.begin[groups] != header.steps) return "expected as many steps as its header says";
   for (std::size_t g = 0; g < groups; ++g)
-    if (w.begin[g] > w.begin[g + 1] || w.begin[g + 1] > header.steps) return "expected groups in order";
+    if (w.begin[g] > w.begin[g + 1] || w.begin[g + 1] > header.steps ||
+        (w.wide != nullptr && (w.wide[g] < w.begin[g] || w.wide[g] > w.begin[g + 1])))
+      return "expected groups in order";
   const std::string rows =
       fault_of_rows(w, lanes_of(w), [&](std::size_t lane) { return is_scale(w.scale[lane]); });
   if (!rows.empty()) return rows;

@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "int8_linear.hpp"
+#include "int8_quads.hpp"
 #include "panel_tiles.hpp"
 #include "sparsam/isa.hpp"
 #include "table.hpp"
@@ -43,8 +44,11 @@ void integer_linear(const Form& form, const Input& x, std::size_t batch, Epilogu
   const Int8Kernels& kernel = product.kernel;
   const std::size_t groups = (w.rows + w.lanes - 1) / w.lanes;
   const std::size_t x_stride = (w.cols + kInt8Slack + 63) / 64 * 64;
-  const Scratch<Purpose::tiles> memory(batch * (x_stride + sizeof(float)) / sizeof(float) + 1);
-  auto* const bytes = reinterpret_cast<std::uint8_t*>(memory.data());
+  const Int8Quads quads(form, kernel, batch);
+  const std::size_t before = quads.rows() == 0 ? 0 : quads.bytes();  // of x, a multiple of 64
+  const std::size_t all = before + batch * (x_stride + sizeof(float));
+  const Scratch<Purpose::tiles> memory(all / sizeof(float) + 1);
+  auto* const bytes = reinterpret_cast<std::uint8_t*>(memory.data()) + before;
   auto* const scales = reinterpret_cast<float*>(bytes + batch * x_stride);
 
   const std::size_t x_item = x.narrow ? 2 : sizeof(float), y_item = y.narrow ? 2 : sizeof(float);
@@ -57,8 +61,11 @@ void integer_linear(const Form& form, const Input& x, std::size_t batch, Epilogu
   const std::size_t parts = (batch + kInt8Batch - 1) / kInt8Batch;
   for_each_task(parts, worker_count(parts, batch * w.cols >= kSerialBelow / 4), quantise);
 
+  if (quads.rows() != 0) quads.multiply(bytes, x_stride, scales, bytes - before, epilogue, y);
+  if (quads.rows() == batch) return;
+
   // Tasks have about as many steps each, and write separate rows of y.
-  const std::uint64_t work = form.header().steps * batch;
+  const std::uint64_t work = form.header().steps * (batch - quads.rows());
   const std::size_t workers = worker_count(groups, work * product.pair_slots() >= kSerialBelow);
   const std::size_t tasks = workers == 1 ? 1 : std::min(groups, 8 * workers);
   const std::size_t block = block_of(x_stride);
@@ -78,7 +85,7 @@ void integer_linear(const Form& form, const Input& x, std::size_t batch, Epilogu
   for_each_task(tasks, workers, [&](std::size_t, std::size_t task) {
     const std::size_t begin = edge(task), end = edge(task + 1);
     const std::size_t step = batch <= kInt8Batch ? std::max<std::size_t>(1, end - begin) : 1;
-    for (std::size_t from = 0; from < batch; from += block)
+    for (std::size_t from = quads.rows(); from < batch; from += block)
       for (std::size_t group = begin; group < end; group += step) {
         const std::size_t here = std::min(block, batch - from), passes = (here + kInt8Batch - 1) / kInt8Batch;
         for (std::size_t pass = 0; pass < passes; ++pass) {  // of about equal numbers of rows of x

@@ -19,7 +19,7 @@ import pytest
 KERNELS = {
     "avx2": (r"::slots<float>", "vpermps", 8),
     "avx512": (r"::slots<float>", "vpermps", 8),
-    "int8_avx2": ("", "vpmaddubsw", 13),
+    "int8_avx2": ("", "vpmaddubsw", 22),
     "int8_avxvnni": ("", "{vex} vpdpbusd", 8),
     "int8_avx512vnni": ("", "vpdpbusd", 16),
 }

@@ -2,6 +2,7 @@
 #pragma once
 #include <cstddef>
 #include <cstdint>
+#include <optional>
 #include <string>
 
 #include "sparsam/forms.hpp"
@@ -16,6 +17,12 @@ void linear(const Form& w, const float* x, std::size_t batch, const float* bias,
 // The same for bfloat16 x and y; sums are float32.
 void linear(const Form& w, const std::uint16_t* x, std::size_t batch, const float* bias,
             const std::string& activation, std::uint16_t* y);
+
+// With int8 values in slots: how many of the rows of x, the first ones, are multiplied by quads, which give
+// the same bits (kernels/int8.hpp). And whether quads are used wherever they can be, or nowhere, instead of
+// where they are expected to be faster: for measuring and testing.
+std::size_t quad_rows(const Form& w, std::size_t batch);
+void use_quads(std::optional<bool> wanted);
 
 // The geometry of a convolution: images of `channels` planes height x width, row by row. Padding is with
 // zeros, on both sides. Sizes are such that the output has at least one position, and a padded image less

@@ -16,6 +16,7 @@ struct Bytes {
 #else
   static constexpr std::size_t kApart = 0;
 #endif
+  static constexpr bool kNarrow = false;
   struct Sums {
     int32x4_t part[2];
   };

@@ -24,6 +24,9 @@ const Int8Kernels neondot = {
     &SPARSAM_TARGET::multiply,
     8,
     &SPARSAM_TARGET::multiply_int4,
+    0,
+    nullptr,
+    nullptr,
 };
 
 }  // namespace sparsam::int8_rows

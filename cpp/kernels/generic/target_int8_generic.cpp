@@ -20,6 +20,9 @@ const Int8Kernels generic = {
     &SPARSAM_TARGET::multiply,
     8,
     &SPARSAM_TARGET::multiply_int4,
+    0,
+    nullptr,
+    nullptr,
 };
 
 }  // namespace sparsam::int8_rows

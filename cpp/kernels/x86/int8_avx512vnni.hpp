@@ -10,6 +10,7 @@ namespace {
 
 struct Bytes {
   static constexpr std::size_t kLanes = 32, kWindow = 64, kApart = 0;
+  static constexpr bool kNarrow = false;
   using Sums = __m512i;
   using Window = __m512i;
 

@@ -7,6 +7,7 @@ namespace {
 
 struct Bytes : Bytes256 {
   static constexpr std::size_t kApart = 4;
+  static constexpr bool kNarrow = false;
 
   // Not by the intrinsic: GCC 12 copies each sum before and after it, and has no registers left for that.
   static Sums dot(Sums sum, __m256i x, __m256i value) {

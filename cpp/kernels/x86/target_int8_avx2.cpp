@@ -3,10 +3,12 @@
 #define SPARSAM_TARGET avx2
 #include "floats_avx2.hpp"
 #include "int8_avx2.hpp"
+#include "int8_quads_avx2.hpp"
 
 #include "int4_avx2.hpp"
 
 #include "int4_slots-inl.hpp"
+#include "int8_quads-inl.hpp"
 #include "int8_slots-inl.hpp"
 #include "table.hpp"
 
@@ -24,6 +26,9 @@ const Int8Kernels avx2 = {
     &SPARSAM_TARGET::multiply,
     8,
     &SPARSAM_TARGET::multiply_int4,
+    32,
+    &SPARSAM_TARGET::make_tile,
+    &SPARSAM_TARGET::multiply_quads,
 };
 
 }  // namespace sparsam::int8_rows

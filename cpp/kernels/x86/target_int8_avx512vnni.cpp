@@ -24,6 +24,9 @@ const Int8Kernels avx512vnni = {
     &SPARSAM_TARGET::multiply,
     16,
     &SPARSAM_TARGET::multiply_int4,
+    0,
+    nullptr,
+    nullptr,
 };
 
 }  // namespace sparsam::int8_rows

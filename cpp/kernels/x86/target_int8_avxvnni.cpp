@@ -21,6 +21,9 @@ const Int8Kernels avxvnni = {
     &SPARSAM_TARGET::multiply,
     0,
     nullptr,
+    0,
+    nullptr,
+    nullptr,
 };
 
 }  // namespace sparsam::int8_rows

@@ -18,6 +18,7 @@ from sparsam._core import Packed
 
 QUADS = [one for one in ROWS if one[1] == "avx2"]
 LANES, STEP = 8, 4
+NAMES: tuple[Any, ...] = (None, *ORACLES)
 
 
 @pytest.fixture(autouse=True, params=QUADS, ids="-".join)
@@ -78,7 +79,7 @@ def test_activations_and_other_outputs(threads: int) -> None:
         inputs(512, 500, seed=5) > np.linspace(-3, 3, 512)[:, None]
     )  # rows sorted by length leave apart
     matrix = SparseMatrix.from_dense(w, dtype="int8")
-    for name in (None, *ORACLES):
+    for name in NAMES:
         found: list[NDArray[Any]] = []
         for wanted in (False, True):
             with quads(wanted):

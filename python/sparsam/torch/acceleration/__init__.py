@@ -1,4 +1,4 @@
 """`accelerate` and `restore`: which layers run faster packed, measured, swapped in and verified.
 
-Imports `torch.layers`.
+Imports `sparse` and `torch.layers`.
 """

@@ -14,13 +14,13 @@ from sparsam.checkpoint.atomic import open_folder
 from sparsam.inputs.checks import expected, positive
 from sparsam.torch.acceleration.model_runner import unfit
 from sparsam.torch.pruning.calibration import Batch
-from sparsam.torch.pruning.distillation_loss import distillation_loss
 from sparsam.torch.pruning.distillation_report import DistillationReport
 from sparsam.torch.pruning.distillation_run import DistillationRun
 from sparsam.torch.pruning.hidden_states import HiddenStates, block_names, first_tensor
 from sparsam.torch.pruning.masked_weights import MaskedWeights, zeros_of
 from sparsam.torch.pruning.progress_bar import ProgressBar
 from sparsam.torch.pruning.saved_progress import digest_of, function_digest
+from sparsam.torch.pruning.training_loss import distillation_loss
 from sparsam.torch.pruning.while_training import Pruner
 from sparsam.training.callbacks import sparsity_of
 from torch import Tensor, nn

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import copy
+import pickle
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -91,6 +93,75 @@ def test_arithmetic_is_an_error(call: Callable[[Any], Any]) -> None:
 def test_ufuncs_say_what_to_do() -> None:
     with pytest.raises(TypeError, match=r"np.sqrt: expected arrays; got a SparseMatrix; use .*to_dense"):
         np.sqrt(SparseMatrix.from_dense(weights()))
+
+
+DTYPES: list[Any] = [np.float32, np.float16, ml_dtypes.bfloat16, "int8", "int4"]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_matrices_compare_element_by_element(dtype: Any) -> None:
+    matrix = SparseMatrix.from_dense(weights(), dtype=dtype)
+    w = matrix.to_dense()
+    changed = w.copy()
+    changed[w != 0] *= 2
+    other, zero = SparseMatrix.from_dense(changed, dtype=dtype), w == 0
+    assert zero.any()
+    assert not zero.all()
+    comparisons: list[tuple[Any, Any, NDArray[np.bool_]]] = [
+        (matrix, matrix, np.ones_like(zero)),
+        (matrix, other, w == other.to_dense()),
+        (matrix, changed, zero),
+        (changed, matrix, zero),
+        (matrix, changed.tolist(), zero),
+        (matrix, changed[:1], w == changed[:1]),
+        (matrix, 0, zero),
+        (0.0, matrix, zero),
+        (np.float32(0), matrix, zero),
+        (matrix, Mask.from_array(w != 0), w == (w != 0)),
+        (Mask.from_array(w != 0), matrix, w == (w != 0)),
+    ]
+    for left, right, expected in comparisons:
+        equal, different = left == right, left != right
+        assert type(equal) is type(different) is np.ndarray
+        assert equal.dtype == different.dtype == np.bool_
+        assert np.array_equal(equal, expected)
+        assert np.array_equal(different, ~expected)
+    assert np.array_equal(np.not_equal(matrix, changed), ~zero)
+    assert np.array_equal(matrix, w)
+    np.testing.assert_array_equal(matrix, w)
+
+
+def test_matrices_compare_with_tensors_and_those_of_scipy() -> None:
+    sparse = pytest.importorskip("scipy.sparse")
+    matrix = SparseMatrix.from_dense(weights())
+    csr = sparse.csr_array(matrix.to_dense() * 2)
+    for left, right in ((matrix, csr), (csr, matrix), (matrix, sparse.coo_matrix(csr))):
+        assert np.array_equal(left == right, weights() == 0)
+        assert np.array_equal(left != right, weights() != 0)
+    torch = pytest.importorskip("torch")
+    tensor = torch.from_numpy(weights() * 2)
+    assert np.array_equal(matrix == tensor, weights() == 0)
+
+
+def test_what_is_no_array_is_not_equal_to_a_matrix() -> None:
+    matrix = SparseMatrix.from_dense(weights())
+    for other in (None, "matrix", {}, object()):
+        assert (matrix == other) is (other == matrix) is False
+        assert (matrix != other) is (other != matrix) is True
+    with pytest.raises(ValueError, match=r"broadcast|shape"):
+        assert matrix == matrix.T
+    with pytest.raises(TypeError, match=r"np.equal: expected arrays; got a SparseMatrix"):
+        np.equal(matrix, 0, out=np.zeros((20, 30), np.bool_))
+
+
+@pytest.mark.parametrize("shape", [(20, 30), (1, 1), (0, 5)])
+def test_a_matrix_has_no_truth_value_and_no_hash(shape: tuple[int, int]) -> None:
+    matrix = SparseMatrix.from_dense(np.ones(shape, np.float32))
+    with pytest.raises(ValueError, match=r"shape \(\d+, \d+\): expected a single .*ambiguous; compare"):
+        bool(matrix)
+    with pytest.raises(TypeError, match="unhashable type: 'SparseMatrix'"):
+        hash(matrix)
+    assert np.array_equal(copy.deepcopy(matrix), pickle.loads(pickle.dumps(matrix)))
 
 
 def test_transpose() -> None:

@@ -6,7 +6,7 @@ import os
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NoReturn, TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
@@ -26,6 +26,7 @@ from sparsam.sparse.arguments import (
     numbers,
     vector,
 )
+from sparsam.sparse.array_protocol import ArrayProtocol
 from sparsam.sparse.choices import Choices, expect
 from sparsam.sparse.conversions import csr_of, dense_of, keep_of
 from sparsam.sparse.cost_model import Expectation
@@ -69,7 +70,7 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_after_fork)
 
 
-class SparseMatrix:
+class SparseMatrix(ArrayProtocol):
     """A matrix (out, in), like that of `torch.nn.Linear`, of which only the nonzero weights are stored.
 
     It is held in the forms that batches of 1 to 512 rows need: bits and values, panels of rows or slots
@@ -89,7 +90,8 @@ class SparseMatrix:
     A pruned weight multiplies nothing: an infinity or a NaN in x reaches those outputs that have a stored
     weight for it. A matrix may be used by several threads at once, and after a fork.
 
-    NumPy's functions get the dense content, `np.asarray(matrix)`; ufuncs and `array @ matrix` are errors.
+    NumPy's functions get the dense content, `np.asarray(matrix)`. `==` and `!=` compare element by element,
+    as of arrays. Arithmetic, ufuncs, `array @ matrix`, `bool(matrix)` and `hash(matrix)` are errors.
     """
 
     __slots__ = ("_pattern", "_shape", "_state")
@@ -269,22 +271,6 @@ class SparseMatrix:
     def to_dense(self) -> NDArray[Any]:
         """The matrix with its zeros, in C order and its dtype; of int8 and int4 in float32, with scales."""
         return self._state.forms.readable().unpack()
-
-    def __array__(self, dtype: DTypeLike | None = None, copy: bool | None = None) -> NDArray[Any]:
-        """The dense content, for NumPy's functions.
-
-        Raises:
-            ValueError: `copy` is False: packed weights cannot be viewed as an array without a copy.
-        """
-        if copy is False:
-            msg = "copy: expected True or None, since the matrix is packed; got False; use to_dense()"
-            raise ValueError(msg)
-        return np.asarray(self.to_dense(), dtype)
-
-    def __array_ufunc__(self, ufunc: np.ufunc, method: str, *inputs: Any, **kwargs: Any) -> NoReturn:
-        """Raises TypeError: NumPy's arithmetic would unpack the matrix in every operation."""
-        msg = f"np.{ufunc.__name__}: expected arrays; got a SparseMatrix; use .linear or .to_dense()"
-        raise TypeError(msg)
 
     def to_scipy(self) -> Any:
         """The matrix as a `scipy.sparse.csr_array` of float32; bfloat16 and float16 values are widened.

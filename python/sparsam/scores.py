@@ -291,12 +291,29 @@ class LAMP:
     def score(self, name: str, weights: NDArray[Any], /) -> NDArray[np.float64]:
         """Returns the scores, in [0, 1]; ValueError for weights that are not finite."""
         squares = np.square(_relative_sizes(self, name, weights)).reshape(-1)
-        order = squares.size - 1 - np.argsort(squares[::-1], kind="stable")
+        order = squares.size - 1 - _stable_order(squares[::-1])
         ascending = squares[order]
         sums = np.cumsum(ascending[::-1])[::-1]
         scores = np.empty_like(squares)
         scores[order] = ascending / np.where(sums == 0, 1, sums)
         return scores.reshape(weights.shape)
+
+
+def _stable_order(values: NDArray[np.float64]) -> NDArray[np.intp]:
+    """A stable np.argsort, in about the same time, but by pieces, between which Ctrl-C is seen."""
+    if values.size <= _PIECE:
+        return np.argsort(values, kind="stable")
+    seen = np.unique(values[:: values.size >> 12])
+    edges = seen[1 :: max(seen.size // 64, 1)]  # fewer than 128: a bucket's number fits one byte
+    pieces = (values[start : start + _PIECE] for start in range(0, values.size, _PIECE))
+    buckets = np.concatenate([np.searchsorted(edges, piece, "right").astype(np.uint8) for piece in pieces])
+    order = np.argsort(buckets, kind="stable")  # of bytes: a radix sort
+    start = 0
+    for count in np.bincount(buckets).tolist():
+        part = order[start : start + count]
+        part[:] = part[np.argsort(values[part], kind="stable")]
+        start += count
+    return order
 
 
 def _times(weights: NDArray[Any], factors: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -316,6 +333,8 @@ def _relative_sizes(scorer: object, name: str, weights: NDArray[Any]) -> NDArray
     with np.errstate(under="ignore"):
         return np.asarray(np.ldexp(sizes, -np.frexp(sizes.max(initial=0))[1]))
 
+
+_PIECE = 1 << 20
 
 _NAMED: dict[str, Callable[[], Scorer]] = {"magnitude": Magnitude, "random": Random, "lamp": LAMP}
 _NEEDS = {

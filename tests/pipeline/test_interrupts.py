@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import sparsam
-from sparsam import NM, Block, SparseMatrix, _core
+from sparsam import NM, Block, SparseMatrix, _core, scores
 
 # Each of these takes seconds as a whole.
 LONG: dict[str, Callable[[Any], Any]] = {
@@ -20,6 +20,7 @@ LONG: dict[str, Callable[[Any], Any]] = {
     "tiles": lambda w: [_core.tile_scores(w, w.size, 1, 1, 1, 2) for _ in range(40)],
     "thresholds": lambda w: [sparsam.threshold(w, 0.5) for _ in range(1000)],
     "N:M": lambda w: [sparsam.select(w, 0.5, NM(100, 200)) for _ in range(40)],
+    "lamp": lambda w: [scores.LAMP().score("w", w) for _ in range(4)],
     "matmul": lambda w: [SparseMatrix.from_dense(w).linear(w[:1000]) for _ in range(40)],
 }
 

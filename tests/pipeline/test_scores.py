@@ -344,3 +344,35 @@ def test_scorers_with_data_fit_into_a_configuration() -> None:
     assert repr(method) == "Saliency()"
     assert hash(method) == hash(method)
     assert method != Saliency(method.gradients)
+
+
+@pytest.mark.parametrize("kind", ["normal", "mostly zero", "one value", "few values", "rising"])
+def test_lamp_of_many_weights_sorts_by_pieces(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the order of one sort, with pieces small enough that Ctrl-C does not wait."""
+    rng = np.random.default_rng(0)
+    weights = rng.standard_normal((1300, 1700), dtype=np.float32)
+    if kind == "mostly zero":
+        weights[rng.random(weights.shape) < 0.95] = 0
+    elif kind == "one value":
+        weights[:] = 3
+    elif kind == "few values":
+        weights = np.round(weights)
+    elif kind == "rising":
+        weights = np.sort(weights, axis=None).reshape(weights.shape)
+    squares = np.square(weights.astype(np.float64)).reshape(
+        -1
+    )  # LAMP's are these times a power of two: exact
+    backwards = np.argsort(squares[::-1], kind="stable")
+    sums = np.cumsum(squares[::-1][backwards][::-1])[::-1]
+    expected = np.empty_like(squares)
+    expected[squares.size - 1 - backwards] = squares[::-1][backwards] / np.where(sums == 0, 1, sums)
+    sort, sorted_at_once = np.argsort, []
+
+    def argsort(values: NDArray[Any], kind: Any) -> NDArray[np.intp]:
+        sorted_at_once.append(np.unique(values).size if values.itemsize > 1 else 0)
+        return sort(values, kind=kind)
+
+    monkeypatch.setattr(np, "argsort", argsort)
+    got = LAMP().score("w", weights)
+    assert np.array_equal(got.reshape(-1), expected)
+    assert max(sorted_at_once) < max(np.unique(squares).size / 20, 10)

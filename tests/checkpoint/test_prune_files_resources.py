@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -129,3 +130,51 @@ def test_names_of_252_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     for name, array in checkpoint.stream(target):
         assert np.array_equal(array, expected[name]), name
     assert {path.name for path in tmp_path.iterdir()} == {source.name, target.name}
+
+
+STOPPED = """
+import os, signal, sys, threading
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+from sparsam import PruningConfig, checkpoint
+from sparsam.checkpoint import shard_passes
+shard_passes._MARK, shard_passes.PIECE = 1 << 12, 1 << 11
+write = shard_passes._write_json
+def write_and_stop(file, progress):
+    write(file, progress)
+    if file.suffix == ".mark":
+        os.kill(os.getpid(), signal.SIGSTOP)
+shard_passes._write_json = write_and_stop
+pool = ProcessPoolExecutor(1, get_context("fork"))
+worker = pool.submit(os.getpid).result()
+def watch():
+    os.waitpid(worker, os.WUNTRACED)
+    Path(sys.argv[3]).write_text(str(worker))
+    os.kill(os.getpid(), signal.SIGKILL)
+threading.Thread(target=watch).start()
+config = PruningConfig(0.5, scope="global")
+checkpoint.prune_files(*sys.argv[1:3], config, executor=pool, memory=30_000)
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="this machine has no fork")
+def test_a_worker_that_outlives_its_run_does_not_block_the_next(tmp_path: Path) -> None:
+    """It hangs in the middle of a shard, which it has locked, and for ever."""
+    source, out, whole, pid = (tmp_path / name for name in ("model.safetensors", "out", "whole", "pid"))
+    rng = np.random.default_rng(0)
+    checkpoint.save(source, {f"w{i}": rng.standard_normal((64, 48), np.float32) for i in range(4)})
+    checkpoint.prune_files(source, whole, GLOBAL)
+    command = [sys.executable, "-c", STOPPED, str(source), str(out), str(pid)]
+    assert subprocess.run(command, check=False).returncode == -signal.SIGKILL
+    worker = int(pid.read_text())
+    try:
+        (part,) = tmp_path.rglob("*.part")
+        assert part.with_name(part.name + ".mark").is_file(), "what the next run would go on with"
+        checkpoint.prune_files(source, out, GLOBAL)
+        os.kill(worker, 0)  # it is still there
+    finally:
+        os.kill(worker, signal.SIGKILL)
+    assert (out / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+    assert not part.exists()
+    assert {path.name for path in tmp_path.iterdir()} == {"model.safetensors", "out", "whole", "pid"}

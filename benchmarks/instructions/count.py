@@ -113,6 +113,8 @@ def main() -> None:
             rows = {"": "neon"}
             if name.startswith("int8"):
                 rows = {", without sdot": "neon", ", with sdot": "neondot"}
+            if name.startswith("int4"):  # which take the best row that the machine has
+                rows = {", with sdot": "neondot"}
             for suffix, int8_isa in rows.items():
                 neon = counter("neon", int8_isa, name, arm=True)
                 print(f"| {name}{suffix} | {avx2:.2f} | {neon:.2f} | {neon / avx2:.2f} | {aim} |", flush=True)

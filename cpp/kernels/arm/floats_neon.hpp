@@ -172,13 +172,13 @@ struct Floats {
   // them.
   static uint8x16x2_t packed(const float* p) { return vld1q_u8_x2(reinterpret_cast<const std::uint8_t*>(p)); }
   template <class Value>
-  static uint8x16x2_t packed(const Value* p) {
+  __attribute__((always_inline)) static uint8x16x2_t packed(const Value* p) {
     const Reg all = load_values(p);
     return {{vreinterpretq_u8_f32(all.part[0]), vreinterpretq_u8_f32(all.part[1])}};
   }
   // The values at p, the first ones packed, in the lanes of `bits`; 0 in the others.
   template <class Value>
-  static Reg expand(const Value* p, std::uint32_t bits) {
+  __attribute__((always_inline)) static Reg expand(const Value* p, std::uint32_t bits) {
     const uint8x16x2_t all = packed(p);
     return map([&](std::size_t i) {
       return vreinterpretq_f32_u8(vqtbl2q_u8(all, vld1q_u8(kExpand.byte[bits] + 16 * i)));
@@ -189,7 +189,7 @@ struct Floats {
     uint32x4_t lanes[2];  // all ones where there is a weight
   };
   template <class Value>
-  static Expanded expanded(const Value* p, std::uint32_t bits) {
+  __attribute__((always_inline)) static Expanded expanded(const Value* p, std::uint32_t bits) {
     constexpr std::uint32_t kBits[2][4] = {{1, 2, 4, 8}, {16, 32, 64, 128}};
     const uint32x4_t all = vdupq_n_u32(bits);
     return {expand(p, bits), {vtstq_u32(all, vld1q_u32(kBits[0])), vtstq_u32(all, vld1q_u32(kBits[1]))}};

@@ -23,7 +23,7 @@ struct SlotLanes<8> {
     int16x8_t shift;
     uint32x4_t used[2];
 
-    Constants() {
+    __attribute__((always_inline)) Constants() {
       // Of each column, the two bytes that it lies in, and what moves it to 4 times its number there.
       constexpr std::uint8_t kBytes[16] = {0, 1, 0, 1, 0, 1, 1, 2, 1, 2, 1, 2, 2, 3, 2, 3};
       constexpr std::int16_t kShift[8] = {2, -1, -4, 1, -2, -5, 0, -3};
@@ -49,7 +49,8 @@ struct SlotLanes<8> {
     uint8x16_t bytes[2];  // of the columns, in a window of 32 bytes
     uint8x16_t used[2];   // the same; of slots that are not used, bytes behind the window, which are 0
 
-    Step(const Constants& c, const SlotView& w, std::size_t step)
+    // Inlined whatever GCC thinks of it: a call for each step takes most of the time of one row.
+    __attribute__((always_inline)) Step(const Constants& c, const SlotView& w, std::size_t step)
         : word(static_cast<const std::uint32_t*>(w.words)[step]) {
       const uint32x4_t words = vdupq_n_u32(word);
       const uint16x8_t pairs = vreinterpretq_u16_u8(vqtbl1q_u8(vreinterpretq_u8_u32(words), c.bytes));
@@ -61,7 +62,7 @@ struct SlotLanes<8> {
     }
     std::size_t count() const { return kExpand.count[word >> 24]; }
     template <class Value>
-    Reg weights(const Value* p) const {
+    __attribute__((always_inline)) Reg weights(const Value* p) const {
       return Floats::expand(p, word >> 24);
     }
     template <class Value>
@@ -72,7 +73,8 @@ struct SlotLanes<8> {
     Reg fma(const Reg& w, const float* x, const Reg& sum) const { return product(w, x, used, sum); }
 
    private:
-    static Reg product(const Reg& w, const float* x, const uint8x16_t (&of)[2], const Reg& sum) {
+    __attribute__((always_inline)) static Reg product(const Reg& w, const float* x, const uint8x16_t (&of)[2],
+                                                      const Reg& sum) {
       const uint8x16x2_t window = vld1q_u8_x2(reinterpret_cast<const std::uint8_t*>(x));
       return Floats::map([&](std::size_t i) {
         return vfmaq_f32(sum.part[i], w.part[i], vreinterpretq_f32_u8(vqtbl2q_u8(window, of[i])));

@@ -330,3 +330,16 @@ def test_bad_pairs(tmp_path: Path) -> None:
     (tmp_path / "distillation.pt").write_bytes(b"nothing")
     with pytest.raises(ValueError, match=r"expected a state of distill; got .*delete it to start again"):
         distill(student, teacher, inputs(), steps=1, state_dir=tmp_path)
+
+
+def test_states_from_before_there_was_a_choice_of_the_loss(tmp_path: Path) -> None:
+    """They were trained by cosines, and go on so when told to."""
+    student, teacher = pruned_mlp()
+    distill(student, teacher, inputs(), steps=2, state_dir=tmp_path, loss="cosine")
+    file = tmp_path / "distillation.pt"
+    state = torch.load(file, weights_only=True)
+    del state["identity"]["loss"]
+    torch.save(state, file)
+    with pytest.raises(ValueError, match=r"expected this run's state; got one of other loss"):
+        distill(student, teacher, inputs(), steps=2, state_dir=tmp_path, loss="kl")
+    assert distill(student, teacher, inputs(), steps=2, state_dir=tmp_path, loss="cosine").steps == 2

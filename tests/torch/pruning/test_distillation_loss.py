@@ -123,3 +123,25 @@ def test_a_tensor_is_compared_by_its_direction_unless_told() -> None:
     assert first_loss(student, teacher, x, loss="kl") == pytest.approx(divergence(found, target), rel=1e-4)
     report = distill(student, teacher, [x], steps=60, loss="kl", learning_rate=3e-3)
     assert report.last_loss < 0.7 * report.first_loss
+
+
+class Masked(nn.Module):
+    """A model that rules out the last of its seven classes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(8, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.head(x)
+        return torch.cat([y, torch.full_like(y[:, :1], -torch.inf)], -1)
+
+
+def test_classes_that_the_teacher_rules_out_count_nothing() -> None:
+    torch.manual_seed(0)
+    student, teacher = Masked(), Masked()
+    x = torch.randn(5, 8)
+    wanted = divergence(student.head(x), teacher.head(x))
+    assert first_loss(student, teacher, x, loss="kl") == pytest.approx(wanted, rel=1e-5)
+    losses = distill(student, teacher, [x], steps=20, layers="outputs", loss="kl").losses
+    assert losses[-1] < losses[0]

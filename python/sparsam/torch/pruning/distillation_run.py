@@ -83,7 +83,8 @@ class DistillationRun:
         try:
             state = torch.load(self.file, weights_only=True)
             state = {key: state[key] for key in _KEYS}
-            differing = [key for key, value in self.identity.items() if state["identity"][key] != value]
+            known = {"loss": "cosine"} | state["identity"]  # before there was a choice
+            differing = [key for key, value in self.identity.items() if known[key] != value]
         except Exception as error:
             got = type(error).__name__
             msg = f"{self.file}: expected a state of distill; got {got}; delete it to start again"

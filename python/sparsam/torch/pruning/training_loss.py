@@ -45,8 +45,11 @@ def distillation_loss(
     if a.shape[-1] == 1:
         loss = _distance(a, b)
     elif divergence:
-        kl = nn.functional.kl_div
-        loss = kl(a.log_softmax(-1), b.log_softmax(-1), reduction="batchmean", log_target=True)
+        a, b = a.log_softmax(-1), b.log_softmax(-1)
+        if b.isneginf().any():  # what the teacher rules out counts 0, not 0 x infinity
+            least = torch.finfo(b.dtype).min
+            a, b = a.clamp_min(least), b.clamp_min(least)
+        loss = nn.functional.kl_div(a, b, reduction="batchmean", log_target=True)
     else:
         loss = (1 - nn.functional.cosine_similarity(a, b, dim=-1)).mean()
     return loss + _HIDDEN * torch.stack(hidden).mean() if hidden else loss

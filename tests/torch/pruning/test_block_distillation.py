@@ -227,3 +227,72 @@ def test_a_model_in_half_precision_is_refused(tmp_path: Path) -> None:
         ValueError, match=r"model: expected one in float32, to be trained; got 'model\.layers"
     ):
         prune_files(on_meta(model.bfloat16()), tmp_path / FILE, tmp_path / "out", batches, **TRAINED)
+
+
+class Block(nn.Module):
+    def __init__(self, norm: nn.LayerNorm) -> None:
+        super().__init__()
+        self.norm, self.up, self.down = norm, nn.Linear(16, 32), nn.Linear(32, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = x + self.down(torch.relu(self.up(self.norm(x))))
+        return y
+
+
+class Blocks(nn.Module):
+    """Two blocks, with one norm or two, through which a pass goes once or twice in turn."""
+
+    def __init__(self, *, shared: bool, rounds: int) -> None:
+        super().__init__()
+        norm = nn.LayerNorm(16)
+        self.blocks = nn.ModuleList([Block(norm), Block(norm if shared else nn.LayerNorm(16))])
+        self.head, self.rounds = nn.Linear(16, 4), rounds
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in list(self.blocks) * self.rounds:
+            x = block(x)
+        y: Tensor = self.head(x)
+        return y
+
+
+def drawn(number: int) -> list[Tensor]:
+    torch.manual_seed(1)
+    return [torch.randn(32, 16) for _ in range(number)]
+
+
+def test_blocks_that_are_called_in_turn_several_times_stay_as_they_were(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = Blocks(shared=False, rounds=2).eval()
+    saved(model, tmp_path / FILE)
+    plain: dict[str, Any] = {"target_sparsity": 0.5, "method": "wanda"}
+    from_files(model, tmp_path / FILE, tmp_path / "plain", drawn(5), **plain)
+    report = from_files(model, tmp_path / FILE, tmp_path / "out", drawn(5), distill_steps=5, **plain)
+    assert "each pass calls once; got 'blocks.0' (and 1 others)" in report.warnings[-1]
+    assert report.distilled == ()
+    assert (tmp_path / "out" / FILE).read_bytes() == (tmp_path / "plain" / FILE).read_bytes()
+
+
+def test_what_several_blocks_share_is_not_trained(tmp_path: Path) -> None:
+    """Each block would want other values, and only one could have them."""
+    torch.manual_seed(0)
+    model = Blocks(shared=True, rounds=1).eval()
+    state = saved(model, tmp_path / FILE)
+    report = from_files(
+        model,
+        tmp_path / FILE,
+        tmp_path / "out",
+        drawn(12),
+        target_sparsity=0.5,
+        method="wanda",
+        distill_steps=40,
+    )
+    trained = load_file(tmp_path / "out" / FILE)
+    assert all(block.improved for block in report.distilled)
+    same = {name for name in state if torch.equal(trained[name], state[name])}
+    assert same == {"blocks.0.norm.weight", "blocks.0.norm.bias", "head.bias"}
+    other = copy.deepcopy(model)
+    other.load_state_dict(trained, strict=False)
+    with torch.no_grad():  # the error of the last block is that of what was written
+        found, wanted = [one.blocks[1](one.blocks[0](drawn(12)[5])) for one in (other, model)]
+    error = float((found - wanted).square().sum() / wanted.square().sum())
+    assert report.distilled[1].after == pytest.approx(error, rel=1e-4)

@@ -54,12 +54,14 @@ class CallPlan:
         norms: Weight -> the running mean of the batch norm that directly follows.
         rectified: Weight -> the ReLU that its output goes into and nothing else; None where the ReLU's input
             is the sum of a residual branch, so that its zero depends on the other summand.
+        repeated: The gates that one forward pass comes to several times.
     """
 
     groups: list[Group] = field(default_factory=list)
     residual: set[str] = field(default_factory=set)
     norms: dict[str, Tensor] = field(default_factory=dict)
     rectified: dict[str, Rectifier | None] = field(default_factory=dict)
+    repeated: set[Gate] = field(default_factory=set)
 
     def place(self, name: str) -> int:
         """The index of the group that a weight is in."""
@@ -119,6 +121,7 @@ class _Trace(Pass):
         super().__init__(network, batch, index, Slots(1))
         self._meter = meter
         self._copied = 0
+        self._entered = set[Gate]()
         self._weights = weights
         self.calls: Counter[str] = Counter()
         self._plan = plan
@@ -160,6 +163,9 @@ class _Trace(Pass):
         if gate.head and self.calls.keys() >= self._weights.keys():
             raise Ended  # its outputs are as wide as the vocabulary, and not needed
         super().enter(gate)
+        if gate in self._entered:
+            self._plan.repeated.add(gate)
+        self._entered.add(gate)
         if self._meter is not None:
             self._meter.begin(gate)
 

@@ -122,7 +122,7 @@ class PruningReport(Report):
             better = sum(block.improved for block in self.distilled)
             lines.append(
                 f"distilled: {better} of {len(self.distilled)} blocks are better, mean error of outputs "
-                f"{before:.4f} -> {after:.4f}"
+                f"{before:.3g} -> {after:.3g}"
             )
         lines += [f"warning: {printable(text)}" for text in self.warnings]
         return "\n".join([*lines, f"{self.seconds:.1f} s"])

@@ -41,6 +41,7 @@ class LayerSequence:
     Attributes:
         groups: The weights in the order of their calls, those with the same inputs together.
         layers: Name -> the weight in the pruned network, with outputs first.
+        repeated: The gates that one forward pass comes to several times.
     """
 
     def __init__(
@@ -81,6 +82,7 @@ class LayerSequence:
             name: Rows(weight, owners.get(id(plan.norms.get(name))))
             for name, weight in pruned.weights.items()
         }
+        self.repeated = plan.repeated
         self._rectified = plan.rectified
         self._fitted: set[str] = set()
         self._residual: Collection[str] = plan.residual if dense is not None else ()

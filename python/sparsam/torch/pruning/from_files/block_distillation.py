@@ -9,7 +9,7 @@ Only one block is in memory, with its gradients and the moments of the optimizer
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Real
 from pathlib import Path
@@ -45,11 +45,14 @@ class Training:
         steps: Of each block; None: no limit.
         seconds: Of all blocks together, in equal shares; None: no limit.
         blocks: The names of the blocks with weights that are pruned; none without limits.
+        shared: The names of the Parameters in these that are used outside of their block too, such as a norm
+            of all blocks. They are not trained: each block would want others.
     """
 
     steps: int | None
     seconds: float | None
     blocks: tuple[str, ...]
+    shared: frozenset[str] = frozenset()
 
     @classmethod
     def of(
@@ -92,7 +95,7 @@ class Training:
                     got = f"{f'{block}.{name}'!r} in {one.dtype}"
                     msg = f"model: expected one in float32, to be trained; got {got}; {do}"
                     raise ValueError(msg)
-        return cls(steps, seconds, tuple(names))
+        return cls(steps, seconds, tuple(names), frozenset(_shared(model, names)))
 
     @property
     def share(self) -> float | None:
@@ -106,6 +109,7 @@ def distill_blocks(
     batches: Sequence[Batch],
     blocks: DistilledBlocks,
     training: Training,
+    repeated: Collection[str],
     folder: Path,
     step: Callable[[int], object],
 ) -> tuple[list[DistilledBlock], list[str]]:
@@ -119,6 +123,7 @@ def distill_blocks(
         batches: The calibration.
         blocks: The blocks to distil, and those that are done.
         training: How long.
+        repeated: The blocks that a pass comes to several times; they are not distilled.
         folder: A folder for activations.
         step: Called with the number of blocks that are done, after each.
 
@@ -133,8 +138,8 @@ def distill_blocks(
         for name in blocks.names:
             _record(twin.model.get_submodule(name), name, folder)
     threads = torch.get_num_threads()
-    left = [name for name in blocks.names if blocks.outcome(name) is None]
-    skipped: list[str] = []
+    skipped = [name for name in blocks.names if name in repeated]
+    left = [name for name in blocks.names if name not in repeated and blocks.outcome(name) is None]
     try:
         for part, waiting in parts.turns([*students, *teachers]) if left else ():
             advance([one for one in waiting if one in teachers])
@@ -144,7 +149,8 @@ def distill_blocks(
                 if calls:
                     module = twins[0].model.get_submodule(part)
                     found = _train(module, part, parts, calls, training)
-                    blocks.save(found, parts.parameters(part))
+                    values = parts.parameters(part).items()
+                    blocks.save(found, {name: one for name, one in values if name not in training.shared})
                     if not found.improved:
                         parts.read_again(part)
                     return_freed_memory()
@@ -164,6 +170,18 @@ def distill_blocks(
     parts.close()
     outcomes = [blocks.outcome(name) for name in blocks.names]
     return [outcome for outcome in outcomes if outcome is not None], skipped + left
+
+
+def _shared(model: nn.Module, blocks: Sequence[str]) -> Iterator[str]:
+    """The names of the Parameters in blocks that are used outside of their block too."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    for block in blocks:
+        for several in names.values():
+            inside = [name for name in several if name.startswith(f"{block}.")]
+            if len(inside) < len(several):
+                yield from inside
 
 
 @dataclass
@@ -285,11 +303,11 @@ def _train(
         chosen.append(torch.tensor(one.index))
     judged = apart or used
     before = _error(student, teacher, judged)
-    parameters = list(parts.parameters(name).values())
-    for parameter in parameters:
-        parameter.requires_grad_(
-            bool(parameter.ndim < 2 or parameter.detach().any())
-        )  # a weight of zeros only stays so
+    named = parts.parameters(name)
+    parameters = list(named.values())
+    for own, parameter in named.items():
+        changes = parameter.ndim < 2 or parameter.detach().any()  # a weight of zeros only stays so
+        parameter.requires_grad_(bool(changes) and own not in training.shared)
     try:
         done = distill(student, teacher, used, steps=training.steps, seconds=training.share, layers="outputs")
     finally:

@@ -105,6 +105,10 @@ class PartsInTurn:
         """Part -> what was measured there."""
         return {name: meter.found[held.gate] for name, held in self._held.items() if held.gate in meter.found}
 
+    def behind(self, gates: Collection[Gate]) -> set[str]:
+        """The names of the parts behind gates."""
+        return {name for name, held in self._held.items() if held.gate in gates}
+
     def holds(self, name: str, *, lent: bool = False) -> bool:
         """Whether a weight is in memory with its part, or, with `lent`, by itself."""
         return self._part_of[name].gate.open or (lent and name in self._lent)

@@ -211,6 +211,7 @@ def _prune(
             job.check_memory(limit, demand, seen)
         parts.follow(groups, sequence.layers, saved, blocks)
         known = prune_in_sequence(sequence, job.plan, executor, saved, step, said)
+        repeated = parts.behind(sequence.repeated)
     distilled: list[DistilledBlock] = []
     if blocks.names:
         parts.close()
@@ -221,6 +222,7 @@ def _prune(
             batches,
             blocks,
             training,
+            repeated,
             activations,
             lambda done: show("distilling", done, len(blocks.names)),
         )

@@ -178,3 +178,17 @@ def test_a_worker_that_outlives_its_run_does_not_block_the_next(tmp_path: Path) 
     assert (out / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
     assert not part.exists()
     assert {path.name for path in tmp_path.iterdir()} == {"model.safetensors", "out", "whole", "pid"}
+
+
+@pytest.mark.parametrize("ending", [".pt", ".bin", ".npz", ".onnx"])
+@pytest.mark.parametrize("exists", [False, True])
+def test_names_of_other_kinds_of_files_are_refused(ending: str, exists: bool, tmp_path: Path) -> None:
+    """Neither becomes a directory of that name, nor a file in safetensors."""
+    checkpoint.save(tmp_path / "model.safetensors", {"w": np.ones((4, 4), np.float32)})
+    target = tmp_path / f"out{ending}"
+    if exists:
+        target.write_bytes(b"other")
+    with pytest.raises(ValueError, match=rf"got a name in \{ending}, which is not; name a directory, or a"):
+        checkpoint.prune_files(tmp_path / "model.safetensors", target, PruningConfig(0.5))
+    assert target.exists() == exists
+    assert not exists or target.read_bytes() == b"other"

@@ -48,7 +48,12 @@ _TaskT = TypeVar("_TaskT")
 _ResultT = TypeVar("_ResultT")
 
 _SAMPLED = 1 << 18
-_UNWRITTEN = {
+_UNWRITTEN = {  # not here: the command line writes the first five in other ways
+    ".pt",
+    ".pth",
+    ".bin",
+    ".npz",
+    ".onnx",
     ".h5",
     ".hdf5",
     ".keras",

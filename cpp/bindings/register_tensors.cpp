@@ -44,8 +44,8 @@ py::object new_tensor(const py::object& x, const TensorView& view, std::size_t r
 // activation(x W^T + bias) as a new tensor like x, with nothing on the way that a small product would feel;
 // None unless x is plain float32 or bfloat16 with that many columns, and bias None or as many plain float32
 // numbers.
-py::object product(const PackedMatrix& w, const py::object& kernel_for, const py::object& x,
-                   const py::object& bias, const std::string& activation) {
+py::object linear_of_tensors(const PackedMatrix& w, const py::object& kernel_for, const py::object& x,
+                             const py::object& bias, const std::string& activation) {
   TensorView from{}, add{}, to{};
   const std::size_t rows = w.any().rows(), cols = w.any().cols();
   if (!view_of_tensor(x, from) || from.ndim < 1 || !from.is_plain()) return py::none();
@@ -83,7 +83,7 @@ bool view_of_tensor(py::handle tensor, TensorView& view) {
 
 void register_tensors(py::module_& m) {
   m.def("use_tensors", &use_tensors, py::arg("table"));
-  m.def("linear_of_tensors", &product, py::arg("weight"), py::arg("kernel_for"), py::arg("x"),
+  m.def("linear_of_tensors", &linear_of_tensors, py::arg("weight"), py::arg("kernel_for"), py::arg("x"),
         py::arg("bias"), py::arg("activation"));
 }
 

@@ -30,6 +30,15 @@ SPARSAM_INLINE Floats::Reg finish_rows(Floats::Reg sums, Epilogue epilogue, std:
   return activate(sums, epilogue.activation);
 }
 
+// The columns of one step, those at x and those of the rows of x after it, for kBatch sums.
+template <class Weights, std::size_t kBatch, std::size_t kChains>
+SPARSAM_INLINE void bitmask_step(Weights weights, const float* x, std::size_t x_stride, std::size_t chain,
+                                 Floats::Reg (&sum)[kBatch][kChains]) {
+#pragma GCC unroll 4
+  for (std::size_t t = 0; t < kBatch; ++t)
+    sum[t][chain] = Floats::fma_expanded(weights, Floats::load(x + t * x_stride), sum[t][chain]);
+}
+
 // One row of W, kBatch rows of x: 64 columns a step, independent chains for each so that the latency of the
 // sums is hidden. `lines` cache lines of values are prefetched per step: without that, a core does not keep
 // enough reads in flight.
@@ -49,16 +58,19 @@ SPARSAM_INLINE void bitmask_row(const BitmaskView& w, std::size_t row, const flo
 #pragma GCC unroll 4
     for (std::size_t line = 0; line < kLines; ++line)
       __builtin_prefetch(reinterpret_cast<const char*>(p) + kAhead + 64 * line);
-#pragma GCC unroll 8
-    for (std::size_t step = 0; step < kSteps; ++step) {
+    const auto add = [&](std::size_t step) __attribute__((always_inline)) {
       const auto bits = static_cast<std::uint32_t>(word >> (step * kLanes)) & ((1u << kLanes) - 1);
       const auto weights = Floats::expanded(p + counts.before(step), bits);
-#pragma GCC unroll 4
-      for (std::size_t t = 0; t < kBatch; ++t) {
-        Floats::Reg& chain = sum[t][step % kChains];
-        const auto columns = Floats::load(x + t * x_stride + k * 64 + step * kLanes);
-        chain = Floats::fma_expanded(weights, columns, chain);
-      }
+      bitmask_step(weights, x + k * 64 + step * kLanes, x_stride, step % kChains, sum);
+    };
+    // Sums of several rows that do not fit in registers gain nothing from long code, which takes long to
+    // compile.
+    if constexpr (kBatch == 1 || Floats::kFetches) {
+#pragma GCC unroll 8
+      for (std::size_t step = 0; step < kSteps; ++step) add(step);
+    } else {
+#pragma GCC unroll 1
+      for (std::size_t step = 0; step < kSteps; ++step) add(step);
     }
     p += counts.all();
   }
@@ -91,14 +103,18 @@ void bitmask_rows(const BitmaskView& w, std::size_t begin, std::size_t end, cons
 template <class Value, std::size_t kBatch>
 void bitmask_fetching(const BitmaskView& w, std::size_t begin, std::size_t end, const float* x,
                       std::size_t x_stride, Epilogue epilogue, Output y) {
-  const std::uint64_t bytes = (w.row_start[end] - w.row_start[begin]) * sizeof(Value);
-  const std::uint64_t steps = (end - begin) * w.row_words;
-  if (bytes <= 64 * steps)
-    bitmask_rows<Value, kBatch, 1>(w, begin, end, x, x_stride, epilogue, y);
-  else if (bytes <= 128 * steps)
-    bitmask_rows<Value, kBatch, 2>(w, begin, end, x, x_stride, epilogue, y);
-  else
-    bitmask_rows<Value, kBatch, 4>(w, begin, end, x, x_stride, epilogue, y);
+  if constexpr (Floats::kFetches) {
+    const std::uint64_t bytes = (w.row_start[end] - w.row_start[begin]) * sizeof(Value);
+    const std::uint64_t steps = (end - begin) * w.row_words;
+    if (bytes <= 64 * steps)
+      bitmask_rows<Value, kBatch, 1>(w, begin, end, x, x_stride, epilogue, y);
+    else if (bytes <= 128 * steps)
+      bitmask_rows<Value, kBatch, 2>(w, begin, end, x, x_stride, epilogue, y);
+    else
+      bitmask_rows<Value, kBatch, 4>(w, begin, end, x, x_stride, epilogue, y);
+  } else {
+    bitmask_rows<Value, kBatch, 0>(w, begin, end, x, x_stride, epilogue, y);
+  }
 }
 
 template <class Value>

@@ -10,11 +10,11 @@
 namespace sparsam {
 namespace {
 
-constexpr std::size_t kPositions = 64;        // of a tile
-constexpr std::size_t kImageBytes = 4 << 20;  // rounded at a time: they stay in the caches
+constexpr std::size_t kPositions = 64;          // of a tile
+constexpr std::size_t kRoundedBytes = 4 << 20;  // rounded at a time: they stay in the caches
 constexpr std::size_t kAlign = FormHeader::kAlign;
 
-std::size_t aligned(std::size_t bytes) { return (bytes + kAlign - 1) / kAlign * kAlign; }
+std::size_t whole_lines(std::size_t bytes) { return (bytes + kAlign - 1) / kAlign * kAlign; }
 
 // The images of a 1 x 1 convolution are one row of pixels each.
 Conv2d flattened(Conv2d c) {
@@ -55,7 +55,7 @@ class Int8Conv {
   void run(const std::uint8_t* bytes, const float* scales, std::size_t first, std::size_t images) const {
     const std::size_t each = windows_.tiles(), tiles = images * each;
     const std::size_t workers = worker_count(tiles * blocks_, parallel_);
-    const std::size_t copy = aligned(windows_.tile_bytes() + kInt8Slack), own = worker_bytes();
+    const std::size_t copy = whole_lines(windows_.tile_bytes() + kInt8Slack), own = worker_bytes();
     const auto image_of = [&](std::size_t tile) { return bytes + tile / each * image_bytes_; };
     const auto multiply = [&](std::size_t tile, std::size_t block, const std::uint8_t* from, char* memory) {
       const Int8Windows::Tile t = windows_.tile(tile % each);
@@ -95,7 +95,7 @@ class Int8Conv {
   // For results that become planes: of a block, position by position, and transposed.
   std::size_t worker_bytes() const {
     if (strides_.pixel != 1) return 0;
-    return aligned(sizeof(float) * kRowBlock * windows_.largest_count()) +
+    return whole_lines(sizeof(float) * kRowBlock * windows_.largest_count()) +
            sizeof(float) * (kRowBlock + 1) * wide();
   }
 
@@ -121,7 +121,7 @@ class Int8Conv {
       });
     if (!planes) return;
     auto* const transposed =
-        reinterpret_cast<float*>(memory + aligned(sizeof(float) * kRowBlock * windows_.largest_count()));
+        reinterpret_cast<float*>(memory + whole_lines(sizeof(float) * kRowBlock * windows_.largest_count()));
     for (std::size_t from = 0; from < n; from += wide()) {
       const std::size_t here = std::min(wide(), n - from);
       matmul_.pack({sums + from * kRowBlock, kRowBlock, false}, here, rows, kRowBlock, kMaxVectors,
@@ -154,9 +154,9 @@ void int8_conv2d(const Form& form, const Conv2d& geometry, const float* x, Image
   const bool parallel = images * c.out_height() * c.out_width() * form.nnz() >= kSerialBelow;
   const std::size_t bytes = c.height * c.width * c.channels;
   const std::size_t step =
-      std::min(images, std::max<std::size_t>(1, kImageBytes / std::max<std::size_t>(1, bytes)));
+      std::min(images, std::max<std::size_t>(1, kRoundedBytes / std::max<std::size_t>(1, bytes)));
   const Int8Conv conv(form, c, step, epilogue, y, y_strides, parallel);
-  const std::size_t room = aligned(step * bytes + kInt8Slack);
+  const std::size_t room = whole_lines(step * bytes + kInt8Slack);
   const Scratch<Purpose::images> memory(room / sizeof(float) + step);
   auto* const rounded = reinterpret_cast<std::uint8_t*>(memory.data());
   float* const scales = memory.data() + room / sizeof(float);

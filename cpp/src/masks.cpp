@@ -8,7 +8,7 @@
 
 namespace sparsam {
 namespace {
-constexpr std::size_t kStep = std::size_t{1} << 16;
+constexpr std::size_t kMaskStep = std::size_t{1} << 16;
 }
 
 std::size_t count_bits(const std::uint64_t* words, std::size_t n_words) {
@@ -18,13 +18,13 @@ std::size_t count_bits(const std::uint64_t* words, std::size_t n_words) {
 }
 
 std::size_t apply_mask(const View& array, const std::uint64_t* words, const View& out) {
-  const std::vector<Chunk> chunks = cut(array, kStep);
+  const std::vector<Chunk> chunks = cut(array, kMaskStep);
   const std::size_t workers = worker_count(chunks.size(), array.size() >= kSerialBelow);
   std::atomic<std::size_t> nonzero{0};
   with_bits(item_size(array.dtype()), [&](auto width) {
     using Bits = decltype(width);
     const auto& kernel = width_kernels<Bits>(kernels());
-    const Buffers<Bits> buffers(workers, std::min(kStep, array.size()),
+    const Buffers<Bits> buffers(workers, std::min(kMaskStep, array.size()),
                                 !array.contiguous() || !out.contiguous());
     for_each_task(chunks.size(), workers, Interrupts::held, [&](std::size_t worker, std::size_t task) {
       const Chunk& c = chunks[task];

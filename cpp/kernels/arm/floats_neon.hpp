@@ -34,6 +34,7 @@ struct Floats {
   static constexpr std::size_t kLanes = 8;
   static constexpr bool kOneRegister = false;  // for a Reg
   static constexpr bool kEightSums = true;     // stay in registers
+  static constexpr bool kFetches = true;       // values of the bitmask come later than they are needed
   struct Reg {
     float32x4_t part[2];
   };

@@ -13,6 +13,7 @@ struct Floats {
   static constexpr std::size_t kLanes = 8;
   static constexpr bool kOneRegister = false;  // a Reg takes several
   static constexpr bool kEightSums = false;    // stay in registers
+  static constexpr bool kFetches = false;      // values are computed with for longer than they take to come
   using Counts = StepCounts<kLanes>;
   struct Reg {
     float lane[kLanes];

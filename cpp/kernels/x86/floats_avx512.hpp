@@ -15,6 +15,7 @@ struct Floats {
   static constexpr std::size_t kLanes = 16;
   static constexpr bool kOneRegister = true;  // for a Reg
   static constexpr bool kEightSums = true;    // stay in registers
+  static constexpr bool kFetches = true;      // values of the bitmask come later than they are needed
   using Counts = StepCounts<kLanes>;
   using Reg = __m512;
 

@@ -296,3 +296,17 @@ def test_what_several_blocks_share_is_not_trained(tmp_path: Path) -> None:
         found, wanted = [one.blocks[1](one.blocks[0](drawn(12)[5])) for one in (other, model)]
     error = float((found - wanted).square().sum() / wanted.square().sum())
     assert report.distilled[1].after == pytest.approx(error, rel=1e-4)
+
+
+def test_blocks_with_nothing_to_train_stay_as_they_were(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = Blocks(shared=True, rounds=1).eval()
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            module.register_parameter("bias", None)
+    state = saved(model, tmp_path / FILE)
+    options: dict[str, Any] = {"target_sparsity": 1.0, "method": "wanda", "distill_steps": 3}
+    report = from_files(model, tmp_path / FILE, tmp_path / "out", drawn(5), **options)
+    assert [(block.steps, block.improved) for block in report.distilled] == [(0, False), (0, False)]
+    found = load_file(tmp_path / "out" / FILE)
+    assert all(torch.equal(found[name], state[name]) == ("norm" in name) for name in state)

@@ -308,6 +308,8 @@ def _train(
     for own, parameter in named.items():
         changes = parameter.ndim < 2 or parameter.detach().any()  # a weight of zeros only stays so
         parameter.requires_grad_(bool(changes) and own not in training.shared)
+    if not any(parameter.requires_grad for parameter in parameters):
+        return DistilledBlock(name, 0, before, before)
     try:
         done = distill(student, teacher, used, steps=training.steps, seconds=training.share, layers="outputs")
     finally:

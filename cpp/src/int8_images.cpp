@@ -102,9 +102,12 @@ void quantise_images(const Int8Kernels& kernel, const Conv2d& c, const float* x,
 Int8Windows::Int8Windows(const Conv2d& c, std::size_t positions)
     : c_(c), out_height_(c.out_height()), out_width_(c.out_width()), pixel_(c.kernel_h * c.channels) {
   // Windows next to each other share pixels where their columns are neighbours; short rows are copied
-  // window by window, so that a pass has enough of them.
-  overlapping_ = (c.dilation_w == 1 || c.kernel_w == 1) && (out_width_ > kInt8Batch / 2 || out_height_ == 1);
-  in_place_ = overlapping_ && c.kernel_h == 1 && c.pad_h + c.pad_w == 0;
+  // window by window, so that a pass has enough of them, and so are windows with pixels between them.
+  const bool unpadded_row = c.kernel_h == 1 && c.pad_h + c.pad_w == 0;
+  overlapping_ = (c.dilation_w == 1 || c.kernel_w == 1) &&
+                 (out_width_ > kInt8Batch / 2 || out_height_ == 1) &&
+                 (c.stride_w <= c.kernel_w || unpadded_row);
+  in_place_ = overlapping_ && unpadded_row;
   const std::size_t bytes = in_place_ ? 1 : std::max<std::size_t>(1, stride());
   const std::size_t most = std::max(kInt8Batch, std::min(positions, kTileBytes / bytes));
   pieces_ = out_width_ > most + most / 2 ? (out_width_ + most - 1) / most : 1;

@@ -119,9 +119,10 @@ using Pair = std::pair<std::size_t, std::size_t>;
 Taps taps_of(const Pair& pair, std::size_t cols) {
   const Taps taps{pair.first, pair.second};
   if (pair != Pair{0, 0} && !taps.fits(cols))
-    throw py::value_error(expected("taps", std::to_string(pair.first) + " x " + std::to_string(pair.second),
-                                   "sizes whose product divides " + std::to_string(cols) + " columns",
-                                   "pass those of the convolution"));
+    throw py::value_error(
+        expected("taps", std::to_string(pair.first) + " x " + std::to_string(pair.second),
+                 "sizes up to 65535 whose product divides " + std::to_string(cols) + " columns",
+                 "pass those of the convolution, or use float values"));
   return Taps::of(taps.bits());
 }
 

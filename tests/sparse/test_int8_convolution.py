@@ -250,7 +250,7 @@ def test_what_is_refused() -> None:
         lambda: weight.linear("slots", draw(2, 27), None, "", draw(2, 4)), "weight: expected that of a linear"
     )
     for taps in ((2, 2), (0, 3), (3, 0), (1 << 16, 1)):
-        refused(lambda taps=taps: Packed.pack_int8(flat, scales, taps), "taps: expected sizes whose product")
+        refused(lambda taps=taps: Packed.pack_int8(flat, scales, taps), "taps: expected sizes up to 65535")
     floats = Packed.pack(flat.astype(F32))
     floats.add("panels")
     refused(lambda: convolve(floats, x, (3, 3), last=True), "pixels: expected planes for float values")

@@ -18,13 +18,16 @@ from sparsam._core import Packed
 from sparsam.inputs.checks import array_of
 from sparsam.sparse.arguments import weights
 
-__all__ = ["MAX_COLUMNS", "check_no_scales", "is_int8", "pack_int8", "with_slots"]
+__all__ = ["MAX_COLUMNS", "MAX_TAPS", "check_no_scales", "is_int8", "pack_int8", "with_slots"]
 
 LARGEST_CODE = 64
 """The sum of two products with bytes then fits 16 bits, in which AVX2 instructions accumulate them."""
 
 MAX_COLUMNS = 65536
 """Sums of more products might not fit 32 bits."""
+
+MAX_TAPS = 65535
+"""Of the height and the width of a convolution's kernel, which a form holds in 16 bits each."""
 
 _TINY = np.finfo(np.float32).tiny
 

@@ -257,3 +257,18 @@ def test_files_have_the_order_of_the_dense_weight(tmp_path: Path) -> None:
 def test_wide_kernels_are_refused() -> None:
     with pytest.raises(ValueError, match="w: expected at most 65536 columns for int8; got 65600; use float"):
         pack(nn.Conv1d(1, 1, 65600), dtype=torch.int8)
+
+
+@pytest.mark.usefixtures("clock")
+@pytest.mark.parametrize("kernel", [(1, 65536), (65536, 1)])
+def test_kernels_that_a_form_cannot_hold(kernel: tuple[int, int]) -> None:
+    """Of as many columns as int8 values may have, but too long for a form's header; others are packed."""
+    layer, x = pruned(nn.Conv2d(1, 2, kernel)), torch.randn(1, 1, *kernel)
+    with pytest.raises(ValueError, match=f"taps: .* got {kernel[0]} x {kernel[1]}; .* or use float values"):
+        pack(copy.deepcopy(layer), dtype=torch.int8)
+    model = nn.Sequential(layer, pruned(nn.Conv2d(2, 8, 1)))
+    report = accelerate(model, x, values="int8", tolerance=1.0, min_gain=1e-6, verbose=False)
+    assert report.layers[0].reason == "a kernel longer than 65535, too long to round"
+    assert report.layers[1].reason != report.layers[0].reason
+    longest = pack(nn.Conv1d(1, 2, 65535), dtype=torch.int8)
+    assert longest(torch.ones(1, 1, 65535)).shape == (1, 2, 1)

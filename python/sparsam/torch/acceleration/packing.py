@@ -6,7 +6,7 @@ import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 
 import torch
-from sparsam.sparse.int8 import MAX_COLUMNS
+from sparsam.sparse.int8 import MAX_COLUMNS, MAX_TAPS
 from sparsam.torch.acceleration.candidate_layers import Candidate
 from sparsam.torch.layers.packed_parameter import PackedParameter
 from sparsam.torch.layers.packed_tensor import PackedTensor
@@ -73,6 +73,8 @@ def obstacle(candidate: Candidate, dtype: torch.dtype | None) -> str:
         columns = weight.shape[0] if is_transposed(layer) else weight[:1].numel()
         if columns > MAX_COLUMNS:
             return f"more than {MAX_COLUMNS} weights for each output, too many to round"
+        if max(weight.shape[2:], default=0) > MAX_TAPS:
+            return f"a kernel longer than {MAX_TAPS}, too long to round"
         if not torch.isfinite(weight).all():
             return "its weight is not finite, which cannot be rounded"
     return ""

@@ -12,7 +12,7 @@
 namespace sparsam {
 namespace {
 
-std::size_t aligned(std::size_t bytes) { return (bytes + 63) / 64 * 64; }
+std::size_t whole_lines(std::size_t bytes) { return (bytes + 63) / 64 * 64; }
 
 // About the clocks that parts of a product take, fitted on a Zen 5: a pair of steps for a row of x; for each
 // tile four weights, and a row of W; taking the weights of a pair out of slots; another round of tasks.
@@ -46,16 +46,18 @@ Int8Quads::Int8Quads(const Form& form, const Int8Kernels& kernel, std::size_t ba
   blocks_ = (groups_ + step_ - 1) / step_;
   for (std::size_t block = 0; block < blocks_; ++block) {
     const std::uint64_t some = w_.begin[std::min(groups_, (block + 1) * step_)] - w_.begin[block * step_];
-    room_ = std::max(room_, aligned(quad_bytes(some, w_.lanes, tile)));
+    room_ = std::max(room_, whole_lines(quad_bytes(some, w_.lanes, tile)));
   }
 }
 
-std::size_t Int8Quads::bytes() const { return tiles_ * aligned(w_.cols * kernel_.tile) + workers_ * room_; }
+std::size_t Int8Quads::bytes() const {
+  return tiles_ * whole_lines(w_.cols * kernel_.tile) + workers_ * room_;
+}
 
 void Int8Quads::multiply(const std::uint8_t* x, std::size_t x_stride, const float* x_scale,
                          std::uint8_t* memory, const Epilogue& epilogue, const Output& y) const {
   const std::size_t tile = kernel_.tile;
-  std::uint8_t* const room = memory + tiles_ * aligned(w_.cols * tile);
+  std::uint8_t* const room = memory + tiles_ * whole_lines(w_.cols * tile);
   for_each_task(tiles_, std::min(workers_, tiles_), [&](std::size_t, std::size_t i) {
     kernel_.make_tile(x + i * tile * x_stride, x_stride, std::min(tile, rows_ - i * tile), w_.cols,
                       memory + i * w_.cols * tile);

@@ -41,7 +41,7 @@ void multiply_groups(const Int8View& w, std::size_t begin, std::size_t end, cons
 #pragma GCC unroll 8
         for (std::size_t t = 0; t < kBatch; ++t)
           sum[t] = Own::add_narrow(sum[t], pair, Bytes::window(x0 + t * x_stride),
-                                      Bytes::window(x1 + t * x_stride));
+                                   Bytes::window(x1 + t * x_stride));
       }
     }
     for (; code != last; code += kBytes, start += kStarts) {

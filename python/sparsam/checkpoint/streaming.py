@@ -38,7 +38,7 @@ from sparsam.inputs.messages import LOGGER
 from sparsam.pools import Pool
 from sparsam.report import LayerStats, Report
 
-__all__ = ["Progress", "name_files", "parts_of", "prune_files", "target_of"]
+__all__ = ["FILE_KINDS", "Progress", "name_files", "parts_of", "prune_files", "target_of"]
 
 StrPath: TypeAlias = "str | os.PathLike[str]"
 Progress: TypeAlias = Callable[[str, int, int], object]
@@ -48,7 +48,7 @@ _TaskT = TypeVar("_TaskT")
 _ResultT = TypeVar("_ResultT")
 
 _SAMPLED = 1 << 18
-_UNWRITTEN = {  # not here: the command line writes the first five in other ways
+FILE_KINDS = {  # not written here: the command line writes the first five in other ways
     ".pt",
     ".pth",
     ".bin",
@@ -167,7 +167,7 @@ def target_of(dst: StrPath, shards: Shards | None) -> tuple[Path, bool]:
     if target.exists() and not (target.is_file() or target.is_dir()):
         msg = f"{target}: expected a file or a directory to write; got a pipe or device; name another"
         raise ValueError(msg)
-    if target.suffix.lower() in _UNWRITTEN and not target.is_dir():
+    if target.suffix.lower() in FILE_KINDS and not target.is_dir():
         msg = (
             f"{target}: expected a directory, or a file of a kind that is written; got a name in "
             f"{target.suffix}, which is not; name a directory, or a file in .safetensors"

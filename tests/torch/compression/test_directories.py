@@ -125,3 +125,13 @@ def test_arguments_of_another_kind(
     options: dict[str, Any] = {"model": source, "calibration": texts(), "output": tmp_path / "out"} | changes
     with pytest.raises(kind, match=message):
         compress(options.pop("model"), options.pop("calibration"), options.pop("output"), **options)
+
+
+@pytest.mark.parametrize("name", ["out.gguf", "out.pt", "out.safetensors", "out.ONNX"])
+def test_no_directory_gets_the_name_of_a_file(name: str, tmp_path: Path) -> None:
+    source = directory(tmp_path / "dense", encoder())
+    with pytest.raises(
+        ValueError, match=r"expected the name of a directory; got '.*leave the ending"
+    ):
+        compress(source, texts(), tmp_path / name, CONFIG)
+    assert [path.name for path in tmp_path.iterdir()] == ["dense"]

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from sparsam.checkpoint.streaming import FILE_KINDS
 from sparsam.config import PruningConfig
 from sparsam.inputs.checks import expected
 from sparsam.pruner import configured
@@ -143,6 +144,9 @@ def read_arguments(
     target = Path(output)
     if target.exists() or target.is_symlink():
         raise ValueError(expected("output", str(target), "a directory that does not exist yet", "remove it"))
+    if target.suffix.lower() in FILE_KINDS | {".safetensors"}:
+        do = "leave the ending out: a Hugging Face directory is written"
+        raise ValueError(expected("output", str(target), "the name of a directory", do))
     given = PruningConfig(target_sparsity=0.8, method="admm") if config is None else configured(config)
     if given.method in GRADIENT_METHODS:
         wanted = "one that needs no labels: 'admm', 'obs', 'wanda', 'ria', 'magnitude' or 'random'"

@@ -5,6 +5,7 @@
 #include "int8_images.hpp"
 #include "panel_tiles.hpp"
 #include "sparsam/isa.hpp"
+#include "sparsam/memory.hpp"
 #include "table.hpp"
 
 namespace sparsam {
@@ -12,9 +13,6 @@ namespace {
 
 constexpr std::size_t kPositions = 64;          // of a tile
 constexpr std::size_t kRoundedBytes = 4 << 20;  // rounded at a time: they stay in the caches
-constexpr std::size_t kAlign = FormHeader::kAlign;
-
-std::size_t whole_lines(std::size_t bytes) { return (bytes + kAlign - 1) / kAlign * kAlign; }
 
 // The images of a 1 x 1 convolution are one row of pixels each.
 Conv2d flattened(Conv2d c) {

@@ -6,13 +6,12 @@
 #include "forms.hpp"
 #include "sparsam/isa.hpp"
 #include "sparsam/matmul.hpp"
+#include "sparsam/memory.hpp"
 #include "sparsam/threads.hpp"
 #include "table.hpp"
 
 namespace sparsam {
 namespace {
-
-std::size_t whole_lines(std::size_t bytes) { return (bytes + 63) / 64 * 64; }
 
 // About the clocks that parts of a product take, fitted on a Zen 5: a pair of steps for a row of x; for each
 // tile four weights, and a row of W; taking the weights of a pair out of slots; another round of tasks.

@@ -6,6 +6,9 @@
 
 namespace sparsam {
 
+// The bytes of the cache lines that so many bytes need.
+constexpr std::size_t whole_lines(std::size_t bytes) { return (bytes + 63) / 64 * 64; }
+
 class Memory {
  public:
   Memory() = default;

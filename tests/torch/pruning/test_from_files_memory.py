@@ -70,8 +70,19 @@ def test_less_than_two_blocks(tmp_path: Path) -> None:
     assert zeros == [f"{block}.0.weight" for block in range(BLOCKS)]
 
 
-GATED = """
-import sys, warnings
+def write_gated(folder: Path, rng: np.random.Generator, shapes: dict[str, tuple[int, int]]) -> None:
+    """Two blocks with these weights."""
+    folder.mkdir()
+    weights = {
+        f"{block}.{own}.weight": rng.standard_normal(shape, np.float32) / np.float32(shape[1] ** 0.5)
+        for block in range(2)
+        for own, shape in shapes.items()
+    }
+    checkpoint.save(folder / "model.safetensors", weights)
+
+
+MODEL = """
+import resource, sys, warnings
 from concurrent.futures import ThreadPoolExecutor
 import torch
 from torch import nn
@@ -89,7 +100,9 @@ class Gated(nn.Module):
 
 def kib(what):
     return int(next(line for line in open("/proc/self/status") if line.startswith(what)).split()[1])
+"""
 
+GATED = """
 def pruned(source, width, inner, memory):
     with torch.device("meta"):
         model = nn.Sequential(*(Gated(width, inner) for _ in range(2)))
@@ -117,16 +130,10 @@ def test_weights_that_are_fitted_together_count_together(executor: str, tmp_path
     rng = np.random.default_rng(0)
     for name, width, inner in (("small", 64, 128), ("gated", 512, 2048)):
         shapes = {"gate": (inner, width), "up": (inner, width), "down": (width, inner)}
-        (tmp_path / name).mkdir()
-        weights = {
-            f"{block}.{own}.weight": rng.standard_normal(shape, np.float32) / np.float32(shape[1] ** 0.5)
-            for block in range(2)
-            for own, shape in shapes.items()
-        }
-        checkpoint.save(tmp_path / name / "model.safetensors", weights)
+        write_gated(tmp_path / name, rng, shapes)
 
     def said(memory: str) -> str:
-        command = [sys.executable, "-c", GATED, str(tmp_path), memory, executor]
+        command = [sys.executable, "-c", MODEL + GATED, str(tmp_path), memory, executor]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
     def needed_for(weights: int) -> int:
@@ -152,24 +159,6 @@ def test_weights_that_are_fitted_together_count_together(executor: str, tmp_path
 
 
 ACTIVE = """
-import resource, sys, warnings
-import torch
-from torch import nn
-from torch.nn import functional
-from sparsam.torch import prune_files
-
-class Gated(nn.Module):
-    def __init__(self, width, inner):
-        super().__init__()
-        self.gate, self.up = (nn.Linear(width, inner, bias=False) for _ in range(2))
-        self.down = nn.Linear(inner, width, bias=False)
-
-    def forward(self, x):
-        return x + self.down(functional.silu(self.gate(x)) * self.up(x))
-
-def kib(what):
-    return int(next(line for line in open("/proc/self/status") if line.startswith(what)).split()[1])
-
 def pruned(folder, rows, memory, steps):
     with torch.device("meta"):
         model = nn.Sequential(*(Gated(64, 512) for _ in range(2)))
@@ -198,16 +187,10 @@ def test_the_memory_that_is_told_is_enough(method: str, steps: int, tmp_path: Pa
     rng = np.random.default_rng(0)
     shapes = {"gate": (512, 64), "up": (512, 64), "down": (64, 512)}
     for name in ("small", "large"):
-        (tmp_path / name).mkdir()
-        weights = {
-            f"{block}.{own}.weight": rng.standard_normal(shape, np.float32) / np.float32(shape[1] ** 0.5)
-            for block in range(2)
-            for own, shape in shapes.items()
-        }
-        checkpoint.save(tmp_path / name / "model.safetensors", weights)
+        write_gated(tmp_path / name, rng, shapes)
 
     def said(memory: int) -> str:
-        command = [sys.executable, "-c", ACTIVE, str(tmp_path), f"{memory}MiB", method, str(steps)]
+        command = [sys.executable, "-c", MODEL + ACTIVE, str(tmp_path), f"{memory}MiB", method, str(steps)]
         # What glibc keeps for each thread after it was freed is given back, but its addresses count.
         frugal = os.environ | {"MALLOC_MMAP_THRESHOLD_": str(1 << 20)}
         return subprocess.run(command, capture_output=True, text=True, check=True, env=frugal).stdout

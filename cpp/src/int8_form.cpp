@@ -49,8 +49,9 @@ class PairSlots {
     int above[2] = {0, 0}, below[2] = {0, 0};
     for (std::size_t step = 0; step < 2; ++step)
       for (std::size_t i = 0; i < count[step]; ++i) {
-        const int v = value[step][i];
-        (v > 0 ? above : below)[(step == 0 ? a : b) >> i & 1] += v;
+        const std::size_t half = (step == 0 ? a : b) >> i & 1;
+        above[half] += std::max(value[step][i], 0);
+        below[half] += std::min(value[step][i], 0);
       }
     return std::max(above[0], above[1]) <= kInt8Narrow && std::min(below[0], below[1]) >= -kInt8Narrow;
   }

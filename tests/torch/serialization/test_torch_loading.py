@@ -90,7 +90,7 @@ REFUSED: dict[str, tuple[Change, str]] = {
     ),
     "attention that is no list": (
         text("attention", '"sdpa"'),
-        "metadata 'attention': expected an array; got str",
+        "metadata 'attention': expected array; got 'sdpa'",
     ),
     "a buffer that is not there": (text("buffers", '["x"]'), "got a file without 'x'"),
     "another shape": (

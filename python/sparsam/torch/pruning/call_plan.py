@@ -12,19 +12,10 @@ from weakref import ref
 import torch
 from sparsam.torch.pruning.activations import ActivationMeter
 from sparsam.torch.pruning.calibration import Batch
-from sparsam.torch.pruning.forward_passes import (
-    Ended,
-    Gate,
-    Pass,
-    Rectifier,
-    Residual,
-    Slots,
-    Tracked,
-    advance,
-    end,
-)
+from sparsam.torch.pruning.forward_passes import Ended, Gate, Pass, Slots, advance, end
 from sparsam.torch.pruning.layer_inputs import Inputs
 from sparsam.torch.pruning.prunable import PrunableWeight
+from sparsam.torch.pruning.tracked_outputs import Rectifier, Residual, Tracked
 from sparsam.torch.pruning.unfolded_rows import unfolding
 from torch import Tensor, nn
 

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from sparsam.statistics import InputStatistics
 from sparsam.torch.pruning.calibration import Batch
-from sparsam.torch.pruning.forward_passes import Rectifier
 from sparsam.torch.pruning.layer_inputs import Inputs
 from sparsam.torch.pruning.prunable import PrunableWeight
+from sparsam.torch.pruning.tracked_outputs import Rectifier
 from sparsam.torch.pruning.unfolded_rows import input_rows, output_rows, spacing
 from torch import Tensor
 

@@ -10,19 +10,11 @@ from sparsam.inputs.system import return_freed_memory
 from sparsam.torch.pruning.activations import ActivationMeter
 from sparsam.torch.pruning.calibration import Batch
 from sparsam.torch.pruning.call_plan import Group, plan_calls
-from sparsam.torch.pruning.forward_passes import (
-    Pass,
-    Rectifier,
-    Residual,
-    Slots,
-    Tracked,
-    advance,
-    current_pass,
-    end,
-)
+from sparsam.torch.pruning.forward_passes import Pass, Slots, advance, current_pass, end
 from sparsam.torch.pruning.group_statistics import GroupBatch, GroupStatistics, OtherRows
 from sparsam.torch.pruning.layer_inputs import Inputs, watch
 from sparsam.torch.pruning.rectified_fits import Shown
+from sparsam.torch.pruning.tracked_outputs import Rectifier, Residual, Tracked
 from sparsam.torch.pruning.twins import Rows, Twin
 from torch import Tensor, nn
 

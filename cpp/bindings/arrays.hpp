@@ -92,7 +92,7 @@ inline Tiling tiling_of(std::size_t rows, std::size_t cols, std::size_t tile_row
 }
 
 void register_masks(py::module_& m);
-void register_matmul(py::module_& m);
+void register_packed(py::module_& m);
 void register_moments(py::module_& m);
 void register_reconstruction(py::module_& m);
 void register_attention(py::module_& m);

@@ -5,7 +5,7 @@ PYBIND11_MODULE(_core, m) {
   sparsam::register_runtime(m);
   sparsam::register_selection(m);
   sparsam::register_masks(m);
-  sparsam::register_matmul(m);
+  sparsam::register_packed(m);
   sparsam::register_moments(m);
   sparsam::register_reconstruction(m);
   sparsam::register_recurrent(m);

@@ -130,8 +130,6 @@ def test_arguments_of_another_kind(
 @pytest.mark.parametrize("name", ["out.gguf", "out.pt", "out.safetensors", "out.ONNX"])
 def test_no_directory_gets_the_name_of_a_file(name: str, tmp_path: Path) -> None:
     source = directory(tmp_path / "dense", encoder())
-    with pytest.raises(
-        ValueError, match=r"expected the name of a directory; got '.*leave the ending"
-    ):
+    with pytest.raises(ValueError, match=r"expected the name of a directory; got '.*leave the ending"):
         compress(source, texts(), tmp_path / name, CONFIG)
     assert [path.name for path in tmp_path.iterdir()] == ["dense"]

@@ -30,7 +30,6 @@ import math
 import re
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
-from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -39,7 +38,7 @@ from numpy.typing import ArrayLike, NDArray
 from sparsam import scores
 from sparsam.apportionment import raise_to_floors, round_to_total, shift_to_mean
 from sparsam.config import ALLOCATIONS, Allocation, AllocationLike, Scorer
-from sparsam.inputs.checks import check_sparsity, expected, to_arrays
+from sparsam.inputs.checks import check_sparsity, expected, is_number, to_arrays
 from sparsam.inputs.dtypes import check_dtype
 from sparsam.inputs.float_mode import standard_floats
 from sparsam.inputs.names import NamePatterns, closest, matching
@@ -83,7 +82,7 @@ class ERK:
 
     def __post_init__(self) -> None:
         power = self.power
-        if isinstance(power, bool) or not isinstance(power, Real) or not 0 <= power < math.inf:
+        if not is_number(power) or not 0 <= power < math.inf:
             raise ValueError(
                 expected("ERK: power", power, "a finite number of at least 0", "leave it out for 1")
             )
@@ -183,7 +182,7 @@ class OWL:
         scores.Wanda(self.statistics)
         for what, value, most in (("multiple", self.multiple, math.inf), ("spread", self.spread, 0.5)):
             low = 0 if what == "spread" else math.ulp(0.0)
-            number = isinstance(value, Real) and not isinstance(value, bool)
+            number = is_number(value)
             if not number or not low <= value <= most or value == math.inf:
                 wanted = "a number from 0 to 0.5" if what == "spread" else "a finite number above 0"
                 raise ValueError(expected(f"OWL: {what}", value, wanted, "leave it out for the default"))
@@ -370,7 +369,7 @@ def allocate_groups(
     shares = allocation.shares(arrays, target, pattern)
     for name in arrays:
         share = shares.get(name)
-        if not isinstance(share, Real) or not -1e-9 <= share <= 1 + 1e-9:
+        if not is_number(share) or not -1e-9 <= share <= 1 + 1e-9:
             what, do = f"{allocation!r}: share of tensor {name!r}", "return a share for each tensor"
             raise ValueError(expected(what, share, "one in [0, 1]", do))
     wanted = {name: min(max(float(shares[name]), 0.0), 1.0) * size for name, size in sizes.items()}

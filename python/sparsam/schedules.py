@@ -34,10 +34,9 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from numbers import Real
 
 from sparsam.config import SCHEDULES, Schedule, ScheduleLike, check_growing
-from sparsam.inputs.checks import expected
+from sparsam.inputs.checks import expected, is_number
 
 
 class _Curve(ABC):
@@ -72,7 +71,7 @@ class Polynomial(_Curve):
     power: float = 3
 
     def __post_init__(self) -> None:
-        if isinstance(self.power, bool) or not isinstance(self.power, Real) or not 0 < self.power < math.inf:
+        if not is_number(self.power) or not 0 < self.power < math.inf:
             wanted = "a finite number above 0 (1 is linear, 3 is cubic)"
             raise ValueError(expected("Polynomial: power", self.power, wanted, "pass 3, say"))
 

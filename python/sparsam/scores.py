@@ -40,14 +40,13 @@ import math
 import operator
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from numbers import Real
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from sparsam.config import METHODS, Scorer
-from sparsam.inputs.checks import expected
+from sparsam.inputs.checks import expected, is_number
 from sparsam.inputs.float_mode import standard_floats
 from sparsam.score_data import array_for, check_mapping, input_rms, refuse_not_finite, to_numbers
 from sparsam.statistics import InputStatistics
@@ -263,7 +262,7 @@ class RIA:
     def __post_init__(self) -> None:
         check_mapping(self, "statistics", self.statistics, "the InputStatistics")
         power = self.power
-        if isinstance(power, bool) or not isinstance(power, Real) or not 0 <= power < math.inf:
+        if not is_number(power) or not 0 <= power < math.inf:
             raise ValueError(
                 expected("RIA: power", power, "a finite number of at least 0", "leave it out for 0.5")
             )

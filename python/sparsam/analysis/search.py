@@ -7,7 +7,6 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
-from numbers import Real
 from typing import Any
 
 from numpy.typing import ArrayLike
@@ -17,7 +16,7 @@ from sparsam.analysis.sensitivity_report import SensitivityReport
 from sparsam.checkpoint.json_state import to_number
 from sparsam.config import AllocationLike, Override, PruningConfig
 from sparsam.coupling import members
-from sparsam.inputs.checks import check_sparsity, integer, positive, to_arrays
+from sparsam.inputs.checks import check_sparsity, integer, is_number, positive, to_arrays
 from sparsam.masks import Mask
 from sparsam.patterns import NM, Unstructured
 from sparsam.pools import make_pools
@@ -162,7 +161,7 @@ def find_smallest(
         TypeError: `weights` is not a mapping; a callback returned something of another type.
     """
     arrays = to_arrays(weights)
-    if isinstance(min_score, bool) or not isinstance(min_score, Real) or math.isnan(min_score):
+    if not is_number(min_score) or math.isnan(min_score):
         msg = f"min_score: expected a number; got {min_score!r}; pass the lowest score that is good enough"
         raise ValueError(msg)
     if integer("checks", checks) < 0:

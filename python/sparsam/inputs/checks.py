@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Iterator, Mapping
 from numbers import Real
-from typing import Any, TypeVar
+from typing import Any, TypeGuard, TypeVar
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -37,11 +37,16 @@ class ReadOnly(Mapping[str, ValueT_co]):
         return repr(self._content)
 
 
+def is_number(value: object) -> TypeGuard[float]:
+    """Whether a value is a real number, NaN and infinities too; True and False are none."""
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
 def check_sparsity(what: str, value: object) -> float:
     """Returns `value` as a float in [0, 1], or raises the ValueError that names `what`."""
     if type(value) is float and 0 <= value <= 1:  # The check against an abstract class takes longer.
         return value
-    if not isinstance(value, bool) and isinstance(value, Real):
+    if is_number(value):
         number = float(value)
         if 0 <= number <= 1:
             return number

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from numbers import Real
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from sparsam.inputs.checks import expected, positive
+from sparsam.inputs.checks import expected, is_number, positive
 from sparsam.inputs.float_mode import standard_floats
 from sparsam.masks import Mask
 from sparsam.patterns import NM, Pattern, Unstructured
@@ -179,7 +178,7 @@ def _search(
 def _rho(rho: float | None, default: float) -> float:
     if rho is None:
         return default
-    if not isinstance(rho, bool) and isinstance(rho, Real) and 0 < float(rho) < math.inf:
+    if is_number(rho) and 0 < float(rho) < math.inf:
         return float(rho)
     raise ValueError(expected("rho", rho, "a finite number above 0", "leave it out for the default"))
 

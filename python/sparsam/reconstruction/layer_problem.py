@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from numbers import Real
 from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from sparsam.inputs.checks import array_of, expected, to_array
+from sparsam.inputs.checks import array_of, expected, is_number, to_array
 from sparsam.inputs.dtypes import is_weight_dtype
 from sparsam.inputs.float_mode import standard_floats
 from sparsam.masks import Mask
@@ -191,7 +190,7 @@ def neither_mask_nor_sparsity(name: str) -> ValueError:
 
 def to_damping(damping: object) -> float:
     """Damping as a float of at least 0."""
-    if not isinstance(damping, bool) and isinstance(damping, Real):
+    if is_number(damping):
         number = float(damping)
         if 0 <= number < math.inf:
             return number

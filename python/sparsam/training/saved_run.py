@@ -12,7 +12,6 @@ import re
 from collections.abc import Collection, Mapping
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, replace
-from numbers import Real
 from pathlib import Path
 from types import TracebackType
 from typing import Any, ClassVar, NamedTuple, TypeAlias
@@ -33,6 +32,7 @@ from sparsam.checkpoint.json_state import (
     to_number,
 )
 from sparsam.checkpoint.locks import locked
+from sparsam.inputs.checks import is_number
 from sparsam.masks import Mask
 from sparsam.training.run_identity import RunIdentity
 
@@ -93,9 +93,7 @@ class Limits:
 
     def __post_init__(self) -> None:
         for name, value in (("min_score", self.min_score), ("max_drop", self.max_drop)):
-            if value is not None and (
-                isinstance(value, bool) or not isinstance(value, Real) or math.isnan(value)
-            ):
+            if value is not None and (not is_number(value) or math.isnan(value)):
                 msg = f"{name}: expected a number; got {value!r}; pass a score, or leave it out"
                 raise ValueError(msg)
         if self.max_drop is not None and self.max_drop < 0:

@@ -110,6 +110,7 @@ def test_methods_that_need_labels(method: str, tmp_path: Path, capsys: pytest.Ca
     ("changes", "kind", "message"),
     [
         ({"config": 0.8}, TypeError, "config: expected a PruningConfig"),
+        ({"distill_minutes": True}, ValueError, "distill_minutes: expected a number from 0; got True"),
         ({"distill_minutes": "long"}, ValueError, "distill_minutes: expected a number from 0; got 'long'"),
         ({"calibration": 3}, TypeError, "calibration: expected a file or texts; got 3"),
         ({"calibration": [3] * 30}, TypeError, "calibration: expected texts; got 3"),

@@ -203,6 +203,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"distill_steps": 0}, "distill_steps: expected an integer of at least 1; got 0"),
     ({"distill_seconds": 0.0}, "distill_seconds: expected a time above 0; got 0.0; raise it"),
     ({"distill_seconds": math.nan}, "distill_seconds: expected a time above 0; got nan"),
+    ({"distill_seconds": True}, "distill_seconds: expected a time above 0; got True"),
     ({"distill_steps": 2, "values": "int8"}, "values: expected none with training, which changes them; got"),
     (
         {"distill_steps": 2, "exclude": "model.layers.*", "overrides": {"lm_head.weight": 0.5}},

@@ -264,6 +264,7 @@ def endless() -> Iterator[Tensor]:
         ({"steps": None}, "steps: expected a number of steps, or seconds=; got None"),
         ({"steps": 0}, "steps: expected an integer of at least 1"),
         ({"seconds": -1}, "seconds: expected a time above 0"),
+        ({"seconds": True}, "seconds: expected a time above 0; got True"),
         ({"checkpoint_every": 0}, "checkpoint_every: expected an integer of at least 1"),
         ({"loss": "mse"}, "loss: expected 'cosine' or 'kl'; got 'mse'"),
         ({"layers": "some"}, "layers: expected 'all', 'last' or 'outputs'"),

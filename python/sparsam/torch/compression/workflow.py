@@ -9,14 +9,13 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from numbers import Real
 from pathlib import Path
 from typing import Any
 
 import torch
 from sparsam.checkpoint.streaming import FILE_KINDS
 from sparsam.config import PruningConfig
-from sparsam.inputs.checks import expected
+from sparsam.inputs.checks import expected, is_number
 from sparsam.pruner import configured
 from sparsam.torch.acceleration.workflow import accelerate
 from sparsam.torch.compression.compression_report import CompressionReport, Stage
@@ -156,7 +155,7 @@ def read_arguments(
 
 def check_minutes(minutes: float) -> None:
     """Raises ValueError for anything but a time of at least 0."""
-    if not (isinstance(minutes, Real) and math.isfinite(minutes) and minutes >= 0):
+    if not (is_number(minutes) and math.isfinite(minutes) and minutes >= 0):
         raise ValueError(expected("distill_minutes", minutes, "a number from 0", "leave it out"))
 
 

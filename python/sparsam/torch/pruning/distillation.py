@@ -5,13 +5,12 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping
-from numbers import Real
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from sparsam.checkpoint.atomic import open_folder
-from sparsam.inputs.checks import expected, positive
+from sparsam.inputs.checks import expected, is_number, positive
 from sparsam.torch.acceleration.model_runner import unfit
 from sparsam.torch.pruning.calibration import Batch
 from sparsam.torch.pruning.distillation_report import DistillationReport
@@ -203,7 +202,7 @@ def _check(
         raise ValueError(msg)
     if steps is not None:
         positive("steps", steps)
-    if seconds is not None and (not isinstance(seconds, Real) or not seconds > 0):
+    if seconds is not None and (not is_number(seconds) or not seconds > 0):
         raise ValueError(expected("seconds", seconds, "a time above 0", "raise it"))
     if steps is None and seconds is None:
         raise ValueError(expected("steps", None, "a number of steps, or seconds=", "pass one of them"))
@@ -232,11 +231,7 @@ def _largest_rate(learning_rate: float | None, optimizer: object) -> float:
     if optimizer is not None:
         do = "set it in the optimizer"
         raise ValueError(expected("learning_rate", learning_rate, "none beside an optimizer", do))
-    if (
-        isinstance(learning_rate, bool)
-        or not isinstance(learning_rate, Real)
-        or not 0 < learning_rate < math.inf
-    ):
+    if not is_number(learning_rate) or not 0 < learning_rate < math.inf:
         raise ValueError(expected("learning_rate", learning_rate, "a number above 0", "pass 1e-3, say"))
     return float(learning_rate)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
-from numbers import Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -14,7 +13,7 @@ from sparsam.analysis.bisection import Bisection, SearchProbe
 from sparsam.checkpoint.atomic import open_folder, publish
 from sparsam.checkpoint.json_state import Document, read
 from sparsam.config import ConfigFields, PruningConfig
-from sparsam.inputs.checks import check_function, check_sparsity, expected, integer, positive
+from sparsam.inputs.checks import check_function, check_sparsity, expected, integer, is_number, positive
 from sparsam.inputs.float_mode import standard_floats
 from sparsam.patterns import NM
 from sparsam.report import Readable
@@ -147,7 +146,7 @@ def find_smallest(
     check_model(model)
     check_function("eval_fn", eval_fn)
     check_function("callback", callback, optional=True)
-    if isinstance(max_drop, bool) or not isinstance(max_drop, Real) or not 0 <= max_drop < math.inf:
+    if not is_number(max_drop) or not 0 <= max_drop < math.inf:
         raise ValueError(
             expected("max_drop", max_drop, "a number of at least 0", "pass how much may be lost")
         )
@@ -318,7 +317,7 @@ def _score(eval_fn: Callable[[nn.Module], float], model: nn.Module, target: floa
     finally:
         for module, flag in training:
             module.training = flag
-    if isinstance(score, bool) or not isinstance(score, Real) or not math.isfinite(score):
+    if not is_number(score) or not math.isfinite(score):
         msg = f"eval_fn: expected a finite number as score; got {score!r} at sparsity {target:g}; return one"
         raise ValueError(msg)
     return float(score)

@@ -11,14 +11,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from numbers import Real
 from pathlib import Path
 from typing import Any
 
 from torch.utils import _pytree as pytree
 
 import torch
-from sparsam.inputs.checks import expected, positive
+from sparsam.inputs.checks import expected, is_number, positive
 from sparsam.inputs.system import return_freed_memory
 from sparsam.torch.pruning.calibration import Batch
 from sparsam.torch.pruning.distillation import distill
@@ -71,7 +70,7 @@ class Training:
         """
         if steps is not None:
             positive("distill_steps", steps)
-        if seconds is not None and (not isinstance(seconds, Real) or not 0 < seconds < math.inf):
+        if seconds is not None and (not is_number(seconds) or not 0 < seconds < math.inf):
             raise ValueError(expected("distill_seconds", seconds, "a time above 0", "raise it"))
         if steps is None and seconds is None:
             return cls(None, None, ())

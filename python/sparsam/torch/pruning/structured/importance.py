@@ -5,12 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from numbers import Real
 from typing import Any
 
 import numpy as np
 
-from sparsam.inputs.checks import check_function
+from sparsam.inputs.checks import check_function, is_number
 from sparsam.inputs.display import printable
 from sparsam.report import Readable
 from sparsam.torch.acceleration.model_runner import ModelRunner, as_examples
@@ -110,7 +109,7 @@ def head_importance(
 
 def _score(eval_fn: Callable[[nn.Module], float], model: nn.Module, where: str) -> float:
     score = eval_fn(model)
-    if isinstance(score, bool) or not isinstance(score, Real) or not math.isfinite(score):
+    if not is_number(score) or not math.isfinite(score):
         msg = f"eval_fn: expected a finite number as score; got {score!r} with {where}; return one"
         raise ValueError(msg)
     return float(score)

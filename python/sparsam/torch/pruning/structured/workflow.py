@@ -5,7 +5,6 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -13,7 +12,7 @@ from numpy.typing import ArrayLike, NDArray
 
 import torch
 from sparsam.config import PruningConfig
-from sparsam.inputs.checks import expected
+from sparsam.inputs.checks import expected, is_number
 from sparsam.inputs.messages import say
 from sparsam.inputs.names import NamePatterns
 from sparsam.torch.acceleration.model_runner import ModelRunner, as_examples, difference
@@ -89,7 +88,7 @@ def shrink(
         raise ValueError(expected("kinds", kinds, wanted, "pass a tuple of them"))
     settings = config if isinstance(config, PruningConfig) else PruningConfig(config)
     check_config(settings)
-    if isinstance(seconds, bool) or not isinstance(seconds, Real):
+    if not is_number(seconds):
         raise ValueError(expected("seconds", seconds, "a number", "pass 0 to measure no latency"))
     measured = _measured(importance)
     examples = as_examples(example_inputs)

@@ -5,6 +5,7 @@
 #include "int8_linear.hpp"
 #include "int8_quads.hpp"
 #include "panel_tiles.hpp"
+#include "ranges.hpp"
 #include "sparsam/isa.hpp"
 #include "table.hpp"
 
@@ -67,7 +68,8 @@ void integer_linear(const Form& form, const Input& x, std::size_t batch, Epilogu
   // Tasks have about as many steps each, and write separate rows of y.
   const std::uint64_t work = form.header().steps * (batch - quads.rows());
   const std::size_t workers = worker_count(groups, work * product.pair_slots() >= kSerialBelow);
-  const std::size_t tasks = workers == 1 ? 1 : std::min(groups, 8 * workers);
+  const bool once = batch <= kInt8Batch;  // one pass over the weights
+  const std::size_t tasks = workers == 1 ? 1 : std::min(groups, (once ? 4 : 8) * workers);
   const std::size_t block = block_of(x_stride);
   const auto edge = [&](std::size_t task) {
     const std::uint64_t pair = form.header().steps * task / tasks;
@@ -82,9 +84,9 @@ void integer_linear(const Form& form, const Input& x, std::size_t batch, Epilogu
     }
     return low;
   };
-  for_each_task(tasks, workers, [&](std::size_t, std::size_t task) {
+  const auto multiply = [&](std::size_t task) {
     const std::size_t begin = edge(task), end = edge(task + 1);
-    const std::size_t step = batch <= kInt8Batch ? std::max<std::size_t>(1, end - begin) : 1;
+    const std::size_t step = once ? std::max<std::size_t>(1, end - begin) : 1;
     for (std::size_t from = quads.rows(); from < batch; from += block)
       for (std::size_t group = begin; group < end; group += step) {
         const std::size_t here = std::min(block, batch - from), passes = (here + kInt8Batch - 1) / kInt8Batch;
@@ -95,7 +97,11 @@ void integer_linear(const Form& form, const Input& x, std::size_t batch, Epilogu
                              epilogue, to);
         }
       }
-  });
+  };
+  if (once)
+    for_each_in_ranges(tasks, workers, multiply);
+  else
+    for_each_task(tasks, workers, [&](std::size_t, std::size_t task) { multiply(task); });
 }
 
 }  // namespace

@@ -22,34 +22,44 @@ from _llama import Ggml
 from numpy.typing import NDArray
 
 import sparsam
-from sparsam import NM, SparseMatrix, bench
+from sparsam import NM, SparseMatrix, Unstructured, bench
 from sparsam._core import Packed
 
 BLOCK = [(576, 576), (192, 576), (192, 576), (576, 576), (1536, 576), (1536, 576), (576, 1536)]
 SHAPES = 30 * BLOCK
 
 
-def pruned(w: NDArray[np.float32], keep: int) -> NDArray[np.float32]:
-    """The weight with `keep` of every 16 columns left."""
-    return w if keep == 16 else w * sparsam.select(w, 1 - keep / 16, NM(keep, 16)).to_array()
+PATTERNS: dict[str, tuple[float, NM | Unstructured]] = {
+    "no zeros": (0.0, Unstructured()),
+    "50 %": (0.5, Unstructured()),
+    "80 %": (0.8, Unstructured()),
+    "8:16": (0.5, NM(8, 16)),
+    "4:16": (0.75, NM(4, 16)),
+}
+
+
+def pruned(w: NDArray[np.float32], name: str) -> NDArray[np.float32]:
+    """The weight with the zeros of a pattern."""
+    return w * sparsam.select(w, *PATTERNS[name]).to_array()
 
 
 def ours(
     weights: dict[tuple[int, int], NDArray[np.float32]],
     x: dict[int, NDArray[np.float32]],
-    keep: int,
+    pattern: str,
     values: Any,
 ) -> tuple[Callable[[], object], int]:
     """All products with weights of ours, each in memory of its own, and their bytes."""
     packed = {}
     for shape in sorted(set(SHAPES)):
-        matrix = SparseMatrix.from_dense(pruned(weights[shape], keep), **values)
+        matrix = SparseMatrix.from_dense(pruned(weights[shape], pattern), **values)
         right = x[shape[1]] @ matrix.to_dense().T
         assert np.abs(matrix.linear(x[shape[1]]) - right).max() < 0.03 * np.abs(right).max()
         packed[shape] = matrix._state.forms.readable()
     parts = []
     for shape in SHAPES:
-        copy = Packed.from_buffers([packed[shape].buffer("slots").copy()], trusted=True)
+        (form,) = packed[shape].forms
+        copy = Packed.from_buffers([packed[shape].buffer(form).copy()], trusted=True)
         parts.append((SparseMatrix(copy), x[shape[1]][None]))
 
     def run() -> None:
@@ -76,10 +86,10 @@ def main() -> None:
         dense = sum(rows * cols for rows, cols in SHAPES)
         llama = library.products([weights[shape] for shape in SHAPES], x, sparsam.num_threads())
         runs: dict[str, tuple[Callable[[], object], int]] = {"llama.cpp, Q4_0": (llama, dense * 18 // 32)}
-        for keep in (16, 8, 4):
-            name = "dense" if keep == 16 else f"{keep}:16"
-            runs[f"int4, {name}"] = ours(weights, x, keep, {"dtype": "int4", "group": 64})
-        runs["int8, 8:16"] = ours(weights, x, 8, {"dtype": "int8"})
+        for name in PATTERNS:
+            runs[f"int4, {name}"] = ours(weights, x, name, {"dtype": "int4", "group": 64})
+        runs["int8, 50 %"] = ours(weights, x, "50 %", {"dtype": "int8"})
+        runs["int8, 8:16"] = ours(weights, x, "8:16", {"dtype": "int8"})
         times: dict[str, list[float]] = {name: [] for name in runs}
         for _ in range(options.rounds):
             for name, (run, _) in runs.items():

@@ -46,4 +46,24 @@ struct Int4View {
 
 constexpr std::size_t int4_pair_bytes(std::size_t lanes) { return 8 * lanes; }
 
+// The bitmask form of int4 values: groups of kInt4Rows rows, in order. A step is four columns, with a word
+// for each half of the rows: bit 4 r + c says whether row r of the half has a weight in column c of the
+// step. The codes of the first half are the low halves of bytes from the group's beginning on, in the order
+// of the bits, step after step; those of the second half are the high ones of the same bytes.
+constexpr std::size_t kInt4Rows = 32, kInt4Step = 4;
+
+struct Int4BitmaskView {
+  std::size_t rows, cols, width;
+  const std::uint64_t* begin;  // first byte of codes of each group, and one past the last
+  const float* zero;           // of each row, as above; 0 where a group has no row
+  const std::uint16_t* scale;  // of each row of each unit of each group
+  const std::uint64_t* words;  // two of each step of each group
+  const std::uint8_t* codes;
+  const std::int8_t* levels;
+
+  constexpr std::size_t units() const { return (cols + width - 1) / width; }
+  constexpr std::size_t steps() const { return (cols + kInt4Step - 1) / kInt4Step; }  // of a group
+  constexpr std::size_t groups() const { return (rows + kInt4Rows - 1) / kInt4Rows; }
+};
+
 }  // namespace sparsam

@@ -28,8 +28,7 @@ void multiply_int4_groups(const Int4View& w, std::size_t begin, std::size_t end,
 #pragma GCC unroll 8
       for (std::size_t t = 0; t < kBatch; ++t) sum[t] = Nibbles::zero();
       for (; code != last; code += kBytes, start += 2) {
-        if constexpr (kBatch <= 2)
-          for (std::size_t line = 0; line < kBytes; line += 64) __builtin_prefetch(code + kAhead + line);
+        for (std::size_t line = 0; line < kBytes; line += 64) __builtin_prefetch(code + kAhead + line);
         SPARSAM_CHECK(unit * w.width + start[0] < w.cols && unit * w.width + start[1] < w.cols + kInt4Window);
         const Nibbles::Step first(code, levels, false);
         zeros = Nibbles::add_zero(zeros, first);

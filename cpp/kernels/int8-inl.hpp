@@ -77,7 +77,7 @@ struct Constant {
 // What follows the sums.
 struct Int8Rows {
   std::size_t rows;
-  const std::uint32_t* of_lane;  // `rows` where there is none
+  const std::uint32_t* of_lane;  // `rows` where there is none; null where lanes are rows
   const float* scales;           // of each lane; null where sums are scaled
   const Epilogue& epilogue;
   const Output& y;
@@ -86,7 +86,10 @@ struct Int8Rows {
   // leave together.
   void finish(std::size_t lane, const float* sums, std::size_t stride, const float* x_scale,
               std::size_t batch) const {
-    const std::uint32_t* const row = of_lane + lane;
+    std::uint32_t own[kLanes];
+    const std::uint32_t* const row = of_lane == nullptr ? own : of_lane + lane;
+    for (std::size_t i = 0; of_lane == nullptr && i < kLanes; ++i)
+      own[i] = static_cast<std::uint32_t>(lane + i < rows ? lane + i : rows);
     // Nearly always all lanes have a row, and these are neighbours; a row that is none comes last.
     std::size_t count = kLanes;
     std::uint32_t apart = 0;

@@ -89,6 +89,10 @@ struct Int8Kernels {
   void (*multiply_int4)(const Int4View& w, std::size_t begin, std::size_t end, const std::uint8_t* x,
                         std::size_t x_stride, const float* x_scale, std::size_t batch,
                         const Epilogue& epilogue, const Output& y);
+  // The same of the bitmask form, or null where the generic row serves.
+  void (*multiply_int4_bitmask)(const Int4BitmaskView& w, std::size_t begin, std::size_t end,
+                                const std::uint8_t* x, std::size_t x_stride, const float* x_scale,
+                                std::size_t batch, const Epilogue& epilogue, const Output& y);
   // Rows of x in a tile of quads, or 0 where there are none. A tile has cols * tile bytes: for each column
   // those of its rows, in an order that is the kernel's own.
   std::size_t tile;

@@ -15,9 +15,9 @@
 namespace sparsam {
 
 // Bits of KernelTable::required and Int8Kernels::required. avx512 means F, BW, DQ, VL and CD, as on Skylake-X
-// and everything after it; vnni the VNNI and VBMI of AVX-512, as on Ice Lake and Zen 4; dot the dot products
-// of bytes of AArch64, as on Cortex-A76, Neoverse and Apple's; avx_vnni VNNI in 256 bits, as on Alder Lake,
-// Zen 5 and their like.
+// and everything after it; vnni the VNNI, VBMI and VBMI2 of AVX-512, as on Ice Lake and Zen 4; dot the dot
+// products of bytes of AArch64, as on Cortex-A76, Neoverse and Apple's; avx_vnni VNNI in 256 bits, as on
+// Alder Lake, Zen 5 and their like.
 enum Feature : std::uint32_t {
   kNone = 0,
   kAvx2 = 1,

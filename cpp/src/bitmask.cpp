@@ -183,29 +183,16 @@ FormPtr pack_int8(std::size_t rows, std::size_t cols, const std::uint8_t* bits, 
   return int8_bitmask(words.as<std::uint64_t>(), rows, cols, values, scales, taps);
 }
 
-FormPtr int4_bitmask(const std::uint64_t* words, std::size_t rows, std::size_t cols, std::size_t width,
-                     const std::int8_t* values, const std::uint16_t* scales, const std::int8_t* levels) {
-  const FormWriter writer = begin(words, rows, cols, DType::i4, width);
-  const std::size_t n_scales = rows * int4_units(cols, width);
-  const std::string fault = fault_of_int4(values, writer.header().nnz, scales, n_scales, levels);
-  if (!fault.empty()) throw std::invalid_argument(fault);
-  std::copy_n(values, writer.header().nnz, writer.section<std::int8_t>(2));
-  std::copy_n(scales, n_scales, writer.section<std::uint16_t>(3));
-  std::copy_n(levels, kInt4Levels, writer.section<std::int8_t>(4));
-  return writer.finish();
-}
-
 FormPtr pack_int4(const std::int8_t* w, std::size_t rows, std::size_t cols, std::size_t width,
                   const float* scales, const std::int8_t* levels) {
-  const RowBits bits = row_bits(w, rows, cols);
-  return int4_bitmask(bits.words.as<std::uint64_t>(), rows, cols, width, bits.values.data(),
-                      upper_halves(scales, rows * int4_units(cols, width)).data(), levels);
+  return int4_bitmask_of(Int4Weights(rows, cols, width, row_bits(w, rows, cols),
+                                     upper_halves(scales, rows * int4_units(cols, width)), levels));
 }
 
 FormPtr pack_int4(std::size_t rows, std::size_t cols, std::size_t width, const std::uint8_t* bits,
                   const std::uint8_t* codes, std::size_t n_bytes, const float* scales,
                   const std::int8_t* levels) {
-  const Memory words = words_of(rows, cols, bits);
+  Memory words = words_of(rows, cols, bits);
   const std::size_t nnz = count_words(words.as<std::uint64_t>(), rows * words_for(cols));
   if (n_bytes != (nnz + 1) / 2)
     throw std::invalid_argument(expected(
@@ -216,8 +203,8 @@ FormPtr pack_int4(std::size_t rows, std::size_t cols, std::size_t width, const s
         expected("values", "another half byte", "0 past the last value", "repair the values"));
   std::vector<std::int8_t> values(nnz);
   for (std::size_t i = 0; i < nnz; ++i) values[i] = levels[codes[i / 2] >> 4 * (i % 2) & 15];
-  return int4_bitmask(words.as<std::uint64_t>(), rows, cols, width, values.data(),
-                      upper_halves(scales, rows * int4_units(cols, width)).data(), levels);
+  return int4_bitmask_of(Int4Weights(rows, cols, width, {std::move(words), std::move(values)},
+                                     upper_halves(scales, rows * int4_units(cols, width)), levels));
 }
 
 std::string fault_of_int8(const std::int8_t* values, std::size_t nnz, const float* scales, std::size_t rows) {

@@ -50,20 +50,40 @@ void check_header(const FormHeader& h, std::size_t bytes) {
   if (slots && int8 && !int4 && !((h.depth == 16 && h.units == 8) || (h.depth == 64 && h.units == 32)))
     refuse(std::to_string(h.units) + " with " + std::to_string(h.depth),
            "8 rows with windows of 16, or 32 with windows of 64");
-  if (slots && int8 && (h.cols > kInt8Columns || h.rows >= UINT32_MAX))
+  if ((int4 || (slots && int8)) && (h.cols > kInt8Columns || h.rows >= UINT32_MAX))
     refuse(std::to_string(h.cols) + " and " + std::to_string(h.rows),
            "at most " + std::to_string(kInt8Columns) + " columns and 2^32 rows");
   const bool depth_fits = panels   ? h.depth > 0 && h.depth <= kMaxDepth && h.depth % 64 == 0
                           : !slots ? h.depth == 0
                           : int8   ? true
                                    : h.depth == 8 || h.depth == 16;
-  if (!depth_fits || h.units > bytes || h.steps > bytes || (!panels && !slots && h.units + h.steps != 0) ||
+  if (!depth_fits || h.units > bytes || h.steps > bytes ||
+      (!panels && !slots && (h.units != 0 || (h.steps != 0 && !int4))) ||
       (slots && !int8 && h.units != h.nnz && h.units != h.steps * h.depth))
     refuse("depth " + std::to_string(h.depth), "a depth of 64 to " + std::to_string(kMaxDepth) +
                                                    " (slots: 8 or 16), and units and steps that fit in it");
   const FormHeader own = laid_out(h);
   if (std::memcmp(&own, &h, sizeof h) != 0 || own.bytes != bytes)
     refuse(bytes, std::to_string(own.bytes) + " bytes, with the sections that its counts demand");
+}
+
+// Whether two bitmasks of one size and dtype say the same.
+bool same(const Form& first, const Form& again) {
+  if (first.dtype() == DType::i4)  // byte by byte, as checked forms have them
+    return again.bytes() == first.bytes() && std::memcmp(again.data(), first.data(), first.bytes()) == 0;
+  const BitmaskView a = first.bitmask(), b = again.bitmask();
+  const std::uint64_t scales = first.header().sections[3];
+  return std::memcmp(a.words, b.words, 8 * a.rows * a.row_words) == 0 &&
+         std::memcmp(a.values, b.values, again.nnz() * item_size(again.dtype())) == 0 &&
+         std::memcmp(first.data() + scales, again.data() + again.header().sections[3],
+                     first.bytes() - scales) == 0;
+}
+
+// Bits of rows, each of which begins with a byte.
+void copy_rows(const BitmaskView& w, std::uint8_t* to) {
+  const std::size_t row_bytes = (w.cols + 7) / 8;
+  for (std::size_t r = 0; r < w.rows && row_bytes > 0; ++r)
+    std::memcpy(to + r * row_bytes, w.words + r * w.row_words, row_bytes);
 }
 
 // Weights of a bitmask of integers: each times scale(row, column).
@@ -88,11 +108,16 @@ FormHeader laid_out(FormHeader h) {
   const bool int8 = h.dtype == static_cast<std::uint8_t>(DType::i8);
   const bool bitmask = h.kind == FormKind::bitmask, slots = h.kind == FormKind::slots;
   const bool rows = h.kind == FormKind::rows;
-  const std::size_t n = rows ? 2 : bitmask ? (int4 ? 5 : int8 ? 4 : 3) : slots && !int8 ? 6 : 4;
+  const std::size_t n = rows ? 2 : int4 ? 6 : bitmask ? (int8 ? 4 : 3) : slots && !int8 ? 6 : 4;
   if (int8) sizes[3] = 4 * h.rows;
-  if (int4) {
-    sizes[3] = sizeof(std::uint16_t) * h.rows * int4_units(h.cols, h.width);
-    sizes[4] = kInt4Levels;
+  if (bitmask && int4) {
+    const Int4BitmaskView w{h.rows, h.cols, h.width, {}, {}, {}, {}, {}, {}};
+    sizes[0] = sizeof(std::uint64_t) * (w.groups() + 1);
+    sizes[1] = sizeof(float) * w.groups() * kInt4Rows;
+    sizes[2] = sizeof(std::uint16_t) * w.groups() * w.units() * kInt4Rows;
+    sizes[3] = 2 * sizeof(std::uint64_t) * w.groups() * w.steps();
+    sizes[4] = h.steps;
+    sizes[5] = kInt4Levels;
   }
   if (rows) {
     sizes[0] = h.rows * h.cols;
@@ -176,15 +201,13 @@ FormPtr Form::adopt(const void* data, std::size_t bytes, std::shared_ptr<const v
   if (trusted) return form;
   const bool int8 = form->dtype() == DType::i8, int4 = form->dtype() == DType::i4;
   std::string fault;
-  if (header.kind == FormKind::bitmask) {
+  if (header.kind == FormKind::bitmask && int4) {
+    fault = fault_of(form->int4_bitmask(), header, *form);
+  } else if (header.kind == FormKind::bitmask) {
     fault = fault_of(form->bitmask(), header);
     if (fault.empty() && int8)
       fault = fault_of_int8(static_cast<const std::int8_t*>(form->bitmask().values), form->nnz(),
                             form->scales(), form->rows());
-    if (fault.empty() && int4)
-      fault = fault_of_int4(static_cast<const std::int8_t*>(form->bitmask().values), form->nnz(),
-                            form->unit_scales(), header.rows * int4_units(header.cols, header.width),
-                            form->levels());
   } else if (header.kind == FormKind::rows) {
     fault = fault_of(form->int8_rows(), header);
   } else if (header.kind == FormKind::panels) {
@@ -226,13 +249,8 @@ PanelView Form::panels() const {
           data_ + h.sections[3]};
 }
 
-const std::uint16_t* Form::unit_scales() const {
-  return reinterpret_cast<const std::uint16_t*>(data_ + header().sections[3]);
-}
-
 const std::int8_t* Form::levels() const {
-  const std::size_t section = kind() == FormKind::slots ? 5 : 4;
-  return reinterpret_cast<const std::int8_t*>(data_ + header().sections[section]);
+  return reinterpret_cast<const std::int8_t*>(data_ + header().sections[5]);
 }
 
 const float* Form::scales() const { return reinterpret_cast<const float*>(data_ + header().sections[3]); }
@@ -259,6 +277,19 @@ Int8View Form::int8_slots() const {
           reinterpret_cast<const float*>(row + 2 * lanes),
           reinterpret_cast<const std::uint16_t*>(data_ + h.sections[2]),
           reinterpret_cast<const std::uint8_t*>(data_ + h.sections[3])};
+}
+
+Int4BitmaskView Form::int4_bitmask() const {
+  const FormHeader& h = header();
+  return {h.rows,
+          h.cols,
+          h.width,
+          reinterpret_cast<const std::uint64_t*>(data_ + h.sections[0]),
+          reinterpret_cast<const float*>(data_ + h.sections[1]),
+          reinterpret_cast<const std::uint16_t*>(data_ + h.sections[2]),
+          reinterpret_cast<const std::uint64_t*>(data_ + h.sections[3]),
+          reinterpret_cast<const std::uint8_t*>(data_ + h.sections[4]),
+          levels()};
 }
 
 Int4View Form::int4_slots() const {
@@ -293,9 +324,9 @@ SlotView Form::slots() const {
 }
 
 FormPtr bitmask_of(const Form& other) {
+  if (other.dtype() == DType::i4) return int4_bitmask_of(int4_weights_of(other));
   if (other.kind() == FormKind::panels) return bitmask_of_panels(other);
   if (other.kind() == FormKind::rows) return bitmask_of_int8_rows(other);
-  if (other.dtype() == DType::i4) return bitmask_of_int4_slots(other);
   return other.dtype() == DType::i8 ? bitmask_of_int8_slots(other) : bitmask_of_slots(other);
 }
 
@@ -318,12 +349,7 @@ PackedMatrix::PackedMatrix(const std::vector<FormPtr>& forms, bool trusted) {
   const FormPtr first = get(FormKind::bitmask);
   for (const FormPtr& form : forms) {
     if (form->kind() == FormKind::bitmask) continue;
-    const FormPtr again = bitmask_of(*form);
-    const BitmaskView a = first->bitmask(), b = again->bitmask();
-    if (std::memcmp(a.words, b.words, 8 * a.rows * a.row_words) != 0 ||
-        std::memcmp(a.values, b.values, again->nnz() * item_size(again->dtype())) != 0 ||
-        std::memcmp(first->data() + first->header().sections[3], again->data() + again->header().sections[3],
-                    first->bytes() - first->header().sections[3]) != 0)
+    if (!same(*first, *bitmask_of(*form)))
       throw std::invalid_argument(
           expected("buffers", "different weights", "forms of one weight", "pass those of one weight"));
   }
@@ -331,9 +357,6 @@ PackedMatrix::PackedMatrix(const std::vector<FormPtr>& forms, bool trusted) {
 
 FormPtr PackedMatrix::get(FormKind kind) const {
   if (const FormPtr& form = find(kind); form != nullptr) return form;
-  const FormPtr& held = find(FormKind::bitmask);
-  const FormPtr bitmask = held != nullptr ? held : bitmask_of(any());
-  if (kind == FormKind::bitmask) return bitmask;
   const DType dtype = any().dtype();
   const bool rounded = dtype == DType::i8 || dtype == DType::i4;
   if (rounded ? kind == FormKind::panels || (dtype == DType::i4 && kind == FormKind::rows)
@@ -343,55 +366,56 @@ FormPtr PackedMatrix::get(FormKind kind) const {
                                          : dtype == DType::i4 ? "bitmask or slots, for int4 values"
                                                               : "bitmask, panels or slots, for float values",
                                          "build one of them"));
+  if (dtype == DType::i4) return kind == FormKind::slots ? int4_slots_of(any()) : bitmask_of(any());
+  const FormPtr& held = find(FormKind::bitmask);
+  const FormPtr bitmask = held != nullptr ? held : bitmask_of(any());
+  if (kind == FormKind::bitmask) return bitmask;
   if (kind == FormKind::rows) return int8_rows_of(*bitmask);
   if (kind == FormKind::panels) return panels_of(*bitmask);
-  if (dtype == DType::i4) return int4_slots_of(*bitmask);
   return dtype == DType::i8 ? int8_slots_of(*bitmask) : slots_of(*bitmask);
 }
 
 void PackedMatrix::bits(std::uint8_t* to) const {
-  const FormPtr form = get(FormKind::bitmask);
-  const BitmaskView w = form->bitmask();
-  const std::size_t row_bytes = (w.cols + 7) / 8;
-  for (std::size_t r = 0; r < w.rows && row_bytes > 0; ++r)
-    std::memcpy(to + r * row_bytes, w.words + r * w.row_words, row_bytes);
+  if (any().dtype() == DType::i4) {
+    copy_rows(int4_weights_of(any()).view(), to);
+    return;
+  }
+  copy_rows(get(FormKind::bitmask)->bitmask(), to);
 }
 
 void PackedMatrix::values(void* to) const {
-  const FormPtr form = get(FormKind::bitmask);
-  if (form->dtype() == DType::i4) {
-    int4_codes(*form, static_cast<std::uint8_t*>(to));
+  if (any().dtype() == DType::i4) {
+    int4_weights_of(any()).codes(static_cast<std::uint8_t*>(to));
     return;
   }
+  const FormPtr form = get(FormKind::bitmask);
   const std::size_t bytes = form->nnz() * item_size(form->dtype());
   if (bytes > 0) std::memcpy(to, form->bitmask().values, bytes);
 }
 
 void PackedMatrix::scales(float* to) const {
-  const FormPtr form = get(FormKind::bitmask);
-  const FormHeader& h = form->header();
-  if (form->dtype() == DType::i4) {
-    for (std::size_t i = 0; i < h.rows * int4_units(h.cols, h.width); ++i)
-      to[i] = bfloat_to_float(form->unit_scales()[i]);
-  } else if (h.rows > 0) {
-    std::memcpy(to, form->scales(), h.rows * sizeof(float));
+  if (any().dtype() == DType::i4) {
+    const Int4Weights w = int4_weights_of(any());
+    std::transform(w.scales.begin(), w.scales.end(), to, bfloat_to_float);
+    return;
   }
+  const FormPtr form = get(FormKind::bitmask);
+  if (form->rows() > 0) std::memcpy(to, form->scales(), form->rows() * sizeof(float));
 }
 
 void PackedMatrix::unpack(void* to) const {
   if (const FormPtr& rows = find(FormKind::rows); rows != nullptr)
     return unpack_rows(*rows, static_cast<float*>(to));
+  if (any().dtype() == DType::i4) {
+    const Int4Weights w = int4_weights_of(any());
+    return unpack_scaled(w.view(), static_cast<float*>(to),
+                         [&](std::size_t r, std::size_t c) { return w.scale(r, c / w.width); });
+  }
   const FormPtr form = get(FormKind::bitmask);
   const BitmaskView w = form->bitmask();
   if (form->dtype() == DType::i8)
     return unpack_scaled(w, static_cast<float*>(to),
                          [&](std::size_t r, std::size_t) { return form->scales()[r]; });
-  if (form->dtype() == DType::i4) {
-    const std::size_t width = form->header().width, units = int4_units(w.cols, width);
-    return unpack_scaled(w, static_cast<float*>(to), [&](std::size_t r, std::size_t c) {
-      return bfloat_to_float(form->unit_scales()[r * units + c / width]);
-    });
-  }
   with_bits(item_size(form->dtype()), [&](auto width) {
     using Bits = decltype(width);
     RowTasks(w.rows, w.cols).run([&](std::size_t, std::size_t r) {

@@ -10,6 +10,7 @@
 #include "int8.hpp"
 #include "matmul.hpp"
 #include "sparsam/forms.hpp"
+#include "sparsam/masks.hpp"
 #include "sparsam/memory.hpp"
 
 namespace sparsam {
@@ -99,6 +100,7 @@ std::string fault_of(const PanelView& w, const FormHeader& header);
 std::string fault_of(const SlotView& w, const FormHeader& header);  // but for shared_rows
 std::string fault_of(const Int8RowsView& w, const FormHeader& header);
 std::string fault_of(const Int8View& w, const FormHeader& header, const Form& form);
+std::string fault_of(const Int4BitmaskView& w, const FormHeader& header, const Form& form);
 std::string fault_of(const Int4View& w, const FormHeader& header, const Form& form);
 
 // int8 values: slots of a given geometry, and back; what is wrong with values and scales.
@@ -123,14 +125,45 @@ struct RowBits {
 RowBits row_bits(std::vector<std::vector<SlotEntry>> rows, std::size_t cols);
 inline bool is_scale(float s) { return s >= 0x1p-126f && s <= 0x1.fffffep127f; }
 
-// int4 values: slots of so many lanes, and back; what is wrong with values, scales and levels.
-FormPtr int4_slots_of(const Form& bitmask, std::size_t lanes);
-FormPtr bitmask_of_int4_slots(const Form& slots);
-void int4_codes(const Form& bitmask, std::uint8_t* to);  // ceil(nnz / 2) bytes, as on disk
-FormPtr int4_bitmask(const std::uint64_t* words, std::size_t rows, std::size_t cols, std::size_t width,
-                     const std::int8_t* values, const std::uint16_t* scales, const std::int8_t* levels);
+constexpr std::size_t int4_units(std::size_t cols, std::size_t width) { return (cols + width - 1) / width; }
+// int4 values row by row: what their forms are made of, and what these give back.
+struct Int4Weights {
+  std::size_t rows, cols, width;
+  RowBits bits;
+  std::vector<std::uint64_t> row_start;
+  std::vector<std::uint16_t> scales;  // rows * units()
+  std::array<std::int8_t, kInt4Levels> levels;
+
+  // Counts the words. Throws std::invalid_argument where something is wrong with values, scales or levels.
+  Int4Weights(std::size_t n_rows, std::size_t n_cols, std::size_t group, RowBits rows_bits,
+              std::vector<std::uint16_t> unit_scales, const std::int8_t* all_levels);
+
+  std::size_t units() const { return int4_units(cols, width); }
+  std::size_t nnz() const { return bits.values.size(); }
+  BitmaskView view() const {
+    return {
+        rows, cols, words_for(cols), bits.words.as<std::uint64_t>(), row_start.data(), bits.values.data()};
+  }
+  float scale(std::size_t row, std::size_t unit) const;
+  float zero(std::size_t row) const;           // the row's scaled sum where all bytes of x are 128
+  FormHeader header_for(FormKind kind) const;  // without counts that are a form's own
+  void codes(std::uint8_t* to) const;          // ceil(nnz / 2) bytes, as on disk
+};
+Int4Weights int4_weights_of(const Form& form);
+Int4Weights weights_of_int4_slots(const Form& slots);
+Int4Weights weights_of_int4_bitmask(const Form& bitmask);
+FormPtr int4_bitmask_of(const Int4Weights& w);
+FormPtr int4_slots_of(const Int4Weights& w, std::size_t lanes);
+// What is wrong with values, scales and levels.
 std::string fault_of_int4(const std::int8_t* values, std::size_t nnz, const std::uint16_t* scales,
                           std::size_t n_scales, const std::int8_t* levels);
-constexpr std::size_t int4_units(std::size_t cols, std::size_t width) { return (cols + width - 1) / width; }
+// Code of each level, as a byte; 0 for what is none.
+struct Int4Codes {
+  std::uint8_t of[256] = {};
+  explicit Int4Codes(const std::int8_t* levels) {
+    for (std::size_t i = 1; i < kInt4Levels; ++i)
+      of[static_cast<std::uint8_t>(levels[i])] = static_cast<std::uint8_t>(i);
+  }
+};
 
 }  // namespace sparsam

@@ -1,5 +1,4 @@
-// The forms of int4 values: a bitmask of levels with their scales, and slots; each from the other, and
-// checked.
+// The slots form of int4 values: built from rows, turned back into them, and checked.
 #include <memory>
 #include <stdexcept>
 #include <vector>
@@ -19,15 +18,6 @@ namespace {
 
 constexpr std::size_t kSlots = 4;  // of a row, a step
 
-// Code of each level, as a byte; 0 for what is none.
-struct Codes {
-  std::uint8_t of[256] = {};
-  explicit Codes(const std::int8_t* levels) {
-    for (std::size_t i = 1; i < kInt4Levels; ++i)
-      of[static_cast<std::uint8_t>(levels[i])] = static_cast<std::uint8_t>(i);
-  }
-};
-
 // The entries of the rows of a group, of which steps take one after the other.
 struct LaneEntries {
   std::vector<std::uint32_t> columns;
@@ -38,7 +28,7 @@ struct LaneEntries {
 // Builds the slots of one group of rows, unit by unit.
 class Int4Group {
  public:
-  Int4Group(const BitmaskView& w, std::size_t lanes, std::size_t width, const Codes& codes,
+  Int4Group(const BitmaskView& w, std::size_t lanes, std::size_t width, const Int4Codes& codes,
             const std::uint32_t* rows)
       : w_(w), lanes_(lanes), width_(width), lane_(lanes) {
     for (std::size_t i = 0; i < lanes; ++i) {
@@ -137,9 +127,10 @@ struct Built {
   std::size_t per_window = 0, pairs = 0, bytes = 0;
 };
 
-Built build(const Form& bitmask, const BitmaskView& w, std::size_t lanes, std::size_t per_window) {
-  const std::size_t width = bitmask.header().width;
-  const Codes codes(bitmask.levels());
+Built build(const Int4Weights& weights, std::size_t lanes, std::size_t per_window) {
+  const BitmaskView w = weights.view();
+  const std::size_t width = weights.width;
+  const Int4Codes codes(weights.levels.data());
   Built built;
   built.per_window = per_window;
   built.order.resize((w.rows + lanes - 1) / lanes * lanes, static_cast<std::uint32_t>(w.rows));
@@ -167,14 +158,14 @@ Built build(const Form& bitmask, const BitmaskView& w, std::size_t lanes, std::s
 }
 
 // Steps that stand in the same places in all units cost nothing to find; windows that slide use more slots.
-Built built_best(const Form& bitmask, const BitmaskView& w, std::size_t lanes) {
-  const std::size_t per_window = (most_in_a_window(w) + kSlots - 1) / kSlots;
+Built built_best(const Int4Weights& w, std::size_t lanes) {
+  const std::size_t per_window = (most_in_a_window(w.view()) + kSlots - 1) / kSlots;
   const std::size_t slots = w.rows * ((w.cols + kInt4Window - 1) / kInt4Window) * per_window * kSlots;
-  if (per_window == 0) return build(bitmask, w, lanes, 0);
+  if (per_window == 0) return build(w, lanes, 0);
   Built regular;
-  if (10 * bitmask.nnz() >= 4 * slots) regular = build(bitmask, w, lanes, per_window);
-  if (100 * bitmask.nnz() >= 97 * slots) return regular;
-  Built sliding = build(bitmask, w, lanes, 0);
+  if (10 * w.nnz() >= 4 * slots) regular = build(w, lanes, per_window);
+  if (100 * w.nnz() >= 97 * slots) return regular;
+  Built sliding = build(w, lanes, 0);
   return regular.per_window != 0 && regular.bytes <= sliding.bytes ? std::move(regular) : std::move(sliding);
 }
 
@@ -203,13 +194,10 @@ bool for_each_slot(const Int4View& w, Visit&& visit) {
 
 }  // namespace
 
-FormPtr int4_slots_of(const Form& bitmask, std::size_t lanes) {
-  const BitmaskView w = bitmask.bitmask();
-  const std::size_t width = bitmask.header().width, units = int4_units(w.cols, width);
-  const Built built = built_best(bitmask, w, lanes);
-  FormHeader counts = header_for(FormKind::slots, DType::i4, w.rows, w.cols, bitmask.nnz());
-  counts.shared_rows = bitmask.header().shared_rows;
-  counts.width = width;
+FormPtr int4_slots_of(const Int4Weights& w, std::size_t lanes) {
+  const std::size_t width = w.width, units = w.units();
+  const Built built = built_best(w, lanes);
+  FormHeader counts = w.header_for(FormKind::slots);
   counts.depth = built.per_window;
   counts.units = lanes;
   counts.steps = built.pairs;
@@ -225,8 +213,7 @@ FormPtr int4_slots_of(const Form& bitmask, std::size_t lanes) {
   auto* start = writer.section<std::uint8_t>(3);
   auto* code = writer.section<std::uint8_t>(4);
   std::copy(built.order.begin(), built.order.end(), row);
-  std::copy_n(bitmask.levels(), kInt4Levels, writer.section<std::int8_t>(5));
-  std::fill_n(zero, built.order.size(), 0.0f);
+  std::copy(w.levels.begin(), w.levels.end(), writer.section<std::int8_t>(5));
   if (!regular) *begin = 0;
   for (std::size_t g = 0; g < built.groups.size(); ++g) {
     const Int4Group& group = built.groups[g];
@@ -234,7 +221,7 @@ FormPtr int4_slots_of(const Form& bitmask, std::size_t lanes) {
       if (!regular) begin[1] = begin[0] + group.pairs[unit], ++begin;
       for (std::size_t i = 0; i < lanes; ++i) {
         const std::size_t r = built.order[g * lanes + i];
-        scale[i] = r < w.rows ? bitmask.unit_scales()[r * units + unit] : 0;
+        scale[i] = r < w.rows ? w.scales[r * units + unit] : 0;
       }
     }
     code = std::copy(group.codes.begin(), group.codes.end(), code);
@@ -243,22 +230,16 @@ FormPtr int4_slots_of(const Form& bitmask, std::size_t lanes) {
   if (regular)
     for (std::size_t step = 0; step < width / kInt4Window * built.per_window; ++step)
       start[step] = static_cast<std::uint8_t>(step / built.per_window * kInt4Window);
-  for (std::size_t lane = 0; lane < built.order.size(); ++lane) {
-    const std::size_t r = built.order[lane];
-    if (r >= w.rows) continue;
-    const auto* value = static_cast<const std::int8_t*>(w.values) + w.row_start[r];
-    std::vector<std::int32_t> sums(units);
-    for_each_bit(w.words + r * w.row_words, 0, w.row_words,
-                 [&](std::size_t c) { sums[c / width] += kInt8Zero * *value++; });
-    for (std::size_t unit = 0; unit < units; ++unit)  // as kernels do it
-      zero[lane] += static_cast<float>(sums[unit]) * bfloat_to_float(bitmask.unit_scales()[r * units + unit]);
-  }
+  for (std::size_t lane = 0; lane < built.order.size(); ++lane)
+    zero[lane] = built.order[lane] < w.rows ? w.zero(built.order[lane]) : 0.0f;
   return writer.finish();
 }
 
-FormPtr int4_slots_of(const Form& bitmask) { return int4_slots_of(bitmask, int4_kernels().int4_lanes); }
+FormPtr int4_slots_of(const Form& other) {
+  return int4_slots_of(int4_weights_of(other), int4_kernels().int4_lanes);
+}
 
-FormPtr bitmask_of_int4_slots(const Form& form) {
+Int4Weights weights_of_int4_slots(const Form& form) {
   const Int4View w = form.int4_slots();
   const std::size_t units = w.units();
   std::vector<std::vector<SlotEntry>> entries(w.rows);
@@ -271,38 +252,8 @@ FormPtr bitmask_of_int4_slots(const Form& form) {
     for (std::size_t unit = 0; unit < units && w.row[lane] < w.rows; ++unit)
       scales[w.row[lane] * units + unit] =
           w.scale[(lane / w.lanes * units + unit) * w.lanes + lane % w.lanes];
-  const RowBits bits = row_bits(std::move(entries), w.cols);
-  return int4_bitmask(bits.words.as<std::uint64_t>(), w.rows, w.cols, w.width, bits.values.data(),
-                      scales.data(), w.levels);
-}
-
-void int4_codes(const Form& bitmask, std::uint8_t* to) {
-  const Codes codes(bitmask.levels());
-  const auto* const values = static_cast<const std::int8_t*>(bitmask.bitmask().values);
-  std::fill_n(to, (bitmask.nnz() + 1) / 2, std::uint8_t{0});
-  for (std::size_t i = 0; i < bitmask.nnz(); ++i)
-    to[i / 2] |= static_cast<std::uint8_t>(codes.of[static_cast<std::uint8_t>(values[i])] << 4 * (i % 2));
-}
-
-std::string fault_of_int4(const std::int8_t* values, std::size_t nnz, const std::uint16_t* scales,
-                          std::size_t n_scales, const std::int8_t* levels) {
-  bool rising = levels[0] == 0 && levels[1] != 0 && levels[1] >= -kInt8Most && levels[15] <= kInt8Most;
-  for (std::size_t i = 2; i < kInt4Levels; ++i)
-    rising = rising && levels[i] > levels[i - 1] && levels[i] != 0;
-  if (!rising)
-    return expected("levels", "others", "0, then 15 that rise from -64 to 64, none of them 0",
-                    "quantise the weight again");
-  const Codes codes(levels);
-  for (std::size_t i = 0; i < nnz; ++i)
-    if (codes.of[static_cast<std::uint8_t>(values[i])] == 0)
-      return expected("values", static_cast<int>(values[i]), "levels but 0", "quantise the weight again");
-  for (std::size_t i = 0; i < n_scales; ++i) {
-    const float scale = bfloat_to_float(scales[i]);
-    if (!is_scale(scale) || scale > kInt4Largest)
-      return expected("scales", std::to_string(scale), "positive, normal numbers up to 2^96",
-                      "quantise the weight again");
-  }
-  return {};
+  return Int4Weights(w.rows, w.cols, w.width, row_bits(std::move(entries), w.cols), std::move(scales),
+                     w.levels);
 }
 
 // First that it can be read at all; then it is right if the packer makes the same of what it holds.
@@ -330,7 +281,7 @@ std::string fault_of(const Int4View& w, const FormHeader& header, const Form& fo
     return code == 0 || (column < w.cols && w.row[lane] < w.rows);
   });
   if (!readable) return "expected weights in rows and columns that it has";
-  const FormPtr again = int4_slots_of(*bitmask_of_int4_slots(form), w.lanes);
+  const FormPtr again = int4_slots_of(weights_of_int4_slots(form), w.lanes);
   if (again->bytes() != form.bytes() || std::memcmp(again->data(), form.data(), form.bytes()) != 0)
     return "expected the slots that its weights are given";
   return {};

@@ -26,6 +26,8 @@ struct Int8Product {
   std::size_t pair_slots() const { return int8_pair_slots(w.lanes, w.window); }
   std::uint64_t first_pair(std::size_t group) const { return w.begin[group]; }
   auto multiply() const { return kernel.multiply; }
+  std::size_t lanes() const { return w.lanes; }
+  std::uint64_t pairs(const Form& form) const { return form.header().steps; }
 };
 
 struct Int4Product {
@@ -36,6 +38,21 @@ struct Int4Product {
   std::size_t pair_slots() const { return 8 * w.lanes; }
   std::uint64_t first_pair(std::size_t group) const { return w.first_pair(group, 0); }
   auto multiply() const { return kernel.multiply_int4; }
+  std::size_t lanes() const { return w.lanes; }
+  std::uint64_t pairs(const Form& form) const { return form.header().steps; }
+};
+
+// Whose groups have as many steps each.
+struct Int4BitmaskProduct {
+  Int4BitmaskView w;
+  const Int8Kernels& kernel;
+
+  explicit Int4BitmaskProduct(const Form& form) : w(form.int4_bitmask()), kernel(int4_bitmask_kernels()) {}
+  std::size_t pair_slots() const { return kInt4Rows * kInt4Step; }
+  std::uint64_t first_pair(std::size_t group) const { return group * w.steps(); }
+  auto multiply() const { return kernel.multiply_int4_bitmask; }
+  std::size_t lanes() const { return kInt4Rows; }
+  std::uint64_t pairs(const Form&) const { return first_pair(w.groups()); }
 };
 
 template <class Product>
@@ -43,7 +60,8 @@ void integer_linear(const Form& form, const Input& x, std::size_t batch, Epilogu
   const Product product(form);
   const auto& w = product.w;
   const Int8Kernels& kernel = product.kernel;
-  const std::size_t groups = (w.rows + w.lanes - 1) / w.lanes;
+  const std::size_t groups = (w.rows + product.lanes() - 1) / product.lanes();
+  const std::uint64_t pairs = product.pairs(form);
   const std::size_t x_stride = (w.cols + kInt8Slack + 63) / 64 * 64;
   const Int8Quads quads(form, kernel, batch);
   const std::size_t before = quads.rows() == 0 ? 0 : quads.bytes();  // of x, a multiple of 64
@@ -66,13 +84,13 @@ void integer_linear(const Form& form, const Input& x, std::size_t batch, Epilogu
   if (quads.rows() == batch) return;
 
   // Tasks have about as many steps each, and write separate rows of y.
-  const std::uint64_t work = form.header().steps * (batch - quads.rows());
+  const std::uint64_t work = pairs * (batch - quads.rows());
   const std::size_t workers = worker_count(groups, work * product.pair_slots() >= kSerialBelow);
   const bool once = batch <= kInt8Batch;  // one pass over the weights
   const std::size_t tasks = workers == 1 ? 1 : std::min(groups, (once ? 4 : 8) * workers);
   const std::size_t block = block_of(x_stride);
   const auto edge = [&](std::size_t task) {
-    const std::uint64_t pair = form.header().steps * task / tasks;
+    const std::uint64_t pair = pairs * task / tasks;
     if (task == tasks) return groups;
     std::size_t low = 0, high = groups;  // the first group from that pair on
     while (low < high) {
@@ -107,7 +125,9 @@ void integer_linear(const Form& form, const Input& x, std::size_t batch, Epilogu
 }  // namespace
 
 void int8_linear(const Form& form, const Input& x, std::size_t batch, Epilogue epilogue, const Output& y) {
-  if (form.dtype() == DType::i4)
+  if (form.dtype() == DType::i4 && form.kind() == FormKind::bitmask)
+    integer_linear<Int4BitmaskProduct>(form, x, batch, epilogue, y);
+  else if (form.dtype() == DType::i4)
     integer_linear<Int4Product>(form, x, batch, epilogue, y);
   else
     integer_linear<Int8Product>(form, x, batch, epilogue, y);

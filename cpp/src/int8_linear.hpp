@@ -5,7 +5,8 @@
 
 namespace sparsam {
 
-// For a form of slots; sums are exact, and y is the same on every machine (kernels/int8.hpp).
+// For a form of slots, or of int4 values a bitmask; sums are exact, and y is the same on every machine
+// (kernels/int8.hpp).
 void int8_linear(const Form& form, const Input& x, std::size_t batch, Epilogue epilogue, const Output& y);
 
 }  // namespace sparsam

@@ -39,7 +39,9 @@ std::uint32_t detect() {
       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
       __builtin_cpu_supports("avx512cd"))
     features |= kAvx512;
-  if (__builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512vbmi")) features |= kVnni;
+  if (__builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512vbmi") &&
+      __builtin_cpu_supports("avx512vbmi2"))
+    features |= kVnni;
 #elif defined(__aarch64__)
   features |= kNeon;
   if (system::has_dot_products()) features |= kDot;
@@ -116,6 +118,13 @@ const Int8Kernels& int4_kernels(std::size_t lanes) {
   const KernelTable& row = kernels();
   for (const Int8Kernels* int8 : kInt8Rows)
     if (int8->multiply_int4 != nullptr && int8->int4_lanes == lanes && runs_under(*int8, row)) return *int8;
+  return int8_rows::generic;
+}
+
+const Int8Kernels& int4_bitmask_kernels() {
+  const KernelTable& row = kernels();
+  for (const Int8Kernels* int8 : kInt8Rows)
+    if (int8->multiply_int4_bitmask != nullptr && runs_under(*int8, row)) return *int8;
   return int8_rows::generic;
 }
 

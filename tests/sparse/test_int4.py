@@ -82,10 +82,11 @@ def test_patterns_have_steps_in_the_same_places(isa: str, n: int, m: int, column
 
 @pytest.mark.parametrize(("n", "most"), [(8, 4.15), (4, 2.15)])
 def test_bits_of_a_weight(n: int, most: float) -> None:
-    """In memory, of n:16: a byte for each stored weight, a scale of 16 bits a group, and little else."""
+    """In slots, of n:16: a byte for each stored weight, a scale of 16 bits a group, and little else."""
     w = inputs(256, 4096)
     w *= sparsam.select(w, 1 - n / 16, sparsam.NM(n, 16)).to_array()
     matrix = SparseMatrix.from_dense(w, dtype="int4", group=128)
+    matrix.prepare(1, kernel="slots")
     data = matrix._state.forms.packed
     assert data is not None
     assert data.forms == ("slots",)
@@ -192,10 +193,10 @@ def test_what_can_be_asked_of_it() -> None:
     w = weights(40, 96, 0.75)
     matrix = SparseMatrix.from_dense(w, dtype="int4")
     assert repr(matrix).startswith("SparseMatrix(40x96, int4, ")
-    assert str(matrix.explain(3)).endswith("slots, the kernel of int4 values")
+    assert str(matrix.explain(3)).endswith(f"{matrix.explain(3).kernel}, the form of int4 values")
     matrix.prepare([1, 64])
     matrix.prepare(1, kernel="slots")
-    with pytest.raises(ValueError, match="kernel: expected one of slots; got 'panels'; pass"):
+    with pytest.raises(ValueError, match="kernel: expected one of bitmask, slots; got 'panels'; pass"):
         matrix.prepare(1, kernel="panels")
     assert np.array_equal(np.asarray(matrix), matrix.to_dense())
     assert np.array_equal(matrix.T.to_dense(), matrix.to_dense().T)
@@ -292,6 +293,7 @@ def test_a_damaged_form_is_refused_or_reads_within_bounds(
         w *= sparsam.select(w, 1 - keep / 16, sparsam.NM(keep, 16)).to_array()
     packed = SparseMatrix.from_dense(w, dtype="int4")._state.forms.packed
     assert packed is not None
+    packed.add("slots")
     good = packed.buffer("slots")
     assert Packed.from_buffers([good]).nnz == packed.nnz
     rng = np.random.default_rng(0)

@@ -15,6 +15,7 @@
 namespace sparsam {
 
 struct BitmaskView;
+struct Int4BitmaskView;
 struct Int4View;
 struct Int8RowsView;
 struct Int8View;
@@ -42,15 +43,18 @@ struct FormHeader {
   std::uint8_t shared_rows;  // 4 where every aligned four rows share their columns, else 0
   std::uint8_t zero;
   std::uint64_t rows, cols, nnz;
-  std::uint64_t depth;        // of panels; of slots: columns of a window (int4: its steps, or 0); else 0
-  std::uint64_t units;        // of panels; of slots: values (int8, int4: rows of a group); else 0
-  std::uint64_t steps;        // of panels and slots (int8, int4: pairs of steps); 0 in a bitmask
-  std::uint64_t sections[6];  // bitmask: words, row_start, values and, of int8, scales, of int4 levels too;
-                              // panels: blocks, headers, offsets, values; slots: groups, order, words, used,
-                              // starts, values; of int8: begin, lanes, starts, codes; of int4: begin, lanes,
-                              // scales, starts, codes, levels; rows: values, scales
-  std::uint64_t bytes;        // of the whole buffer
-  std::uint64_t width;        // of int4: columns that share a scale; of int8: see Taps; else 0
+  std::uint64_t depth;  // of panels; of slots: columns of a window (int4: its steps, or 0); else 0
+  std::uint64_t units;  // of panels; of slots: values (int8, int4: rows of a group); else 0
+  std::uint64_t steps;  // of panels and slots (int8, int4: pairs of steps); in a bitmask 0, but of int4
+                        // values the bytes of codes
+  std::uint64_t
+      sections[6];      // bitmask: words, row_start, values and, of int8, scales; of int4: begin, zeros,
+                        // scales, words, codes, levels;
+                        // panels: blocks, headers, offsets, values; slots: groups, order, words, used,
+                        // starts, values; of int8: begin, lanes, starts, codes; of int4: begin, lanes,
+                        // scales, starts, codes, levels; rows: values, scales
+  std::uint64_t bytes;  // of the whole buffer
+  std::uint64_t width;  // of int4: columns that share a scale; of int8: see Taps; else 0
 };
 static_assert(sizeof(FormHeader) == 128);
 
@@ -100,13 +104,13 @@ class Form {
   const FormHeader& header() const { return *reinterpret_cast<const FormHeader*>(data_); }
   Taps taps() const { return dtype() == DType::i8 ? Taps::of(header().width) : Taps{}; }
 
-  BitmaskView bitmask() const;
-  const float* scales() const;               // one a row, of a bitmask of int8 values
-  const std::uint16_t* unit_scales() const;  // one a row and group of columns, of one of int4 values
-  const std::int8_t* levels() const;         // of int4 values
+  BitmaskView bitmask() const;        // of float and int8 values
+  const float* scales() const;        // one a row, of a bitmask of int8 values
+  const std::int8_t* levels() const;  // of int4 values
   PanelView panels() const;
   Int8RowsView int8_rows() const;
   Int8View int8_slots() const;
+  Int4BitmaskView int4_bitmask() const;
   Int4View int4_slots() const;
   SlotView slots() const;  // of float values
 
@@ -152,7 +156,7 @@ FormPtr bitmask_of(const Form& other);
 FormPtr panels_of(const Form& bitmask);
 FormPtr slots_of(const Form& bitmask);
 FormPtr int8_slots_of(const Form& bitmask);
-FormPtr int4_slots_of(const Form& bitmask);
+FormPtr int4_slots_of(const Form& other);
 FormPtr int8_rows_of(const Form& bitmask);
 
 // Rows of a weight in the form rows, as float32: n times its columns. Throws std::out_of_range for a number

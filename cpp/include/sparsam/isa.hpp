@@ -18,6 +18,7 @@ const Int8Kernels& int8_kernels();
 const Int8Kernels& int8_kernels(std::size_t lanes, std::size_t window);
 const Int8Kernels& int4_kernels();  // the same for int4 values
 const Int8Kernels& int4_kernels(std::size_t lanes);
+const Int8Kernels& int4_bitmask_kernels();
 std::string active_isa();
 std::vector<std::string> compiled_isas();   // best first
 std::vector<std::string> available_isas();  // those that this machine can run, best first

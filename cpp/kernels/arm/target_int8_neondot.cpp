@@ -24,6 +24,7 @@ const Int8Kernels neondot = {
     &SPARSAM_TARGET::multiply,
     8,
     &SPARSAM_TARGET::multiply_int4,
+    nullptr,
     0,
     nullptr,
     nullptr,

@@ -20,6 +20,7 @@ const Int8Kernels generic = {
     &SPARSAM_TARGET::multiply,
     8,
     &SPARSAM_TARGET::multiply_int4,
+    &SPARSAM_TARGET::multiply_int4_bitmask,
     0,
     nullptr,
     nullptr,

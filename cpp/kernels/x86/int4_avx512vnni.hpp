@@ -1,4 +1,4 @@
-// Nibbles for AVX-512 with VNNI and VBMI: 16 rows.
+// Nibbles for AVX-512 with VNNI, VBMI and VBMI2: 16 rows.
 #pragma once
 #include <immintrin.h>
 
@@ -36,6 +36,19 @@ struct Nibbles {
   static Sums add(Sums sum, const Step& step, const std::uint8_t* x) {
     return Bytes::dot(sum, _mm512_permutexvar_epi8(step.offset, four_times(x)), step.value);
   }
+
+  // Of the bitmask: levels of the low or the high halves of the next bytes, where bits are set, 0 elsewhere.
+  static __m512i expand(const std::uint8_t* code, Levels levels, std::uint64_t word, bool high) {
+    const __m512i codes = _mm512_loadu_si512(code);
+    return _mm512_maskz_expand_epi8(
+        word, _mm512_permutexvar_epi8(high ? _mm512_srli_epi16(codes, 4) : codes, levels));
+  }
+  static __m512i broadcast(const std::uint8_t* x) {  // four bytes
+    std::int32_t bytes;
+    __builtin_memcpy(&bytes, x, sizeof bytes);
+    return _mm512_set1_epi32(bytes);
+  }
+  static Sums dot(Sums sum, __m512i x, __m512i value) { return Bytes::dot(sum, x, value); }
 };
 
 }  // namespace

@@ -26,6 +26,7 @@ const Int8Kernels avx2 = {
     &SPARSAM_TARGET::multiply,
     8,
     &SPARSAM_TARGET::multiply_int4,
+    nullptr,
     32,
     &SPARSAM_TARGET::make_tile,
     &SPARSAM_TARGET::multiply_quads,

@@ -21,6 +21,7 @@ const Int8Kernels avxvnni = {
     &SPARSAM_TARGET::multiply,
     0,
     nullptr,
+    nullptr,
     0,
     nullptr,
     nullptr,

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from sparsam._core import active_isa, num_threads
 from sparsam.sparse.cost_model import Expectation, Key, Weight, current_costs, dense_key
 from sparsam.sparse.dispatch import KernelChoice, choose
+from sparsam.sparse.matmul import kernels_of
 from sparsam.sparse.preparation import Preparation
 
 __all__ = ["Choices", "expect"]
@@ -63,7 +64,9 @@ class Choices:
         if batch == 0 or self.weight.nnz == 0:
             return KernelChoice(self.held[0], "since there is nothing to multiply")
         if self.weight.rounded:
-            return KernelChoice(self.held[0], f"the kernel of {self.weight.dtype} values")
+            several = len(kernels_of(self.weight)) > 1
+            why = f"the {'form' if several else 'kernel'} of {self.weight.dtype} values"
+            return self.preparation.choice(KernelChoice(self.held[0], why), batch, self.held)
         valid = self._valid
         if valid is None or valid[0].settings != (active_isa(), num_threads()):
             valid = self._renewed()

@@ -102,7 +102,7 @@ class Weight:
 
     @property
     def rounded(self) -> bool:
-        """Whether values are rounded to integers, which have one form and one kernel for all batches."""
+        """Whether values are rounded to integers, which have one form for all batches unless told."""
         return self.dtype in {"int8", "int4"}
 
     @classmethod

@@ -19,7 +19,8 @@ from numpy.typing import ArrayLike, DTypeLike, NDArray
 from sparsam._core import Packed
 from sparsam.inputs.checks import expected
 from sparsam.sparse.arguments import weights
-from sparsam.sparse.int8 import LARGEST_CODE, MAX_COLUMNS, with_slots
+from sparsam.sparse.int4_form import in_faster_form
+from sparsam.sparse.int8 import LARGEST_CODE, MAX_COLUMNS
 
 __all__ = ["GROUPS", "check_no_group", "group_of", "is_int4", "pack_int4"]
 
@@ -54,7 +55,7 @@ def group_of(columns: int, groups: int) -> int | None:
 
 
 def pack_int4(w: ArrayLike, keep: NDArray[np.bool_] | None = None, group: int | None = None) -> Packed:
-    """Rounds a matrix to int4 and packs it, with the slots that its kernels read.
+    """Rounds a matrix to int4 and packs it, in the form that is expected to multiply faster.
 
     Args:
         w: (out, in), of floats, finite where it is kept.
@@ -70,7 +71,7 @@ def pack_int4(w: ArrayLike, keep: NDArray[np.bool_] | None = None, group: int | 
     values = weights(w, None)
     if keep is not None:
         values = np.where(keep, values, values.dtype.type(0))
-    return with_slots(Packed.pack_int4(*rounded(values.astype(np.float32, copy=False), group)))
+    return in_faster_form(Packed.pack_int4(*rounded(values.astype(np.float32, copy=False), group)))
 
 
 def rounded(

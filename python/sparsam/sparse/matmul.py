@@ -1,7 +1,7 @@
 """The ways to multiply with a packed matrix, behind one call.
 
-"bitmask", "panels" and "slots" are kernels of the core, each over the form of its name; int8 and
-int4 values have "slots" alone. "dense" is NumPy's BLAS over an unpacked copy.
+"bitmask", "panels" and "slots" are kernels of the core, each over the form of its name; int4 values
+have "bitmask" and "slots", int8 values "slots" alone. "dense" is NumPy's BLAS over an unpacked copy.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from sparsam.sparse.cost_model import Weight
 Floats = NDArray[np.float32]
 
 KERNELS = ("dense", "bitmask", "panels", "slots")
-ROUNDED_KERNELS = ("slots",)
+ROUNDED_KERNELS = {"int8": ("slots",), "int4": ("bitmask", "slots")}
 ACTIVATIONS = ("relu", "gelu", "gelu_tanh", "silu")
 
 _UNIT = 64
@@ -27,7 +27,7 @@ _IDENTITY.add("panels")
 
 def kernels_of(weight: Weight) -> tuple[str, ...]:
     """The kernels that can multiply with a weight."""
-    return ROUNDED_KERNELS if weight.rounded else KERNELS
+    return ROUNDED_KERNELS.get(weight.dtype, KERNELS)
 
 
 def multiply(

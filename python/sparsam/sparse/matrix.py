@@ -32,7 +32,7 @@ from sparsam.sparse.conversions import csr_of, dense_of, keep_of
 from sparsam.sparse.cost_model import Expectation
 from sparsam.sparse.dispatch import Explanation
 from sparsam.sparse.forms import Forms
-from sparsam.sparse.matmul import kernels_of, multiply
+from sparsam.sparse.matmul import multiply
 from sparsam.sparse.packing import pack, pack_kept
 from sparsam.sparse.preparation import Preparation, measure_all
 from sparsam.sparse.stored import from_arrays, recognise, to_arrays
@@ -78,7 +78,8 @@ class SparseMatrix(ArrayProtocol):
     slower with one. A cost model chooses them, and the kernel for each batch, from the defaults of this
     package or the results of `sparsam calibrate`. Products build nothing, measure nothing and write nothing.
 
-    int8 and int4 values have one form, slots, for all batches. Each row of x is rounded to int8 too. Sums are
+    int8 values have one form, slots, for all batches; int4 values slots or the bitmask, whichever is expected
+    to be faster. Each row of x is rounded to int8 too. Sums are
     exact (with int4: those within a group of columns), so results are the same to the last bit on every
     machine. An infinity or a NaN in a row of x gives NaN in all of its outputs; a row whose largest magnitude
     is below 2^-96 is treated as 0.
@@ -110,6 +111,9 @@ class SparseMatrix(ArrayProtocol):
         self._pattern: NM | Block | Unstructured | None = None
         forms = Forms.of(packed)
         expected = expect(forms.weight)
+        told = preparation is not None and preparation.told
+        if forms.weight.rounded and not told:  # what is faster here, whatever was held elsewhere
+            kernels = ()
         held = forms.keeping(kernels or forms.needed(expected))
         self._state = _State.of(held, expected, preparation)
 
@@ -305,8 +309,8 @@ class SparseMatrix(ArrayProtocol):
 
         Args:
             batches: The numbers of rows of x. The choice holds for batches of about these sizes.
-            kernel: "dense", "bitmask", "panels" or "slots", without measuring; of int8 and int4 values
-                "slots" alone.
+            kernel: "dense", "bitmask", "panels" or "slots", without measuring; of int4 values "bitmask" or
+                "slots", which nothing else changes, of int8 values "slots" alone.
 
         Raises:
             ValueError: A batch is negative, or the kernel unknown.
@@ -316,7 +320,7 @@ class SparseMatrix(ArrayProtocol):
         check_kernel(kernel, forms.weight)
         expected = expect(forms.weight)
         times: dict[int, dict[str, float]] = {}
-        if kernel is None and self.nnz and len(kernels_of(forms.weight)) > 1:
+        if kernel is None and self.nnz and not forms.weight.rounded:
             forms, times = measure_all(forms, wanted, expected)
         while True:
             before = self._state

@@ -13,6 +13,7 @@ from sparsam._core import Packed
 from sparsam.patterns import NM, Block, Unstructured
 from sparsam.sparse.arguments import DTYPES
 from sparsam.sparse.int4 import group_of
+from sparsam.sparse.int4_form import in_faster_form
 from sparsam.sparse.int8 import MAX_COLUMNS, with_slots
 
 __all__ = ["from_arrays", "recognise", "to_arrays"]
@@ -96,7 +97,7 @@ def _int4(rows: int, cols: int, arrays: Mapping[str, NDArray[Any]]) -> Packed:
         msg = f"levels: expected int8 (16,); got {levels.dtype} {levels.shape}; save the matrix again"
         raise ValueError(msg)
     widened = scales.astype(np.float32)
-    return with_slots(
+    return in_faster_form(
         Packed.from_int4_parts(rows, cols, group, arrays["bits"], arrays["values"], widened, levels)
     )
 

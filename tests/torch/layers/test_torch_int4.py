@@ -37,8 +37,8 @@ def test_a_layer_computes_what_a_matrix_does(isa: str, dtype: torch.dtype) -> No
         y = layer(x)
     assert torch.equal(y, torch.from_numpy(expected).to(dtype))
     assert weight_of(layer).packed.dtype is INT4
-    assert weight_of(layer).packed.forms == ("slots",)
-    assert str(weight_of(layer).explain(4)).endswith("slots, the kernel of int4 values")
+    assert weight_of(layer).packed.forms == matrix._state.forms.kernels
+    assert str(weight_of(layer).explain(4)).endswith(f"{matrix.explain(4).kernel}, the form of int4 values")
 
 
 def test_conversions_and_changes() -> None:

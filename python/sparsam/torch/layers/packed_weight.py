@@ -19,6 +19,7 @@ from sparsam.sparse.choices import Choices, expect
 from sparsam.sparse.cost_model import Key, Weight, dense_key, form_bytes
 from sparsam.sparse.dispatch import needed_kernels
 from sparsam.sparse.int4 import pack_int4
+from sparsam.sparse.int4_form import faster_form
 from sparsam.sparse.int8 import pack_int8
 from sparsam.sparse.stored import recognise
 from torch import Tensor
@@ -30,6 +31,7 @@ __all__ = [
     "VALUES",
     "PackedWeight",
     "dtype_name",
+    "forms_here",
     "from_array",
     "join",
     "pack_matrix",
@@ -169,7 +171,8 @@ def pack_matrix(
     """The bytes of an array (groups x rows, cols) of floats; weights that are exactly 0 are pruned.
 
     With `values` "int8" or "int4" they are rounded to that; the form is then "slots", or with int8 "rows" if
-    `forms` has it. `taps` is the kernel of a convolution, for int8.
+    `forms` has it, and with int4 "bitmask" if that is expected to be faster. `taps` is the kernel of a
+    convolution, for int8.
     """
     parts = np.split(matrix, groups)
     if values == "int8":
@@ -179,13 +182,18 @@ def pack_matrix(
         packed = [pack_int4(part) for part in parts]
         if len({part.width for part in packed}) > 1:  # what is on a grid of 128 columns is on one of 64
             packed = [pack_int4(part, group=64) for part in parts]
-        return join(packed, ("slots",))
+        return join(packed, packed[0].forms)
     return join([Packed.pack(part) for part in parts], forms)
 
 
 def dtype_name(dtype: object) -> str:
     """The name of a dtype of values without its module, "int4" whatever PyTorch calls it."""
     return "int4" if dtype is INT4 else str(dtype).removeprefix("torch.")
+
+
+def forms_here(parts: Sequence[Packed], forms: Sequence[str]) -> tuple[str, ...]:
+    """These forms, or of int4 values the one that is faster on this machine."""
+    return (faster_form(parts[0]),) if parts[0].dtype == "int4" else tuple(forms)
 
 
 def join(parts: Sequence[Packed], forms: Sequence[str]) -> Tensor:

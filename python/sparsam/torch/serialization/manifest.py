@@ -25,6 +25,7 @@ MARK = "accelerated 3"
 BITS = "_bits"  # the suffix of the tensor with a weight's bits
 
 _FORMS = tuple(forms for n in (1, 2) for forms in itertools.combinations(("bitmask", "panels", "slots"), n))
+_OF_GROUPS = (("bitmask",), ("panels",), ("slots",))
 _FORMS += (("rows",),)  # of an embedding
 _ACTIVATIONS = tuple(filter(None, ACTIVATIONS))
 _DTYPES = tuple(str(dtype).removeprefix("torch.") for dtype in DTYPES)
@@ -201,7 +202,7 @@ def _layer(name: str, value: object) -> Layer:
     field, wanted = "", ""
     if layer.activation is not None and layer.activation not in _ACTIVATIONS:
         field, wanted = "activation", f"null or one of {', '.join(_ACTIVATIONS)}"
-    elif layer.forms not in _FORMS or (layer.groups > 1 and layer.forms not in {("panels",), ("slots",)}):
+    elif layer.forms not in _FORMS or (layer.groups > 1 and layer.forms not in _OF_GROUPS):
         field, wanted = "forms", f"one of {', '.join(map(str, map(list, _FORMS)))}"
     elif layer.computed is not None and layer.computed not in _VALUES:
         field, wanted = "computed", f"null or one of {', '.join(_VALUES)}"

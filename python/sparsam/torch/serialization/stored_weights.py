@@ -14,7 +14,7 @@ from sparsam.torch.acceleration.memory import discard
 from sparsam.torch.layers.packed_content import Content, Layout, taps_of
 from sparsam.torch.layers.packed_parameter import PackedParameter
 from sparsam.torch.layers.packed_tensor import PackedTensor
-from sparsam.torch.layers.packed_weight import join
+from sparsam.torch.layers.packed_weight import INT4, forms_here, join
 from sparsam.torch.layers.packing import PackedLayer, is_embedding, is_transposed, packed_layers
 from sparsam.torch.serialization.encoding import Encoded, matrix_shape
 from sparsam.torch.serialization.manifest import Layer, Manifest, place
@@ -165,7 +165,8 @@ class StoredWeights:
         looked_up = forms == ("rows",)
         layout = Layout(tuple(weight.shape), dense.dtype, groups, weight.transposed, looked_up)
         one = len(claims[id(dense)]) == 1  # else restoring must not give one Parameter two values
-        content = Content(join(self._parts[use], forms), layout, dense if one else None)
+        parts = self._parts[use]
+        content = Content(join(parts, forms_here(parts, forms)), layout, dense if one else None)
         content.trainable = dense.requires_grad
         return PackedTensor.of_content(content)
 
@@ -188,6 +189,6 @@ def _pack_computed(module: nn.Module, attribute: str, layer: Layer) -> PackedLay
     )
     packed = PackedLayer(module, [PackedParameter(module, attribute, weight)])
     packed.activation = layer.activation
-    if packed.packed.forms != layer.forms:
+    if packed.packed.dtype is not INT4 and packed.packed.forms != layer.forms:
         weight._content.data = packed.packed.with_forms(layer.forms)
     return packed

@@ -64,7 +64,6 @@ def test_other_kinds_stay_dense_with_the_reason() -> None:
         def __init__(self) -> None:
             super().__init__()
             self.up = nn.ConvTranspose2d(3, 3, 2)
-            self.deep = nn.Conv3d(1, 2, 3)
             self.pairs = nn.Bilinear(3, 4, 5)
             self.experts = nn.Parameter(torch.zeros(4, 3, 3))
             self.positions = nn.Parameter(torch.zeros(4, 3))
@@ -81,7 +80,6 @@ def test_other_kinds_stay_dense_with_the_reason() -> None:
         "positions": "parameter of Odd, which is no linear layer or convolution",
         "experts": "4 matrices in one Parameter",
         "up.weight": "no method for ConvTranspose2d",
-        "deep.weight": "no method for Conv3d",
         "pairs.weight": "5 matrices in one Parameter",
         "table.weight": "embedding",
         "bag.weight": "embedding",

@@ -23,6 +23,11 @@ CONVOLUTIONS: dict[str, tuple[nn.Module, tuple[int, ...]]] = {
     "1-d, same": (nn.Conv1d(3, 5, 5, padding="same"), (2, 3, 20)),
     "1-d, circular": (nn.Conv1d(3, 5, 3, padding=2, padding_mode="circular"), (2, 3, 20)),
     "2-d": (nn.Conv2d(3, 5, (3, 2), (2, 1), (1, 2), (1, 2)), (2, 3, 11, 12)),
+    "3-d": (nn.Conv3d(3, 5, (2, 3, 1), (1, 2, 1), (1, 0, 2), (1, 1, 2)), (2, 3, 5, 6, 7)),
+    "3-d, circular, groups": (
+        nn.Conv3d(4, 6, 3, padding=1, padding_mode="circular", groups=2),
+        (2, 4, 4, 5, 6),
+    ),
     "2-d, reflected, groups": (nn.Conv2d(4, 8, 3, padding=1, padding_mode="reflect", groups=4), (2, 4, 8, 9)),
 }
 

@@ -35,7 +35,7 @@ class PrunableWeight:
         name: Its key in the model's state_dict; the first one if it has several.
         module: The module that holds it.
         attribute: The name of the Parameter in that module.
-        kind: "linear": of nn.Linear or Hugging Face's Conv1D; "convolution": of nn.Conv1d or nn.Conv2d;
+        kind: "linear": of nn.Linear or Hugging Face's Conv1D; "convolution": of nn.Conv1d, Conv2d or Conv3d;
             "attention": of the input and output projections of nn.MultiheadAttention; "recurrent": of
             nn.LSTM, nn.GRU, nn.RNN and their cells; "unseen": any other, which is dense unless the
             configuration names it, and whose inputs no method knows.
@@ -74,8 +74,8 @@ def prunable_weights(
     These stay dense by default: embeddings; weights shared with an embedding; the output layer of a
     language model, which is what `get_output_embeddings` returns, or a linear layer outside of lists of
     modules that has the shape of the largest embedding; parameters of fewer than two axes (biases, norms);
-    kinds of layers for which the methods have no inputs (transposed and three-dimensional convolutions,
-    matrices of experts in one Parameter).
+    kinds of layers for which the methods have no inputs (transposed convolutions, matrices of experts in
+    one Parameter).
 
     Args:
         model: The model.
@@ -173,7 +173,7 @@ def _weights_of(module: nn.Module, *, projection: bool) -> list[tuple[str, Kind,
     """(attribute, kind, transposed, groups) of the weights of a module whose inputs can be observed."""
     if isinstance(module, nn.Linear):
         return [("weight", "attention" if projection else "linear", False, 1)]
-    if isinstance(module, (nn.Conv1d, nn.Conv2d)):
+    if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
         return [("weight", "convolution", False, module.groups)]
     if is_transposed(module):
         return [("weight", "linear", True, 1)]

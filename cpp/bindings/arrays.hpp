@@ -96,6 +96,7 @@ void register_packed(py::module_& m);
 void register_moments(py::module_& m);
 void register_reconstruction(py::module_& m);
 void register_attention(py::module_& m);
+void register_interleave(py::module_& m);
 void register_recurrent(py::module_& m);
 void register_runtime(py::module_& m);
 void register_selection(py::module_& m);

@@ -10,5 +10,6 @@ PYBIND11_MODULE(_core, m) {
   sparsam::register_reconstruction(m);
   sparsam::register_recurrent(m);
   sparsam::register_attention(m);
+  sparsam::register_interleave(m);
   sparsam::register_tensors(m);
 }

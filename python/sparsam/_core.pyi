@@ -201,6 +201,17 @@ def linear_of_tensors(
     weight: Packed, kernel_for: Callable[[int], str], x: object, bias: object, activation: str
 ) -> Any | None: ...
 
+# Phases of transposed convolutions as one result, see cpp/include/sparsam/interleave.hpp; addresses as above.
+def interleave_at(
+    x: int,
+    planes: int,
+    stride: Sequence[int],
+    inner: Sequence[int],
+    offset: Sequence[int],
+    outer: Sequence[int],
+    y: int,
+) -> None: ...
+
 # One direction of one recurrent layer, see cpp/include/sparsam/recurrent.hpp; addresses as above.
 def recur_at(
     weight: Packed,

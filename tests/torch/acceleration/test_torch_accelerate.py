@@ -203,8 +203,7 @@ def test_reasons() -> None:
             self.hooked = nn.Linear(8, 8)
             self.patched = nn.Linear(8, 8)
             self.wide = nn.Linear(8, 8).double()
-            self.volume = nn.Conv3d(1, 1, 1)
-            self.turned = nn.ConvTranspose1d(8, 8, 1)
+            self.pairs = nn.Bilinear(8, 8, 8)
             self.away = nn.Linear(8, 8, device="meta")
             self.empty = nn.Linear(0, 8)
 
@@ -228,8 +227,7 @@ def test_reasons() -> None:
         "hooked": "has hooks",
         "patched": "has hooks",
         "wide": "its weight is float64",
-        "volume": "no kernel for Conv3d",
-        "turned": "no kernel for ConvTranspose1d",
+        "pairs": "no kernel for Bilinear",
         "away": "its weight is on meta",
         "empty": "it has no weights",
     }

@@ -33,11 +33,7 @@ _LARGEST_DENSITY = 0.9  # the density up to which a layer is tried
 _SCALE = 4  # bytes of the scale of a row of int8
 _HEADER = 320  # the most bytes that surround the rows
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-_UNSUPPORTED = (
-    nn.Linear,
-    nn.modules.conv._ConvNd,
-    nn.Bilinear,
-)
+_UNSUPPORTED = (nn.modules.conv._ConvNd, nn.Bilinear)
 
 Place = tuple[nn.Module, str]
 

@@ -11,7 +11,15 @@ from sparsam.torch.acceleration.candidate_layers import Candidate
 from sparsam.torch.layers.packed_parameter import PackedParameter
 from sparsam.torch.layers.packed_tensor import PackedTensor
 from sparsam.torch.layers.packed_weight import ROUNDED
-from sparsam.torch.layers.packing import PackedLayer, groups, is_embedding, is_transposed
+from sparsam.torch.layers.packing import (
+    CONVOLUTIONS,
+    PackedLayer,
+    groups,
+    is_embedding,
+    is_transposed,
+    phases_of,
+)
+from sparsam.torch.layers.phases import Phases
 from torch import nn
 
 __all__ = ["needs_examples", "obstacle", "pack"]
@@ -28,13 +36,13 @@ def pack(
     Args:
         found: The layers.
         dtype: The dtype of stored values; int8 and int4 only in linear layers and attention (int8 also in
-            convolutions and embeddings).
+            embeddings and in convolutions that are not transposed).
         shapes: The shapes of the inputs that layers are called with, by name.
         to_itself: Attention layers whose query is always also the key and the value: the three projections
             are then one product.
     """
     layers: dict[str, PackedLayer] = {}
-    made: dict[tuple[int, str, bool, int], PackedTensor] = {}
+    made: dict[tuple[int, str, bool, int, Phases | None], PackedTensor] = {}
     rows: dict[int, set[int]] = {}
     for candidate in found:
         layer, weights = candidate.layer, []
@@ -43,7 +51,7 @@ def pack(
             transposed = is_transposed(layer)
             parameter = module._parameters.get(name)
             computed = (id(module), name) if parameter is None else (id(parameter), "")
-            key = (*computed, transposed, pieces)
+            key = (*computed, transposed, pieces, phases_of(layer))
             if key not in made:
                 made[key] = PackedTensor.pack(
                     getattr(module, name),
@@ -51,6 +59,7 @@ def pack(
                     groups=pieces,
                     transposed=transposed,
                     looked_up=is_embedding(layer),
+                    phases=phases_of(layer),
                 )
             weights.append(PackedParameter(module, name, made[key]))
             rows.setdefault(id(made[key]), set()).update(
@@ -83,7 +92,7 @@ def obstacle(candidate: Candidate, dtype: torch.dtype | None) -> str:
 def _values(layer: nn.Module, dtype: torch.dtype | None) -> torch.dtype | None:
     kinds: tuple[type[nn.Module], ...] = (nn.Linear, nn.MultiheadAttention, nn.Embedding)
     if dtype is torch.int8:
-        kinds += (nn.Conv1d, nn.Conv2d)
+        kinds += (nn.Conv1d, nn.Conv2d, nn.Conv3d)
     rounds = isinstance(layer, kinds) or is_transposed(layer)
     return None if dtype in ROUNDED and not rounds else dtype
 
@@ -97,5 +106,5 @@ def _rows(layer: nn.Module, name: str, shape: Sequence[int]) -> int:
 
 def needs_examples(layer: nn.Module) -> bool:
     """Whether the inputs of a layer are unknown; those of a linear layer are, except for their rows."""
-    kinds = (nn.Conv1d, nn.Conv2d, nn.Embedding, nn.MultiheadAttention, nn.RNNBase, nn.RNNCellBase)
+    kinds = (*CONVOLUTIONS, nn.Embedding, nn.MultiheadAttention, nn.RNNBase, nn.RNNCellBase)
     return isinstance(layer, kinds)

@@ -57,7 +57,7 @@ def accelerate(
 ) -> AccelerationReport:
     """Replaces the layers of a pruned model that are faster packed, in place, and reports the speed-up.
 
-    Linear (and Hugging Face's Conv1D), Conv1d and Conv2d layers with at least a tenth of zeros are tried, and
+    Linear (and Hugging Face's Conv1D) layers and convolutions with at least a tenth of zeros are tried, and
     MultiheadAttention, whose projections are packed, each within the model, in turn with the dense layer. An
     activation module (ReLU, GELU exact or by tanh, SiLU) is computed by the packed layer itself where a run
     shows that it gets every output of the layer and nothing else does; functions called in `forward` stay as

@@ -1,6 +1,7 @@
 """The products as functions of tensors, and as operators that torch.compile, export and autograd know.
 
-`sparsam::linear`, `sparsam::conv2d`, `sparsam::embedding` and `sparsam::unpack` take the bytes of a packed
+`sparsam::linear`, `sparsam::conv2d`, `sparsam::embedding`, `sparsam::unpack` and those of
+`convolution_operators` take the bytes of a packed
 weight as a tensor, so that a graph owns its weights. In eager mode packed tensors call the functions
 themselves: the dispatcher would cost more than a small product.
 """
@@ -18,7 +19,18 @@ from sparsam._core import Packed, linear_of_tensors, use_tensors
 from sparsam.torch.layers.packed_weight import DTYPES, PackedWeight
 from torch import Tensor
 
-__all__ = ["ACTIVATIONS", "NO_DERIVATIVE", "check", "conv2d", "embedding", "linear", "unpack"]
+__all__ = [
+    "ACTIVATIONS",
+    "NO_DERIVATIVE",
+    "check",
+    "conv2d",
+    "convolved_shape",
+    "define",
+    "embedding",
+    "linear",
+    "plain_bias",
+    "unpack",
+]
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "": lambda x: x,
@@ -74,9 +86,9 @@ def linear(
     x = x.contiguous()
     rows = weight.rows
     if len(parts) == 1:
-        return _multiply(x, weight, parts[0], _plain_bias(bias, rows), activation)
+        return _multiply(x, weight, parts[0], plain_bias(bias, rows), activation)
     parts = parts[first // rows :][: None if outs is None else outs // rows]
-    bias = _plain_bias(bias, len(parts) * rows)
+    bias = plain_bias(bias, len(parts) * rows)
     biases = [None] * len(parts) if bias is None else torch.split(bias, rows)
     found = [_multiply(x, weight, part, add, activation) for part, add in zip(parts, biases, strict=True)]
     return found[0] if len(found) == 1 else torch.cat(found, -1)
@@ -129,9 +141,9 @@ def conv2d(
         return conv2d(x.float(), weight, bias, taps, stride, padding, dilation, activation).to(x.dtype)
     check(x)
     outs, groups = weight.groups * weight.rows, weight.groups
-    bias = _plain_bias(bias, outs)
+    bias = plain_bias(bias, outs)
     channels = groups * weight.cols // math.prod(taps)
-    shape = _conv2d_shape(x, channels, outs, taps, stride, padding, dilation)
+    shape = convolved_shape(x, channels, outs, taps, stride, padding, dilation)
     last = weight.dtype is torch.int8 and not x.is_contiguous() and x.is_contiguous(memory_format=_LAST)
     x = x if last else x.contiguous()
     out = torch.empty(shape, device="cpu", memory_format=_LAST) if last else x.new_empty(shape)
@@ -195,8 +207,12 @@ def check(x: Tensor) -> None:
     raise TypeError(msg)
 
 
-def _plain_bias(bias: Tensor | None, outputs: int) -> Tensor | None:
-    """The bias as kernels read it: contiguous float32."""
+def plain_bias(bias: Tensor | None, outputs: int) -> Tensor | None:
+    """The bias as kernels read it: contiguous float32.
+
+    Raises:
+        ValueError: It has another shape than (outputs,), or is not on the CPU.
+    """
     if bias is None:
         return None
     if bias.numel() != outputs or bias.ndim != 1:
@@ -212,7 +228,7 @@ def _plain_bias(bias: Tensor | None, outputs: int) -> Tensor | None:
     return bias if plain else bias.float().contiguous()
 
 
-def _conv2d_shape(
+def convolved_shape(
     x: Tensor,
     channels: int,
     outs: int,
@@ -221,53 +237,73 @@ def _conv2d_shape(
     padding: Sequence[int],
     dilation: Sequence[int],
 ) -> list[int]:
-    if x.ndim != 4 or x.shape[1] != channels:
-        msg = f"x: expected shape (n, {channels}, height, width); got {tuple(x.shape)}; reshape it"
+    """The shape of a convolution's result, of images or volumes.
+
+    Raises:
+        ValueError: `x` has other channels or axes, or is smaller than the kernel.
+    """
+    if x.ndim != len(taps) + 2 or x.shape[1] != channels:
+        axes = ", ".join(("depth", "height", "width")[-len(taps) :])
+        msg = f"x: expected shape (n, {channels}, {axes}); got {tuple(x.shape)}; reshape it"
         raise ValueError(msg)
-    sizes = [
-        (x.shape[2 + i] + 2 * padding[i] - dilation[i] * (taps[i] - 1) - 1) // stride[i] + 1 for i in (0, 1)
-    ]
+    every = zip(x.shape[2:], taps, stride, padding, dilation, strict=True)
+    sizes = [(n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in every]
     if any(isinstance(size, int) and size < 1 for size in sizes):  # symbols are known when a graph runs
-        least = f"images of at least the size of the kernel {tuple(taps)}"
+        what = "images" if len(taps) == 2 else "volumes"
+        least = f"{what} of at least the size of the kernel {tuple(taps)}"
         msg = f"x: expected {least}; got {tuple(x.shape)}; pad it"
         raise ValueError(msg)
     return [x.shape[0], outs, *sizes]
 
 
-def _register() -> None:
-    geometry = "int[2] taps, int[2] stride, int[2] padding, int[2] dilation"
-    schemas = (
-        "linear(Tensor x, Tensor weight, Tensor? bias, int out, str activation, int first=0)",
-        f"conv2d(Tensor x, Tensor weight, Tensor? bias, int out, {geometry}, str activation)",
-        "embedding(Tensor indices, Tensor weight, int cols, ScalarType dtype)",
-        "unpack(Tensor weight, int rows, int cols, ScalarType dtype)",
-        "refuse(Tensor gradient, Tensor like)",
-    )
-    for schema in schemas:
-        _library.define(f"{schema} -> Tensor", tags=_tags)  # type: ignore[no-untyped-call]
-    read = PackedWeight.read
-    eager: dict[str, Callable[..., Tensor]] = {
-        "linear": lambda x, w, b, out, activation, first=0: linear(x, read(w), b, activation, first, out),
-        # The fake result is contiguous.
-        "conv2d": lambda x, w, b, _, *rest: conv2d(x.contiguous(), read(w), b, *rest),
-        "embedding": lambda indices, w, _, dtype: embedding(indices, read(w), dtype),
-        "unpack": unpack,
-        "refuse": _refuse,
-    }
-    fakes: dict[str, Callable[..., Tensor]] = {
-        "linear": lambda x, _, b, out, *rest: x.new_empty((*x.shape[:-1], out)),  # noqa: ARG005
-        "conv2d": lambda x, _, b, out, *rest: x.new_empty(_conv2d_shape(x, x.shape[1], out, *rest[:4])),  # noqa: ARG005
-        "embedding": lambda i, w, cols, dtype: w.new_empty((*i.shape, cols), dtype=dtype),
-        "unpack": lambda w, rows, cols, dtype: w.new_empty((rows, cols), dtype=dtype),
-        "refuse": lambda _, like: torch.empty_like(like),
-    }
-    for name, function in eager.items():
-        _library.impl(name, function, "CPU")  # type: ignore[no-untyped-call]
-        torch.library.register_fake(f"sparsam::{name}", fakes[name], lib=_library)
-    for name in ("linear", "conv2d"):
+def define(
+    schema: str, eager: Callable[..., Tensor], fake: Callable[..., Tensor], *, product: bool = False
+) -> None:
+    """Registers an operator of this package.
+
+    Args:
+        schema: Its name and arguments.
+        eager: What it computes on the CPU.
+        fake: A tensor like its result, without numbers.
+        product: Whether its first arguments are x, a packed weight and a bias; a backward pass then raises.
+    """
+    name = schema.partition("(")[0]
+    _library.define(f"{schema} -> Tensor", tags=_tags)  # type: ignore[no-untyped-call]
+    _library.impl(name, eager, "CPU")  # type: ignore[no-untyped-call]
+    torch.library.register_fake(f"sparsam::{name}", fake, lib=_library)
+    if product:
         torch.library.register_autograd(
             f"sparsam::{name}", _backward, setup_context=_keep_inputs, lib=_library
         )
+
+
+def _register() -> None:
+    read = PackedWeight.read
+    define(
+        "linear(Tensor x, Tensor weight, Tensor? bias, int out, str activation, int first=0)",
+        lambda x, w, b, out, activation, first=0: linear(x, read(w), b, activation, first, out),
+        lambda x, _, b, out, *rest: x.new_empty((*x.shape[:-1], out)),  # noqa: ARG005
+        product=True,
+    )
+    geometry = "int[2] taps, int[2] stride, int[2] padding, int[2] dilation"
+    define(
+        f"conv2d(Tensor x, Tensor weight, Tensor? bias, int out, {geometry}, str activation)",
+        # The fake result is contiguous.
+        lambda x, w, b, _, *rest: conv2d(x.contiguous(), read(w), b, *rest),
+        lambda x, _, b, out, *rest: x.new_empty(convolved_shape(x, x.shape[1], out, *rest[:4])),  # noqa: ARG005
+        product=True,
+    )
+    define(
+        "embedding(Tensor indices, Tensor weight, int cols, ScalarType dtype)",
+        lambda indices, w, _, dtype: embedding(indices, read(w), dtype),
+        lambda i, w, cols, dtype: w.new_empty((*i.shape, cols), dtype=dtype),
+    )
+    define(
+        "unpack(Tensor weight, int rows, int cols, ScalarType dtype)",
+        unpack,
+        lambda w, rows, cols, dtype: w.new_empty((rows, cols), dtype=dtype),
+    )
+    define("refuse(Tensor gradient, Tensor like)", _refuse, lambda _, like: torch.empty_like(like))
 
 
 def _refuse(_: Tensor, like: Tensor) -> Tensor:  # noqa: ARG001

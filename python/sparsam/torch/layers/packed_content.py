@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from sparsam.inputs.float_mode import standard_floats
 from sparsam.torch.layers.packed_weight import INT4, ROUNDED, PackedWeight, dtype_name, pack_matrix, to_array
+from sparsam.torch.layers.phases import Phases
 from torch import Tensor, nn
 
 __all__ = ["Content", "Layout", "pack_dense", "taps_of"]
@@ -31,6 +32,7 @@ class Layout:
             a convolution, or the projections of an attention layer.
         transposed: Whether it is (in, out), as in the Conv1D of Hugging Face's GPT-2.
         looked_up: Whether rows of it are looked up, as in an embedding; nothing is multiplied with it then.
+        phases: The geometry of a transposed convolution; None for all others.
     """
 
     shape: tuple[int, ...]
@@ -38,10 +40,13 @@ class Layout:
     groups: int = 1
     transposed: bool = False
     looked_up: bool = False
+    phases: Phases | None = None
 
     @property
     def matrix(self) -> tuple[int, int]:
         """Rows and columns of the matrix whose rows belong to outputs."""
+        if self.phases is not None:
+            return self.phases.matrix_shape(self.shape, self.groups)
         outs, ins = self.shape[0], math.prod(self.shape[1:])
         return (ins, outs) if self.transposed else (outs, ins)
 
@@ -140,6 +145,8 @@ class Content:
         """The dense tensor."""
         layout = self.layout
         matrix: Tensor = torch.ops.sparsam.unpack(self.data, *layout.matrix, layout.dtype)
+        if layout.phases is not None:
+            return layout.phases.weight(matrix, layout.shape, layout.groups)
         return matrix.T.contiguous() if layout.transposed else matrix.reshape(layout.shape)
 
     def pack(self, dense: Tensor) -> None:
@@ -160,27 +167,39 @@ class Content:
 
 
 def taps_of(shape: Sequence[int]) -> tuple[int, int]:
-    """Height and width of the kernel in the weight of a convolution, for signals 1 and its length; else 0."""
+    """Height and width of the kernel in the weight of a convolution, for signals 1 and its length; else 0.
+
+    Volumes are images with the channels of several depths.
+    """
     kernel = shape[2:]
     if len(kernel) == 1:
         return 1, kernel[0]
-    return (kernel[0], kernel[1]) if len(kernel) == 2 else (0, 0)
+    return (kernel[-2], kernel[-1]) if kernel else (0, 0)
 
 
 def pack_dense(dense: Tensor, layout: Layout, values: torch.dtype, forms: Sequence[str]) -> Tensor:
     """Returns the bytes of a dense tensor.
 
     Raises:
-        TypeError: int4 values for a convolution.
+        TypeError: int4 values for a convolution, int8 values for a transposed one.
     """
     rounds = values in ROUNDED
+    if rounds and layout.phases is not None:
+        msg = (
+            f"dtype: expected float values for a transposed convolution; got {values}; use it for "
+            "other layers"
+        )
+        raise TypeError(msg)
     if values is INT4 and len(layout.shape) != 2:
         msg = (
             f"dtype: expected int8 or float values for a convolution; got {values}; use it for linear layers"
         )
         raise TypeError(msg)
     matrix = dense.float() if rounds else dense.to(values)
-    matrix = matrix.T if layout.transposed else matrix.reshape(layout.matrix)
+    if layout.phases is not None:
+        matrix = layout.phases.matrix(matrix, layout.groups)
+    else:
+        matrix = matrix.T if layout.transposed else matrix.reshape(layout.matrix)
     return pack_matrix(
         to_array(matrix),
         groups=layout.groups,

@@ -11,16 +11,17 @@ from torch.utils import _pytree as pytree
 import torch
 from sparsam.sparse.arguments import numbers
 from sparsam.sparse.dispatch import Explanation
-from sparsam.torch.layers import attention, products, recurrent
+from sparsam.torch.layers import attention, convolutions, products, recurrent
 from sparsam.torch.layers.packed_content import Content, Layout, pack_dense
 from sparsam.torch.layers.packed_weight import DTYPES, VALUES, PackedWeight
+from sparsam.torch.layers.phases import Phases
 from sparsam.torch.layers.tensor_views import change, follow, give_memory, meta, view, without_memory
 from sparsam.torch.layers.unpacked_tensor import is_foreign
 from torch import Tensor, nn
 
 __all__ = ["PackedTensor"]
 
-_HANDLERS = {**products.HANDLERS, **attention.HANDLERS, **recurrent.HANDLERS}
+_HANDLERS = {**products.HANDLERS, **convolutions.HANDLERS, **attention.HANDLERS, **recurrent.HANDLERS}
 _aten = torch.ops.aten
 _NO_MEMORY = (
     "weight: expected a dense tensor, whose memory can be read; got a packed one; use weight.to_dense(), or "
@@ -35,9 +36,8 @@ class PackedTensor(Tensor):
     It replaces a layer's weight (`sparsam.torch.pack(layer)` does that), and the layer runs unchanged: linear
     layers and convolutions multiply with the packed weight; all other operations get the dense numbers,
     unpacked each time. In-place changes of it, of its `data` and of its views are packed again. `to` another
-    floating dtype packs it in that dtype; another device is an error. It has no gradient: a backward pass
-    through a product with it raises. Exported and traced programs own the packed bytes; import
-    `sparsam.torch` before loading one.
+    floating dtype packs it in that dtype; another device is an error. A backward pass through a product with
+    it raises. Exported and traced programs own the packed bytes; import `sparsam.torch` before loading one.
     """
 
     _content: Content
@@ -76,6 +76,7 @@ class PackedTensor(Tensor):
         groups: int = 1,
         transposed: bool = False,
         looked_up: bool = False,
+        phases: Phases | None = None,
     ) -> PackedTensor:
         """Packs a tensor (out, in / groups, ...); weights that are exactly 0 are pruned.
 
@@ -88,6 +89,7 @@ class PackedTensor(Tensor):
             groups: The number of groups of output channels, each a matrix of its own.
             transposed: `weight` is (in, out), as in the Conv1D of Hugging Face's GPT-2.
             looked_up: Rows of `weight` are looked up, as those of an embedding; values are int8 then.
+            phases: The geometry of a transposed convolution, whose weight is (in, out / groups, ...).
 
         Raises:
             TypeError: Another dtype or layout; a tensor that is packed already.
@@ -115,7 +117,7 @@ class PackedTensor(Tensor):
         if looked_up and values is not torch.int8:
             msg = f"dtype: expected torch.int8 for an embedding; got {values}; pass that, or leave it dense"
             raise TypeError(msg)
-        layout = Layout(tuple(weight.shape), weight.dtype, groups, transposed, looked_up)
+        layout = Layout(tuple(weight.shape), weight.dtype, groups, transposed, looked_up, phases)
         is_parameter = isinstance(weight, nn.Parameter)
         if is_parameter and (content := Content.find(weight, layout, values)) is not None:
             found = _in_place_of(content)
@@ -309,10 +311,9 @@ class PackedTensor(Tensor):
             return f"PackedTensor({tuple(self.shape)}, dtype={self.dtype})"
         weight, layout = self._content.weight, self._content.layout
         values = "" if weight.dtype == layout.dtype else f", values={weight.dtype}"
-        return (
-            f"PackedTensor({'x'.join(map(str, layout.shape))}, density={weight.density:.4g}, "
-            f"dtype={layout.dtype}{values})"
-        )
+        density = weight.nnz / self.numel() if self.numel() else 1.0
+        shape = "x".join(map(str, layout.shape))
+        return f"PackedTensor({shape}, density={density:.4g}, dtype={layout.dtype}{values})"
 
     @property
     def _inner(self) -> Tensor:

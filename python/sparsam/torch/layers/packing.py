@@ -12,15 +12,17 @@ from torch.nn import functional
 from torch.nn.utils import parametrize
 
 import torch
-from sparsam.torch.layers import packed_parameter, products
+from sparsam.torch.layers import convolutions, packed_parameter, products
 from sparsam.torch.layers.activated import mark_activated
 from sparsam.torch.layers.operators import ACTIVATIONS
 from sparsam.torch.layers.packed_parameter import PackedParameter, is_packed, packed_parameters
 from sparsam.torch.layers.packed_tensor import PackedTensor
 from sparsam.torch.layers.packed_weight import PackedWeight
+from sparsam.torch.layers.phases import Phases
 from torch import Tensor, nn
 
 __all__ = [
+    "CONVOLUTIONS",
     "PROJECTIONS",
     "PackedLayer",
     "can_activate",
@@ -35,11 +37,17 @@ __all__ = [
     "packable",
     "packed_layers",
     "packed_together",
+    "phases_of",
 ]
 
-_CONVOLUTIONS = (nn.Conv1d.forward, nn.Conv2d.forward)
+_CONVOLUTIONS = (nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward)
+_TRANSPOSED = (nn.ConvTranspose1d.forward, nn.ConvTranspose2d.forward, nn.ConvTranspose3d.forward)
 _RECURRENT = (nn.RNNBase, nn.RNNCellBase)
 _RECURRENT_WEIGHT = re.compile(r"weight_(ih|hh|hr)(_l\d+(_reverse)?)?")
+CONVOLUTIONS: tuple[type[nn.Module], ...] = (
+    *(nn.Conv1d, nn.Conv2d, nn.Conv3d),
+    *(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d),
+)
 PROJECTIONS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
 
 
@@ -57,15 +65,16 @@ def pack(
     or a cell of these, all matrices.
 
     Args:
-        layer: A `torch.nn.Linear` (or the Conv1D of Hugging Face's GPT-2), `Conv1d`, `Conv2d`, `Embedding`,
-            `MultiheadAttention`, `LSTM`, `GRU`, `RNN` or a cell of these, or one of a subclass; on the CPU,
-            float32, bfloat16 or float16. Its zeros are skipped.
+        layer: A `torch.nn.Linear` (or the Conv1D of Hugging Face's GPT-2), `Conv1d`, `Conv2d`, `Conv3d`,
+            `ConvTranspose1d`, `ConvTranspose2d`, `ConvTranspose3d`, `Embedding`, `MultiheadAttention`,
+            `LSTM`, `GRU`, `RNN` or a cell of these, or one of a subclass; on the CPU, float32, bfloat16 or
+            float16. Its zeros are skipped.
         dtype: The dtype of the stored values, such as `torch.bfloat16`; by default that of the weight. Sums
-            are float32. `torch.int8`, for linear layers, attention and convolutions, and `torch.int4`
-            (PyTorch 2.6), for linear layers and attention, round weights and inputs to integers, whose sums
-            are exact (`SparseMatrix.from_dense`); inputs of a convolution with one scale for each image (and
-            group of channels). A `torch.nn.Embedding` supports only int8, which rounds the rows that are
-            looked up.
+            are float32. `torch.int8`, for linear layers, attention and convolutions that are not transposed,
+            and `torch.int4` (PyTorch 2.6), for linear layers and attention, round weights and inputs to
+            integers, whose sums are exact (`SparseMatrix.from_dense`); inputs of a convolution with one scale
+            for each image (and group of channels), and of `Conv3d` for each depth of the result. A
+            `torch.nn.Embedding` supports only int8, which rounds the rows that are looked up.
         activation: Applied to the layer's result: None, "relu", "gelu", "gelu_tanh" or "silu".
         batches: The numbers of rows that a linear layer will be called with, see `PackedTensor.prepare`.
 
@@ -110,8 +119,8 @@ class PackedLayer:
             raise TypeError(msg)
         if not (places := packable(layer)):
             msg = (
-                "layer: expected a torch.nn.Linear, Conv1d, Conv2d, Embedding, MultiheadAttention or "
-                f"recurrent layer; got a {name}; leave it dense"
+                "layer: expected a torch.nn.Linear, convolution, Embedding, MultiheadAttention or recurrent "
+                f"layer; got a {name}; leave it dense"
             )
             raise TypeError(msg)
         weights = []
@@ -120,7 +129,12 @@ class PackedLayer:
             pieces, transposed = groups(layer, attribute), is_transposed(layer)
             looked_up = is_embedding(layer)
             packed = PackedTensor.pack(
-                dense, dtype=dtype, groups=pieces, transposed=transposed, looked_up=looked_up
+                dense,
+                dtype=dtype,
+                groups=pieces,
+                transposed=transposed,
+                looked_up=looked_up,
+                phases=phases_of(layer),
             )
             weights.append(PackedParameter(module, attribute, packed))
         return cls(layer, weights)
@@ -222,7 +236,7 @@ def packable(layer: nn.Module) -> tuple[tuple[nn.Module, str], ...]:
         return tuple((layer, name) for name in names if name.startswith("weight"))
     if isinstance(layer, nn.RNNCellBase):
         return (layer, "weight_ih"), (layer, "weight_hh")
-    known = isinstance(layer, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Embedding)) or is_transposed(layer)
+    known = isinstance(layer, (nn.Linear, nn.Embedding, *CONVOLUTIONS)) or is_transposed(layer)
     return ((layer, "weight"),) if known else ()
 
 
@@ -250,6 +264,14 @@ def groups(layer: nn.Module, attribute: str) -> int:
     return 3 if attribute == "in_proj_weight" else getattr(layer, "groups", 1)
 
 
+def phases_of(layer: nn.Module) -> Phases | None:
+    """The geometry of a transposed convolution; None for any other layer."""
+    if not isinstance(layer, CONVOLUTIONS[3:]):
+        return None
+    one: Any = layer
+    return Phases(tuple(one.stride), tuple(one.padding), tuple(one.dilation))
+
+
 def clean(layer: nn.Module) -> None:
     """Removes from a layer all that `PackedLayer.install` added, except the weight."""
     packed_parameter.clean(layer)
@@ -273,8 +295,8 @@ def dense_class(layer: nn.Module) -> type[Any]:
 def can_activate(layer: nn.Module) -> bool:
     """Whether its forward is only the product, so that the kernel can apply an activation too."""
     forward = type(layer).forward
-    known = forward is nn.Linear.forward or forward in _CONVOLUTIONS or _is_conv1d_of_transformers(forward)
-    return known and "forward" not in vars(layer)
+    known = forward in {nn.Linear.forward, *_CONVOLUTIONS, *_TRANSPOSED}
+    return (known or _is_conv1d_of_transformers(forward)) and "forward" not in vars(layer)
 
 
 def _is_conv1d_of_transformers(forward: Any) -> bool:
@@ -302,7 +324,10 @@ def _forward_and_activate(layer: Any, activation: str, *args: Any, **kwargs: Any
             x = functional.pad(x, layer._reversed_padding_repeated_twice, layer.padding_mode)
             padding = 0
         geometry = (layer.stride, padding, layer.dilation, layer.groups)
-        found = products.convolve(x, weight, layer.bias, *geometry, activation)
+        found = convolutions.convolve(x, weight, layer.bias, *geometry, activation)
+    elif forward in _TRANSPOSED and len(args) + len(kwargs) == 1:  # without a wanted size
+        others = (layer.stride, layer.padding, layer.output_padding, layer.groups, layer.dilation)
+        found = convolutions.convolve_transposed(x, weight, layer.bias, *others, activation)
     elif _is_conv1d_of_transformers(forward):
         found = products.addmm(layer.bias, x, weight, activation=activation)
     if found is NotImplemented:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from torch._C import _are_functorch_transforms_active, _get_tracing_state, _len_torch_dispatch_stack
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 __all__ = [
     "HANDLERS",
     "addmm",
-    "convolve",
+    "autocast",
     "embed",
     "frozen",
     "is_plain",
@@ -64,7 +64,7 @@ def linear(
         first, outs = 0, content.outs
     else:
         return NotImplemented
-    x = _autocast(input) if is_autocast_enabled("cpu") else input
+    x = autocast(input) if is_autocast_enabled("cpu") else input
     if plain_bias and is_plain(x):
         read = content.read or content.weight
         if not (is_grad_enabled() and needs_gradient(x, content, bias)):
@@ -96,44 +96,6 @@ def _matmul(input: Tensor, other: Tensor, *, out: None = None) -> Any:
     return NotImplemented if out is not None else linear(input, other, transposed=True)
 
 
-def convolve(
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    stride: int | Sequence[int] = 1,
-    padding: int | str | Sequence[int] = 0,
-    dilation: int | Sequence[int] = 1,
-    groups: int = 1,
-    activation: str = "",
-) -> Any:
-    """Activation of a convolution of signals or images where the weight is packed; else NotImplemented."""
-    content = getattr(weight, "_content", None)
-    if content is None or weight._views or content.layout.groups != groups:  # type: ignore[attr-defined]
-        return NotImplemented
-    flat = weight.ndim == 3  # signals are images of one row
-    rank = weight.ndim - 1
-    if hasattr(input, "_content"):
-        return NotImplemented
-    if input.ndim not in {rank, rank + 1}:
-        msg = (
-            f"x: expected {rank} axes, or {rank + 1} with a batch; got shape {tuple(input.shape)}; reshape it"
-        )
-        raise ValueError(msg)
-    taps, steps, reach = (
-        _pair(value, 1, flat=flat) for value in (content.layout.shape[2:], stride, dilation)
-    )
-    x = _autocast(input)
-    if isinstance(padding, str):
-        x, around = _pad(x, padding, taps, reach, flat=flat)
-    else:
-        around = _pair(padding, 0, flat=flat)
-    images = x if x.ndim == rank + 1 else x[None]
-    images = images[:, :, None] if flat else images
-    y = _conv2d(images, weight, bias, (taps, steps, around, reach), activation)
-    y = y[:, :, 0] if flat else y
-    return y if x.ndim == rank + 1 else y[0]
-
-
 def embed(
     input: Tensor,
     weight: Any,
@@ -154,24 +116,9 @@ def embed(
     return frozen(y) if is_grad_enabled() and content.trainable else y
 
 
-def _conv1d(*args: Any, **kwargs: Any) -> Any:
-    return convolve(*args, **kwargs) if _dimensions(args, kwargs) == 3 else NotImplemented
-
-
-def _conv2d_of_images(*args: Any, **kwargs: Any) -> Any:
-    return convolve(*args, **kwargs) if _dimensions(args, kwargs) == 4 else NotImplemented
-
-
-def _dimensions(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
-    weight: Tensor = args[1] if len(args) > 1 else kwargs["weight"]
-    return weight.ndim
-
-
 HANDLERS: Mapping[Any, Callable[..., Any]] = {
     functional.linear: linear,
     functional.embedding: embed,
-    functional.conv1d: _conv1d,
-    functional.conv2d: _conv2d_of_images,
     torch.addmm: addmm,
     Tensor.addmm: addmm,
     torch.mm: _matmul,
@@ -206,20 +153,6 @@ def _shown(weight: Any, content: Content, *, transposed: bool) -> tuple[int, int
     if layout.transposed:
         return (0, content.outs) if (first, height) == (0, layout.shape[0]) else None
     return None if first % each or height % each else (first, height)
-
-
-def _conv2d(x: Tensor, weight: Any, bias: Tensor | None, geometry: Any, activation: str) -> Tensor:
-    content = weight._content
-    if is_plain(x):
-        if not (is_grad_enabled() and needs_gradient(x, content, bias)):
-            return operators.conv2d(x, content.weight, bias, *geometry, activation)  # type: ignore[call-arg]
-        with torch.no_grad():
-            y = operators.conv2d(x, content.weight, bias, *geometry, activation)  # type: ignore[call-arg]
-        return frozen(y, x, bias)
-    refuse(x)
-    outs = content.layout.shape[0]
-    found: Tensor = torch.ops.sparsam.conv2d(x, content.data, bias, outs, *geometry, activation)
-    return found
 
 
 def frozen(y: Tensor, *sources: Tensor | None) -> Tensor:
@@ -267,27 +200,7 @@ def refuse(x: Tensor) -> None:
         raise RuntimeError(NO_DERIVATIVE)
 
 
-def _autocast(x: Tensor) -> Tensor:
+def autocast(x: Tensor) -> Tensor:
     """Returns x as autocast would pass it to a linear layer."""
     wanted = is_autocast_enabled("cpu") and x.dtype in DTYPES
     return x.to(torch.get_autocast_dtype("cpu")) if wanted else x
-
-
-def _pad(
-    x: Tensor, padding: str, taps: tuple[int, int], dilation: tuple[int, int], *, flat: bool
-) -> tuple[Tensor, tuple[int, int]]:
-    """Pads x if "same" needs unequal padding on both sides; returns x and the padding left to the kernel."""
-    total = [d * (k - 1) if padding == "same" else 0 for k, d in zip(taps, dilation, strict=True)]
-    if all(n % 2 == 0 for n in total):
-        return x, (total[0] // 2, total[1] // 2)
-    sides = [(n // 2, n - n // 2) for n in (total[1:] if flat else reversed(total))]
-    return functional.pad(x, [n for side in sides for n in side]), (0, 0)
-
-
-def _pair(value: int | Sequence[int], first: int, *, flat: bool) -> tuple[int, int]:
-    if isinstance(value, int):
-        return (first, value) if flat else (value, value)
-    values = tuple(value)
-    if flat:
-        return first, values[0]
-    return values if len(values) == 2 else (values[0], values[0])

@@ -14,7 +14,7 @@ from sparsam.torch.layers.packed_tensor import PackedTensor
 from sparsam.torch.layers.packed_weight import DTYPES, dtype_name
 from sparsam.torch.layers.packing import PackedLayer
 from sparsam.torch.layers.unpacked_tensor import is_foreign
-from sparsam.torch.serialization.encoding import Encoded, encode, encode_packed
+from sparsam.torch.serialization.encoding import Encoded, encode, encode_packed, encode_rows
 from sparsam.torch.serialization.manifest import BITS, Layer, Manifest, Weight
 from sparsam.torch.transformers_switch import core_attention
 from torch import Tensor, nn
@@ -169,6 +169,8 @@ def _are_tied(name: str, stored: str, ties: Mapping[str, str]) -> bool:
 
 def _encoded(tensor: Tensor, packed: PackedTensor | None) -> Encoded | None:
     if packed is not None:
+        if packed._content.layout.phases is not None:  # whose rows are not those of the dense weight
+            return encode_rows(packed.to_dense().to(packed.packed.dtype))
         return encode_packed(packed.packed)
     return encode(tensor) if tensor.dtype in DTYPES and tensor.device.type == "cpu" else None
 

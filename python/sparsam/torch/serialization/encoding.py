@@ -16,7 +16,7 @@ from sparsam.sparse.int4 import group_of
 from sparsam.torch.layers.packed_weight import DTYPES, PackedWeight, dtype_name, from_array, to_array
 from torch import Tensor
 
-__all__ = ["Encoded", "encode", "encode_packed", "matrix_shape"]
+__all__ = ["Encoded", "encode", "encode_packed", "encode_rows", "matrix_shape"]
 
 
 _STORED = (*DTYPES, torch.int8, torch.uint8)
@@ -150,13 +150,17 @@ def encode(dense: Tensor) -> Encoded | None:
     """
     if dense.ndim < 2 or dense.dtype not in DTYPES or not dense.numel():
         return None
+    found = encode_rows(dense)
+    return found if found.values.nbytes + found.bits.nbytes < dense.nbytes else None
+
+
+def encode_rows(dense: Tensor) -> Encoded:
+    """Encodes a dense tensor of at least two axes exactly, whatever memory that takes."""
     matrix = dense.detach().contiguous().reshape(len(dense), -1)
     kept = matrix.view(torch.int32 if dense.dtype is torch.float32 else torch.int16) != 0
-    count = int(kept.sum())
-    if max(count, 1) * dense.itemsize + len(matrix) * ((matrix.shape[1] + 7) // 8) >= dense.nbytes:
-        return None
+    values = matrix[kept]
     bits = np.packbits(kept.numpy(), axis=1, bitorder="little")
-    return Encoded(matrix[kept] if count else matrix.new_zeros(1), torch.from_numpy(bits))
+    return Encoded(values if len(values) else matrix.new_zeros(1), torch.from_numpy(bits))
 
 
 def encode_packed(weight: PackedWeight) -> Encoded:

@@ -12,7 +12,15 @@ from torch.nn.utils import parametrize, prune
 import torch
 from sparsam.torch.acceleration.fusion import recognise_activation
 from sparsam.torch.layers.packed_weight import DTYPES
-from sparsam.torch.layers.packing import PROJECTIONS, groups, is_embedding, is_transposed, packable
+from sparsam.torch.layers.packing import (
+    CONVOLUTIONS,
+    PROJECTIONS,
+    groups,
+    is_embedding,
+    is_transposed,
+    packable,
+    phases_of,
+)
 from sparsam.torch.layers.unpacked_tensor import is_foreign
 from sparsam.torch.serialization.encoding import Encoded
 from sparsam.torch.serialization.manifest import BITS, Layer, Manifest, dtype_name, place
@@ -113,8 +121,8 @@ def check_layers(manifest: Manifest, modules: Mapping[str, nn.Module]) -> None:
         if layer.groups != wanted_groups and not (attribute in PROJECTIONS and layer.groups == 1):
             msg = f"layer {name!r}: expected {layer.groups} groups in the model; got {wanted_groups}; {_DO}"
             raise ValueError(msg)
-        if isinstance(module, (nn.Conv1d, nn.Conv2d)):
-            _check_convolution(name, layer)
+        if isinstance(module, CONVOLUTIONS):
+            _check_convolution(name, layer, transposed=phases_of(module) is not None)
         if layer.computed is None:
             transposed = manifest.weights[manifest.stored_weight(name)].transposed
             if transposed != is_transposed(module):
@@ -136,17 +144,18 @@ def check_layers(manifest: Manifest, modules: Mapping[str, nn.Module]) -> None:
             raise ValueError(msg)
 
 
-def _check_convolution(name: str, layer: Layer) -> None:
+def _check_convolution(name: str, layer: Layer, *, transposed: bool) -> None:
     """Raises ValueError if a convolution cannot compute with the forms of a layer.
 
     The values of a weight that is a tensor of its own are checked once it is read.
     """
-    good = {"panels": DTYPES, "slots": (torch.int8,)}
+    good = {"panels": DTYPES} if transposed else {"panels": DTYPES, "slots": (torch.int8,)}
     values = layer.computed
     for form, dtypes in good.items():
         if layer.forms == (form,) and (values is None or values in map(dtype_name, dtypes)):
             return
     wanted = "['panels'], or with int8 values ['slots'], for a convolution"
+    wanted = "['panels'] for a transposed convolution" if transposed else wanted
     of = "" if values is None else f" of {values}"
     msg = f"layer {name!r}: field forms: expected {wanted}; got {[*layer.forms]}{of}; {_DO}"
     raise ValueError(msg)

@@ -11,11 +11,18 @@ from sparsam._core import Packed
 from sparsam.torch.acceleration.fusion import Fused, Fusion
 from sparsam.torch.acceleration.installation import LayerSwap
 from sparsam.torch.acceleration.memory import discard
-from sparsam.torch.layers.packed_content import Content, Layout, taps_of
+from sparsam.torch.layers.packed_content import Content, Layout, pack_dense, taps_of
 from sparsam.torch.layers.packed_parameter import PackedParameter
 from sparsam.torch.layers.packed_tensor import PackedTensor
 from sparsam.torch.layers.packed_weight import INT4, forms_here, join
-from sparsam.torch.layers.packing import PackedLayer, is_embedding, is_transposed, packed_layers
+from sparsam.torch.layers.packing import (
+    PackedLayer,
+    is_embedding,
+    is_transposed,
+    packed_layers,
+    phases_of,
+)
+from sparsam.torch.layers.phases import Phases
 from sparsam.torch.serialization.encoding import Encoded, matrix_shape
 from sparsam.torch.serialization.manifest import Layer, Manifest, place
 from sparsam.torch.transformers_models import announce
@@ -75,15 +82,16 @@ class StoredWeights:
         """Puts packed weights into layers whose weight is a tensor of its own, and frees their dense ones."""
         modules = dict(model.named_modules(remove_duplicate=False))
         claims = self._claims(model)
-        users: dict[_Use, dict[tuple[int, str], tuple[nn.Module, Layer]]] = {}
+        users: dict[tuple[_Use, Phases | None], dict[tuple[int, str], tuple[nn.Module, Layer]]] = {}
         for name, layer in self.manifest.layers.items():
             if layer.computed is None:
                 path, attribute = place(name)
                 module = modules[path]
-                users.setdefault(self._use(name, layer), {})[id(module), attribute] = module, layer
-        for use, found in users.items():
+                packed_as = self._use(name, layer), phases_of(module)
+                users.setdefault(packed_as, {})[id(module), attribute] = module, layer
+        for (use, phases), found in users.items():
             (_, attribute), (module, _) = next(iter(found.items()))
-            weight = self._packed_tensor(use, module._parameters[attribute], claims)
+            weight = self._packed_tensor(use, phases, module._parameters[attribute], claims)
             for key, (module, layer) in found.items():
                 one = PackedParameter(module, key[1], weight)
                 packed = self._layers[key] = PackedLayer(module, [one])
@@ -159,14 +167,21 @@ class StoredWeights:
             claims.setdefault(id(tensor), set()).add(self.manifest.stored(name))
         return claims
 
-    def _packed_tensor(self, use: _Use, dense: Any, claims: dict[int, set[str]]) -> PackedTensor:
+    def _packed_tensor(
+        self, use: _Use, phases: Phases | None, dense: Any, claims: dict[int, set[str]]
+    ) -> PackedTensor:
         stored, groups, forms = use
         weight = self.manifest.weights[stored]
         looked_up = forms == ("rows",)
-        layout = Layout(tuple(weight.shape), dense.dtype, groups, weight.transposed, looked_up)
+        layout = Layout(tuple(weight.shape), dense.dtype, groups, weight.transposed, looked_up, phases)
         one = len(claims[id(dense)]) == 1  # else restoring must not give one Parameter two values
-        parts = self._parts[use]
-        content = Content(join(parts, forms_here(parts, forms)), layout, dense if one else None)
+        if phases is None:
+            parts = self._parts[use]
+            data = join(parts, forms_here(parts, forms))
+        else:
+            values = self._dense(stored)
+            data = pack_dense(values, layout, values.dtype, forms)
+        content = Content(data, layout, dense if one else None)
         content.trainable = dense.requires_grad
         return PackedTensor.of_content(content)
 
@@ -185,7 +200,12 @@ def _pack_computed(module: nn.Module, attribute: str, layer: Layer) -> PackedLay
     dtype, transposed = getattr(torch, layer.computed or ""), is_transposed(module)
     dense = getattr(module, attribute)
     weight = PackedTensor.pack(
-        dense, dtype=dtype, groups=layer.groups, transposed=transposed, looked_up=is_embedding(module)
+        dense,
+        dtype=dtype,
+        groups=layer.groups,
+        transposed=transposed,
+        looked_up=is_embedding(module),
+        phases=phases_of(module),
     )
     packed = PackedLayer(module, [PackedParameter(module, attribute, weight)])
     packed.activation = layer.activation

@@ -7,6 +7,7 @@
 namespace sparsam {
 namespace {
 
+using Triple = std::array<std::size_t, 3>;
 using Floats = py::array_t<float, py::array::c_style>;
 
 void multiply(const PackedMatrix& w, const std::string& kernel, const Floats& x,
@@ -133,6 +134,37 @@ void conv2d_at(const PackedMatrix& w, std::uintptr_t x, std::size_t x_stride, st
     conv2d(*form, c, from, x_stride, images, add, activation, to, out_stride);
 }
 
+// The same for volumes and float values, which are contiguous: depth, height and width.
+void conv3d_at(const PackedMatrix& w, std::uintptr_t x, std::size_t x_stride, std::size_t volumes,
+               const Triple& volume, const Triple& kernel, const Triple& stride, const Triple& padding,
+               const Triple& dilation, std::uintptr_t bias, const std::string& activation, std::uintptr_t out,
+               std::size_t out_stride) {
+  const auto within = [](const Triple& t) { return Pair{t[1], t[2]}; };
+  const auto across = [](const Triple& t) { return Pair{t[0], 1}; };
+  const std::size_t cols = w.any().cols(), taps = kernel[1] * kernel[2];
+  // Each is checked as the images that it is seen from two sides.
+  const Conv2d side =
+      conv2d_of(cols, across(volume), across(kernel), across(stride), {padding[0], 0}, across(dilation));
+  const Conv2d front =
+      conv2d_of(cols, within(volume), within(kernel), within(stride), within(padding), within(dilation));
+  if (front.channels % kernel[0] != 0)
+    throw py::value_error(expected("kernel size", kernel[0] * taps,
+                                   "a divisor of " + std::to_string(cols) + " columns",
+                                   "pass that of the weight"));
+  Conv3d c{front};
+  c.channels /= kernel[0];
+  c.depth = side.height, c.kernel_d = side.kernel_h, c.stride_d = side.stride_h, c.pad_d = side.pad_h;
+  c.dilation_d = side.dilation_h;
+  const std::size_t floats = (c.height + 2 * c.pad_h + c.stride_h) * (c.width + 2 * c.pad_w + c.stride_w);
+  if (floats > (std::size_t{1} << 32) / (c.channels + 1) / (c.depth + 2 * c.pad_d + 1))
+    throw py::value_error(
+        expected("volume", floats, "less than 2^32 floats with its padding", "cut it into smaller ones"));
+  const FormPtr form = form_for(w, "panels");
+  const py::gil_scoped_release release;
+  conv3d(*form, c, reinterpret_cast<const float*>(x), x_stride, volumes, reinterpret_cast<const float*>(bias),
+         activation, reinterpret_cast<float*>(out), out_stride);
+}
+
 }  // namespace
 
 void add_products(py::class_<PackedMatrix>& packed) {
@@ -146,7 +178,10 @@ void add_products(py::class_<PackedMatrix>& packed) {
       .def("conv2d_at", &conv2d_at, py::arg("x"), py::arg("x_stride"), py::arg("images"), py::arg("image"),
            py::arg("kernel"), py::arg("stride"), py::arg("padding"), py::arg("dilation"), py::arg("bias"),
            py::arg("activation"), py::arg("out"), py::arg("out_stride"), py::arg("x_pixel") = 1,
-           py::arg("out_pixel") = 1);
+           py::arg("out_pixel") = 1)
+      .def("conv3d_at", &conv3d_at, py::arg("x"), py::arg("x_stride"), py::arg("volumes"), py::arg("volume"),
+           py::arg("kernel"), py::arg("stride"), py::arg("padding"), py::arg("dilation"), py::arg("bias"),
+           py::arg("activation"), py::arg("out"), py::arg("out_stride"));
 }
 
 }  // namespace sparsam

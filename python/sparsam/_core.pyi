@@ -193,6 +193,21 @@ class Packed:
         x_pixel: int = 1,
         out_pixel: int = 1,
     ) -> None: ...
+    def conv3d_at(
+        self,
+        x: int,
+        x_stride: int,
+        volumes: int,
+        volume: Sequence[int],
+        kernel: Sequence[int],
+        stride: Sequence[int],
+        padding: Sequence[int],
+        dilation: Sequence[int],
+        bias: int,
+        activation: str,
+        out: int,
+        out_stride: int,
+    ) -> None: ...
 
 # Tensors of PyTorch, read without Python: whether its table (`__dlpack_c_exchange_api__`) is understood; a
 # product, None unless all are plain float32 (x: or bfloat16) of fitting shapes.

@@ -41,6 +41,18 @@ struct Conv2d {
 void conv2d(const Form& w, const Conv2d& c, const float* x, std::size_t x_stride, std::size_t images,
             const float* bias, const std::string& activation, float* y, std::size_t y_stride);
 
+// The same for volumes, of `channels` times `depth` planes.
+struct Conv3d : Conv2d {
+  std::size_t depth = 1, kernel_d = 1, stride_d = 1, pad_d = 0, dilation_d = 1;
+
+  std::size_t out_depth() const;
+};
+
+// Volumes [rows x out_depth x out_height x out_width] of y; w has channels * kernel_d * kernel_h * kernel_w
+// columns.
+void conv3d(const Form& w, const Conv3d& c, const float* x, std::size_t x_stride, std::size_t volumes,
+            const float* bias, const std::string& activation, float* y, std::size_t y_stride);
+
 // Floats from one image to the next, and from one pixel of a channel to the next: 1 where channels are
 // planes, else channels are neighbours.
 struct ImageStrides {

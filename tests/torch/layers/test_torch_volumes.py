@@ -50,13 +50,9 @@ def geometries(draw: Any) -> tuple[Any, Tensor]:
     return layer.requires_grad_(False), x
 
 
-@given(case=geometries(), piece=st.sampled_from([1, 100, 1000, 1 << 20]))
+@given(case=geometries())
 @settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
-def test_any_geometry(
-    monkeypatch: pytest.MonkeyPatch, threads: int, case: tuple[Any, Tensor], piece: int
-) -> None:
-    """Whatever a piece holds: some rows of one volume, or several volumes."""
-    monkeypatch.setattr(convolution_operators, "_PIECE", piece)
+def test_any_geometry(threads: int, case: tuple[Any, Tensor]) -> None:
     layer, x = case
     packed = packed_copy(layer)
     assert torch.equal(packed.weight.to_dense(), layer.weight)
@@ -85,6 +81,16 @@ def test_layers(isa: str, threads: int, case: str) -> None:
     y = packed_copy(layer, activation="relu")(x).detach()
     assert y.is_contiguous()
     torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+def test_volumes_that_are_computed_by_some_depths_at_a_time(threads: int, stride: int) -> None:
+    """Padded, they take more than 16 MiB; and small ones, several of which are padded together."""
+    layer = pruned(nn.Conv3d(64, 5, 3, stride, (3, 1, 1)), 0.95)
+    for shape in ((2, 64, 21, 60, 61), (9, 64, 3, 20, 21)):
+        x = torch.randn(shape)
+        expected = layer(x).detach()
+        torch.testing.assert_close(packed_copy(layer)(x).detach(), expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -133,9 +139,15 @@ def expected_int8(layer: Any, x: Tensor) -> Tensor:
     return torch.from_numpy(np.stack(depths, axis=2)).to(x.dtype)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("dtype", "piece"), [(torch.float32, 1 << 20), (torch.bfloat16, 1), (torch.float32, 6000)]
+)
 @pytest.mark.parametrize("case", LAYERS)
-def test_int8_values(isa: str, case: str, dtype: torch.dtype) -> None:
+def test_int8_values(
+    isa: str, monkeypatch: pytest.MonkeyPatch, case: str, dtype: torch.dtype, piece: int
+) -> None:
+    """Whatever a piece holds: one depth of a volume, some, or several volumes."""
+    monkeypatch.setattr(convolution_operators, "_PIECE", piece)
     layer, shape = LAYERS[case]
     layer, x = pruned(copy.deepcopy(layer), 0.7).to(dtype).requires_grad_(False), torch.randn(shape).to(dtype)
     x[:, :, 0] *= 100  # depths whose scales differ

@@ -33,7 +33,7 @@ def conv3d(
     """Activation of a convolution of volumes with zeros around them, in the dtype of x; sums are float32.
 
     Each depth of the result is the convolution of an image, whose channels are those of the depths that it is
-    made of. With int8 values inputs have a scale for each such image.
+    made of: with int8 values, inputs have a scale for each such image.
 
     Args:
         x: (n, in, depth, height, width), float32, bfloat16 or float16.
@@ -54,20 +54,64 @@ def conv3d(
     if weight.dtype in DTYPES and (flat := _as_images(x, geometry)) is not None:
         y = operators.conv2d(flat[0], weight, bias, *flat[1], activation)  # type: ignore[call-arg]
         return y.reshape(shape)
-    n, _, _, height, width = x.shape
+    x, bias = x.contiguous(), operators.plain_bias(bias, outs)
     out = x.new_empty(shape)
+    if not out.numel():
+        return out
+    if weight.dtype not in DTYPES:
+        _convolve_depths(x, weight, bias, geometry, activation, out)
+        return out
+    inner, ins = out[0, 0].numel(), channels // weight.groups
+    for group, part in enumerate(weight.parts):
+        first = group * weight.rows
+        part.conv3d_at(
+            x.data_ptr() + group * ins * x[0, 0].numel() * x.itemsize,
+            x[0].numel(),
+            len(x),
+            x.shape[2:],
+            taps,
+            stride,
+            padding,
+            dilation,
+            0 if bias is None else bias.data_ptr() + first * bias.itemsize,
+            activation,
+            out.data_ptr() + first * inner * out.itemsize,
+            out[0].numel(),
+        )
+    return out
+
+
+def _convolve_depths(
+    x: Tensor,
+    weight: PackedWeight,
+    bias: Tensor | None,
+    geometry: Sequence[tuple[int, ...]],
+    activation: str,
+    out: Tensor,
+) -> None:
+    """Writes a convolution with int8 values, of one image for each depth of the result.
+
+    Args:
+        x: The volumes.
+        weight: The weight.
+        bias: The bias.
+        geometry: Of each axis the kernel's size, stride, padding and dilation.
+        activation: The activation.
+        out: The result.
+    """
+    n, channels, _, height, width = x.shape
+    taps, total = geometry[0][0], out.shape[2]
     windows = _windows(x, *geometry[0])
     image_geometry: Any = tuple(zip(*geometry[1:], strict=True))
-    pieces = max(1, _PIECE // max(1, channels * taps[0] * height * width))
-    volumes, depths = max(1, pieces // shape[2]), min(pieces, shape[2])
+    pieces = max(1, _PIECE // max(1, channels * taps * height * width))
+    volumes, depths = max(1, pieces // total), min(pieces, total)
     for first in range(0, n, volumes):
-        for top in range(0, shape[2], depths):
+        for top in range(0, total, depths):
             own = windows[first : first + volumes, top : top + depths]
-            images = own.reshape(-1, channels * taps[0], height, width)
+            images = own.reshape(-1, channels * taps, height, width)
             y = operators.conv2d(images, weight, bias, *image_geometry, activation)  # type: ignore[call-arg]
             into = out[first : first + volumes, :, top : top + depths]
             into.copy_(y.reshape(*own.shape[:2], *y.shape[1:]).transpose(1, 2))
-    return out
 
 
 def conv_transposed(

@@ -217,12 +217,7 @@ ZOO: tuple[Specimen, ...] = (
         "Qwen2MoeModel", "experts", _text("Qwen2MoeModel", _experts), {("Qwen2MoeExperts", _SEVERAL): 4}
     ),
     Specimen("MambaModel", "state space", _text("MambaModel", lambda _: {"state_size": 8}), _MAMBA),
-    Specimen(
-        "ConvNet",
-        "plain",
-        _plain(lambda s: ConvNet(s.width), Size.images),
-        {("ConvTranspose2d", "no kernel for ConvTranspose2d"): 1},
-    ),
+    Specimen("ConvNet", "plain", _plain(lambda s: ConvNet(s.width), Size.images)),
     Specimen("nn.TransformerEncoder", "plain", _plain(_encoder, Size.rows)),
     Specimen("nn.Transformer", "plain", _plain(_transformer, lambda s: (s.rows(), s.rows()))),
     Specimen(

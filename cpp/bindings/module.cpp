@@ -11,5 +11,6 @@ PYBIND11_MODULE(_core, m) {
   sparsam::register_recurrent(m);
   sparsam::register_attention(m);
   sparsam::register_interleave(m);
+  sparsam::register_steps(m);
   sparsam::register_tensors(m);
 }

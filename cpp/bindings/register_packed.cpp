@@ -322,9 +322,10 @@ FormPtr form_for(const PackedMatrix& w, const std::string& kernel) {
     throw py::value_error(expected("kernel " + quoted(kernel), "only " + form_names(w).front(),
                                    "a form that the weight has",
                                    "build it with add(" + quoted(kernel) + ")"));
-  if (form->dtype() == DType::i8 && form->kind() != FormKind::slots)
-    throw py::value_error(
-        expected("kernel", quoted(kernel), "slots, the kernel of int8 values", "build it with add('slots')"));
+  const bool rounded = form->dtype() == DType::i8 || form->dtype() == DType::i4;
+  if (rounded && form->kind() != FormKind::slots)
+    throw py::value_error(expected("kernel", quoted(kernel), "slots, the kernel of int8 and int4 values",
+                                   "build it with add('slots')"));
   return form;
 }
 

@@ -11,6 +11,7 @@
 #include "recurrent.hpp"
 #include "sparsam/check.hpp"
 #include "sparsam/kept.hpp"
+#include "steps.hpp"
 
 namespace sparsam {
 
@@ -78,6 +79,7 @@ struct KernelTable {
   MomentKernels moments;
   RecurrentKernels recurrent;
   AttentionKernels attention;
+  StepKernels steps;
 };
 
 template <class Bits>

@@ -260,3 +260,29 @@ def attention_at(
     scale: float,
     out: int,
 ) -> None: ...
+
+# A module as steps over buffers of float32 (sequences * positions, widths[i]), see
+# cpp/include/sparsam/steps.hpp. Operands are numbers of buffers; `t` is an index into the addresses of
+# vectors that run() is given, -1 for none. y may be an operand except in linear and attention:
+#   ("linear", packed, kernel, x, y, bias_t, activation)
+#   ("attention", q, k, v, y, heads, scale, mask)      mask: 1 where the mask of run() applies, else 0
+#   ("add", a, b, y)
+#   ("layer_norm", x, y, weight_t, bias_t, eps), ("rms_norm", x, y, weight_t, eps)
+#   ("add_layer_norm", a, b, sum, y, weight_t, bias_t, eps), ("add_rms_norm", a, b, sum, y, weight_t, eps)
+#                                                      sum = a + b: a buffer, or -1 where nobody reads it
+#   ("activate", x, y, activation), ("gate", g, u, y, activation)     y = activation(g) * u
+class Steps:
+    def __init__(self, widths: Sequence[int], steps: Sequence[tuple[Any, ...]]) -> None: ...
+    def scratch(self, sequences: int, positions: int) -> int: ...
+    # Addresses of buffers, of vectors, of a mask with its strides of sequences, heads, queries, and of so
+    # many floats of scratch. What is written overlaps nothing else.
+    def run(
+        self,
+        sequences: int,
+        positions: int,
+        given: Sequence[tuple[int, int]],
+        tensors: Sequence[int],
+        mask: tuple[int, bool, tuple[int, int, int]] | None,
+        scratch: int,
+        floats: int,
+    ) -> None: ...

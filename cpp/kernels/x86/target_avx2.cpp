@@ -10,6 +10,7 @@
 #include "reconstruction-inl.hpp"
 #include "recurrent-inl.hpp"
 #include "selection-inl.hpp"
+#include "steps-inl.hpp"
 
 namespace sparsam::SPARSAM_TARGET {
 
@@ -26,6 +27,7 @@ const KernelTable table = {
     kMomentKernels,
     kRecurrentKernels,
     kAttentionKernels,
+    kStepKernels,
 };
 
 }  // namespace sparsam::SPARSAM_TARGET

@@ -49,12 +49,20 @@ struct StepsCall {
   std::size_t floats;  // of scratch
 };
 
-// How a call is cut into chunks of whole sequences, which one after the other goes through all steps, so that
-// buffers stay in the cache; or several at a time, each on a thread of its own.
+// How a call is cut into chunks of whole sequences, which go through all steps one after the other, so that
+// buffers stay in the cache.
 struct StepChunks {
   std::size_t sequences, positions;  // in all; rows are sequences of their own where there is no attention
   std::size_t together;              // a chunk has a multiple of so many sequences, or all
-  std::size_t each, workers;         // sequences of a chunk, and chunks at a time
+  std::size_t each;                  // sequences of a chunk
+  std::size_t at_once;               // chunks, each on a thread of its own
+  std::size_t part;                  // rows of a chunk that a thread takes where several share it; else 0
+};
+
+// The columns of scratch at which buffers begin, and how many there are in all.
+struct StepLayout {
+  std::vector<std::size_t> columns;
+  std::size_t all = 0;
 };
 
 // Immutable. Results do not depend on the number of threads. Those of a sequence do not depend on what else
@@ -72,14 +80,21 @@ class Steps {
   void run(const StepsCall& call) const;
 
  private:
+  static constexpr std::size_t kRowWiseCost = 4;  // multiplications that take as long as a row-wise number
+
   void check(const Step& step, std::size_t number) const;
   void place();
   StepChunks chunks(std::size_t sequences, std::size_t positions) const;
+  const StepLayout& layout(const StepChunks& c) const { return c.part == 0 ? packed_ : apart_; }
+  struct Pass;
+  void run(const Pass& pass, std::size_t part) const;
 
   std::vector<std::size_t> widths_;
   std::vector<Step> steps_;
-  std::vector<std::size_t> columns_;  // where a buffer begins in scratch; kNowhere for inputs
-  std::size_t all_columns_ = 0, tensors_ = 0, work_ = 0;  // work_: multiplications a row, about
+  std::vector<std::size_t> phases_;  // first steps, before and after attention, and one past the last
+  std::vector<bool> inputs_;
+  StepLayout packed_, apart_;
+  std::size_t tensors_ = 0, work_ = 0;  // work_: multiplications a row, about
   bool attends_ = false;
   bool exact_ = true;  // no product is of float values
 };

@@ -1,6 +1,7 @@
 // Calls of a list of steps: how they are cut, and who does what.
 #include <algorithm>
 #include <atomic>
+#include <chrono>
 #include <memory>
 #include <numeric>
 #include <stdexcept>
@@ -48,11 +49,12 @@ class StepParts {
       part = (part + 1) % parts_;
     return part;
   }
-  // False if a part has failed.
+  // False if a part has failed. Who waits for long sleeps: another program has the other thread's processor,
+  // and the system moves that thread to an idle one at once, to one that is busy with waiting not for long.
   bool wait(std::size_t phase) const {
     for (std::size_t tries = 0; done_.load(std::memory_order_acquire) < phase * parts_; ++tries) {
       if (failed_.load(std::memory_order_relaxed)) return false;
-      if (tries > 2000) std::this_thread::yield();
+      if (tries > 10000) std::this_thread::sleep_for(std::chrono::microseconds(1));
     }
     return true;
   }

@@ -101,6 +101,7 @@ void register_recurrent(py::module_& m);
 void register_runtime(py::module_& m);
 void register_selection(py::module_& m);
 void register_steps(py::module_& m);
+void register_guards(py::module_& m);
 void register_tensors(py::module_& m);
 
 }  // namespace sparsam

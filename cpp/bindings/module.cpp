@@ -13,4 +13,5 @@ PYBIND11_MODULE(_core, m) {
   sparsam::register_interleave(m);
   sparsam::register_steps(m);
   sparsam::register_tensors(m);
+  sparsam::register_guards(m);
 }

@@ -286,3 +286,20 @@ class Steps:
         scratch: int,
         floats: int,
     ) -> None: ...
+
+# Whether dictionaries have these values (by identity) under these names, others are empty, and objects are of
+# these classes; nothing is kept.
+def unchanged(
+    tables: tuple[dict[str, Any], ...],
+    names: tuple[str, ...],
+    values: tuple[Any, ...],
+    absent: object,
+    empty: tuple[Any, ...],
+    objects: tuple[Any, ...],
+    kinds: tuple[type, ...],
+) -> bool: ...
+
+# Of PyTorch's tensors, once it is known how to read them; None unless all are plain vectors of these sizes.
+def vector_addresses(
+    tensors: tuple[Any, ...], sizes: tuple[int, ...], starts: tuple[int, ...]
+) -> list[int] | None: ...

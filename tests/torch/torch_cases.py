@@ -15,6 +15,7 @@ from sparsam.torch.acceleration.installation import LayerSwap
 from sparsam.torch.acceleration.measurement import Budget, LayerTime, Times
 from sparsam.torch.acceleration.model_runner import ModelRunner, as_examples, difference
 from sparsam.torch.acceleration.workflow import accelerate
+from sparsam.torch.fused.installation import FusedSwitch
 from sparsam.torch.layers.packing import PackedLayer, is_packed, packed_layers
 from sparsam.torch.transformers_switch import AttentionSwitch
 from torch import Tensor, nn
@@ -34,6 +35,7 @@ class Clock:
         self.gains: dict[str, float] = {}
         self.model = 2.0
         self.sdpa = 2.0
+        self.fused = 1.0
 
     def layer_times(self, _model: nn.Module, _runner: ModelRunner, swap: LayerSwap, _budget: Budget) -> Times:
         swap.show(swap.layers)
@@ -50,6 +52,10 @@ class Clock:
     ) -> tuple[float, float]:
         switch.show(core=True)
         return self.sdpa, 1.0
+
+    def fused_times(self, _runner: ModelRunner, switch: FusedSwitch, _budget: Budget) -> tuple[float, float]:
+        switch.show(fused=True)
+        return self.fused, 1.0
 
     def compare(self, layer: Any, _activation: Any, x: Tensor, _seconds: float) -> tuple[float, float]:
         layer.install()

@@ -24,6 +24,7 @@ except ImportError as error:
 from sparsam import _core
 from sparsam.inputs.late_imports import on_demand
 from sparsam.torch.acceleration.attention import AttentionRow
+from sparsam.torch.acceleration.fused_modules import FusedRow
 from sparsam.torch.acceleration.installation import restore
 from sparsam.torch.acceleration.layer_row import LayerRow
 from sparsam.torch.acceleration.report import AccelerationReport
@@ -83,6 +84,7 @@ __all__ = [
     "AttentionRow",
     "CompressionReport",
     "DistillationReport",
+    "FusedRow",
     "HeadImportance",
     "LatencyPlan",
     "LayerRow",

@@ -350,4 +350,8 @@ def _for_model(
             if name in tied and source in tied
         },
         attention=tuple(_places(manifest.attention, modules, prefix).values()),
+        modules={
+            name: manifest.modules[saved]
+            for saved, name in _places(manifest.modules, modules, prefix).items()
+        },
     )

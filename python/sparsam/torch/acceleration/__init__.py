@@ -1,4 +1,4 @@
 """`accelerate` and `restore`: which layers run faster packed, measured, swapped in and verified.
 
-Imports `sparse` and `torch.layers`.
+Imports `sparse`, `torch.layers` and `torch.fused`.
 """

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 
 from sparsam.torch.acceleration.candidate_layers import places
 from sparsam.torch.acceleration.fusion import Fused, Fusion
+from sparsam.torch.fused.installation import FusedSwitch, unfuse
 from sparsam.torch.layers.packing import PackedLayer, clean, is_packed, packed_layers
 from sparsam.torch.transformers_models import withdraw
 from sparsam.torch.transformers_switch import AttentionSwitch, switch_back
@@ -30,6 +31,7 @@ class LayerSwap:
         layers: The packed layers by name.
         fusions: The activations. One is fused while all of its layers are in the model.
         attention: The models that compute with the core's attention while any layer is in the model.
+        fused: The modules that the core computes as a whole, while all of their layers are in the model.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -39,9 +41,12 @@ class LayerSwap:
         self.layers: dict[str, PackedLayer] = {}
         self.fusions: list[Fusion] = []
         self.attention: AttentionSwitch | None = None
+        self.fused: FusedSwitch | None = None
 
     def show(self, names: Collection[str]) -> None:
         """Puts the packed layers of these names into the model, and the dense ones for all others."""
+        if self.fused is not None:
+            self.fused.show(fused=False)
         for name, layer in self.layers.items():
             if name in names:
                 layer.install()
@@ -55,12 +60,20 @@ class LayerSwap:
         if self.attention is not None:
             self.attention.show(core=bool(names))
         _set_fast_paths(self._model)
+        if self.fused is not None and names:
+            self.fused.show(fused=True)
 
     def detach_attention(self) -> None:
         """Lets all models compute with PyTorch's attention, permanently."""
         if self.attention is not None:
             self.attention.show(core=False)
             self.attention = None
+
+    def detach_fused(self) -> None:
+        """Lets all modules call their own layers, permanently."""
+        if self.fused is not None:
+            self.fused.show(fused=False)
+            self.fused = None
 
     def unfuse(self, fusion: Fusion) -> None:
         """Puts an activation back into its place, permanently."""
@@ -144,6 +157,7 @@ def restore(model: nn.Module) -> int:
     if not isinstance(model, nn.Module):
         msg = f"restore: expected a torch.nn.Module; got {type(model).__name__}; pass the model"
         raise TypeError(msg)
+    unfuse(model)
     layers = packed_layers(model)
     for layer in layers:
         layer.restore()

@@ -14,6 +14,7 @@ import torch
 from sparsam.inputs.system import interruptions
 from sparsam.torch.acceleration.installation import LayerSwap, fast_path_owners, fast_paths_off
 from sparsam.torch.acceleration.model_runner import ModelRunner, Seconds
+from sparsam.torch.fused.installation import FusedSwitch
 from sparsam.torch.layers.packing import PackedLayer
 from sparsam.torch.transformers_switch import AttentionSwitch
 from torch import Tensor, nn
@@ -25,6 +26,7 @@ __all__ = [
     "Times",
     "attention_times",
     "compare",
+    "fused_times",
     "layer_times",
     "model_times",
 ]
@@ -33,7 +35,7 @@ __all__ = [
 _LAYERS = (2, 6, 0.4)
 _MODEL = (3, 10, 0.4)
 _AGAIN = (2, 4, 0.1)
-_ATTENTION = (3, 60, 0.1)
+_CHOICE = (3, 60, 0.1)
 _SINGLE = (3, 10_000, 1.0)
 _OFTEN = 60  # interruptions per second on a quiet machine, at most; another busy process causes hundreds
 
@@ -190,11 +192,29 @@ def attention_times(runner: ModelRunner, switch: AttentionSwitch, budget: Budget
         switch: The attention.
         budget: For all measurements.
     """
+    return _in_turn(runner, lambda core: switch.show(core=core), budget)
+
+
+def fused_times(runner: ModelRunner, switch: FusedSwitch, budget: Budget) -> tuple[float, float]:
+    """Seconds that the model takes for all examples: (with modules that call others, with fused ones).
+
+    Medians, as of `model_times`; in the end modules are fused.
+
+    Args:
+        runner: Runs the model, with packed layers.
+        switch: The modules.
+        budget: For all measurements.
+    """
+    return _in_turn(runner, lambda fused: switch.show(fused=fused), budget)
+
+
+def _in_turn(runner: ModelRunner, show: Callable[[bool], None], budget: Budget) -> tuple[float, float]:
+    """Seconds of the model for all examples: (without, with) what `show` lets it compute with."""
     taken: dict[bool, list[Seconds]] = {False: [], True: []}
-    for _ in budget.rounds(*_ATTENTION):
-        for core in (False, True):
-            switch.show(core=core)
-            taken[core].append(runner.seconds())
+    for _ in budget.rounds(*_CHOICE):
+        for wanted in (False, True):
+            show(wanted)
+            taken[wanted].append(runner.seconds())
     before, after = (_typical(times, budget) for times in taken.values())
     return before, after
 

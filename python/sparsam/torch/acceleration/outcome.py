@@ -11,6 +11,7 @@ from typing import Any
 from sparsam.torch.acceleration.attention import AttentionRow
 from sparsam.torch.acceleration.candidate_layers import Candidate
 from sparsam.torch.acceleration.decision import Decision
+from sparsam.torch.acceleration.fused_modules import FusedRow
 from sparsam.torch.acceleration.installation import LayerSwap
 from sparsam.torch.acceleration.layer_row import LayerRow
 from sparsam.torch.acceleration.verification import DIFFERS, Gain
@@ -35,6 +36,7 @@ class Outcome:
         gain: Of the whole model; None where it was not timed.
         difference: Of the outputs; None where they could not be compared.
         attention: Of Hugging Face models; None where there was nothing to choose.
+        fused: Of modules as a whole; None where none can be fused.
     """
 
     calls: Mapping[str, Counter[Any]]
@@ -43,6 +45,7 @@ class Outcome:
     gain: Gain | None = None
     difference: float | None = None
     attention: AttentionRow | None = None
+    fused: FusedRow | None = None
 
     @property
     def final_attention(self) -> AttentionRow | None:
@@ -50,6 +53,13 @@ class Outcome:
         if self.attention is None or not self.attention.swapped or self.swapped:
             return self.attention
         return dataclasses.replace(self.attention, swapped=False, reason="no layer is packed")
+
+    @property
+    def final_fused(self) -> FusedRow | None:
+        """The fused modules in the end: none if no layer is packed."""
+        if self.fused is None or not self.fused.swapped or self.swapped:
+            return self.fused
+        return dataclasses.replace(self.fused, swapped=False, reason="no layer is packed")
 
     @property
     def swapped(self) -> tuple[str, ...]:

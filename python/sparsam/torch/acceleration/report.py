@@ -7,6 +7,7 @@ from typing import Any
 
 from sparsam.report import Readable, readable_size
 from sparsam.torch.acceleration.attention import AttentionRow
+from sparsam.torch.acceleration.fused_modules import FusedRow
 from sparsam.torch.acceleration.layer_row import LayerRow
 from sparsam.torch.acceleration.report_text import paragraphs, table, to_html
 
@@ -34,6 +35,7 @@ class AccelerationReport(Readable):
         summary: The result in a sentence.
         attention: Of Hugging Face models: which attention they compute with, and why; None where there was
             nothing to choose.
+        fused: The modules that the core computes as a whole, and what that saves; None where none can be.
     """
 
     layers: tuple[LayerRow, ...]
@@ -45,6 +47,7 @@ class AccelerationReport(Readable):
     disturbed: bool
     summary: str
     attention: AttentionRow | None = None
+    fused: FusedRow | None = None
 
     @property
     def swapped(self) -> int:
@@ -70,6 +73,8 @@ class AccelerationReport(Readable):
         rest = {key: value for key, value in vars(self).items() if key != "layers"}
         if self.attention is not None:
             rest["attention"] = asdict(self.attention) | {"models": list(self.attention.models)}
+        if self.fused is not None:
+            rest["fused"] = asdict(self.fused) | {"modules": list(self.fused.modules)}
         return {"layers": layers, "swapped": self.swapped, "speedup": self.speedup, **rest}
 
     def __str__(self) -> str:
@@ -87,6 +92,8 @@ class AccelerationReport(Readable):
             lines.append(f"model    {after} (medians, all example inputs)")
         if self.attention is not None:
             lines.append(f"attention {self.attention}")
+        if self.fused is not None:
+            lines.append(f"fused    {self.fused}")
         before, now = readable_size(self.weights_before), readable_size(self.weights_after)
         lines.append(f"weights  {before} before, {now} after")
         if self.difference is not None:

@@ -16,6 +16,7 @@ from sparsam.torch.acceleration import measurement
 from sparsam.torch.acceleration.attention import choose_attention
 from sparsam.torch.acceleration.candidate_layers import Candidate, candidates
 from sparsam.torch.acceleration.decision import Decision, decide
+from sparsam.torch.acceleration.fused_modules import choose_fused
 from sparsam.torch.acceleration.fusion import fusions
 from sparsam.torch.acceleration.installation import LayerSwap
 from sparsam.torch.acceleration.measurement import Budget, Times
@@ -63,7 +64,9 @@ def accelerate(
     shows that it gets every output of the layer and nothing else does; functions called in `forward` stay as
     they are. Layers with which the model does not run, or returns other outputs, stay dense. Hugging Face
     models whose attention is PyTorch's function, "sdpa", then compute with the core's, "sparsam_sdpa", where
-    that is faster and does not change the outputs. In the end the whole model is timed; if it is not faster,
+    that is faster and does not change the outputs. So are modules that hold packed layers, whole transformer
+    blocks, MLPs and norms among them, as one call of the core each, which runs their `forward` again wherever
+    a call is not as those with the example inputs. In the end the whole model is timed; if it is not faster,
     the layers that save least are made dense again until it is, or until all are.
 
     The model runs without gradients and in eval mode; afterwards training flags, buffers and the random state
@@ -146,6 +149,7 @@ def accelerate(
                 interruptions.many(),
                 closing(model, rows, outcome),
                 outcome.final_attention,
+                outcome.final_fused,
             )
         except BaseException:
             swap.undo()
@@ -188,10 +192,11 @@ def _by_examples(
     if not decision.swap:
         return Outcome(seen.calls, decision, reasons, _dense(runner))
     attention = choose_attention(model, runner, swap, decision.swap, tolerance=order, budget=budget)
+    fused = choose_fused(model, runner, swap, decision.swap, tolerance=order, budget=budget)
     gain = keep_what_gains(runner, swap, decision, budget, lookups)
     swap.show(gain.swap)
     apart = difference(runner.outputs(), seen.outputs) if gain.swap else None
-    return Outcome(seen.calls, decision, reasons, gain, apart, attention)
+    return Outcome(seen.calls, decision, reasons, gain, apart, attention, fused)
 
 
 def _by_rows(

@@ -10,9 +10,10 @@ from collections.abc import Callable, Mapping
 from types import FunctionType
 from typing import Any
 
-from torch._C import _are_functorch_transforms_active
+from torch._C import _are_functorch_transforms_active, _len_torch_function_stack
 from torch.compiler import is_compiling
 from torch.nn import functional
+from torch.overrides import handle_torch_function
 
 import torch
 from sparsam._core import attention_at
@@ -54,7 +55,12 @@ def attend(
         found: Tensor = torch.ops.sparsam.attention(query, key, value, mask, scale)
         return found
     tensors = (query, key, value) if mask is None else (query, key, value, mask)
-    return _attend(query, key, value, mask, scale) if all(map(is_plain, tensors)) else None
+    if not all(map(is_plain, tensors)):
+        return None
+    if _len_torch_function_stack():  # somebody follows what is computed
+        followed: Tensor | None = handle_torch_function(attend, tensors, query, key, value, mask, scale)
+        return followed
+    return _attend(query, key, value, mask, scale)
 
 
 def _computes(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> bool:

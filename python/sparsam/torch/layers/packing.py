@@ -8,8 +8,11 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
+from torch._C import _len_torch_function_stack
+from torch.compiler import is_compiling
 from torch.nn import functional
 from torch.nn.utils import parametrize
+from torch.overrides import handle_torch_function
 
 import torch
 from sparsam.torch.layers import convolutions, packed_parameter, products
@@ -28,6 +31,7 @@ __all__ = [
     "can_activate",
     "clean",
     "dense_class",
+    "forward_and_activate",
     "groups",
     "is_embedding",
     "is_one_of_several",
@@ -203,7 +207,7 @@ class PackedLayer:
         if _installed_activation(self.layer):
             del own["forward"]
         if self._activation:
-            own["forward"] = partial(_forward_and_activate, self.layer, self._activation)
+            own["forward"] = partial(forward_and_activate, self.layer, self._activation)
 
     def remove(self) -> None:
         """Puts the original weights back; those whose memory was released stay empty."""
@@ -306,15 +310,17 @@ def _is_conv1d_of_transformers(forward: Any) -> bool:
 
 def _installed_activation(layer: nn.Module) -> str:
     forward = vars(layer).get("forward")
-    known = isinstance(forward, partial) and forward.func is _forward_and_activate
+    known = isinstance(forward, partial) and forward.func is forward_and_activate
     return forward.args[1] if known else ""  # type: ignore[union-attr]
 
 
-def _forward_and_activate(layer: Any, activation: str, *args: Any, **kwargs: Any) -> Tensor:
+def forward_and_activate(layer: Any, activation: str, *args: Any, **kwargs: Any) -> Tensor:
     """The forward of a layer and the activation after it, in one product if the weight is packed."""
     weight = layer.weight
     found: Any = NotImplemented
     x = args[0] if args else next(iter(kwargs.values()))
+    if not is_compiling() and _len_torch_function_stack():  # somebody follows what is computed
+        return handle_torch_function(forward_and_activate, (x,), layer, activation, *args, **kwargs)
     forward = type(layer).forward
     if forward is nn.Linear.forward:
         found = products.linear(x, weight, layer.bias, activation)

@@ -1,4 +1,4 @@
 """`save` and `load` for models with packed layers.
 
-Imports `sparse`, `checkpoint`, `torch.layers` and `torch.acceleration`.
+Imports `sparse`, `checkpoint`, `torch.layers`, `torch.fused` and `torch.acceleration`.
 """

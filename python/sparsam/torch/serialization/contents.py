@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from sparsam.inputs.float_mode import standard_floats
 from sparsam.torch.acceleration.fusion import Fused
+from sparsam.torch.fused.calls import Call
+from sparsam.torch.fused.installation import fused_modules
 from sparsam.torch.layers.packed_parameter import packed_parameters
 from sparsam.torch.layers.packed_tensor import PackedTensor
 from sparsam.torch.layers.packed_weight import DTYPES, dtype_name
@@ -94,7 +96,7 @@ class Contents:
                 entry = name if weight.name == "weight" else f"{name}.{weight.name}"
                 entries[entry] = Layer.of(weight, layer.activation if alone else None)
         more = dict(_hidden_buffers(model, state)) if buffers else {}
-        manifest = Manifest(weights, entries, fused, tied, tuple(more), core_attention(model))
+        manifest = Manifest(weights, entries, fused, tied, tuple(more), core_attention(model), _calls(model))
         return cls(tensors | more, manifest)
 
 
@@ -116,6 +118,11 @@ def _fused(model: nn.Module, names: Mapping[int, str]) -> dict[str, tuple[str, .
             if all(id(layer) in names for layer in module.layers):
                 fused[name] = tuple(names[id(layer)] for layer in module.layers)
     return fused
+
+
+def _calls(model: nn.Module) -> dict[str, tuple[Call, ...]]:
+    """Fused modules by name, and the forms of calls that they have steps for."""
+    return {n: tuple(p.call for p in fused.programs) for n, fused in fused_modules(model).items()}
 
 
 def _state(model: nn.Module, ignored: Collection[str]) -> dict[str, Tensor]:

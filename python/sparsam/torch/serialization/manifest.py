@@ -5,13 +5,14 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Any, TypeVar
 
 import msgspec
 from msgspec import Meta
 
 from sparsam.checkpoint.json_state import Count, Positive, convert, decode
+from sparsam.torch.fused.calls import Call
 from sparsam.torch.layers.operators import ACTIVATIONS
 from sparsam.torch.layers.packed_parameter import PackedParameter
 from sparsam.torch.layers.packed_weight import DTYPES, VALUES, dtype_name
@@ -27,6 +28,7 @@ BITS = "_bits"  # the suffix of the tensor with a weight's bits
 _FORMS = tuple(forms for n in (1, 2) for forms in itertools.combinations(("bitmask", "panels", "slots"), n))
 _OF_GROUPS = (("bitmask",), ("panels",), ("slots",))
 _FORMS += (("rows",),)  # of an embedding
+_LATER = ("attention", "modules")  # not in every file, and not in those of earlier versions
 _ACTIVATIONS = tuple(filter(None, ACTIVATIONS))
 _DTYPES = tuple(str(dtype).removeprefix("torch.") for dtype in DTYPES)
 _VALUES = tuple(map(dtype_name, VALUES))
@@ -85,6 +87,7 @@ class Manifest:
         tied: Name of a tensor -> the name under which the same memory is stored.
         buffers: The tensors that are stored though the model's state dict lacks them.
         attention: The names of the Hugging Face models in it that compute with the core's attention.
+        modules: Name of a fused module -> the forms of calls that it has steps for.
     """
 
     weights: dict[str, Weight]
@@ -93,6 +96,7 @@ class Manifest:
     tied: dict[str, str]
     buffers: tuple[str, ...] = ()
     attention: tuple[str, ...] = ()
+    modules: dict[str, tuple[Call, ...]] = field(default_factory=dict)
 
     def stored_weight(self, name: str) -> str:
         """The name under which the weight of a layer is stored."""
@@ -105,8 +109,9 @@ class Manifest:
     def to_metadata(self) -> dict[str, str]:
         """The metadata of the file."""
         parts = {name: json.dumps(msgspec.to_builtins(part)) for name, part in vars(self).items()}
-        if not self.attention:  # not in every file, and not in those of earlier versions
-            del parts["attention"]
+        for name in _LATER:
+            if not vars(self)[name]:
+                del parts[name]
         return {"format": "pt", "sparsam": MARK, **parts}
 
     @classmethod
@@ -127,6 +132,7 @@ class Manifest:
         tied = _decoded(metadata, "tied", dict[str, str])
         buffers = _decoded(metadata, "buffers", tuple[str, ...])
         attention = _decoded({"attention": "[]"} | dict(metadata), "attention", tuple[str, ...])
+        calls = _decoded({"modules": "{}"} | dict(metadata), "modules", dict[str, tuple[Call, ...]])
         for name, source in tied.items():
             if source in tied or name in weights:
                 msg = (
@@ -142,7 +148,7 @@ class Manifest:
                     "model again"
                 )
                 raise ValueError(msg)
-        manifest = cls(weights, layers, fused, tied, buffers, attention)
+        manifest = cls(weights, layers, fused, tied, buffers, attention, calls)
         for name in layers:
             manifest._check_layer(name)
         return manifest

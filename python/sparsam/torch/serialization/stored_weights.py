@@ -8,6 +8,7 @@ from torch.nn.utils import prune
 
 import torch
 from sparsam._core import Packed
+from sparsam.torch.acceleration.fused_modules import fuse_by_name
 from sparsam.torch.acceleration.fusion import Fused, Fusion
 from sparsam.torch.acceleration.installation import LayerSwap
 from sparsam.torch.acceleration.memory import discard
@@ -121,7 +122,7 @@ class StoredWeights:
         self._parts.clear()
 
     def install(self, model: nn.Module) -> int:
-        """Packs the weights that are computed, and the activations into their layers; chooses the attention.
+        """Packs the weights that are computed, puts activations into their layers, and fuses modules.
 
         Returns:
             The number of packed layers.
@@ -151,6 +152,7 @@ class StoredWeights:
             fusion.replacement.into = tuple(named[id(layer)] for layer in fusion.layers)
         swap.show(swap.layers)
         switch_by_name(model, self.manifest.attention)
+        fuse_by_name(model, self.manifest.modules)
         announce(model)
         return len(packed_layers(model))
 

@@ -59,6 +59,12 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 
 @pytest.fixture
+def fusing(clock: Clock) -> None:
+    """Fused modules are measured as faster."""
+    clock.fused = 2.0
+
+
+@pytest.fixture
 def one_thread() -> Iterator[None]:
     """Small models are no work for two, and a busy machine makes them wait for each other."""
     import torch  # noqa: PLC0415

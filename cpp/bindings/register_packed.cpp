@@ -322,10 +322,13 @@ FormPtr form_for(const PackedMatrix& w, const std::string& kernel) {
     throw py::value_error(expected("kernel " + quoted(kernel), "only " + form_names(w).front(),
                                    "a form that the weight has",
                                    "build it with add(" + quoted(kernel) + ")"));
-  const bool rounded = form->dtype() == DType::i8 || form->dtype() == DType::i4;
-  if (rounded && form->kind() != FormKind::slots)
-    throw py::value_error(expected("kernel", quoted(kernel), "slots, the kernel of int8 and int4 values",
-                                   "build it with add('slots')"));
+  const DType dtype = form->dtype();
+  const bool expands = form->kind() == FormKind::bitmask && dtype == DType::i4;
+  if ((dtype == DType::i8 || dtype == DType::i4) && form->kind() != FormKind::slots && !expands)
+    throw py::value_error(expected("kernel", quoted(kernel),
+                                   dtype == DType::i8 ? "slots, the kernel of int8 values"
+                                                      : "slots or bitmask, the kernels of int4 values",
+                                   "build its form with add()"));
   return form;
 }
 

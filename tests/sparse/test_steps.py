@@ -203,7 +203,8 @@ def test_blocks_are_their_formulas(isa: str, kernel: str, dtype: str) -> None:
 
 @pytest.mark.parametrize("shape", [(1, 16), (3, 100), (9, 64), (33, 24), (700, 1)], ids=str)
 @pytest.mark.parametrize(
-    "values", ["bitmask float32", "panels bfloat16", "slots float16", "slots int8", "slots int4"]
+    "values",
+    ["bitmask float32", "panels bfloat16", "slots float16", "slots int8", "slots int4", "bitmask int4"],
 )
 def test_chunks_and_threads_change_nothing(values: str, shape: tuple[int, int]) -> None:
     """Not a bit; with int8 and int4 values each sequence has what it has alone."""
@@ -228,14 +229,15 @@ def test_chunks_and_threads_change_nothing(values: str, shape: tuple[int, int]) 
 
 
 @pytest.mark.parametrize("names", ROWS, ids="-".join)
-@pytest.mark.parametrize("dtype", ["int8", "int4"])
-def test_rounded_values_on_every_row(names: tuple[str, str], dtype: str, threads: int) -> None:
+@pytest.mark.parametrize("values", ["slots int8", "slots int4", "bitmask int4"])
+def test_rounded_values_on_every_row(names: tuple[str, str], values: str, threads: int) -> None:
     """A block is its steps, one by one and sequence by sequence, to the last bit."""
     del threads
+    kernel, dtype = values.split()
     with row(*names):
 
         def make(rows: int, cols: int, seed: int) -> tuple[Packed, str]:
-            return packed(weights(rows, cols, 0.8, seed), "slots", dtype), "slots"
+            return packed(weights(rows, cols, 0.8, seed), kernel, dtype), kernel
 
         x, mask = inputs(4, 20, 96), padding(4, 6, 20)
         widths, steps, tensors = block(make, 96, 6, 200, 1)
@@ -316,17 +318,9 @@ WRONG: dict[str, tuple[list[int], Step]] = {
     "a kernel": ([16, 32], ("linear", LINEAR, "dense", 0, 1, -1, "")),
     "no weight": ([16, 32], ("linear", None, "panels", 0, 1, -1, "")),
     "a convolution": ([16, 4], ("linear", CONVOLUTION, "slots", 0, 1, -1, "")),
-    "bitmask of int4": (
+    "bitmask of int8": (
         [16, 32],
-        (
-            "linear",
-            pack(weights(32, 16, 0.5), "int4", None, None),
-            "bitmask",
-            0,
-            1,
-            -1,
-            "",
-        ),
+        ("linear", packed(weights(32, 16, 0.5), "bitmask", "int8"), "bitmask", 0, 1, -1, ""),
     ),
     "no heads": ([32] * 4, ("attention", 0, 1, 2, 3, 0, 1.0, 0)),
     "depth": ([24] * 4, ("attention", 0, 1, 2, 3, 1, 1.0, 0)),

@@ -23,7 +23,7 @@ from sparsam.torch.fused.fused_forward import FusedForward
 from sparsam.torch.fused.installation import unfuse
 from torch import Tensor, nn
 
-pytestmark = pytest.mark.usefixtures("clock", "one_thread")
+pytestmark = pytest.mark.usefixtures("fusing", "one_thread")
 
 
 @torch.no_grad()

@@ -16,7 +16,7 @@ from sparsam.torch import accelerate, pack
 from sparsam.torch.fused.installation import fused_modules
 from torch import Tensor, nn
 
-pytestmark = pytest.mark.usefixtures("clock", "one_thread")
+pytestmark = pytest.mark.usefixtures("fusing", "one_thread")
 
 
 class Wrapped(nn.Module):

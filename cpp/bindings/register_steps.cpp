@@ -82,6 +82,11 @@ Step read_step(const py::tuple& tuple, std::size_t number) {
     s.heads = items.next<std::size_t>();
     s.scale = items.next<float>();
     s.masked = items.next<std::size_t>() != 0;
+  } else if (name == "rotary") {
+    s.kind = StepKind::rotary;
+    for (std::size_t& buffer : s.from) buffer = items.buffer();
+    s.to = items.buffer();
+    s.heads = items.next<std::size_t>();
   } else if (name == "add") {
     s.from[0] = items.buffer();
     s.from[1] = items.buffer();

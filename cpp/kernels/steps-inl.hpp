@@ -132,7 +132,5 @@ inline void gate_rows(const float* g, const float* u, std::size_t n, Activation 
   }
 }
 
-constexpr StepKernels kStepKernels = {&layer_norm, &rms_norm, &add_rows, &activate_rows, &gate_rows};
-
 }  // namespace
 }  // namespace sparsam::SPARSAM_TARGET

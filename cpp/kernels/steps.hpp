@@ -16,6 +16,14 @@ struct NormRows {
   float eps;
 };
 
+// Rows of heads, each turned by the angles of its row: y = x cos + rotate_half(x) sin, where rotate_half is
+// (-second half, first half).
+struct RotaryRows {
+  std::size_t rows, heads, depth;  // depth is even
+  const float *x, *cos, *sin;      // [rows x heads x depth]; [rows x depth] each
+  float* y;                        // may be x
+};
+
 // What is computed of a number or a row does not depend on where it stands.
 struct StepKernels {
   // weight (x - mean) / sqrt(variance + eps) + bias. A row that is not finite becomes NaN.
@@ -26,6 +34,7 @@ struct StepKernels {
   void (*add)(const float* a, const float* b, std::size_t n, float* y);
   void (*activate)(const float* x, std::size_t n, Activation activation, float* y);
   void (*gate)(const float* g, const float* u, std::size_t n, Activation activation, float* y);
+  void (*rotary)(const RotaryRows& rows);
 };
 
 }  // namespace sparsam

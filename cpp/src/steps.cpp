@@ -57,6 +57,13 @@ void Steps::check(const Step& s, std::size_t number) const {
     if (width != s.form->rows())
       refuse(s, number, "y of " + columns_text(width), std::to_string(s.form->rows()),
              "pass a buffer that has a column for each row of the weight");
+  } else if (s.kind == StepKind::rotary) {
+    const std::size_t cos = widths_[s.from[1]], sin = widths_[s.from[2]];
+    if (widths_[s.from[0]] != width || cos != sin || s.heads == 0 || cos * s.heads != width || cos % 2 != 0)
+      refuse(s, number,
+             std::to_string(s.heads) + " heads in " + columns_text(width) + " and angles in " +
+                 std::to_string(cos) + " and " + std::to_string(sin),
+             "angles for each column of a head, an even number", "pass such buffers");
   } else {
     for (const std::size_t buffer : {s.from[0], s.from[1], s.from[2], s.sum})
       if (buffer != kNowhere && widths_[buffer] != width)

@@ -110,6 +110,15 @@ struct Steps::Pass {
           kernel.gate(a + i, b + i, count, activation, y + i);
         });
         return;
+      case StepKind::rotary: {
+        const std::size_t depth = width / s.heads;
+        const float* const sin = at(s.from[2], begin);
+        row_wise(n, width, [&](std::size_t i, std::size_t count) {
+          const std::size_t angles = i / width * depth;
+          kernel.rotary({count / width, s.heads, depth, a + i, b + angles, sin + angles, y + i});
+        });
+        return;
+      }
       default: {
         float* const sum = at(s.sum, begin);
         const auto norm = s.kind == StepKind::layer_norm ? kernel.layer_norm : kernel.rms_norm;

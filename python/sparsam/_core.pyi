@@ -271,6 +271,7 @@ def attention_at(
 #   ("add_layer_norm", a, b, sum, y, weight_t, bias_t, eps), ("add_rms_norm", a, b, sum, y, weight_t, eps)
 #                                                      sum = a + b: a buffer, or -1 where nobody reads it
 #   ("activate", x, y, activation), ("gate", g, u, y, activation)     y = activation(g) * u
+#   ("rotary", x, cos, sin, y, heads)                  y = x * cos + rotate_half(x) * sin of each head
 class Steps:
     def __init__(self, widths: Sequence[int], steps: Sequence[tuple[Any, ...]]) -> None: ...
     def scratch(self, sequences: int, positions: int) -> int: ...

@@ -15,7 +15,7 @@ from messages import FORM
 from rounded_matmul import ROWS, row
 from sparsam._core import Packed, Steps
 from sparsam.sparse.packing import pack
-from steps_cases import Array, Step, layer_norm, oracle, rms_norm, run, separately
+from steps_cases import Array, Step, layer_norm, oracle, rms_norm, rotary, run, separately
 
 WIDTHS = [1, 2, 7, 8, 15, 16, 17, 31, 33, 63, 64, 65, 100, 127, 384, 1000]
 
@@ -115,6 +115,26 @@ def test_an_addition_before_a_norm_is_both_steps(isa: str, norm: str, width: int
         )
         assert np.array_equal(found, wanted)
         assert all(np.array_equal(one, total) for one in summed)
+
+
+@pytest.mark.parametrize(("heads", "depth"), [(1, 2), (9, 64), (3, 128), (2, 30), (5, 34), (1, 80)])
+def test_rotary(isa: str, threads: int, heads: int, depth: int) -> None:
+    """To the last bit: as PyTorch, which rounds each operation."""
+    del isa, threads
+    x, cos, sin = inputs(3, 40, heads * depth), inputs(3, 40, depth, seed=1), inputs(3, 40, depth, seed=2)
+    widths, step = [heads * depth, depth, depth], ("rotary", 0, 1, 2, 3, heads)
+    expected = rotary(x, cos, sin, heads)
+    (y,) = run([*widths, heads * depth], [step], {0: x, 1: cos, 2: sin}, [3])
+    assert np.array_equal(y, expected)
+    (y,) = run(widths, [(*step[:4], 0, heads)], {0: x, 1: cos, 2: sin}, [0])  # in place
+    assert np.array_equal(y, expected)
+
+
+def test_infinity_turns_into_its_own_point() -> None:
+    x, cos, sin = (inputs(1, 2, 32, seed=i) for i in range(3))
+    x[0, 0, 5] = np.inf
+    (y,) = run([32] * 4, [("rotary", 0, 1, 2, 3, 1)], {0: x, 1: cos, 2: sin}, [3])
+    assert np.argwhere(~np.isfinite(y)).tolist() == [[0, 0, 5], [0, 0, 21]]
 
 
 @pytest.mark.parametrize("width", [1, 7, 16, 33, 1000])
@@ -325,6 +345,10 @@ WRONG: dict[str, tuple[list[int], Step]] = {
     "no heads": ([32] * 4, ("attention", 0, 1, 2, 3, 0, 1.0, 0)),
     "depth": ([24] * 4, ("attention", 0, 1, 2, 3, 1, 1.0, 0)),
     "heads": ([32] * 4, ("attention", 0, 1, 2, 3, 3, 1.0, 0)),
+    "angles of all heads": ([32] * 4, ("rotary", 0, 1, 2, 3, 2)),
+    "no sine": ([32, 16, 8, 32], ("rotary", 0, 1, 2, 3, 2)),
+    "a lone column": ([9, 3, 3, 9], ("rotary", 0, 1, 2, 3, 3)),
+    "turned into no heads": ([0] * 4, ("rotary", 0, 1, 2, 3, 0)),
     "attention in place": ([32] * 4, ("attention", 0, 1, 2, 1, 2, 1.0, 0)),
 }
 

@@ -85,7 +85,7 @@ def operands(step: Step) -> tuple[list[int], list[int]]:
     name, *rest = step
     if name == "linear":
         return [rest[2]], [rest[3]]
-    if name == "attention":
+    if name in {"attention", "rotary"}:
         return rest[:3], [rest[3]]
     if name in {"add", "gate"}:
         return rest[:2], [rest[2]]
@@ -129,6 +129,16 @@ def attention(q: Array, k: Array, v: Array, heads: int, scale: float, mask: Arra
     return result
 
 
+def rotary(x: Array, cos: Array, sin: Array, heads: int) -> Array:
+    """In the type of the arguments, each operation rounded: as Hugging Face's models apply it."""
+    *lead, width = x.shape
+    parts = x.reshape(*lead, heads, width // heads)
+    half = parts.shape[-1] // 2
+    turned = np.concatenate([-parts[..., half:], parts[..., :half]], -1)
+    y: Array = parts * cos[..., None, :] + turned * sin[..., None, :]
+    return y.reshape(x.shape)
+
+
 def oracle(
     steps: Sequence[Step], inputs: Mapping[int, Array], tensors: Sequence[Array], mask: Array | None
 ) -> dict[int, Array]:
@@ -142,6 +152,8 @@ def oracle(
         elif name == "attention":
             q, k, v, y, heads, scale, masked = rest
             now[y] = attention(now[q], now[k], now[v], heads, scale, mask if masked else None)
+        elif name == "rotary":
+            now[rest[3]] = rotary(*(now[i] for i in rest[:3]), rest[4])
         elif name == "add":
             now[rest[2]] = now[rest[0]] + now[rest[1]]
         elif name == "activate":

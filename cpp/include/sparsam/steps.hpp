@@ -13,11 +13,11 @@
 
 namespace sparsam {
 
-enum class StepKind : std::uint8_t { linear, attention, add, layer_norm, rms_norm, activate, gate };
+enum class StepKind : std::uint8_t { linear, attention, add, layer_norm, rms_norm, activate, gate, rotary };
 
 inline const char* name_of(StepKind kind) {
-  constexpr std::array<const char*, 7> kNames = {"linear",   "attention", "add", "layer_norm",
-                                                 "rms_norm", "activate",  "gate"};
+  constexpr std::array<const char*, 8> kNames = {"linear",   "attention", "add",  "layer_norm",
+                                                 "rms_norm", "activate",  "gate", "rotary"};
   return kNames[static_cast<std::size_t>(kind)];
 }
 
@@ -27,14 +27,15 @@ constexpr std::size_t kNowhere = SIZE_MAX;
 // Buffers and tensors are named by their numbers; a kind has what is said of it, and nothing else.
 struct Step {
   StepKind kind;
-  // linear, activate: x. add: a, b. gate: g, u. attention: q, k, v. Norms: a, and b if x = a + b, else none.
+  // linear, activate: x. add: a, b. gate: g, u. attention: q, k, v. rotary: x, cos, sin. Norms: a, and b if x
+  // = a + b, else none.
   std::array<std::size_t, 3> from = {kNowhere, kNowhere, kNowhere};
   std::size_t to = kNowhere;                       // may be one of `from` but in linear and attention
   std::size_t sum = kNowhere;                      // of norms: receives a + b
   std::size_t weight = kNowhere, bias = kNowhere;  // tensors of norms; bias of linear
   FormPtr form = nullptr;                          // of linear
   std::string activation = {};                     // of linear, activate, gate: as linear() takes it
-  std::size_t heads = 1;                           // of attention, each with an equal part of the width
+  std::size_t heads = 1;                           // of attention, rotary: each an equal part of the width
   float scale = 1, eps = 0;                        // of attention; of norms
   bool masked = false;                             // of attention: whether the call's mask applies
 };

@@ -9,8 +9,8 @@
 #include "moments-inl.hpp"
 #include "reconstruction-inl.hpp"
 #include "recurrent-inl.hpp"
+#include "rotary-inl.hpp"
 #include "selection-inl.hpp"
-#include "steps-inl.hpp"
 
 namespace sparsam::SPARSAM_TARGET {
 

@@ -16,7 +16,6 @@ from sparsam.torch.acceleration.model_runner import ModelRunner, difference
 from sparsam.torch.fused.calls import Call
 from sparsam.torch.fused.fused_forward import FusedForward, fused_of
 from sparsam.torch.fused.installation import FusedSwitch, find, fuse, seen_calls
-from sparsam.torch.fused.lowering import SIZES
 from torch import nn
 
 __all__ = ["FusedRow", "agrees", "choose_fused", "fuse_by_name"]
@@ -149,7 +148,7 @@ def agrees(fused: FusedForward) -> bool:
     """Whether the steps of a module compute what the module does, for random rows."""
     module: Any = fused.module
     for program in fused.programs:
-        lead = (*SIZES[0], *(2,) * (program.call.axes - 3))[-(program.call.axes - 1) :]
+        lead = (*program.call.sizes[0], *(2,) * (program.call.axes - 3))[-(program.call.axes - 1) :]
         args, kwargs = program.call.example(lead)
         narrow = any(part.weight.packed.dtype != torch.float32 for part in program.parts)
         found = fused.run(tuple(args), kwargs)

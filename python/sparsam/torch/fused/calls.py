@@ -9,14 +9,17 @@ from typing import Any, Literal
 import msgspec
 
 import torch
+from sparsam.torch.fused.caching import ExampleCache, is_cache
 from torch import Tensor
 
 __all__ = ["Call", "Constant", "Slot", "key_of"]
 
 Constant = bool | int | float | str | None
+_KINDS = {"angles": tuple, "cache": ExampleCache}  # of slots whose kind is told by `key_of`
 _CONSTANTS = (bool, int, float, str, type(None))
 _MASKS = {torch.bool: "bool", torch.float32: "float32"}
 _MASK = "attention_mask"  # the name of the argument in Hugging Face models
+_SIZES, _ONE_POSITION = ((2, 5), (3, 4), (1, 1)), ((2, 1), (3, 1), (1, 1))
 _ANY = -1  # a size that differs from call to call
 # What a file may ask for: far more than modules are called with, and little to make an example of.
 _MOST_AXES, _WIDEST, _MOST_HEADS, _LARGEST = 8, 1 << 20, 1 << 10, 1 << 24
@@ -27,13 +30,14 @@ class Slot(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     Attributes:
         kind: "rows", float32 (..., width); "mask", (sequences or 1, heads or 1, positions or 1, positions);
+            "angles", cosines and sines (sequences or 1, positions, depth); "cache", of keys and values;
             "other", a tensor that nothing is computed from; "constant".
         shape: Of a tensor; -1 for a number of sequences or positions.
         dtype: Of a mask, "bool" or "float32"; of another tensor its name.
         value: Of a constant.
     """
 
-    kind: Literal["rows", "mask", "other", "constant"]
+    kind: Literal["rows", "mask", "angles", "cache", "other", "constant"]
     shape: tuple[int, ...] = ()
     dtype: str = ""
     value: Constant = None
@@ -47,6 +51,8 @@ class Slot(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         shape, named = self.shape, type(getattr(torch, self.dtype, None)) is torch.dtype
         good = {
             "constant": not shape and not self.dtype,
+            "cache": not shape and not self.dtype,
+            "angles": len(shape) == 3 and {*shape[:2]} <= {1, _ANY} and 0 < shape[2] <= _WIDEST,
             "rows": 1 < len(shape) <= _MOST_AXES and {*shape[:-1]} == {_ANY} and 0 < shape[-1] <= _WIDEST,
             "mask": len(shape) == 4
             and self.dtype in _MASKS.values()
@@ -71,6 +77,12 @@ class Slot(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             return self.value
         if self.kind == "rows":
             return torch.randn(*sizes, self.shape[-1], generator=random, device="cpu")
+        if self.kind == "cache":
+            return ExampleCache()
+        if self.kind == "angles":
+            own = [n if n != _ANY else size for n, size in zip(self.shape, sizes, strict=False)]
+            angles = 6 * torch.rand(*own, self.shape[2], generator=random, device="cpu")
+            return angles.cos(), angles.sin()
         if self.kind == "other":
             return torch.zeros(self.shape, dtype=getattr(torch, self.dtype), device="cpu")
         own = [n if n != _ANY else sizes[0 if i == 0 else 1] for i, n in enumerate(self.shape)]
@@ -124,13 +136,30 @@ class Call(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return next(len(slot.shape) for slot in self.slots if slot.kind == "rows")
 
     @property
+    def cached(self) -> bool:
+        """Whether an argument is a cache of keys and values."""
+        return any(slot.kind == "cache" for slot in self.slots)
+
+    @property
+    def sizes(self) -> tuple[tuple[int, int], ...]:
+        """Sequences and positions of the calls that are followed: what depends on them would differ."""
+        if not self.cached:
+            return _SIZES
+        one = all(slot.shape[1] == 1 for slot in self.slots if slot.kind == "angles")
+        return _ONE_POSITION if one else ()  # what would many positions see of each other?
+
+    @property
     def key(self) -> tuple[Any, ...]:
         """What `key_of` returns for the arguments of such a call."""
-        kinds = (slot.value if slot.kind == "constant" else Tensor for slot in self.slots)
+        kinds = (
+            slot.value if slot.kind == "constant" else _KINDS.get(slot.kind, Tensor) for slot in self.slots
+        )
         return (len(self.positional), *(name for name, _ in self.keywords), *kinds)
 
     def variants(self) -> tuple[Call, ...]:
         """This call, and the same without its mask, or with one where it could have one."""
+        if self.cached:
+            return (self,)
         others = (self._masked(), self._unmasked())
         return (self, *(other for other in others if other is not None and other != self))
 
@@ -164,7 +193,12 @@ def key_of(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Any, ...]:
 
 
 def _kind(value: Any) -> Any:
-    return Tensor if type(value) is Tensor else value
+    kind = type(value)
+    if kind in _CONSTANTS:
+        return value
+    if kind is Tensor or kind is tuple:
+        return kind
+    return _KINDS["cache"] if is_cache(value) else value
 
 
 def _is_rows(value: Any) -> bool:
@@ -174,6 +208,13 @@ def _is_rows(value: Any) -> bool:
 def _slot(value: Any, rows: Sequence[int]) -> Slot | None:
     if type(value) in _CONSTANTS:
         return Slot("constant", value=value)
+    if is_cache(value):
+        return Slot("cache")
+    if type(value) is tuple and len(value) == 2 and len(rows) == 3 and all(map(_is_rows, value)):
+        first, positions, depth = (*value[0].shape, 0, 0, 0)[:3]
+        alike = value[0].ndim == 3 and value[1].shape == value[0].shape
+        if alike and first in {1, rows[0]} and positions == rows[1]:
+            return Slot("angles", (1 if first == 1 else _ANY, 1 if positions == 1 else _ANY, depth))
     if type(value) is not Tensor:
         return None
     if _is_rows(value) and value.shape[:-1] == rows[:-1]:

@@ -15,12 +15,12 @@ from sparsam import _core
 from sparsam.torch.fused import results
 from sparsam.torch.fused.calls import key_of
 from sparsam.torch.fused.guards import Guard, Vectors
-from sparsam.torch.fused.program import Program
-from sparsam.torch.fused.reads import Dependencies
+from sparsam.torch.fused.program import Program, Step
+from sparsam.torch.fused.reads import FUSED, Dependencies
 from sparsam.torch.layers.products import is_plain
 from torch import Tensor, is_autocast_enabled, is_grad_enabled, nn
 
-__all__ = ["FusedForward", "forward", "fused_of"]
+__all__ = ["FusedForward", "Ready", "forward", "fused_of", "scratch"]
 
 _LONGEST = 512  # positions of attention whose scores stay in the L2 cache, see `layers.attention`
 _KEPT = 64  # batches whose steps are kept
@@ -40,7 +40,7 @@ class FusedForward:
         self.module = module
         self.programs = tuple(programs)
         self.depends = depends
-        self._bound: tuple[dict[Any, _Ready], Guard | None] | None = None
+        self._bound: tuple[dict[Any, Ready], Guard | None] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         return vars(self) | {"_bound": None}
@@ -71,15 +71,18 @@ class FusedForward:
             return NotImplemented
         return one.run(rows, values)
 
-    def _bind(self) -> tuple[dict[Any, _Ready], Guard | None]:
+    def _ready(self, program: Program) -> Ready:
+        return Ready(program)
+
+    def _bind(self) -> tuple[dict[Any, Ready], Guard | None]:
         """Makes everything ready that depends on the present state of the module."""
         contents = [part.weight._content for program in self.programs for part in program.parts]
-        ready = {program.call.key: _Ready(program) for program in self.programs}
+        ready = {program.call.key: self._ready(program) for program in self.programs}
         self._bound = bound = ready, Guard.of(self.depends, contents)
         return bound
 
 
-class _Ready:
+class Ready:
     """A program with the matrices of the core."""
 
     def __init__(self, program: Program) -> None:
@@ -142,28 +145,37 @@ class _Ready:
         given = [(one[1], x.data_ptr()) for one, x in zip(self._inputs, rows, strict=True)]
         made = {buffer: first.new_empty((*lead, widths[buffer])) for buffer in self._results}
         given += [(buffer, y.data_ptr()) for buffer, y in made.items()]
-        needed = steps.scratch(sequences, positions)
-        scratch = getattr(_memory, "scratch", None)
-        if scratch is None or scratch.numel() < needed:
-            scratch = _memory.scratch = torch.empty(needed, dtype=torch.float32, device="cpu")
+        memory = scratch(steps.scratch(sequences, positions))
         shown = None if mask is None else mask[1]
-        steps.run(sequences, positions, given, addresses, shown, scratch.data_ptr(), scratch.numel())
+        steps.run(sequences, positions, given, addresses, shown, memory.data_ptr(), memory.numel())
         return results.build(self.program.returns, made)
 
     def _make(self, count: int) -> Any:
         """The steps of the core for a number of rows."""
+        if len(self._steps) >= _KEPT:
+            self._steps.clear()
+        self._steps[count] = steps = self._compiled(self.program.steps, count)
+        return steps
+
+    def _compiled(self, steps: Sequence[Step], count: int) -> Any:
+        """Some steps for a number of rows."""
         made: list[tuple[Any, ...]] = []
-        for step in self.program.steps:
+        for step in steps:
             name, number, *rest = step
             if name == "linear":
                 kernel = self._weights[number].kernel(count)
                 made.append((name, self._matrices[number], kernel, *rest))
             else:
                 made.append(step)
-        if len(self._steps) >= _KEPT:
-            self._steps.clear()
-        self._steps[count] = steps = _core.Steps(list(self.program.widths), made)
-        return steps
+        return _core.Steps(list(self.program.widths), made)
+
+
+def scratch(needed: int) -> Tensor:
+    """Memory of this thread for so many floats."""
+    found: Tensor | None = getattr(_memory, "scratch", None)
+    if found is None or found.numel() < needed:
+        found = _memory.scratch = torch.empty(needed, dtype=torch.float32, device="cpu")
+    return found
 
 
 def _mask(mask: Tensor, sequences: int, heads: int, positions: int) -> Any:
@@ -187,6 +199,9 @@ def forward(module: Any, fused: FusedForward, *args: Any, **kwargs: Any) -> Any:
         if found is not NotImplemented:
             return found
     return type(module).forward(module, *args, **kwargs)
+
+
+vars(forward)[FUSED] = True
 
 
 def fused_of(module: nn.Module) -> FusedForward | None:

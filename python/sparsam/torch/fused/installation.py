@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from sparsam.torch.fused.calls import Call
+from sparsam.torch.fused.decoding_forward import DecodingForward
 from sparsam.torch.fused.fused_forward import FusedForward, forward, fused_of
 from sparsam.torch.fused.lowering import lower
 from sparsam.torch.fused.program import Program
@@ -29,12 +30,14 @@ class FusedSwitch:
 
     def __init__(self, found: Mapping[str, FusedForward]) -> None:
         self.found = dict(found)
+        # The same objects each time: that of a module inside another is among what is compared at each call.
+        self._forwards = {name: partial(forward, one.module, one) for name, one in found.items()}
 
     def show(self, *, fused: bool) -> None:
         """Fuses those that have the weights that their steps were found with, or none."""
-        for one in self.found.values():
+        for name, one in self.found.items():
             if fused and one.fits():
-                vars(one.module)["forward"] = partial(forward, one.module, one)
+                vars(one.module)["forward"] = self._forwards[name]
             elif fused_of(one.module) is not None:
                 del vars(one.module)["forward"]
 
@@ -86,10 +89,14 @@ def find(
     """
     found: dict[str, FusedForward] = {}
     for name, module in model.named_modules():
-        if any(not outer or name.startswith(f"{outer}.") for outer in found):
+        around = [other for outer, other in found.items() if not outer or name.startswith(f"{outer}.")]
+        # What computes one position at a time leaves others to the modules in it.
+        if not all(isinstance(other, DecodingForward) for other in around):
             continue
         one = fuse(module, calls.get(name, ()))
-        if one is not None and good(one):
+        if one is None or (around and isinstance(one, DecodingForward)):
+            continue
+        if good(one):
             found[name] = one
     return found
 
@@ -108,7 +115,11 @@ def fuse(module: nn.Module, calls: Collection[Call]) -> FusedForward | None:
     if not programs or not any(map(_gains, programs.values())):
         return None
     depends = reads.dependencies()
-    return None if depends is None else FusedForward(module, tuple(programs.values()), depends)
+    if depends is None:
+        return None
+    decodes = any(program.cut is not None for program in programs.values())
+    kind = DecodingForward if decodes else FusedForward
+    return kind(module, tuple(programs.values()), depends)
 
 
 def _gains(program: Program) -> bool:

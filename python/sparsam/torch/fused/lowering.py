@@ -7,15 +7,14 @@ from typing import Any
 import torch
 from sparsam.torch.fused import peephole, results
 from sparsam.torch.fused.calls import Call
+from sparsam.torch.fused.decoding import DECODING, CacheRecord
 from sparsam.torch.fused.functions import UNDERSTOOD, read
 from sparsam.torch.fused.program import Part, Program, Step, Vector
 from sparsam.torch.fused.tracing import Mask, NotUnderstood, Other, Rows, Trace, Tracer, places, refuse
 from torch import Tensor, nn
 
-__all__ = ["SIZES", "lower"]
+__all__ = ["lower"]
 
-# Sequences and positions of the calls that are followed: what depends on them would differ.
-SIZES = ((2, 5), (3, 4), (1, 1))
 _VECTORS = {"layer_norm": 3, "rms_norm": 3, "add_layer_norm": 5, "add_rms_norm": 5}  # where steps have these
 
 
@@ -27,7 +26,7 @@ def lower(module: nn.Module, call: Call) -> Program | None:
         call: The form of the call.
     """
     found: Program | None = None
-    for sizes in SIZES:
+    for sizes in call.sizes:
         try:
             one = _follow(module, call, sizes)
         except NotUnderstood:
@@ -46,21 +45,25 @@ def _follow(module: nn.Module, call: Call, sizes: tuple[int, int]) -> Program:
     args, kwargs = call.example(lead)
     owned = {id(p): p for one in module.modules() for p in one._parameters.values() if p is not None}
     trace = Trace(owned, *(sizes if call.axes == 3 else (0, 0)))
+    values = (*args, *kwargs.values())
     inputs = [
         (i, buffer)
-        for i, (slot, value) in enumerate(zip(call.slots, (*args, *kwargs.values()), strict=True))
+        for i, (slot, value) in enumerate(zip(call.slots, values, strict=True))
         if (buffer := _know(trace, slot.kind, i, value)) is not None
     ]
+    record = CacheRecord(trace, call, values) if call.cached else None
     forward: Any = type(module).forward
-    with Tracer(trace, UNDERSTOOD, read), torch.no_grad():
+    with Tracer(trace, DECODING if call.cached else UNDERSTOOD, read), torch.no_grad():
+        if record is not None:
+            args, kwargs = record.given(args, kwargs)
         returned = forward(module, *args, **kwargs)
     described = results.describe(returned, lambda tensor: _output(trace, tensor, lead))
     outputs = tuple(results.buffers(described))
     given = {buffer for _, buffer in inputs}
     if not outputs or any(one in given for one in outputs):
         refuse("no result")
-    steps = peephole.shortened(trace.steps, outputs)
-    return _compact(trace, call, steps, inputs, described)
+    wanted = outputs if record is None else (*outputs, *record.wanted())
+    return _compact(trace, call, peephole.shortened(trace.steps, wanted), inputs, described, record)
 
 
 def _know(trace: Trace, kind: str, argument: int, value: Any) -> int | None:
@@ -92,6 +95,7 @@ def _compact(
     steps: list[Step],
     inputs: list[tuple[int, int]],
     described: Any,
+    record: CacheRecord | None,
 ) -> Program:
     """The program, without the buffers, matrices and vectors that no step needs any more."""
     used = {step[i] for step in steps for i in (*peephole.READS[step[0]], *peephole.WRITES[step[0]])}
@@ -126,4 +130,5 @@ def _compact(
         trace.mask if masked else -1,
         trace.heads if masked else 0,
         results.renamed(described, buffers),
+        None if record is None else record.cut(buffers),
     )

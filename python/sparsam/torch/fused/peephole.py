@@ -13,6 +13,8 @@ __all__ = ["READS", "WRITES", "renumbered", "shortened"]
 READS = {
     "linear": (2,),
     "attention": (1, 2, 3),
+    "cached": (1,),
+    "rotary": (1, 2, 3),
     "add": (1, 2),
     "layer_norm": (1,),
     "add_layer_norm": (1, 2),
@@ -24,6 +26,8 @@ READS = {
 WRITES = {
     "linear": (3,),
     "attention": (4,),
+    "cached": (2,),
+    "rotary": (4,),
     "add": (3,),
     "layer_norm": (2,),
     "add_layer_norm": (3, 4),

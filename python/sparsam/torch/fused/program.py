@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from sparsam.torch.fused.caching import Cut
 from sparsam.torch.fused.calls import Call
 from torch import Tensor
 
@@ -55,6 +56,7 @@ class Program:
         mask: The number of the argument that masks attention; -1 for none.
         heads: Of attention, for the shape of the mask; 0 where the steps have none.
         returns: What the module returns, as `results.describe` has it.
+        cut: What is done between the steps before attention over a cache and those after it; None without.
     """
 
     call: Call
@@ -66,6 +68,7 @@ class Program:
     mask: int
     heads: int
     returns: Any
+    cut: Cut | None = None
 
     @property
     def attends(self) -> bool:
@@ -89,6 +92,7 @@ class Program:
             self.mask,
             self.heads,
             self.returns,
+            self.cut,
         )
 
     @property

@@ -73,9 +73,6 @@ class Other:
     """An argument that nothing may be computed from."""
 
 
-Value = Rows | Moments | Mask | Other
-
-
 @dataclass
 class Trace:
     """What was seen so far.
@@ -101,14 +98,14 @@ class Trace:
     vectors: list[Vector] = field(default_factory=list)
     heads: int = 0
     mask: int = -2
-    _values: dict[int, tuple[Any, Value]] = field(default_factory=dict)
+    _values: dict[int, tuple[Any, object]] = field(default_factory=dict)
 
-    def know(self, tensor: Tensor, value: Value) -> Tensor:
+    def know(self, tensor: Tensor, value: object) -> Tensor:
         """Notes what a tensor is, and returns it."""
         self._values[id(tensor)] = (tensor, value)  # with the tensor, so that no other gets its id
         return tensor
 
-    def value(self, tensor: Any) -> Value | None:
+    def value(self, tensor: Any) -> Any:
         """What is known of an object."""
         found = self._values.get(id(tensor))
         return None if found is None else found[1]

@@ -27,9 +27,9 @@ from sparsam.torch.layers.packing import (
 from sparsam.torch.layers.unpacked_tensor import UnpackedTensor
 from torch import Tensor, nn
 
-__all__ = ["Candidate", "Place", "candidates", "has_hooks", "places"]
+__all__ = ["LARGEST_DENSITY", "Candidate", "Place", "candidates", "has_hooks", "places"]
 
-_LARGEST_DENSITY = 0.9  # the density up to which a layer is tried
+LARGEST_DENSITY = 0.9  # the density up to which a layer is tried
 _SCALE = 4  # bytes of the scale of a row of int8
 _HEADER = 320  # the most bytes that surround the rows
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -73,7 +73,7 @@ class Candidate:
 
 
 def candidates(
-    model: nn.Module, exclude: Sequence[str] = (), *, embeddings: bool = False
+    model: nn.Module, exclude: Sequence[str] = (), *, embeddings: bool = False, outputs: bool = False
 ) -> tuple[list[Candidate], dict[str, LayerRow]]:
     """The layers that could be packed, and rows by name for those that could not; in the model's order.
 
@@ -81,8 +81,9 @@ def candidates(
         model: The model.
         exclude: Patterns of names of layers that stay dense.
         embeddings: Whether embeddings may be packed.
+        outputs: Whether linear layers that have the weight of an embedding are tried without zeros too.
     """
-    found, left = _every_candidate(model, embeddings=embeddings)
+    found, left = _every_candidate(model, embeddings=embeddings, outputs=outputs)
     names = {one.name for one in found} | left.keys()
     for pattern in exclude:
         if not fnmatch.filter(names, pattern):
@@ -96,7 +97,9 @@ def candidates(
     return [one for one in found if one not in excluded], left
 
 
-def _every_candidate(model: nn.Module, *, embeddings: bool) -> tuple[list[Candidate], dict[str, LayerRow]]:
+def _every_candidate(
+    model: nn.Module, *, embeddings: bool, outputs: bool
+) -> tuple[list[Candidate], dict[str, LayerRow]]:
     found: list[Candidate] = []
     left: dict[str, LayerRow] = {}
     within: set[int] = set()  # layers that belong to others
@@ -123,7 +126,8 @@ def _every_candidate(model: nn.Module, *, embeddings: bool) -> tuple[list[Candid
                     found.append(candidate)
                 continue
             parts = [own] if packed_together(layer) else [(place,) for place in own]
-            pruned = tuple(itertools.chain(*(part for part in parts if _density(part) <= _LARGEST_DENSITY)))
+            most = 1.0 if outputs and _is_output(layer, users) else LARGEST_DENSITY
+            pruned = tuple(itertools.chain(*(part for part in parts if _density(part) <= most)))
             candidate = Candidate(name, layer, pruned or own, _density(pruned or own))
             if pruned:
                 found.append(candidate)
@@ -214,6 +218,12 @@ def _obstacle_of_embedding(layer: nn.Module, users: Mapping[int, list[tuple[str,
         if not is_embedding(user):
             return f"its weight is also that of {name}"
     return ""
+
+
+def _is_output(layer: nn.Module, users: Mapping[int, list[tuple[str, nn.Module]]]) -> bool:
+    """Whether it is a linear layer with the weight of an embedding, as the last one of a language model."""
+    others = users.get(id(layer._parameters.get("weight")), ())
+    return isinstance(layer, nn.Linear) and any(is_embedding(user) for _, user in others)
 
 
 def _density(places: Sequence[Place]) -> float:

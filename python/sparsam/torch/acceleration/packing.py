@@ -7,10 +7,10 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 
 import torch
 from sparsam.sparse.int8 import MAX_COLUMNS, MAX_TAPS
-from sparsam.torch.acceleration.candidate_layers import Candidate
+from sparsam.torch.acceleration.candidate_layers import LARGEST_DENSITY, Candidate
 from sparsam.torch.layers.packed_parameter import PackedParameter
 from sparsam.torch.layers.packed_tensor import PackedTensor
-from sparsam.torch.layers.packed_weight import ROUNDED
+from sparsam.torch.layers.packed_weight import INT4, ROUNDED
 from sparsam.torch.layers.packing import (
     CONVOLUTIONS,
     PackedLayer,
@@ -55,7 +55,7 @@ def pack(
             if key not in made:
                 made[key] = PackedTensor.pack(
                     getattr(module, name),
-                    dtype=_values(layer, dtype),
+                    dtype=_values(candidate, dtype),
                     groups=pieces,
                     transposed=transposed,
                     looked_up=is_embedding(layer),
@@ -75,7 +75,7 @@ def pack(
 def obstacle(candidate: Candidate, dtype: torch.dtype | None) -> str:
     """Why the weights of a layer cannot be stored as integers of that dtype; "" if they can, or need not."""
     layer = candidate.layer
-    if _values(layer, dtype) not in ROUNDED or is_embedding(layer):
+    if _values(candidate, dtype) not in ROUNDED or is_embedding(layer):
         return ""
     for module, name in candidate.weights:
         weight = getattr(module, name)
@@ -89,7 +89,11 @@ def obstacle(candidate: Candidate, dtype: torch.dtype | None) -> str:
     return ""
 
 
-def _values(layer: nn.Module, dtype: torch.dtype | None) -> torch.dtype | None:
+def _values(candidate: Candidate, dtype: torch.dtype | None) -> torch.dtype | None:
+    """The dtype of the values of a layer; without zeros int8 takes as much time as int4, and rounds less."""
+    layer = candidate.layer
+    if dtype is INT4 and candidate.density > LARGEST_DENSITY:
+        dtype = torch.int8
     kinds: tuple[type[nn.Module], ...] = (nn.Linear, nn.MultiheadAttention, nn.Embedding)
     if dtype is torch.int8:
         kinds += (nn.Conv1d, nn.Conv2d, nn.Conv3d)

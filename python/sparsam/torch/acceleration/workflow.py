@@ -90,7 +90,8 @@ def accelerate(
             another layer has the same Parameter. "int4" takes half of the bits in linear layers and
             attention:
             16 levels with a scale for each 64 or 128 inputs of an output, meant for batches of 1 to 8;
-            embeddings stay dense.
+            embeddings stay dense. A linear layer that has the weight of an embedding, as the last one of many
+            language models, is tried with int8 values if it has no zeros.
         tolerance: The largest accepted difference from the outputs of the dense model, relative to the
             largest output. Layers that exceed it stay dense. By default 0.001, or 0.1 if values are rounded;
             above 0, since sums are rounded in another order. Needs `example_inputs`.
@@ -124,7 +125,9 @@ def accelerate(
         raise ValueError(msg)
     interruptions = measurement.Interruptions()
     with torch.inference_mode(False), torch.no_grad():
-        found, left = candidates(model, _patterns(exclude), embeddings=values == "int8")
+        found, left = candidates(
+            model, _patterns(exclude), embeddings=values == "int8", outputs=values == "int4"
+        )
         bytes_before = parameter_bytes(model)
         swap = LayerSwap(model)
         try:

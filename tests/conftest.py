@@ -53,7 +53,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
         return forms(weight, batches) if rounded else ("panels",)
 
     monkeypatch.setattr(PackedWeight, "needed_forms", needed)
-    for name in ("layer_times", "model_times", "attention_times", "fused_times", "compare"):
+    for name in ("layer_times", "model_times", "attention_times", "fused_times", "wider_times", "compare"):
         monkeypatch.setattr(measurement, name, getattr(clock, name))
     return clock
 

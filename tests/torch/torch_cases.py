@@ -36,6 +36,7 @@ class Clock:
         self.model = 2.0
         self.sdpa = 2.0
         self.fused = 1.0
+        self.wider = 1.0
 
     def layer_times(self, _model: nn.Module, _runner: ModelRunner, swap: LayerSwap, _budget: Budget) -> Times:
         swap.show(swap.layers)
@@ -56,6 +57,12 @@ class Clock:
     def fused_times(self, _runner: ModelRunner, switch: FusedSwitch, _budget: Budget) -> tuple[float, float]:
         switch.show(fused=True)
         return self.fused, 1.0
+
+    def wider_times(
+        self, _runner: ModelRunner, show: Callable[[bool], None], _budget: Budget
+    ) -> tuple[float, float]:
+        show(True)
+        return self.wider, 1.0
 
     def compare(self, layer: Any, _activation: Any, x: Tensor, _seconds: float) -> tuple[float, float]:
         layer.install()

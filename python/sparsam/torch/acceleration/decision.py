@@ -10,6 +10,8 @@ from sparsam.torch.acceleration.measurement import LayerTime, Times
 
 __all__ = ["Decision", "decide", "families"]
 
+_SLOW = "gain under"  # why a layer stays dense
+
 
 @dataclass(frozen=True)
 class Decision:
@@ -24,6 +26,16 @@ class Decision:
     swap: tuple[str, ...]
     times: Mapping[str, LayerTime]
     reasons: Mapping[str, str]
+
+    @property
+    def slow(self) -> tuple[str, ...]:
+        """The layers that stay dense because they gain too little by themselves."""
+        return tuple(name for name, why in self.reasons.items() if why.startswith(_SLOW))
+
+    def with_swap(self, names: Collection[str]) -> Decision:
+        """The same with these layers packed."""
+        reasons = {name: why for name, why in self.reasons.items() if name not in names}
+        return Decision(tuple(names), self.times, reasons)
 
 
 def decide(
@@ -52,7 +64,7 @@ def decide(
                 and name not in lookups
                 and found[name].dense < min_gain * found[name].packed
             ):
-                reasons[name] = f"gain under {min_gain:g}"
+                reasons[name] = f"{_SLOW} {min_gain:g}"
 
     drop_slow(found)
     for group in fused:

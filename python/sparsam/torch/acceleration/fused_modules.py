@@ -18,7 +18,7 @@ from sparsam.torch.fused.fused_forward import FusedForward, fused_of
 from sparsam.torch.fused.installation import FusedSwitch, find, fuse, seen_calls
 from torch import nn
 
-__all__ = ["FusedRow", "agrees", "choose_fused", "fuse_by_name"]
+__all__ = ["FusedRow", "agrees", "choose_fused", "fuse_by_name", "fuse_with_slow"]
 
 # The largest difference of a module's outputs, relative to the largest: with float32 and narrower values.
 _ORDER, _ORDER_NARROW = 1e-4, 2e-2
@@ -31,8 +31,8 @@ class FusedRow:
 
     Attributes:
         modules: Their names; "" for the model itself.
-        plain_ms: Milliseconds of the model with packed layers, and with modules that call them; None if not
-            timed.
+        plain_ms: Milliseconds of the model with packed layers, and with modules that call them; where more
+            layers are packed so that modules around them can be fused, without those; None if not timed.
         fused_ms: The same with fused modules.
         swapped: Whether they are fused now.
         reason: Why not; else "".
@@ -77,28 +77,86 @@ def choose_fused(
     Returns:
         What was found; None where no module can be fused.
     """
-    swap.show(names)
-    with seen_calls(model) as calls:
-        outputs = runner.outputs()
-    found = find(model, calls, agrees)
-    if not found:
+    modules, reason = _fuse(model, runner, swap, names, tolerance)
+    if not modules:
         return None
-    modules = tuple(found)
-    swap.fused = FusedSwitch(found)
-    swap.show(names)
-    apart = difference(runner.outputs(), outputs)
-    if apart is None or apart > tolerance:
-        swap.detach_fused()
-        what = (
-            "no output can be compared" if apart is None else f"outputs differ by {apart:.1e} of the largest"
-        )
-        return FusedRow(modules, None, None, swapped=False, reason=what)
+    if swap.fused is None:
+        return FusedRow(modules, None, None, swapped=False, reason=reason)
     seconds = measurement.fused_times(runner, swap.fused, budget)
     won = seconds[0] >= _GAIN * seconds[1]
     if not won:
         swap.detach_fused()
     plain_ms, fused_ms = (1e3 * s for s in seconds)
     return FusedRow(modules, plain_ms, fused_ms, won, "" if won else f"gain under {_GAIN:g}")
+
+
+def fuse_with_slow(
+    model: nn.Module,
+    runner: ModelRunner,
+    swap: LayerSwap,
+    names: Collection[str],
+    slow: Collection[str],
+    *,
+    tolerance: float,
+    budget: Budget,
+) -> tuple[tuple[str, ...], FusedRow | None]:
+    """Packs layers that do not win by themselves as well, where the modules around them win as a whole.
+
+    A module with one dense layer cannot be fused.
+
+    Args:
+        model: The model.
+        runner: Runs it.
+        swap: Its packed layers, and the modules that are fused so far; receives others if these win.
+        names: The layers that win.
+        slow: Those that do not.
+        tolerance: As of `choose_fused`.
+        budget: For all measurements.
+
+    Returns:
+        The layers to pack, and what was found; None where nothing changed.
+    """
+    before = swap.fused
+    swap.detach_fused()
+    modules, _ = _fuse(model, runner, swap, (*names, *slow), tolerance)
+    inside = {name for name in slow if any(not one or name.startswith(f"{one}.") for one in modules)}
+    after, more = swap.fused, tuple(name for name in swap.layers if name in names or name in inside)
+
+    def show(wider: bool) -> None:
+        swap.detach_fused()
+        swap.fused = after if wider else before
+        swap.show(more if wider else names)
+
+    if after is None or not inside:
+        show(wider=False)
+        return tuple(names), None
+    seconds = measurement.wider_times(runner, lambda wider: show(wider=wider), budget)
+    won = seconds[0] >= _GAIN * seconds[1]
+    show(wider=won)
+    if not won:
+        return tuple(names), None
+    plain_ms, fused_ms = (1e3 * s for s in seconds)
+    return more, FusedRow(modules, plain_ms, fused_ms, swapped=True)
+
+
+def _fuse(
+    model: nn.Module, runner: ModelRunner, swap: LayerSwap, names: Collection[str], tolerance: float
+) -> tuple[tuple[str, ...], str]:
+    """Fuses the modules that can be with these layers packed; returns them, and why they are not fused."""
+    swap.show(names)
+    with seen_calls(model) as calls:
+        outputs = runner.outputs()
+    found = find(model, calls, agrees)
+    if not found:
+        return (), ""
+    swap.fused = FusedSwitch(found)
+    swap.show(names)
+    apart = difference(runner.outputs(), outputs)
+    if apart is not None and apart <= tolerance:
+        return tuple(found), ""
+    swap.detach_fused()
+    what = "no output can be compared" if apart is None else f"outputs differ by {apart:.1e} of the largest"
+    return tuple(found), what
 
 
 def fuse_by_name(model: nn.Module, calls: Mapping[str, Sequence[Call]]) -> None:

@@ -208,6 +208,19 @@ def fused_times(runner: ModelRunner, switch: FusedSwitch, budget: Budget) -> tup
     return _in_turn(runner, lambda fused: switch.show(fused=fused), budget)
 
 
+def wider_times(runner: ModelRunner, show: Callable[[bool], None], budget: Budget) -> tuple[float, float]:
+    """Seconds that the model takes for all examples: (with the layers that win, with more and other modules).
+
+    Medians, as of `model_times`.
+
+    Args:
+        runner: Runs the model.
+        show: Puts the first (False) or the second into it.
+        budget: For all measurements.
+    """
+    return _in_turn(runner, show, budget)
+
+
 def _in_turn(runner: ModelRunner, show: Callable[[bool], None], budget: Budget) -> tuple[float, float]:
     """Seconds of the model for all examples: (without, with) what `show` lets it compute with."""
     taken: dict[bool, list[Seconds]] = {False: [], True: []}

@@ -16,7 +16,7 @@ from sparsam.torch.acceleration import measurement
 from sparsam.torch.acceleration.attention import choose_attention
 from sparsam.torch.acceleration.candidate_layers import Candidate, candidates
 from sparsam.torch.acceleration.decision import Decision, decide
-from sparsam.torch.acceleration.fused_modules import choose_fused
+from sparsam.torch.acceleration.fused_modules import choose_fused, fuse_with_slow
 from sparsam.torch.acceleration.fusion import fusions
 from sparsam.torch.acceleration.installation import LayerSwap
 from sparsam.torch.acceleration.measurement import Budget, Times
@@ -95,7 +95,8 @@ def accelerate(
         tolerance: The largest accepted difference from the outputs of the dense model, relative to the
             largest output. Layers that exceed it stay dense. By default 0.001, or 0.1 if values are rounded;
             above 0, since sums are rounded in another order. Needs `example_inputs`.
-        min_gain: How many times faster than the dense layer a packed one must be.
+        min_gain: How many times faster than the dense layer a packed one must be; one that is not is packed
+            all the same if with it a module around it is computed as a whole, and the model is faster.
         exclude: The name of a layer that stays dense, or several; shell-style patterns
             (`fnmatch.fnmatchcase`).
         keep_dense: Whether dense weights that packing rounded stay in memory for `restore`. False frees
@@ -196,6 +197,9 @@ def _by_examples(
         return Outcome(seen.calls, decision, reasons, _dense(runner))
     attention = choose_attention(model, runner, swap, decision.swap, tolerance=order, budget=budget)
     fused = choose_fused(model, runner, swap, decision.swap, tolerance=order, budget=budget)
+    if slow := decision.slow:
+        names, more = fuse_with_slow(model, runner, swap, decision.swap, slow, tolerance=order, budget=budget)
+        decision, fused = decision.with_swap(names), more or fused
     gain = keep_what_gains(runner, swap, decision, budget, lookups)
     swap.show(gain.swap)
     apart = difference(runner.outputs(), seen.outputs) if gain.swap else None

@@ -153,7 +153,8 @@ def oracle(
             q, k, v, y, heads, scale, masked = rest
             now[y] = attention(now[q], now[k], now[v], heads, scale, mask if masked else None)
         elif name == "rotary":
-            now[rest[3]] = rotary(*(now[i] for i in rest[:3]), rest[4])
+            x, cos, sin, y, heads = rest
+            now[y] = rotary(now[x], now[cos], now[sin], heads)
         elif name == "add":
             now[rest[2]] = now[rest[0]] + now[rest[1]]
         elif name == "activate":

@@ -27,7 +27,8 @@ def made() -> tuple[Any, dict[str, Any]]:
         num_key_value_heads=2,
         tie_word_embeddings=True,
     )
-    return LlamaForCausalLM(config).eval(), {"input_ids": torch.randint(50, (1, 3))}
+    model: torch.nn.Module = LlamaForCausalLM(config)
+    return model.eval(), {"input_ids": torch.randint(50, (1, 3))}
 
 
 @torch.no_grad()

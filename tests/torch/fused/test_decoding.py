@@ -24,12 +24,13 @@ from transformers import (
 )
 
 import torch
+from sparsam import _core
 from sparsam.torch import accelerate, load, restore, save
 from sparsam.torch.fused import decoding_forward
 from sparsam.torch.fused.installation import unfuse
 from torch import Tensor, nn
 
-pytestmark = pytest.mark.usefixtures("clock", "one_thread")
+pytestmark = pytest.mark.usefixtures("fusing", "one_thread")
 
 CACHE = "cache" if "cache" in inspect.signature(LlamaForCausalLM.forward).parameters else "past_key_values"
 VOCABULARY = 50
@@ -72,7 +73,7 @@ def tokens(sequences: int, positions: int) -> Tensor:
 def decoded(model: Any, x: Tensor, prompt: int, cache: Any = None, **given: Any) -> list[Tensor]:
     """The logits of a prompt, and of each token after it."""
     cache = DynamicCache(config=model.config) if cache is None else cache
-    parts = [x[:, :prompt], *x[:, prompt:].split(1, dim=1)]
+    parts = [x[:, :prompt], *torch.split(x[:, prompt:], 1, dim=1)]
     return [model(input_ids=one, **{CACHE: cache}, **given).logits for one in parts]
 
 
@@ -103,8 +104,13 @@ def test_computes_what_the_layers_do(name: str, sequences: int) -> None:
 def test_attention_is_that_of_the_core_as_far_as_scores_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     model, before = made()
     x, seen = tokens(2, 12), []
-    attend = decoding_forward._core.attention_at
-    monkeypatch.setattr(decoding_forward._core, "attention_at", lambda *a: (seen.append(a[0][3]), attend(*a)))
+    attend = _core.attention_at
+
+    def noted(*arguments: Any) -> None:
+        seen.append(arguments[0][3])
+        attend(*arguments)
+
+    monkeypatch.setattr(_core, "attention_at", noted)
     monkeypatch.setattr(decoding_forward, "_LONGEST", 9)
     alike(decoded(model, x, 5), decoded(before, x, 5))
     assert seen == [n for n in range(6, 10) for _ in LAYERS]
@@ -221,7 +227,8 @@ def test_gradients_are_left_to_the_layers() -> None:
     with torch.no_grad():
         cache = DynamicCache(config=model.config)
         model(inputs_embeds=x, **{CACHE: cache})
-    cache.layers[0].keys.requires_grad_()
+    layer: Any = cache.layers[0]
+    layer.keys.requires_grad_()
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     found = model(inputs_embeds=x.detach(), **{CACHE: cache}).logits
@@ -237,7 +244,8 @@ def test_saved_copied_and_undone(tmp_path: Path) -> None:
     loaded = copy.deepcopy(before)
     load(tmp_path, loaded)
     others = [copy.deepcopy(model), pickle.loads(pickle.dumps(model)), loaded]
-    others.append(LlamaForCausalLM.from_pretrained(tmp_path / "folder").eval())
+    read: nn.Module = LlamaForCausalLM.from_pretrained(tmp_path / "folder")
+    others.append(read.eval())
     for one in others:
         assert fused_names(one) == names
         with counted() as calls:

@@ -37,9 +37,10 @@ void check(const Interleaving& g) {
   for (std::size_t axis = 0; axis < 3; ++axis) {
     const std::size_t step = g.stride[axis], outer = g.outer[axis];
     const std::size_t needed = step == 0 ? 0 : (outer + step - 1) / step;
-    if (step == 0 || outer == 0 || g.offset[axis] > g.inner[axis] || needed > g.inner[axis] - g.offset[axis])
-      throw std::invalid_argument(expected("size", g.inner[axis], "at least " + std::to_string(needed),
-                                           "pass all pixels of each phase"));
+    const std::size_t there = g.inner[axis] - std::min(g.inner[axis], g.offset[axis]);
+    if (step == 0 || outer == 0 || g.offset[axis] > g.inner[axis] || needed > there)
+      throw std::invalid_argument(
+          expected("size", there, "at least " + std::to_string(needed), "pass all pixels of each phase"));
   }
 }
 

@@ -7,9 +7,9 @@ each 64 weights. In seconds for a byte of slots from memory
     slots      bytes, or 0.7 bytes where these are up to 2 MiB
     bitmask    12 (weights / 64) + 0.52 bytes
 
-fitted to times on one machine with AVX-512 and two threads: the constants of the bitmask to weights of 4096 x
-4096 with 50 to 95 % zeros, the 0.7 to the products of SmolLM2-135M at 50 %, 80 % and 8:16. For batches of 8 and
-80 % zeros or more slots would be somewhat faster than the bitmask that one row has.
+fitted to times on one machine with AVX-512 and two threads: the constants of the bitmask to weights of
+4096 x 4096 with 50 to 95 % zeros, the 0.7 to the products of SmolLM2-135M at 50 %, 80 % and 8:16. For batches
+of 8 and 80 % zeros or more slots would be somewhat faster than the bitmask that one row has.
 """
 
 from __future__ import annotations

@@ -176,7 +176,7 @@ class Counted(nn.Module):
 
 @pytest.mark.parametrize("wins", [True, False])
 @pytest.mark.parametrize("layers", [1, 4, 12])
-def test_the_model_runs_at_most_forty_times(layers: int, wins: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_model_runs_at_most_fifty_times(layers: int, wins: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     def gains(*args: Any) -> tuple[float, float]:
         model_times(*args)
         return 2.0, 1.0
@@ -186,7 +186,7 @@ def test_the_model_runs_at_most_forty_times(layers: int, wins: bool, monkeypatch
     model = Counted(layers)
     report = accelerate(pruned(model), torch.randn(5, 16), min_gain=1e-9 if wins else 1e9)
     assert report.swapped == (layers if wins else 0)
-    assert 10 <= model.runs <= 40
+    assert 10 <= model.runs <= 50
 
 
 def test_excluded_layers_stay_dense() -> None:

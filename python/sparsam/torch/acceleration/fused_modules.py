@@ -209,7 +209,10 @@ def agrees(fused: FusedForward) -> bool:
         lead = (*program.call.sizes[0], *(2,) * (program.call.axes - 3))[-(program.call.axes - 1) :]
         args, kwargs = program.call.example(lead)
         narrow = any(part.weight.packed.dtype != torch.float32 for part in program.parts)
-        found = fused.run(tuple(args), kwargs)
+        try:
+            found = fused.run(tuple(args), kwargs)
+        except ValueError:  # steps that do not fit together
+            return False
         if found is NotImplemented:
             return False
         apart = difference(found, type(module).forward(module, *args, **kwargs))

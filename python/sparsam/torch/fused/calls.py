@@ -119,11 +119,12 @@ class Call(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         rows = next((v.shape for v in values if _is_rows(v)), None)
         if rows is None:
             return None
-        slots = [_slot(value, rows) for value in values]
-        if None in slots:
+        try:
+            slots = [_slot(value, rows) for value in values]
+            named = tuple(zip(kwargs, slots[len(args) :], strict=True))
+            return None if None in slots else cls(tuple(slots[: len(args)]), named)  # type: ignore[arg-type]
+        except ValueError:  # larger than what files may ask for
             return None
-        named = zip(kwargs, slots[len(args) :], strict=True)
-        return cls(tuple(slots[: len(args)]), tuple(named))  # type: ignore[arg-type]
 
     @property
     def slots(self) -> tuple[Slot, ...]:
@@ -152,7 +153,8 @@ class Call(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     def key(self) -> tuple[Any, ...]:
         """What `key_of` returns for the arguments of such a call."""
         kinds = (
-            slot.value if slot.kind == "constant" else _KINDS.get(slot.kind, Tensor) for slot in self.slots
+            _constant(slot.value) if slot.kind == "constant" else _KINDS.get(slot.kind, Tensor)
+            for slot in self.slots
         )
         return (len(self.positional), *(name for name, _ in self.keywords), *kinds)
 
@@ -192,10 +194,15 @@ def key_of(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Any, ...]:
     return (len(args), *kwargs, *map(_kind, args), *map(_kind, kwargs.values()))
 
 
+def _constant(value: Constant) -> Any:
+    """Equal for equal constants of one type: 1 is not True."""
+    return value if value is None or type(value) is str else (type(value), value)
+
+
 def _kind(value: Any) -> Any:
     kind = type(value)
     if kind in _CONSTANTS:
-        return value
+        return _constant(value)
     if kind is Tensor or kind is tuple:
         return kind
     return _KINDS["cache"] if is_cache(value) else value

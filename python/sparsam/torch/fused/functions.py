@@ -124,7 +124,7 @@ def _add(trace: Trace, func: Any, input: Any, other: Any, *, alpha: float = 1) -
     if isinstance(known, Moments) and known.what == "means" and type(other) is float and alpha == 1:
         return trace.know(func(input, other), Moments("shifted", known.buffer, known.rows, other))
     (a, rows), (b, others) = trace.rows(input), trace.rows(other)
-    if alpha != 1 or not torch.equal(rows, others):
+    if alpha != 1 or not torch.equal(rows, others) or trace.widths[a] != trace.widths[b]:
         refuse("a sum of other rows")
     return trace.result(func(input, other), rows, ("add", a, b), 3)
 
@@ -141,7 +141,7 @@ def _mul(trace: Trace, func: Any, input: Any, other: Any) -> Any:
             vector = trace.vector(factor, trace.widths[known.buffer])
             return trace.result(found, known.rows, ("rms_norm", known.buffer, vector, known.eps), 2)
     (a, rows), (b, others) = trace.rows(input), trace.rows(other)
-    if not torch.equal(rows, others):
+    if not torch.equal(rows, others) or trace.widths[a] != trace.widths[b]:
         refuse("a product of other rows")
     return trace.result(found, rows, ("gate", a, b, ""), 3)
 

@@ -13,7 +13,7 @@ from torch.compiler import is_compiling
 import torch
 from sparsam import _core
 from sparsam.torch.fused import results
-from sparsam.torch.fused.calls import key_of
+from sparsam.torch.fused.calls import Slot, key_of
 from sparsam.torch.fused.guards import Guard, Vectors
 from sparsam.torch.fused.program import Program, Step
 from sparsam.torch.fused.reads import FUSED, Dependencies
@@ -135,7 +135,8 @@ class Ready:
         sequences, positions = lead if self._attends else (count, 1)
         mask: Any = None
         if self._mask >= 0:
-            mask = _mask(values[self._mask], sequences, self.program.heads, positions)
+            slot = self.program.call.slots[self._mask]
+            mask = _mask(values[self._mask], slot, sequences, self.program.heads, positions)
             if mask is None:
                 return NotImplemented
         steps = self._steps.get(count)
@@ -178,9 +179,11 @@ def scratch(needed: int) -> Tensor:
     return found
 
 
-def _mask(mask: Tensor, sequences: int, heads: int, positions: int) -> Any:
+def _mask(mask: Tensor, slot: Slot, sequences: int, heads: int, positions: int) -> Any:
     """A mask that lives while it is read, and what the core reads of it; None if it cannot."""
-    if mask.ndim != 4 or not mask.is_cpu or mask.dtype not in {torch.bool, torch.float32}:
+    if mask.ndim != 4 or not mask.is_cpu or mask.dtype is not getattr(torch, slot.dtype):
+        return None
+    if any(known == 1 != n for known, n in zip(slot.shape[:3], mask.shape, strict=False)):
         return None
     if not is_plain(mask) or mask.requires_grad:
         return None

@@ -35,6 +35,10 @@ class Guard:
         hooks = tuple(vars(one)[name] for one, _ in depends.modules for name in HOOKS)
         modules, kinds = zip(*depends.modules, strict=True) if depends.modules else ((), ())
         self._known = (tables, names, values, ABSENT, (*hooks, *_EVERYWHERE), modules, kinds)
+        self._own = depends.own
+        self._children = [vars(one)["_modules"] for one, _ in depends.children]
+        self._numbers = [number for _, number in depends.children]
+        self._forwards = depends.forwards
 
     @classmethod
     def of(cls, depends: Dependencies, contents: Sequence[Any]) -> Guard | None:
@@ -47,7 +51,13 @@ class Guard:
 
     def holds(self) -> bool:
         """Whether everything is as it was."""
-        return unchanged(*self._known)
+        module, kind = self._own
+        return (
+            type(module) is kind
+            and unchanged(*self._known)
+            and list(map(len, self._children)) == self._numbers
+            and all(kind.forward is forward for kind, forward in self._forwards)
+        )
 
 
 class Vectors:

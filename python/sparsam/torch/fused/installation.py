@@ -18,6 +18,7 @@ from torch import nn
 
 __all__ = ["FusedSwitch", "find", "fuse", "fused_modules", "seen_calls", "unfuse"]
 
+_KNOWN = {"torch", "transformers", "sparsam"}
 _SINGLE = {"linear", "activate", "layer_norm", "add"}  # what is one call of PyTorch anyway
 
 
@@ -103,7 +104,7 @@ def find(
 
 def fuse(module: nn.Module, calls: Collection[Call]) -> FusedForward | None:
     """A module with its steps for these forms of calls, those that it has steps for; None without any."""
-    if not calls or "forward" in vars(module):
+    if not calls or "forward" in vars(module) or not _is_known(module):
         return None
     programs: dict[Any, Program] = {}
     wanted = dict.fromkeys(variant for call in calls for variant in call.variants())
@@ -120,6 +121,15 @@ def fuse(module: nn.Module, calls: Collection[Call]) -> FusedForward | None:
     decodes = any(program.cut is not None for program in programs.values())
     kind = DecodingForward if decodes else FusedForward
     return kind(module, tuple(programs.values()), depends)
+
+
+def _is_known(module: nn.Module) -> bool:
+    """Whether it is made of classes of PyTorch and transformers.
+
+    A forward that is followed with a few sizes, masks and flags may do something else with others. Those of
+    these libraries were looked at; one of any other class could read whatever it likes.
+    """
+    return all(type(one).__module__.partition(".")[0] in _KNOWN for one in module.modules())
 
 
 def _gains(program: Program) -> bool:

@@ -60,7 +60,7 @@ def _follow(module: nn.Module, call: Call, sizes: tuple[int, int]) -> Program:
     described = results.describe(returned, lambda tensor: _output(trace, tensor, lead))
     outputs = tuple(results.buffers(described))
     given = {buffer for _, buffer in inputs}
-    if not outputs or any(one in given for one in outputs):
+    if not outputs or any(one in given for one in outputs) or len({*outputs}) < len(outputs):
         refuse("no result")
     wanted = outputs if record is None else (*outputs, *record.wanted())
     return _compact(trace, call, peephole.shortened(trace.steps, wanted), inputs, described, record)

@@ -78,10 +78,16 @@ class Dependencies:
     Attributes:
         reads: Attributes.
         modules: The modules whose hooks would run, with their classes.
+        own: The module itself, with its class.
+        children: All modules, with the numbers of modules that each has.
+        forwards: Their classes, with the function that computes.
     """
 
     reads: tuple[Read, ...]
     modules: tuple[tuple[nn.Module, type[nn.Module]], ...]
+    own: tuple[nn.Module, type[nn.Module]]
+    children: tuple[tuple[nn.Module, int], ...]
+    forwards: tuple[tuple[type[nn.Module], Any], ...]
 
 
 class Reads(AbstractContextManager["Reads"]):
@@ -131,7 +137,14 @@ class Reads(AbstractContextManager["Reads"]):
         if not all(self._is_watched(read.value) for read in reads):
             return None
         inner = tuple((one, type(one)) for one in self._modules if one is not self._module)
-        return Dependencies(tuple(reads), inner)
+        kinds = dict.fromkeys(map(type, self._modules))
+        return Dependencies(
+            tuple(reads),
+            inner,
+            (self._module, type(self._module)),
+            tuple((one, len(one._modules)) for one in self._modules),
+            tuple((kind, kind.forward) for kind in kinds),
+        )
 
     def _is_watched(self, value: Any) -> bool:
         """Whether a change of a value, or in it, would be seen."""

@@ -137,7 +137,7 @@ class Reads(AbstractContextManager["Reads"]):
         if not all(self._is_watched(read.value) for read in reads):
             return None
         inner = tuple((one, type(one)) for one in self._modules if one is not self._module)
-        kinds = dict.fromkeys(map(type, self._modules))
+        kinds: dict[type[nn.Module], None] = dict.fromkeys(map(type, self._modules))
         return Dependencies(
             tuple(reads),
             inner,

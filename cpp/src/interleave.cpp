@@ -38,7 +38,7 @@ void check(const Interleaving& g) {
     const std::size_t step = g.stride[axis], outer = g.outer[axis];
     const std::size_t needed = step == 0 ? 0 : (outer + step - 1) / step;
     const std::size_t there = g.inner[axis] - std::min(g.inner[axis], g.offset[axis]);
-    if (step == 0 || outer == 0 || g.offset[axis] > g.inner[axis] || needed > there)
+    if (step == 0 || outer == 0 || needed > there)
       throw std::invalid_argument(
           expected("size", there, "at least " + std::to_string(needed), "pass all pixels of each phase"));
   }

@@ -62,7 +62,6 @@ class _Decoding(Ready):
         # What the first steps leave to the others, or to the caller.
         self._left = tuple(sorted(written & (read | new | {*self._results}) - {-1}))
         self._made_after = tuple(one for one in self._results if one not in self._left)
-        self._split: dict[int, tuple[Any, Any]] = {}
 
     def rows(self, values: Sequence[Any]) -> list[Tensor] | None:
         """The tensors of rows among the arguments, with the angles; None if the core cannot read them."""
@@ -93,13 +92,7 @@ class _Decoding(Ready):
         cut, widths = self._cut, self.program.widths
         first = rows[0]
         count = first.shape[0]
-        split = self._split.get(count)
-        if split is None:
-            split = self._split[count] = (
-                self._compiled(self._before, count),
-                self._compiled(self._after, count),
-            )
-        steps, rest = split
+        steps, rest = self._made(count)
         inputs = [one[1] for one in self._inputs]
         if cut.angles >= 0:
             inputs += [cut.cosines, cut.sines]
@@ -124,6 +117,10 @@ class _Decoding(Ready):
         given.append((self._attended, attended.data_ptr()))
         rest.run(count, 1, given, addresses, None, *room)
         return results.build(self.program.returns, made)
+
+    def _make(self, count: int) -> Any:
+        """The steps before the cache is updated, and those after it."""
+        return self._compiled(self._before, count), self._compiled(self._after, count)
 
     def _attend(self, query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         """Attention over all positions, (sequences, 1, width)."""

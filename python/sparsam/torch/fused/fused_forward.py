@@ -139,9 +139,7 @@ class Ready:
             mask = _mask(values[self._mask], slot, sequences, self.program.heads, positions)
             if mask is None:
                 return NotImplemented
-        steps = self._steps.get(count)
-        if steps is None:
-            steps = self._make(count)
+        steps = self._made(count)
         widths = self.program.widths
         given = [(one[1], x.data_ptr()) for one, x in zip(self._inputs, rows, strict=True)]
         made = {buffer: first.new_empty((*lead, widths[buffer])) for buffer in self._results}
@@ -151,12 +149,18 @@ class Ready:
         steps.run(sequences, positions, given, addresses, shown, memory.data_ptr(), memory.numel())
         return results.build(self.program.returns, made)
 
+    def _made(self, count: int) -> Any:
+        """What `_make` returns, made once for each number of rows."""
+        steps = self._steps.get(count)
+        if steps is None:
+            if len(self._steps) >= _KEPT:
+                self._steps.clear()
+            self._steps[count] = steps = self._make(count)
+        return steps
+
     def _make(self, count: int) -> Any:
         """The steps of the core for a number of rows."""
-        if len(self._steps) >= _KEPT:
-            self._steps.clear()
-        self._steps[count] = steps = self._compiled(self.program.steps, count)
-        return steps
+        return self._compiled(self.program.steps, count)
 
     def _compiled(self, steps: Sequence[Step], count: int) -> Any:
         """Some steps for a number of rows."""

@@ -32,30 +32,26 @@ class Guard:
         for content in contents:
             live[id(content), "data"] = (vars(content), "data", content.data)
         tables, names, values = zip(*live.values(), strict=True)
-        hooks = tuple(vars(one)[name] for one, _ in depends.modules for name in HOOKS)
-        modules, kinds = zip(*depends.modules, strict=True) if depends.modules else ((), ())
-        self._known = (tables, names, values, ABSENT, (*hooks, *_EVERYWHERE), modules, kinds)
-        self._own = depends.own
-        self._children = [vars(one)["_modules"] for one, _ in depends.children]
-        self._numbers = [number for _, number in depends.children]
+        hooks = tuple(vars(one)[name] for one in depends.modules[1:] for name in HOOKS)
+        hooks += _EVERYWHERE
+        self._known = (tables, names, values, ABSENT, hooks, depends.modules, depends.kinds)
+        self._modules = tuple(vars(one)["_modules"] for one in depends.modules)
+        self._children = depends.children
         self._forwards = depends.forwards
 
     @classmethod
     def of(cls, depends: Dependencies, contents: Sequence[Any]) -> Guard | None:
         """A guard for a module as it is now; None if it is not as it was."""
-        kinds = all(type(one) is kind for one, kind in depends.modules)
-        if not kinds or not all(read.holds() for read in depends.reads):
+        if not all(read.holds() for read in depends.reads):
             return None
         made = cls(depends, contents)
-        return made if made.holds() else None  # hooks are watched there alone
+        return made if made.holds() else None  # classes and hooks are watched there alone
 
     def holds(self) -> bool:
         """Whether everything is as it was."""
-        module, kind = self._own
         return (
-            type(module) is kind
-            and unchanged(*self._known)
-            and list(map(len, self._children)) == self._numbers
+            unchanged(*self._known)
+            and tuple(map(len, self._modules)) == self._children
             and all(kind.forward is forward for kind, forward in self._forwards)
         )
 

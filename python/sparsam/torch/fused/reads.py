@@ -77,16 +77,16 @@ class Dependencies:
 
     Attributes:
         reads: Attributes.
-        modules: The modules whose hooks would run, with their classes.
-        own: The module itself, with its class.
-        children: All modules, with the numbers of modules that each has.
-        forwards: Their classes, with the function that computes.
+        modules: The module itself, then those in it, whose hooks would run.
+        kinds: Their classes.
+        children: How many modules each has.
+        forwards: Each class, with the function that computes.
     """
 
     reads: tuple[Read, ...]
-    modules: tuple[tuple[nn.Module, type[nn.Module]], ...]
-    own: tuple[nn.Module, type[nn.Module]]
-    children: tuple[tuple[nn.Module, int], ...]
+    modules: tuple[nn.Module, ...]
+    kinds: tuple[type[nn.Module], ...]
+    children: tuple[int, ...]
     forwards: tuple[tuple[type[nn.Module], Any], ...]
 
 
@@ -136,15 +136,10 @@ class Reads(AbstractContextManager["Reads"]):
         ]
         if not all(self._is_watched(read.value) for read in reads):
             return None
-        inner = tuple((one, type(one)) for one in self._modules if one is not self._module)
-        kinds: dict[type[nn.Module], None] = dict.fromkeys(map(type, self._modules))
-        return Dependencies(
-            tuple(reads),
-            inner,
-            (self._module, type(self._module)),
-            tuple((one, len(one._modules)) for one in self._modules),
-            tuple((kind, kind.forward) for kind in kinds),
-        )
+        kinds: tuple[type[nn.Module], ...] = tuple(map(type, self._modules))
+        children = tuple(len(one._modules) for one in self._modules)
+        forwards = tuple((kind, kind.forward) for kind in dict.fromkeys(kinds))
+        return Dependencies(tuple(reads), self._modules, kinds, children, forwards)
 
     def _is_watched(self, value: Any) -> bool:
         """Whether a change of a value, or in it, would be seen."""
